@@ -1,0 +1,490 @@
+"""Train or evaluate a network: `python main.py --keyword ...`, usually through `bash train.sh CONFIG`.
+
+The command line becomes one typed configuration before anything heavy is imported, so that `--help`
+and a user's mistake answer at once. `run` then takes the stages of a run in their fixed order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import keyword
+from utils.config import Config, resolve, to_dict
+from utils.errors import UserError
+from utils.options import parse
+
+if TYPE_CHECKING:
+    from logging import Logger
+
+    import torch
+    from torch import nn
+
+    from model.audit import Audit
+    from model.summary import Cost
+    from utils.checkpoint import CheckpointFiles, LoadReport
+    from utils.data import Loader, Loaders
+    from utils.log import Board
+    from utils.schedule import Schedule
+
+METRICS = (
+    "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
+    "seconds", "images_per_second",
+)  # fmt: skip
+AUDIT_BATCHES = 4
+
+
+class TrainingError(Exception):
+    """Training cannot go on, through no mistake in the options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    try:
+        given = parse(sys.argv[1:] if argv is None else argv)
+        if given["keyword_file"] is not None:
+            keyword.load_file(given["keyword_file"])
+        if given["list_keywords"]:
+            print(keyword.table())
+            return 0
+        config = resolve(given)
+        return run(config)
+    except UserError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"main.py: failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("main.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(config: Config) -> int:
+    """One run, from the configuration to the last epoch; returns the exit status."""
+    import torch
+
+    from model import audit, build, calibrate, summary
+    from utils import checkpoint, data, log, optim, schedule
+
+    # 1. Check what can be checked without work.
+    settings = config.run
+    files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
+    folder = settings.log_dir / settings.case
+    optim.check(config.optim)
+    schedule.check(config.schedule, config.optim.lr)
+    data.check(config.data)
+    pretrained = checkpoint.find_pretrained(settings.pretrained or "", settings.weights_dir, config.model.name)
+    writes = not (settings.evaluate or settings.dry_run or settings.lr_test)
+
+    # 2. Build the network and load weights into it.
+    torch.manual_seed(settings.seed)
+    model = build.build(config.model)
+    report = None if pretrained is None else load_pretrained(model, pretrained, config)
+    cost = summary.cost(model, config.model.input_size)
+
+    # 3. Data, and what depends on its length.
+    loaders = data.build(config.data)
+    build.set_stable(model, len(loaders.train))
+    rates = schedule.Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))
+    resumed = find_resume(config, files)
+
+    # 4. Only from here on is anything written.
+    if settings.dry_run or settings.lr_test:
+        optimizer, groups = optim.build(model, config.optim)
+        print(describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
+        return 0
+    if writes and resumed is None:
+        keep_earlier_run(folder, files)
+    logger = log.setup(folder / "log.txt", settings.verbose)
+    try:
+        for warning in config.warnings:
+            logger.warning("warning: %s", warning)
+        logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
+        logger.info("%s", cost.totals())
+        if report is not None:
+            logger.info("pretrained %s: %s", pretrained, report.summary())
+
+        # 5. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
+        device = choose_device(settings.device_ids, logger)
+        model.to(device)
+        if config.model.quant.re_init and resumed is None:
+            images, _ = next(iter(loaders.train))
+            count = calibrate.initialise_ranges(model, images.to(device))
+            logger.info("re_init: initialised %d quantizers", count)
+        optimizer, groups = optim.build(model, config.optim)
+        logger.debug("%s", optim.table(groups))
+        state = RunState()
+        if resumed is not None:
+            state = restore(resumed, model, optimizer, config)
+            logger.info("resumed %s: %d epochs are done", resumed, state.epoch)
+            for line in state.differences:
+                logger.warning("warning: %s", line)
+        elif settings.resume:
+            logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+
+        # 6. Evaluate only.
+        if settings.evaluate:
+            return evaluate(model, loaders, device, config, logger)
+
+        # 7. Train.
+        metrics = log.MetricsFile(folder / "metrics.csv", METRICS)
+        metrics.truncate_after(state.epoch + 1)
+        write_text(folder / "config.yaml", dump_yaml(config))
+        board = log.Board(folder / "tensorboard" if settings.tensorboard else None, purge_step=state.epoch + 1)
+        last = config.schedule.epochs + config.schedule.extra_epoch
+        for epoch in range(state.epoch, last):
+            started = time.perf_counter()
+            row = {"epoch": epoch + 1, "lr": rates.at(epoch * rates.steps_per_epoch)}
+            row |= train_one_epoch(model, loaders.train, optimizer, rates, epoch, device, config, logger)
+            if loaders.val is not None:
+                row |= {f"val_{name}": value for name, value in validate(model, loaders.val, device).items()}
+            row["seconds"] = time.perf_counter() - started
+            metrics.append(row)
+            board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
+            best = loaders.val is not None and row["val_top1"] > state.best_acc
+            state = RunState(epoch + 1, max(state.best_acc, row.get("val_top1", -math.inf)))
+            save(state, model, optimizer, rates, files, config, best=best)
+            logger.info("%s", epoch_line(row, last, state.best_acc))
+        board.close()
+
+        # 8. What came of it.
+        found = audit.audit(model, audit_batches(loaders, device))
+        finish(config, cost, found, state, folder, files, logger)
+        return 1 if found.problems else 0
+    finally:
+        log.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        epoch: epochs done.
+        best_acc: best top-1 of a validation so far, percent; -inf before the first.
+        differences: options that changed since the checkpoint that the run continues from.
+    """
+
+    epoch: int = 0
+    best_acc: float = -math.inf
+    differences: tuple[str, ...] = ()
+
+
+def train_one_epoch(
+    model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, rates: Schedule, epoch: int,
+    device: torch.device, config: Config, logger: Logger,
+) -> dict[str, float]:  # fmt: skip
+    """Train one epoch; returns the row `train_loss`, `train_top1`, `train_top5`, `images_per_second`."""
+    import torch
+    from torch.nn import functional
+
+    from utils import log
+
+    model.train()
+    loader.set_epoch(epoch)
+    loss_mean, top1, top5 = log.Mean(), log.Mean(), log.Mean()
+    passes = config.optim.iter_size
+    batches = len(loader)
+    images_seen, started = 0, time.perf_counter()
+    optimizer.zero_grad()
+    bar = log.progress(loader, batches, f"epoch {epoch + 1}", enabled=True)
+    for i, (images, target) in enumerate(bar):
+        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        output = model(images)
+        loss = functional.cross_entropy(output, target, label_smoothing=config.run.label_smooth)
+        # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
+        group = min(passes, batches - i // passes * passes)
+        (loss / group).backward()
+        if (i + 1) % passes == 0 or i + 1 == batches:
+            step = epoch * rates.steps_per_epoch + i // passes
+            rates.apply(optimizer, step)
+            if config.optim.grad_clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            if not rates.skip_update(step):
+                optimizer.step()
+            optimizer.zero_grad()
+
+        hits1, hits5 = log.top_k(output.detach(), target)
+        loss_mean.update(loss.detach(), len(target))
+        top1.update(100 * hits1 / len(target), len(target))
+        top5.update(100 * hits5 / len(target), len(target))
+        images_seen += len(target)
+        if config.run.delay > 0:
+            time.sleep(config.run.delay)
+        if (i + 1) % config.run.report_freq == 0 or i + 1 == batches:
+            if not math.isfinite(loss_mean.value):
+                raise TrainingError(
+                    f"the loss is not finite in epoch {epoch + 1}, iteration {i + 1}: the last checkpoint is whole; "
+                    "try a lower --lr or --grad_clip"
+                )
+            if i + 1 < batches:  # the epoch's own line follows the last iteration
+                logger.info(
+                    "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
+                    epoch + 1, i + 1, batches, loss_mean.value, top1.value, optimizer.param_groups[0]["lr"],
+                )  # fmt: skip
+    speed = images_seen / (time.perf_counter() - started)
+    return {
+        "train_loss": loss_mean.value,
+        "train_top1": top1.value,
+        "train_top5": top5.value,
+        "images_per_second": speed,
+    }
+
+
+def validate(model: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
+    """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`."""
+    import torch
+    from torch.nn import functional
+
+    from utils import log
+
+    model.eval()
+    loss_mean, top1, top5 = log.Mean(), log.Mean(), log.Mean()
+    with torch.no_grad():
+        for images, target in log.progress(loader, len(loader), "validation", enabled=True):
+            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            output = model(images)
+            hits1, hits5 = log.top_k(output, target)
+            loss_mean.update(functional.cross_entropy(output, target), len(target))
+            top1.update(100 * hits1 / len(target), len(target))
+            top5.update(100 * hits5 / len(target), len(target))
+    return {"loss": loss_mean.value, "top1": top1.value, "top5": top5.value}
+
+
+def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: Config, logger: Logger) -> int:
+    """Validate, and audit when asked to; returns the exit status."""
+    from model import audit
+
+    if loaders.val is None:
+        raise UserError("--evaluate needs validation images: give --val_batch_size above 0")
+    row = validate(model, loaders.val, device)
+    logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
+    if not config.run.audit:
+        return 0
+    found = audit.audit(model, audit_batches(loaders, device))
+    logger.info("%s\naudit: %s", found.table(), found.verdict)
+    return 1 if found.problems else 0
+
+
+def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
+    """A few batches of real images, of the validation set where there is one."""
+    loader = loaders.train if loaders.val is None else loaders.val
+    return [images.to(device) for images, _ in itertools.islice(loader, AUDIT_BATCHES)]
+
+
+def choose_device(device_ids: tuple[int, ...], logger: Logger) -> torch.device:
+    """The GPU that was asked for, else the first one, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        index = device_ids[0] if device_ids else 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device_ids {index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        return torch.device("cuda", index)
+    if device_ids:
+        logger.warning("warning: --device_ids %d: no GPU is available, running on the CPU", device_ids[0])
+    return torch.device("cpu")
+
+
+def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
+    """Load weights into the network; quantizers that the file does not have keep their start values.
+
+    The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
+    2-bit network; evaluating it at other levels than it was trained for is an error.
+    """
+    from model.quant import quantizers
+    from utils import checkpoint
+
+    state = checkpoint.state_dict_of(checkpoint.read(path))
+    own = dict(quantizers(model))
+    for name, quantizer in own.items():
+        levels = state.pop(f"{name}.level_num", None)
+        if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
+            raise UserError(
+                f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
+                f"give --{quantizer.config.tag}_level {int(levels)} or the bits that mean it"
+            )
+    prefixes = tuple(f"{name}." for name in own)
+    return checkpoint.load_weights(
+        model,
+        state,
+        allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
+        scope=config.run.unresume_scope,
+        source=str(path),
+    )
+
+
+def find_resume(config: Config, files: CheckpointFiles) -> Path | None:
+    """The checkpoint to continue from, if any."""
+    if config.run.resume_file is not None:
+        if not config.run.resume_file.is_file():
+            raise UserError(f"--resume_file {config.run.resume_file}: no such file; -r finds a case's newest")
+        return config.run.resume_file
+    return files.newest() if config.run.resume else None
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
+    """Everything of a checkpoint that training continues from."""
+    from model.quant import quantizers
+    from utils import checkpoint
+
+    payload = checkpoint.read(path)
+    state = checkpoint.state_dict_of(payload)
+    checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
+    for _, quantizer in quantizers(model):
+        quantizer.set_levels(int(quantizer.level_num))
+    if config.run.evaluate:
+        return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
+    missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
+    if missing:
+        raise UserError(f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained")
+    # The options' hyperparameters count, as far as they differ from the checkpoint's.
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(payload["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
+    checkpoint.set_random_state(payload["random"])
+    return RunState(payload["epoch"], payload["best_acc"], differences(payload.get("config", {}), to_dict(config)))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """Fields of the configuration that changed, of those that change the training."""
+    found: list[str] = []
+    for name in before.keys() & now.keys() - {"run", "keywords", "origins", "warnings"}:
+        old, new = before[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old} and is {new} from here on")
+    return tuple(sorted(found))
+
+
+def save(
+    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule, files: CheckpointFiles,
+    config: Config, *, best: bool,
+) -> None:  # fmt: skip
+    """Write the latest checkpoint, and the best and the epoch's where they are due."""
+    from utils import checkpoint
+
+    payload = {
+        "epoch": state.epoch,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"step": state.epoch * rates.steps_per_epoch},
+        "best_acc": state.best_acc,
+        "learning_rate": rates.at(state.epoch * rates.steps_per_epoch - 1),
+        "amp": {},
+        "random": checkpoint.random_state(),
+        "config": to_dict(config),
+    }
+    checkpoint.save(files.latest, payload)
+    if best:
+        checkpoint.save(files.best, payload)
+    if config.run.save_freq and state.epoch % config.run.save_freq == 0:
+        checkpoint.save(files.epoch(state.epoch), payload)
+
+
+def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
+    """Rename what an earlier run of the same case left to CASE.N, so that nothing is overwritten."""
+    mine = files.existing()
+    if not mine and not (folder / "metrics.csv").exists():
+        return
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+    earlier = f"{files.case}.{number}"
+    try:
+        if folder.exists():
+            folder.rename(folder.with_name(earlier))
+        for path in mine:
+            path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
+    except OSError as error:
+        raise UserError(f"cannot move the earlier run of {files.case} away: {error}; use another --case") from error
+    print(f"the earlier run of the case {files.case} is kept as {earlier}")
+
+
+def epoch_line(row: dict[str, float], last: int, best: float) -> str:
+    """One epoch for the log."""
+    text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
+    if "val_top1" in row:
+        text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
+    return f"{text}; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
+
+
+def finish(
+    config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles, logger: Logger
+) -> None:  # fmt: skip
+    """Write the run's summary and picture, and name them."""
+    from utils import log
+
+    rows = log.MetricsFile.read(folder / "metrics.csv")
+    log.draw_curves(rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)")
+    write_text(folder / "audit.txt", f"{found.table()}\n{found.verdict}\n")
+    result = {
+        "case": config.run.case,
+        "network": config.model.name,
+        "dataset": config.data.dataset,
+        "bits": cost.bits,
+        "epochs": state.epoch,
+        "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
+        "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
+        "weight_bytes": cost.weight_bytes,
+        "float_weight_bytes": cost.float_weight_bytes,
+        "macs": cost.macs,
+        "bit_operations": cost.bit_operations,
+        "audit": found.verdict,
+        "seed": config.run.seed,
+    }
+    write_text(folder / "summary.json", json.dumps(result, indent=2) + "\n")
+    logger.info("audit: %s", found.verdict)
+    for problem in found.problems:
+        logger.error("audit: %s", problem)
+    logger.info("best top-1 %.2f; checkpoints %s, %s", state.best_acc, files.best, files.latest)
+    written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
+    logger.info("look at: %s", ", ".join(str(folder / name) for name in written))
+    if config.run.tensorboard:
+        logger.info("TensorBoard: tensorboard --logdir %s", folder / "tensorboard")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file of a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another folder with --log_dir") from error
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def describe(config: Config, network: str, groups: str, rates: Schedule, schedule_only: bool) -> str:
+    """What `--dry_run` and the keyword `lr-test` print."""
+    if schedule_only:
+        steps = range(config.schedule.epochs + config.schedule.extra_epoch)
+        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in steps]
+        return "\n".join(["epoch  learning rate at its first step", *lines])
+    changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
+    origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
+    warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
+    return (
+        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
+        f"learning rate at the epochs where it changes: {changes}\n{warnings}dry run: everything checked, nothing trained"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

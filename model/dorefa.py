@@ -1,0 +1,99 @@
+"""DoReFa-Net (arXiv 1606.06160)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quant import Integers, Quantizer, TensorSite, register
+from model.uniform import Grid, LearnedStep, integers
+from utils.config import QuantizerConfig
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@register("dorefa", "fm", "ot")
+class DoReFaActivation(Quantizer):
+    """round(clamp(x, 0, c) * n / c) * c / n with a fixed c = `boundary` and n = levels - 1.
+
+    Full range (`half_range` off): levels evenly spaced in [-c, c].
+    Gradient: straight-through inside the clamp, zero outside (paper, equation 5 and section 2.3).
+    """
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        self.register_buffer("clip", torch.full(self.range_shape(), config.boundary), persistent=config.stable > 0)
+        self.zero_to_zero = config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+
+    def grid(self) -> Grid:
+        """The levels in units of the step."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def step(self) -> Tensor:
+        """The distance of two levels, float32."""
+        return self.per_channel(self.clip.clamp_min(SMALLEST)) / self.grid().high
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the nearest level."""
+        return LearnedStep.apply(x, self.step(), self.grid(), self.config.grad_type == "STE-scale")
+
+    def integers(self, x: Tensor) -> Integers:
+        """Codes and scale of `x`."""
+        return integers(x, self.step(), self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clipping value."""
+        self.clip.copy_(value)
+
+    def current_range(self) -> Tensor:
+        """The clipping value."""
+        return self.clip
+
+
+@register("dorefa", "wt")
+class DoReFaWeight(Quantizer):
+    """t = tanh(w), u = t / (2 max|t|) + 1/2, q = 2 * round(n * u) / n - 1, n = levels - 1.
+
+    The maximum is over the whole tensor (paper, equation 9). Gradient: straight-through the rounding
+    alone, exact through tanh and the maximum. With `binary_scale` (keyword `wt_bin`) at two levels:
+    sign(w) * mean|w| over the tensor, straight-through (equation 7).
+    """
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
+        if self.config.binary_scale:
+            return SignTimesMean.apply(x)
+        grid = Grid.of(self.levels, half_range=False)
+        return LearnedStep.apply(self._squashed(x), self._step(x), grid, self.config.grad_type == "STE-scale")
+
+    def integers(self, x: Tensor) -> Integers:
+        """Codes and scale of `x`; an even count of levels has odd codes."""
+        if self.config.binary_scale:
+            return Integers(codes=_sign(x).to(torch.int32), scale=x.detach().abs().mean())
+        return integers(self._squashed(x), self._step(x), Grid.of(self.levels, half_range=False))
+
+    @staticmethod
+    def _squashed(x: Tensor) -> Tensor:
+        squashed = torch.tanh(x)
+        return squashed / squashed.abs().amax().clamp_min(SMALLEST)
+
+    def _step(self, x: Tensor) -> Tensor:
+        return x.new_full((1,), 2.0 / (self.levels - 1))
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))
+
+
+class SignTimesMean(torch.autograd.Function):
+    """sign(x) * mean|x| with sign(0) = +1; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _sign(x) * x.abs().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

@@ -1,0 +1,68 @@
+"""LSQ: learned step size quantization (arXiv 1902.08153), in the clip-value form of arXiv 1912.10207."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.quant import Integers, Quantizer, TensorSite, register
+from model.uniform import Grid, LearnedStep, PositiveClip, ScaleGradient, integers
+from utils.config import QuantizerConfig
+
+
+@register("lsq", "fm", "wt", "ot")
+class LSQ(Quantizer):
+    """Uniform levels up to a learned clip value c = |clip_val|.
+
+    Half range: c * round(n * clamp(x / c, 0, 1)) / n.
+    Full range: c * (2 * round(n * (clamp(x / c, -1, 1) + 1) / 2) / n - 1), n = levels - 1.
+
+    Gradient: straight-through to x inside the range; to c, q / c - x / c inside and the end level
+    outside, times `grad_scale`'s factor. `STE-scale` changes nothing here: the value that is
+    rounded has been clamped, so that all elements are inside.
+
+    State:
+        clip_val: float32, `range_shape`; starts at `boundary`.
+    """
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
+        self.zero_to_zero = (
+            config.half_range and config.adaptive == "none"
+            and "element" not in config.grad_scale
+        )
+
+    def grid(self) -> Grid:
+        """The levels in units of the step."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def step(self, x: Tensor) -> Tensor:
+        """The distance of two levels, float32 > 0, broadcastable to x."""
+        clip = self.per_channel(PositiveClip.apply(self.clip_val))
+        if self.config.grad_scale != "none":
+            clip = ScaleGradient.apply(clip, self.gradient_factor(x))
+        return clip / self.grid().high
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the nearest level."""
+        return LearnedStep.apply(x, self.step(x), self.grid())
+
+    def integers(self, x: Tensor) -> Integers:
+        """Codes and scale of `x`; mid-rise grids have odd codes."""
+        return integers(x, self.step(x), self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clip value."""
+        self.clip_val.copy_(value)
+
+    def current_range(self) -> Tensor:
+        """The clip value."""
+        return self.clip_val.detach()
+
+    def initialise_from(self, x: Tensor) -> None:
+        """The paper's initial step 2 * mean|x| / sqrt(Qp) per group, Qp the highest level in steps."""
+        high = self.grid().high
+        step = 2 * self.grouped(self._normalised(x.detach().float())).abs().mean(dim=1) / max(high, 1.0) ** 0.5
+        with torch.no_grad():
+            self.set_range((step * high).reshape(self.range_shape()))

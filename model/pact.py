@@ -1,0 +1,85 @@
+"""PACT: parameterized clipping activation (arXiv 1805.06085)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.dorefa import DoReFaWeight
+from model.quant import Integers, Quantizer, TensorSite, register
+from model.uniform import Grid, PositiveClip, ScaleGradient, balance_factor, integers
+from utils.config import QuantizerConfig
+
+
+class ClippedRound(torch.autograd.Function):
+    """s * round(clamp(x / s, low, high)) with the gradient of the clip value c = high * s.
+
+    dq/dx = 1 for low * s < x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3). At
+    x = low * s the gradient passes, as that of a clamp does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
+        step = clip / grid.high
+        position = x / step
+        ctx.save_for_backward(position, clip)
+        ctx.grid, ctx.balance = grid, balance
+        return grid.round(position) * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        position, clip = ctx.saved_tensors
+        above = position >= ctx.grid.high
+        zero = torch.zeros_like(grad)
+        inside = ~above & (position >= ctx.grid.low)
+        grad_x = torch.where(inside, grad, zero)
+        if ctx.balance:
+            grad_x = grad_x * balance_factor(inside)
+        return grad_x, torch.where(above, grad, zero).sum_to_size(clip.shape), None, None
+
+
+@register("pact", "fm", "ot")
+class PACT(Quantizer):
+    """round(clamp(x, 0, c) * n / c) * c / n with a learned c = |clip_val|, n = levels - 1.
+
+    State:
+        clip_val: float32, `range_shape`; starts at `boundary`.
+    """
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
+        self.zero_to_zero = (
+            config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+            and "element" not in config.grad_scale
+        )
+
+    def grid(self) -> Grid:
+        """The levels in units of the step."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The clip value, float32 > 0, broadcastable to x."""
+        clip = self.per_channel(PositiveClip.apply(self.clip_val))
+        return ScaleGradient.apply(clip, self.gradient_factor(x))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the nearest level."""
+        return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")
+
+    def integers(self, x: Tensor) -> Integers:
+        """Codes and scale of `x`."""
+        return integers(x, self.clip(x) / self.grid().high, self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clip value."""
+        self.clip_val.copy_(value)
+
+    def current_range(self) -> Tensor:
+        """The clip value."""
+        return self.clip_val.detach()
+
+
+register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

@@ -1,0 +1,398 @@
+"""The frame that every quantizer shares, the registry of methods, and the quantized layers.
+
+A method is one file: it defines a `Quantizer` subclass and registers it with `@register`.
+Formulas of the methods and of the options: docs/quantizers.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from utils.config import QuantConfig, QuantizerConfig
+from utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSite:
+    """Where a quantizer sits: what it needs to know of its layer.
+
+    Attributes:
+        name: the layer's name in the network, for messages.
+        channels: size of the channel dimension of the quantized tensor.
+        channel_dim: that dimension: 0 for weights, 1 for a convolution's activations, -1 for a
+            linear layer's.
+        ndim: dimensions of the quantized tensor that parameters broadcast against
+            (4 for a convolution's input and weight, 2 for a linear layer's).
+        fan: inputs of one output value, in * kh * kw.
+    """
+
+    name: str
+    channels: int
+    channel_dim: int
+    ndim: int
+    fan: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integers:
+    """A quantized tensor as integers: `value = (codes - zero_point) * scale`.
+
+    Attributes:
+        codes: int32, the shape of the tensor.
+        scale: float32, broadcastable to the tensor.
+        zero_point: int.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: int = 0
+
+    def dequantize(self) -> Tensor:
+        """The float32 tensor that the integers stand for."""
+        return (self.codes - self.zero_point) * self.scale
+
+
+class Quantizer(nn.Module):
+    """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
+
+    `forward` takes a tensor of any floating dtype, computes in float32 whatever autocast says, and
+    returns the input's dtype and shape. Subclasses implement `quantize` on float32 tensors.
+
+    State:
+        iteration: int64 [1], training forwards so far (buffer).
+        level_num: int64 [1], number of levels (buffer; mirrors the attribute `levels`).
+        range_mean: float32, `range_shape`, the calibrated range; only with a warm-up (buffer).
+        gamma: float32, learned scale per group; only when asked for.
+
+    Raises:
+        UserError: when the number of groups does not divide the channels.
+    """
+
+    level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
+    zero_to_zero: bool = False  # maps 0 to exactly 0, so that padding may come before or after
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__()
+        self.config = config
+        self.site = site
+        self.levels = config.levels
+        self.groups = self._resolve_groups(config.quant_group)
+        self.register_buffer("iteration", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))
+        self.stable = config.stable  # training forwards of the warm-up; `set_stable` knows the epochs' length
+        self.calibrates = config.stable > 0 or config.stable_epoch > 0
+        if self.calibrates:
+            self.register_buffer("range_mean", torch.zeros(self.range_shape()))
+        if config.gamma:
+            self.gamma = nn.Parameter(torch.ones(self.range_shape()))
+
+    # What a method implements ------------------------------------------------------------------
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Fake-quantize a float32 tensor; differentiable."""
+        raise NotImplementedError
+
+    def integers(self, x: Tensor) -> Integers:
+        """The integer codes of `x` whose dequantized values equal `quantize(x)` exactly."""
+        raise NotImplementedError
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` (float32, `range_shape`) as the clip value; methods without one ignore it."""
+
+    def initialise_from(self, x: Tensor) -> None:
+        """Initialise the parameters from a full-precision tensor (`--re_init`); default: none."""
+
+    # The frame ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize `x`; any floating dtype and shape in, the same dtype and shape out."""
+        with torch.autocast(x.device.type, enabled=False):
+            full = x.float()
+            if self.training:
+                self.iteration.add_(1)
+                if self.calibrates:
+                    self._collect_range(full)
+            result = self._transform(full)
+            if self.calibrates:
+                result = torch.where(self.warming_up(), full, result)
+            return result.to(x.dtype)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        if self.config.adaptive == "none":
+            result = self.quantize(x)
+        else:
+            mean, deviation = self._statistics(x)
+            result = self.quantize((x - mean) / deviation)
+            if self.config.adaptive_restore:
+                result = result * deviation + mean
+        return result * self.per_channel(self.gamma) if self.config.gamma else result
+
+    def warming_up(self) -> Tensor:
+        """Bool [1]: the quantizer still passes its input through (`--stable`)."""
+        return self.iteration <= self.stable if self.training else self.iteration < self.stable
+
+    def set_stable(self, steps_per_epoch: int) -> None:
+        """Fix the length of the warm-up: the longer of `stable` and `stable_epoch` epochs."""
+        self.stable = max(self.config.stable, self.config.stable_epoch * steps_per_epoch)
+
+    def set_levels(self, levels: int) -> None:
+        """Change the number of levels; the range stays."""
+        self.levels = levels
+        self.level_num.fill_(levels)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.levels = int(self.level_num)
+
+    # Groups ------------------------------------------------------------------------------------
+
+    def _resolve_groups(self, requested: int | None) -> int:
+        channels = self.site.channels
+        weight = self.config.tag == "wt"
+        if requested is None:
+            return channels if weight else 1
+        groups = channels // -requested if requested < 0 and channels % -requested == 0 else requested
+        if groups <= 0 or channels % groups != 0:
+            meaning = f"groups of {-requested}" if requested < 0 else f"{requested} groups"
+            raise UserError(
+                f"{self.site.name}: --{self.config.tag}_quant_group {requested} ({meaning}) does not divide "
+                f"its {channels} channels; use a divisor of {channels}"
+            )
+        return groups
+
+    def range_shape(self) -> tuple[int, ...]:
+        """Shape of a learned value per group: [g, 1, ...] weights; [1] or [1, g, 1, ...] others."""
+        if self.config.tag == "wt":
+            return (self.groups,) + (1,) * (self.site.ndim - 1)
+        if self.groups == 1:
+            return (1,)
+        shape = [1] * self.site.ndim
+        shape[self.site.channel_dim] = self.groups
+        return tuple(shape)
+
+    def per_channel(self, value: Tensor) -> Tensor:
+        """A value per group (`range_shape`) as one per channel, broadcastable to the tensor."""
+        if self.groups in (1, self.site.channels):
+            return value
+        return value.repeat_interleave(self.site.channels // self.groups, dim=self.site.channel_dim)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """The elements of each group as a row: [g, elements per group]."""
+        if self.groups == 1:
+            return x.reshape(1, -1)
+        return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
+
+    @property
+    def levels_per_sample(self) -> bool:
+        """The levels of a tensor's samples differ: normalised per sample and restored."""
+        return self.config.tag != "wt" and self.config.adaptive != "none" and self.config.adaptive_restore
+
+    def level_rows(self, output: Tensor) -> Tensor:
+        """A quantized tensor's values as rows that share their levels: [rows, values]."""
+        if not self.levels_per_sample:
+            return self.grouped(output)
+        channels = output.movedim(self.site.channel_dim, 1)
+        return channels.reshape(output.shape[0] * self.groups, -1)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation to normalise by: per weight group, or per sample; no gradient.
+
+        A group with zero variance is divided by the smallest normal number's square root instead of
+        zero, which keeps (x - mean) / deviation = 0 finite.
+        """
+        x = x.detach()
+        rows = self.grouped(x) if self.config.tag == "wt" else x.flatten(1)
+        shape = self.range_shape() if self.config.tag == "wt" else (-1,) + (1,) * (x.ndim - 1)
+        mean = rows.mean(dim=1).reshape(shape)
+        deviation = rows.std(dim=1).reshape(shape).clamp_min(MIN_DEVIATION)
+        if self.config.tag == "wt":
+            mean, deviation = self.per_channel(mean), self.per_channel(deviation)
+        kind = self.config.adaptive
+        return (
+            mean if "mean" in kind else torch.zeros_like(mean),
+            deviation if "var" in kind else torch.ones_like(deviation),
+        )
+
+    # Calibration -------------------------------------------------------------------------------
+
+    def _collect_range(self, x: Tensor) -> None:
+        """Running mean of the groups' max |x| over the first `stable` training iterations."""
+        with torch.no_grad():
+            largest = self.grouped(self._normalised(x.detach())).abs().amax(dim=1).reshape(self.range_shape())
+            mean = self.range_mean + (largest - self.range_mean) / self.iteration
+            collecting = self.iteration <= self.stable
+            self.range_mean.copy_(torch.where(collecting, mean, self.range_mean))
+            factor = self.config.correlate if self.config.correlate > 0 else 1.0
+            self.set_range(torch.where(collecting, self.range_mean * factor, self.current_range()))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.config.adaptive == "none":
+            return x
+        mean, deviation = self._statistics(x)
+        return (x - mean) / deviation
+
+    def current_range(self) -> Tensor:
+        """The clip value now (`range_shape`); the configured boundary where there is none."""
+        return torch.full(self.range_shape(), self.config.boundary, device=self.iteration.device)
+
+    def elements(self, x: Tensor) -> float:
+        """Elements of `x` in one group."""
+        return x.numel() / self.groups
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """The factor on the gradient of the learned clip value (`xx_grad_scale`)."""
+        kind, scale = self.config.grad_scale, self.config.scale
+        if kind == "none":
+            return 1.0
+        count = self.site.fan if "fan" in kind else self.elements(x)
+        return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of a quantizer."""
+        return f"{self.config.tag}, {self.config.method}, levels={self.levels}, groups={self.groups}"
+
+
+MIN_DEVIATION = math.sqrt(torch.finfo(torch.float32).tiny)
+
+
+# The registry of methods -----------------------------------------------------------------------
+
+_METHODS: dict[tuple[str, str], type[Quantizer]] = {}
+
+
+def register(method: str, *tags: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+    """Class decorator: `method` on each of `tags` ("fm", "wt", "ot") is this class."""
+
+    def add(cls: type[Quantizer]) -> type[Quantizer]:
+        for tag in tags:
+            if (method, tag) in _METHODS:
+                raise ValueError(f"{method} is registered twice for {tag}")
+            _METHODS[method, tag] = cls
+        return cls
+
+    return add
+
+
+def methods() -> dict[tuple[str, str], type[Quantizer]]:
+    """Every registered (method, tag) and its class."""
+    return dict(_METHODS)
+
+
+def build(config: QuantizerConfig, site: TensorSite) -> nn.Module:
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
+    if not config.enable:
+        return nn.Identity()
+    try:
+        cls = _METHODS[config.method, config.tag]
+    except KeyError:
+        known = sorted(method for method, tag in _METHODS if tag == config.tag)
+        raise UserError(
+            f"--{config.tag}_enable: {config.method!r} has no quantizer for {config.tag}; "
+            f"give --keyword one of {', '.join(known)}"
+        ) from None
+    if cls.level_limit is not None and config.levels > cls.level_limit:
+        raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
+    return cls(config, site)
+
+
+# Layers ----------------------------------------------------------------------------------------
+
+
+class QuantLayer(nn.Module):
+    """What quantized layers share: three quantizers, absent (identity) until `build_quantizers`."""
+
+    quant_activation: nn.Module
+    quant_weight: nn.Module
+    quant_output: nn.Module
+
+    def build_quantizers(self, config: QuantConfig, name: str) -> None:
+        """Create the quantizers of this layer, called `name` in messages."""
+        for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
+            setattr(self, f"quant_{part}", build(getattr(config, tag), self._site(tag, name)))
+
+    def _site(self, tag: str, name: str) -> TensorSite:
+        raise NotImplementedError
+
+    def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
+        """The layer's quantizers that are not the identity, with their attribute names."""
+        for part in ("quant_activation", "quant_weight", "quant_output"):
+            quantizer = getattr(self, part)
+            if isinstance(quantizer, Quantizer):
+                yield part, quantizer
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """`nn.Conv2d` with quantizers on its input, weight and output.
+
+    By default the input is padded first and then quantized, so that padded positions take a real
+    level; `padding_after_quant` quantizes first and pads with exact zeros.
+    """
+
+    def __init__(self, *args: Any, padding_after_quant: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.padding_after_quant = padding_after_quant
+        self.quant_activation = self.quant_weight = self.quant_output = nn.Identity()
+
+    def _site(self, tag: str, name: str) -> TensorSite:
+        fan = self.weight[0].numel()
+        if tag == "fm":
+            return TensorSite(name=name, channels=self.in_channels, channel_dim=1, ndim=4, fan=fan)
+        dim = 0 if tag == "wt" else 1
+        return TensorSite(name=name, channels=self.out_channels, channel_dim=dim, ndim=4, fan=fan)
+
+    def _pads_first(self) -> bool:
+        quantizer = self.quant_activation
+        return isinstance(quantizer, Quantizer) and not (self.padding_after_quant or quantizer.zero_to_zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [N, in, H, W], output [N, out, H', W'], as `nn.Conv2d`."""
+        weight = self.quant_weight(self.weight)
+        if self._pads_first():
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            x = self.quant_activation(x)
+            x = functional.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            x = self._conv_forward(self.quant_activation(x), weight, self.bias)
+        return self.quant_output(x)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`nn.Linear` with quantizers on its input, weight and output."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quant_activation = self.quant_weight = self.quant_output = nn.Identity()
+
+    def _site(self, tag: str, name: str) -> TensorSite:
+        fan = self.in_features
+        if tag == "fm":
+            return TensorSite(name=name, channels=self.in_features, channel_dim=-1, ndim=2, fan=fan)
+        dim = 0 if tag == "wt" else -1
+        return TensorSite(name=name, channels=self.out_features, channel_dim=dim, ndim=2, fan=fan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input [..., in], output [..., out], as `nn.Linear`."""
+        weight = self.quant_weight(self.weight)
+        return self.quant_output(functional.linear(self.quant_activation(x), weight, self.bias))
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Every quantized layer of a network with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer) and any(True for _ in module.quantizers()):
+            yield name, module
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every quantizer of a network that is not the identity, with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module

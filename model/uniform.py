@@ -1,0 +1,132 @@
+"""The evenly spaced grid that DoReFa-Net, PACT and LSQ share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quant import Integers
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels `step * (low + k)`, k = 0, 1, ..., high - low.
+
+    Attributes:
+        low: lowest level in steps; a half-integer when zero lies midway between two levels
+            (mid-rise with an even count of levels).
+        high: highest level in steps; `step = clip / high`.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, levels: int, half_range: bool) -> Grid:
+        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range)."""
+        steps = levels - 1
+        if half_range:
+            return cls(0.0, float(steps))
+        return cls(-steps / 2, steps / 2)
+
+    def round(self, position: Tensor) -> Tensor:
+        """Nearest level of positions (in steps, any shape).
+
+        Ties go to the even k, counted from the lowest level as in the papers' formulas.
+        """
+        return torch.round(position.clamp(self.low, self.high) - self.low) + self.low
+
+
+class LearnedStep(torch.autograd.Function):
+    """q = s * round(clamp(x / s, low, high)) with a gradient to the step s.
+
+    Straight-through rounding gives, with r = x / s and l the level in steps,
+    dq/dx = 1 inside [low, high], 0 outside; dq/ds = l - r inside, low or high outside
+    (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, equations 1 to 3).
+
+    Args:
+        x: float32, any shape.
+        step: float32, positive, broadcastable to x.
+        grid: the levels.
+        balance: multiply the gradient of x by sqrt(elements / elements inside) (`STE-scale`).
+
+    Returns:
+        float32, the shape of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, grid: Grid, balance: bool = False) -> Tensor:
+        position = x / step
+        level = grid.round(position)
+        ctx.save_for_backward(position, level, step)
+        ctx.grid, ctx.balance = grid, balance
+        return level * step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        position, level, step = ctx.saved_tensors
+        inside = (position >= ctx.grid.low) & (position <= ctx.grid.high)
+        grad_x = grad_step = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.where(inside, grad, torch.zeros_like(grad))
+            if ctx.balance:
+                grad_x = grad_x * balance_factor(inside)
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, level - position, level)
+            grad_step = (grad * slope).sum_to_size(step.shape)
+        return grad_x, grad_step, None, None
+
+
+def balance_factor(inside: Tensor) -> Tensor:
+    """sqrt(elements / elements inside), the factor of `STE-scale`; at least one element counts."""
+    return (inside.numel() / inside.sum().clamp_min(1)).sqrt()
+
+
+def integers(x: Tensor, step: Tensor, grid: Grid) -> Integers:
+    """The codes of `round(clamp(x / step))` and their scale; mid-rise levels give odd codes.
+
+    Args:
+        x: float32, any shape.
+        step: float32, broadcastable to x.
+        grid: the levels.
+    """
+    level = grid.round(x / step)
+    # Doubling is exact in floating point, so (2 * level) * (step / 2) equals level * step.
+    factor = 1 if grid.low == int(grid.low) else 2
+    return Integers(codes=(level * factor).to(torch.int32), scale=(step / factor).detach())
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class PositiveClip(torch.autograd.Function):
+    """max(|c|, floor) whose gradient is sign(c) everywhere, with sign(0) = +1.
+
+    The floor keeps x / c finite; passing the gradient below the floor lets a clip value that has
+    reached zero, or crossed it, grow again.
+    """
+
+    FLOOR = 1e-6
+
+    @staticmethod
+    def forward(ctx: Any, clip: Tensor) -> Tensor:
+        ctx.save_for_backward(clip)
+        return clip.abs().clamp_min(PositiveClip.FLOOR)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (clip,) = ctx.saved_tensors
+        return torch.where(clip < 0, -grad, grad)

@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# Starts the next trainings once a process has ended; docs/config.md says more.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+Usage: bash start_on_terminate.sh [--keep-going] PID CONFIG [RETRIES] [CONFIG [RETRIES]]...
+       bash start_on_terminate.sh --identity PID
+
+Waits until the process has ended, then runs `bash train.sh CONFIG` for each config in order.
+A number after a config retries it that often if it fails; status 2, a mistake in what was
+written, is not retried. The queue stops at the first run that fails.
+
+  PID           a process of this machine, as a number or as PID:STARTTIME, which tells it from
+                a later process that was given the same number
+  --keep-going  go on with the next config after one that fails
+  --identity    print PID:STARTTIME of a process that is running
+  -h, --help    print this
+
+Environment:
+  POLL_SECONDS    how often to look at the process (default 5)
+  REPORT_SECONDS  how often to say so where the output is no terminal (default 600)
+
+Exit status: 0 when every run succeeded, else that of the last run that failed; 2 for a mistake
+in what was written, with nothing started; 130 or 143 after SIGINT or SIGTERM.
+END
+}
+
+fail() {
+  printf 'start_on_terminate.sh: error: %s\n' "${1//$'\n'/ }" >&2
+  exit 2
+}
+
+log() {
+  printf '%s %s\n' "$(date '+%F %T')" "$1"
+}
+
+# Prints a number of seconds as hours:minutes:seconds.
+duration() {
+  printf '%d:%02d:%02d\n' "$(($1 / 3600))" "$(($1 / 60 % 60))" "$(($1 % 60))"
+}
+
+# Prints when the process with this PID started, or nothing when there is none or it has ended.
+start_time() {
+  local stat fields
+  if [[ -r /proc/self/stat ]]; then
+    stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+    # The second field is a name in parentheses that may hold anything; `fields` begins with the third, the
+    # state. A zombie has ended, unless it has threads left: these may still hold the accelerator's memory.
+    read -r -a fields <<<"${stat##*) }"
+    [[ ${fields[0]} == [ZX] && ${fields[17]} -le 1 ]] || printf '%s\n' "${fields[19]}"
+  else
+    stat=$(LC_ALL=C TZ=UTC ps -o stat= -o lstart= -p "$1") || return 0
+    read -r -a fields <<<"$stat"
+    [[ ${fields[0]} == Z* ]] || printf '%s\n' "${fields[*]:1}"
+  fi
+}
+
+# Prints the command line of a process, as far as it can be seen.
+describe() {
+  { tr '\0' ' ' <"/proc/$1/cmdline" || ps -o args= -p "$1" || true; } 2>/dev/null |
+    tr -c '[:print:]' ' ' | sed 's/ *$//'
+}
+
+# Waits for the process `child` however many signals come meanwhile; `status` becomes its exit status.
+wait_for_child() {
+  local before
+  while
+    before=$signals status=0
+    wait "$child" || status=$?
+    [[ $signals -ne $before ]]
+  do :; done
+  child=''
+}
+
+# shellcheck disable=SC2329  # called by traps
+# The traps of the signals: `child`, be it a run or a pause, gets them too.
+pass_on() {
+  stopped_by=$1
+  signals=$((signals + 1))
+  [[ -z $child ]] || kill -s "$1" "$child" 2>/dev/null || true
+}
+
+# Starts a command as `child` and waits for it. Job control gives it a process group of its own: Ctrl-C then
+# reaches it once, passed on from here, and is not ignored, as it is in a plain background process.
+run_child() {
+  set -m
+  "$@" </dev/null &
+  child=$!
+  set +m
+  [[ -z $stopped_by ]] || kill -s "$stopped_by" "$child" 2>/dev/null || true # it came just before
+  wait_for_child
+}
+
+# Ends the queue if a signal asked for it; the arguments are the configs that have not run.
+stop_if_asked() {
+  [[ -n $stopped_by ]] || return 0
+  log "stopped by SIG$stopped_by; not started: ${*:-none}"
+  exit $((128 + $(kill -l "$stopped_by")))
+}
+
+# Waits until `process` has ended.
+wait_for_process() {
+  local name text reported=-1
+  name=$(describe "$pid")
+  text="waiting for process $process (${name:0:80})"
+  while [[ $(start_time "$pid") == "$identity" ]]; do
+    if [[ -t 1 ]]; then
+      printf '\r\033[K%.*s' "$((${COLUMNS:-80} - 1))" "$(duration "$SECONDS") $text, then ${configs[*]}"
+    elif [[ $reported -lt 0 || $((SECONDS - reported)) -ge $report_seconds ]]; then
+      reported=$SECONDS
+      log "$text, then ${configs[*]}"
+    fi
+    run_child sleep "$poll_seconds"
+    [[ -z $stopped_by ]] || break
+  done
+  [[ ! -t 1 ]] || printf '\r\033[K'
+  stop_if_asked "${configs[@]}"
+  log "process $process has ended after $(duration "$SECONDS") of waiting"
+}
+
+# Runs a config, at most 1 + retries times; `status` becomes the exit status of its last run.
+run_config() {
+  local config=$1 attempts=$((1 + $2)) attempt began
+  for ((attempt = 1; attempt <= attempts; attempt++)); do
+    began=$SECONDS
+    log "start $config (run $attempt of at most $attempts)"
+    run_child bash "$here/train.sh" "$config"
+    log "end $config: status $status after $(duration "$((SECONDS - began))")"
+    [[ -z $stopped_by && $status -ne 0 && $status -ne 2 ]] || break
+  done
+}
+
+keep_going=''
+case ${1-} in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+  --identity)
+    [[ ${2-} =~ ^[1-9][0-9]*$ && $# -eq 2 ]] || fail "write: bash start_on_terminate.sh --identity PID"
+    identity=$(start_time "$2")
+    [[ -n $identity ]] || fail "process $2 is not running; write the PID of one that is"
+    printf '%s:%s\n' "$2" "$identity"
+    exit 0
+    ;;
+  --keep-going)
+    keep_going=yes
+    shift
+    ;;
+esac
+
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+poll_seconds=${POLL_SECONDS:-5}
+report_seconds=${REPORT_SECONDS:-600}
+[[ $poll_seconds =~ ^[0-9]*\.?[0-9]+$ && $poll_seconds =~ [1-9] ]] ||
+  fail "POLL_SECONDS is '$poll_seconds'; write a number of seconds above 0"
+[[ $report_seconds =~ ^[0-9]+$ ]] ||
+  fail "REPORT_SECONDS is '$report_seconds'; write a whole number of seconds"
+
+[[ $# -ge 2 ]] || fail "write: bash start_on_terminate.sh PID config/config.NAME [RETRIES] [more configs]"
+process=$1 pid=${1%%:*}
+[[ $process =~ ^[1-9][0-9]*(:.+)?$ ]] || fail "'$process' is no process; write its PID, a number"
+shift
+configs=() retries=()
+while [[ $# -gt 0 ]]; do
+  [[ ! $1 =~ ^[0-9]+$ ]] || fail "no config before the number '$1'; write PID CONFIG [RETRIES]"
+  bash "$here/train.sh" --check "$1"
+  configs+=("$1")
+  if [[ ${2-} =~ ^[0-9]+$ ]]; then
+    [[ ${#2} -le 6 ]] || fail "'$2' retries are too many; write a number below 1000000"
+    retries+=("$((10#$2))")
+    shift
+  else
+    retries+=(0)
+  fi
+  shift
+done
+
+child='' stopped_by='' signals=0 status=0 result=0
+trap 'pass_on HUP' HUP
+trap 'pass_on INT' INT
+trap 'pass_on TERM' TERM
+
+identity=$(start_time "$pid")
+if [[ -z $identity || ${process#"$pid"} != "" && ${process#*:} != "$identity" ]]; then
+  log "process $process is not running; starting at once"
+else
+  wait_for_process
+fi
+
+for i in "${!configs[@]}"; do
+  rest=("${configs[@]:i+1}")
+  stop_if_asked "${configs[@]:i}"
+  run_config "${configs[i]}" "${retries[i]}"
+  stop_if_asked "${rest[@]}"
+  [[ $status -ne 0 ]] || continue
+  result=$status
+  if [[ -z $keep_going ]]; then
+    [[ ${#rest[@]} -eq 0 ]] || log "not started after the failure: ${rest[*]}"
+    break
+  fi
+done
+exit "$result"

@@ -1,0 +1,645 @@
+"""Data sources: the loader contract, each source's images, and the mistakes that are reported."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import map_coordinates
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from utils.config import DataConfig
+from utils.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    FakeImages,
+    Loader,
+    Loaders,
+    build,
+    check,
+    crop_flip,
+    digits,
+    epoch_order,
+    warp,
+)
+from utils.errors import UserError
+
+# torch advises against more workers than cores; two are wanted here on any machine.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def write_folder(root: Path, train: int, val: int) -> None:
+    """Write `train` and `val` JPEG files per class, of several sizes, in ImageNet's layout."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                height, width = rng.integers(24, 48, 2)
+                # Coarse blocks: pure noise would lose its detail in the JPEG.
+                pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{i}.jpg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("imagenet")
+    write_folder(root, train=6, val=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def imagenet(folder: Path) -> DataConfig:
+    return DataConfig(
+        dataset="imagenet",
+        root=folder,
+        num_classes=3,
+        input_size=16,
+        batch_size=4,
+        val_batch_size=4,
+        workers=0,
+    )
+
+
+DIGITS = DataConfig(dataset="digits", batch_size=200, val_batch_size=100)
+FAKE = DataConfig(dataset="fake", fake_size=50, batch_size=12, val_batch_size=5, input_size=16, num_classes=4)
+
+
+@pytest.fixture(params=["digits", "fake", "imagenet"])
+def config(request: pytest.FixtureRequest, imagenet: DataConfig) -> DataConfig:
+    return {"digits": DIGITS, "fake": FAKE, "imagenet": imagenet}[request.param]
+
+
+def read(loader: Loader, epoch: int = 0, position: int = 0) -> list[Batch]:
+    loader.set_epoch(epoch)
+    loader.set_position(position)
+    return list(loader)
+
+
+def validation(loaders: Loaders) -> Loader:
+    assert loaders.val is not None
+    return loaders.val
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def pixels(images: Tensor, loaders: Loaders) -> np.ndarray:
+    """Undo the normalisation: float64 [N, 3, S, S] in [0, 255]."""
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (loaders.mean, loaders.std))
+    return (images.numpy().astype(np.float64) * std + mean) * 255
+
+
+# ---- the contract
+
+
+def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
+    loaders = build(config)
+    for loader in (loaders.train, validation(loaders)):
+        batches = read(loader)
+        assert len(batches) == len(loader)
+        for images, target in batches:
+            assert images.shape == (len(target), 3, config.input_size, config.input_size)
+            assert images.dtype == torch.float32
+            assert images.is_contiguous()
+            assert target.dtype == torch.int64
+            assert 0 <= target.min() and target.max() < config.num_classes
+    assert loaders.num_classes == config.num_classes
+
+
+def test_two_builds_deliver_the_same(config: DataConfig) -> None:
+    one, two = build(config), build(config)
+    assert same(read(one.train, 1), read(two.train, 1))
+    assert same(read(validation(one)), read(validation(two)))
+
+
+def test_another_seed_changes_training_only(config: DataConfig) -> None:
+    one, two = build(config), build(replace(config, seed=1))
+    assert not same(read(one.train), read(two.train))
+    assert same(read(validation(one)), read(validation(two)))
+
+
+def test_every_epoch_has_its_own_order(config: DataConfig) -> None:
+    loaders = build(config)
+    first, second = read(loaders.train, 0), read(loaders.train, 1)
+    assert not torch.equal(torch.cat([t for _, t in first]), torch.cat([t for _, t in second]))
+    assert same(read(validation(loaders), 0), read(validation(loaders), 1))
+
+
+def test_resuming_continues_with_the_same_batches(config: DataConfig) -> None:
+    loader = build(config).train
+    for epoch in range(2):  # a history that the resumed loader does not have
+        read(loader, epoch)
+    whole = read(loader, 2)
+    resumed = build(config).train
+    assert same(read(resumed, 2, position=2), whole[2:])
+    resumed.set_epoch(2)
+    assert same(list(resumed), whole)  # the position held for one iteration only
+
+
+def test_position_at_the_end_leaves_nothing_and_beyond_is_refused() -> None:
+    loader = build(FAKE).train
+    assert read(loader, 0, position=len(loader)) == []
+    for position in (-1, len(loader) + 1):
+        with pytest.raises(ValueError, match=f"position {position} .* {len(loader)} batches"):
+            loader.set_position(position)
+
+
+def test_epoch_and_position_are_taken_when_the_iteration_begins() -> None:
+    loader = build(DIGITS).train
+    expected = read(loader, 0, position=3)
+    loader.set_epoch(0)
+    loader.set_position(3)
+    begun = iter(loader)
+    loader.set_epoch(1)
+    assert same(list(begun), expected)
+
+
+def test_global_random_state_is_neither_used_nor_changed(config: DataConfig) -> None:
+    torch.manual_seed(1)
+    one = read(build(config).train)
+    torch.manual_seed(2)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1]
+    two = read(build(config).train)
+    assert same(one, two)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)
+
+
+def test_a_sample_is_augmented_alike_in_every_batch_size(config: DataConfig) -> None:
+    one = read(build(config).train, 3)
+    two = read(build(replace(config, batch_size=2)).train, 3)
+    images, target = (torch.cat(parts) for parts in zip(*one, strict=True))
+    other_images, other_target = (torch.cat(parts) for parts in zip(*two, strict=True))
+    assert torch.equal(images, other_images[: len(images)])
+    assert torch.equal(target, other_target[: len(target)])
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "train_sizes", "val_samples", "val_sizes"),
+    [
+        (50, 12, [12] * 4, 12, [12]),  # the incomplete fifth batch is left out
+        (48, 12, [12] * 4, 12, [12]),
+        (7, 12, [7], 1, [1]),  # the only batch is used, incomplete as it is
+        (12, 12, [12], 3, [3]),
+        (13, 12, [12], 3, [3]),
+        (56, 4, [4] * 14, 14, [4, 4, 4, 2]),
+        (2, 1, [1, 1], 1, [1]),
+    ],
+)
+def test_incomplete_batches(
+    samples: int, batch: int, train_sizes: list[int], val_samples: int, val_sizes: list[int]
+) -> None:
+    loaders = build(replace(FAKE, fake_size=samples, batch_size=batch, val_batch_size=batch))
+    for loader, count, sizes in (
+        (loaders.train, samples, train_sizes),
+        (validation(loaders), val_samples, val_sizes),
+    ):
+        assert loader.samples == count
+        assert len(loader) == len(sizes)
+        assert [len(target) for _, target in loader] == sizes
+
+
+def test_no_validation_when_its_batch_is_zero(config: DataConfig) -> None:
+    assert build(replace(config, val_batch_size=0)).val is None
+
+
+def test_epoch_order_is_a_permutation_of_its_own() -> None:
+    orders = {
+        tuple(epoch_order(20, seed, epoch).tolist()) for seed in (-1, 0, 1, 2**40) for epoch in range(5)
+    }
+    assert len(orders) == 20
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert torch.equal(epoch_order(20, 3, 4), epoch_order(20, 3, 4))
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.1, 0.2, 0.3), None), (None, (0.5, 1.0, 2.0))])
+def test_own_mean_and_std_win(
+    config: DataConfig, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> None:
+    usual, own = build(config), build(replace(config, mean=mean, std=std))
+    assert own.mean == (mean or usual.mean)
+    assert own.std == (std or usual.std)
+    expected, actual = (pixels(next(iter(validation(x)))[0], x) for x in (usual, own))
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+
+# ---- augmentation
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_crop_flip_pads_crops_and_flips(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 3, 32, 32))
+    draws = rng.random((20, 4), dtype=np.float32)
+    draws[0, :3] = 0
+    draws[1, :3] = np.nextafter(np.float32(1), np.float32(0))
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    expected = []
+    for image, (u, v, w, _) in zip(padded, draws, strict=True):
+        row, column = math.floor(9 * u), math.floor(9 * v)
+        crop = image[:, row : row + 32, column : column + 32]
+        expected.append(crop[:, :, ::-1] if w < 0.5 else crop)
+    actual = crop_flip(torch.from_numpy(images).to(dtype), torch.from_numpy(draws))
+    assert actual.dtype == dtype
+    np.testing.assert_array_equal(actual.numpy(), np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("draws", "angle", "zoom", "shift"),
+    [
+        ((0.5, 0.5, 0.5, 0.5), 0, 1, (0, 0)),
+        ((0.5, 0.5, 1.0, 0.0), 0, 1, (2, -2)),  # pixels, x and y
+        ((1.0, 0.5, 0.5, 0.5), 10, 1, (0, 0)),
+        ((0.5, 0.0, 0.5, 0.5), 0, 0.9, (0, 0)),
+        ((0.1, 0.9, 0.3, 0.8), -8, 1.08, (-0.8, 1.2)),
+    ],
+)
+def test_warp_turns_zooms_and_shifts(
+    draws: tuple[float, ...], angle: float, zoom: float, shift: tuple[float, float]
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32)).astype(np.float64)
+    # Where each pixel of the result comes from, about the centre of the image.
+    y, x = np.mgrid[:32, :32] - 15.5
+    cos, sin = np.cos(np.radians(angle)) / zoom, np.sin(np.radians(angle)) / zoom
+    source = [sin * x + cos * y + shift[1] + 15.5, cos * x - sin * y + shift[0] + 15.5]
+    expected = map_coordinates(np.pad(image, 4), np.array(source) + 4, order=1)
+    actual = warp(torch.from_numpy(image).to(torch.uint8)[None, None], torch.tensor([draws]))
+    np.testing.assert_allclose(actual[0, 0].numpy(), expected, atol=0.02)
+
+
+# ---- digits
+
+
+def test_digits_split_is_stratified_constant_and_disjoint() -> None:
+    (train, train_target), (val, val_target) = digits(8)
+    assert (len(train), len(val)) == (1437, 360)
+    everything, classes = load_digits(return_X_y=True)
+    total, held_out = np.bincount(classes), np.bincount(val_target.numpy())
+    assert np.abs(held_out - 0.2 * total).max() <= 1
+    # At 8 pixels nothing is resized: the values of the set, 0 ... 16, come back.
+    rows = [(x.flatten(1).double() * 16 / 255).round().long().tolist() for x in (train, val)]
+    labelled = [
+        {(*row, label) for row, label in zip(part, target.tolist(), strict=True)}
+        for part, target in zip(rows, (train_target, val_target), strict=True)
+    ]
+    assert labelled[0].isdisjoint(labelled[1])
+    assert labelled[0] | labelled[1] == {
+        (*map(int, row), int(label)) for row, label in zip(everything, classes, strict=True)
+    }
+    # A change of the split would make accuracies incomparable.
+    assert val_target[:10].tolist() == [3, 1, 0, 7, 2, 1, 2, 4, 0, 4]
+
+
+def test_digits_are_resized_as_pillow_does() -> None:
+    small, _ = digits(8)[1]
+    large, _ = digits(32)[1]
+    for before, after in zip(small[:20, 0], large[:20, 0], strict=True):
+        image = Image.fromarray(before.numpy().astype(np.float32)).resize((32, 32), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(after.numpy(), np.clip(np.asarray(image), 0, 255), atol=1.5)
+
+
+def test_digits_validation_covers_every_sample_once_and_as_it_is() -> None:
+    loaders = build(DIGITS)
+    images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
+    _, (expected, classes) = digits(32)
+    assert torch.equal(target, classes)
+    np.testing.assert_allclose(pixels(images, loaders), expected.expand(-1, 3, -1, -1).numpy(), atol=1e-3)
+
+
+def test_digits_statistics_are_the_training_sets() -> None:
+    (train, _), _ = digits(32)
+    values = train.numpy().astype(np.float64) / 255
+    loaders = build(DIGITS)
+    assert loaders.mean == pytest.approx((values.mean(),) * 3, rel=1e-4)
+    assert loaders.std == pytest.approx((values.std(),) * 3, rel=1e-3)
+
+
+def test_digits_training_is_augmented_anew_each_epoch() -> None:
+    config = replace(DIGITS, batch_size=1437)  # all in one batch, sorted back into the order of the set
+    loader = build(config).train
+    first, second = (
+        read(loader, epoch)[0][0][epoch_order(1437, config.seed, epoch).argsort()] for epoch in (0, 1)
+    )
+    changed = (first != second).flatten(1).any(1)
+    assert changed.all()
+    assert (first - second).abs().mean() < first.abs().mean()  # still the same digits
+
+
+# ---- fake
+
+
+def test_fake_images_depend_on_split_and_index_only() -> None:
+    train, val = FakeImages(0, 4, 16), FakeImages(1, 4, 16)
+    images = train[torch.tensor([3, 7, 11])]
+    assert images.dtype == torch.uint8
+    assert images.shape == (3, 3, 16, 16)
+    assert torch.equal(train[torch.tensor([7])], images[1:2])
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(val[torch.tensor([3])], images[:1])
+
+
+def test_fake_classes_can_be_learned() -> None:
+    loaders = build(replace(FAKE, fake_size=64))
+    images, target = (torch.cat(parts) for parts in zip(*loaders.train, strict=True))
+    centres = torch.stack([images[target == label].mean(0) for label in range(4)]).flatten(1)
+    images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
+    nearest = torch.cdist(images.flatten(1), centres).argmin(1)
+    assert torch.equal(nearest, target)
+    assert torch.equal(target, torch.arange(16) % 4)
+
+
+def test_fake_images_are_normalised() -> None:
+    loaders = build(replace(FAKE, fake_size=400, num_classes=100, batch_size=400))
+    images, _ = next(iter(loaders.train))
+    assert abs(images.mean().item()) < 0.05
+    assert images.std().item() == pytest.approx(1, abs=0.1)
+
+
+# ---- cifar10, cifar100
+
+
+class OldPickler(pickle.Pickler):
+    """Writes a byte array's type as the NumPy of 2009 did, which wrote the CIFAR files."""
+
+    def reducer_override(self, obj: object) -> object:
+        if isinstance(obj, np.dtype):
+            return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
+        return NotImplemented
+
+
+def dump(path: Path, entry: dict[str, object]) -> list[str]:
+    """Write one file of a CIFAR set; return its name and checksum as torchvision lists them."""
+    buffer = io.BytesIO()
+    OldPickler(buffer, protocol=2).dump(entry)
+    path.write_bytes(buffer.getvalue())
+    return [path.name, hashlib.md5(buffer.getvalue()).hexdigest()]
+
+
+def write_cifar(root: Path, kind: type[CIFAR10], monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Write a small set in CIFAR's own format and give torchvision its checksums.
+
+    Returns:
+        `train` and `test`, uint8 [n, 3, 32, 32], and their classes, `train_target` and `test_target`.
+    """
+    rng = np.random.default_rng(0)
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    classes, key = (100, "fine_labels") if kind is CIFAR100 else (10, "labels")
+    written: dict[str, np.ndarray] = {}
+    for part, listed in (("train", "train_list"), ("test", "test_list")):
+        names = [name for name, _ in (kind.train_list if part == "train" else kind.test_list)]
+        data = rng.integers(0, 256, (len(names), 20, 3072), dtype=np.uint8)
+        target = rng.integers(0, classes, (len(names), 20))
+        entries = [
+            dump(folder / name, {"data": rows, key: labels.tolist(), "batch_label": name})
+            for name, rows, labels in zip(names, data, target, strict=True)
+        ]
+        monkeypatch.setattr(kind, listed, entries)
+        written[part] = data.reshape(-1, 3, 32, 32)
+        written[f"{part}_target"] = target.reshape(-1)
+    meta = dump(folder / kind.meta["filename"], {kind.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": meta[1]})
+    return written
+
+
+CIFAR_SETS = [
+    pytest.param("cifar10", CIFAR10, 10, 100, id="cifar10"),
+    pytest.param("cifar100", CIFAR100, 100, 20, id="cifar100"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "classes", "samples"), CIFAR_SETS)
+def test_cifar_is_read_from_its_own_files(
+    name: str,
+    kind: type[CIFAR10],
+    classes: int,
+    samples: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = write_cifar(tmp_path, kind, monkeypatch)
+    config = DataConfig(
+        dataset=name, root=tmp_path, num_classes=classes, batch_size=samples, val_batch_size=8
+    )
+    loaders = build(config)
+    assert (loaders.train.samples, validation(loaders).samples) == (samples, 20)
+    images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
+    np.testing.assert_array_equal(target.numpy(), written["test_target"])
+    np.testing.assert_allclose(pixels(images, loaders), written["test"], atol=1e-3)
+    # Training: the same pixels as in the file, cropped and flipped.
+    [(images, target)] = read(loaders.train, 5)
+    order = epoch_order(samples, config.seed, 5).numpy()
+    np.testing.assert_array_equal(target.numpy(), written["train_target"][order])
+    actual = pixels(images, loaders)
+    padded = np.pad(written["train"][order], ((0, 0), (0, 0), (4, 4), (4, 4)), mode="reflect")
+    for image, wide in zip(actual, padded, strict=True):
+        crops = np.lib.stride_tricks.sliding_window_view(wide, (3, 32, 32))[0].reshape(-1, 3, 32, 32)
+        candidates = np.concatenate([crops, crops[..., ::-1]])
+        assert np.abs(candidates - image).max(axis=(1, 2, 3)).min() < 1e-3
+
+
+def test_cifar_is_resized_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = write_cifar(tmp_path, CIFAR10, monkeypatch)
+    loaders = build(
+        DataConfig(dataset="cifar10", root=tmp_path, input_size=48, batch_size=10, val_batch_size=20)
+    )
+    assert next(iter(loaders.train))[0].shape == (10, 3, 48, 48)
+    [(images, _)] = validation(loaders)
+    image = Image.fromarray(written["test"][0].transpose(1, 2, 0)).resize((48, 48), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(pixels(images, loaders)[0].transpose(1, 2, 0), np.asarray(image), atol=1)
+
+
+def test_cifar_archive_that_was_put_into_the_root_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    root = tmp_path / "root"
+    root.mkdir()
+    archive = root / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
+    assert build(DataConfig(dataset="cifar10", root=root)).train.samples == 100
+
+
+def test_cifar_that_cannot_be_downloaded_says_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
+    with pytest.raises(UserError) as caught:
+        build(DataConfig(dataset="cifar10"))
+    message = str(caught.value)
+    for part in (
+        "data/cifar-10-batches-py",
+        "download failed",
+        CIFAR10.url,
+        "put it at data/cifar-10-python.tar.gz",
+    ):
+        assert part in message
+
+
+def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, CIFAR10, monkeypatch)
+    with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="checksums differ.*remove that folder"):
+        build(DataConfig(dataset="cifar10", root=tmp_path))
+
+
+# ---- imagenet
+
+
+def test_imagenet_workers_change_nothing(imagenet: DataConfig) -> None:
+    alone, helped = build(imagenet), build(replace(imagenet, workers=2))
+    for epoch in (0, 1):
+        assert same(read(alone.train, epoch), read(helped.train, epoch))
+    assert same(read(alone.train, 1, position=2), read(helped.train, 1, position=2))
+    # An iteration that was given up leaves no trace, though its batches were on their way.
+    helped.train.set_epoch(4)
+    next(iter(helped.train))
+    assert same(read(alone.train, 2), read(helped.train, 2))
+    assert same(read(validation(alone)), read(validation(helped)))
+
+
+def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig, folder: Path) -> None:
+    loaders = build(imagenet)
+    assert (loaders.mean, loaders.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
+    assert target.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    paths = [folder / "val" / name / f"{i}.jpg" for name in CLASSES for i in range(3)]
+    for path, actual in zip(paths, pixels(images, loaders), strict=True):
+        image = Image.open(path)
+        factor = 18 / min(image.size)  # 16 * 256 / 224, rounded
+        size = (int(image.width * factor + 1e-6), int(image.height * factor + 1e-6))
+        left, top = (round((side - 16) / 2) for side in size)
+        expected = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + 16, top + 16))
+        np.testing.assert_allclose(actual.transpose(1, 2, 0), np.asarray(expected), atol=1e-3)
+
+
+def test_imagenet_training_is_augmented_anew_each_epoch(imagenet: DataConfig) -> None:
+    config = replace(imagenet, batch_size=18)
+    loader = build(config).train
+    first, second = (read(loader, e)[0][0][epoch_order(18, config.seed, e).argsort()] for e in (0, 1))
+    assert (first != second).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage", ["truncated", "text"])
+def test_an_unreadable_image_is_named(tmp_path: Path, workers: int, damage: str) -> None:
+    write_folder(tmp_path, train=2, val=1)
+    path = tmp_path / "train" / "bee" / "1.jpg"
+    path.write_bytes(path.read_bytes()[:400] if damage == "truncated" else b"not an image")
+    loader = build(
+        DataConfig(
+            dataset="imagenet", root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=workers
+        )
+    ).train
+    with pytest.raises(UserError) as caught:
+        read(loader)
+    message = str(caught.value)
+    assert message.startswith(f"cannot read the image {path} (")
+    assert "\n" not in message
+    assert "Traceback" not in message
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "imagent"}, "--dataset imagent is unknown: choose one of digits, fake, .*imagenet"),
+        ({"dataset": "digits", "num_classes": 100}, "digits has 10 classes, not 100: write --num_classes 10"),
+        ({"dataset": "cifar10", "num_classes": 100}, "cifar10 has 10 classes, not 100"),
+        ({"dataset": "cifar100"}, "cifar100 has 100 classes, not 10: write --num_classes 100"),
+        (
+            {"dataset": "cifar10", "root": Path("nowhere")},
+            "--root nowhere is not a folder: .*cifar-10-batches-py",
+        ),
+        ({"dataset": "fake", "fake_size": 0}, "--fake_size 0"),
+        ({"dataset": "imagenet"}, "imagenet needs --root"),
+        (
+            {"dataset": "imagenet", "root": Path("nowhere")},
+            "--root nowhere is not a folder: .*train/ and val/",
+        ),
+        (
+            {"dataset": "imagenet", "root": Path("x" * 300)},
+            "is not a folder|cannot read x+: File name too long",
+        ),
+        ({"mean": (0.5,)}, "--mean has 1 values: write three"),
+        ({"std": (0.5, 0.5, 0.5, 0.5)}, "--std has 4 values: write three"),
+        ({"std": (0.5, 0.0, 0.5)}, "--std has the value 0: write numbers above 0"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_built(
+    change: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(DataConfig(), **change)  # pyright: ignore[reportArgumentType]
+    for function in (check, build):
+        with pytest.raises(UserError, match=message):
+            function(config)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folders", "files", "message"),
+    [
+        ([], [], "/train is missing: --root names"),
+        ([], ["train/a/1.jpg"], "/val is missing: --root names"),
+        (["train"], [], "/train has no class folders"),
+        ([], ["train/a/1.jpg", "val/1.jpg"], "/val has no class folders: .* one folder per class"),
+        (["train/b"], ["train/a/1.jpg"], "/train has class folders without images: fill or remove b$"),
+        (["val/b"], ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.txt"], "/val has .* b$"),
+        ([f"train/{i}" for i in range(6)], [], "fill or remove 0, 1, 2 and 3 more$"),
+        ([], ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg"], "different classes: b must be in both"),
+        ([], ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"], "different classes: b must be in both"),
+        ([], ["train/a/1.jpg", "val/a/1.jpg"], "has 1 classes, not 2: write --num_classes 1"),
+    ],
+)
+def test_image_folders_are_checked(
+    folders: list[str], files: list[str], message: str, tmp_path: Path
+) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=2)
+    for function in (check, build):
+        with pytest.raises(UserError, match=message):
+            function(config)
+
+
+def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=1, val=0)
+    for name in CLASSES:
+        (tmp_path / "val" / name).rmdir()
+    config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=3, val_batch_size=0, workers=0)
+    check(config)
+    assert build(config).val is None
+
+
+def test_check_accepts_every_good_source(config: DataConfig) -> None:
+    check(config)
+    check(DataConfig(dataset="cifar10"))  # files that are missing will be downloaded

@@ -1,0 +1,347 @@
+"""Log, meters, metrics file, TensorBoard, progress and curves."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import math
+import os
+import re
+import struct
+import sys
+import termios
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from utils import log
+from utils.errors import UserError
+
+FIELDS = (
+    *("epoch", "lr", "train_loss", "train_top1", "train_top5"),
+    *("val_loss", "val_top1", "val_top5", "seconds", "images_per_second"),
+)
+
+
+@pytest.fixture(autouse=True)
+def closed_log() -> Iterator[None]:
+    yield
+    log.close()
+
+
+def test_console_is_plain_and_file_has_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "run.log"
+    logger = log.setup(path, verbose=False)
+    logger.info("loss %.2f", 1.5)
+    logger.debug("unseen")
+    logger.warning("careful")
+    assert capsys.readouterr().out == "loss 1.50\ncareful\n"
+    first, second = path.read_text().splitlines()  # before any close: every line is flushed
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO loss 1\.50", first)
+    assert second.endswith(" WARNING careful")
+
+
+def test_verbose_shows_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup(None, verbose=True).debug("detail")
+    assert capsys.readouterr().out == "detail\n"
+
+
+def test_a_second_setup_replaces_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup(tmp_path / "a.log", verbose=False).info("one")
+    logger = log.setup(tmp_path / "b.log", verbose=False)
+    logger.info("two")
+    assert logger is logging.getLogger("train")
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert [len((tmp_path / name).read_text().splitlines()) for name in ("a.log", "b.log")] == [1, 1]
+    log.close()
+    assert logger.handlers == []
+    log.setup(tmp_path / "b.log", verbose=False).info("three")  # a resumed run goes on in its file
+    assert len((tmp_path / "b.log").read_text().splitlines()) == 2
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run.log", tmp_path):
+        with pytest.raises(UserError, match=r"cannot write the log .*--log_dir"):
+            log.setup(path, verbose=False)
+    assert logging.getLogger("train").handlers == []
+
+
+def test_mean_is_weighted() -> None:
+    mean = log.Mean()
+    assert math.isnan(mean.value)
+    values, weights = [2.5, -1.0, 7.25], [3, 1, 4]
+    for value, weight in zip(values, weights, strict=True):
+        mean.update(value, weight)
+    assert mean.value == np.average(values, weights=weights)
+    mean.update(torch.tensor(4.0, requires_grad=True), torch.tensor(2))
+    assert mean.value == np.average([*values, 4.0], weights=[*weights, 2])
+    assert isinstance(mean.total, torch.Tensor)
+    assert not mean.total.requires_grad
+    unweighted = log.Mean()
+    for value in values:
+        unweighted.update(value)
+    assert unweighted.value == np.mean(values)
+
+
+def test_mean_does_not_lose_small_parts() -> None:
+    """In float32 the sum would stop growing at 2^24; half precision would overflow."""
+    mean = log.Mean()
+    mean.update(torch.tensor(1.0), 2**24)
+    mean.update(torch.tensor(3.0), 1)
+    assert mean.value == (2**24 + 3) / (2**24 + 1)
+    half = log.Mean()
+    for _ in range(3):
+        half.update(torch.tensor(60000.0, dtype=torch.float16), 256)
+    assert half.value == torch.tensor(60000.0, dtype=torch.float16).item()
+
+
+class _Reads(TorchDispatchMode):
+    """Count the calls that bring a number to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_mean_reads_tensors_only_for_the_value() -> None:
+    mean = log.Mean()
+    with _Reads() as reads:
+        for _ in range(3):
+            mean.update(torch.tensor(2.0), torch.tensor(8))
+        assert reads.count == 0
+        assert mean.value == 2.0
+        assert reads.count > 0
+
+
+def test_top_k_by_hand() -> None:
+    output = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.1, 0.6]])
+    target = torch.tensor([1, 1, 0, 0])
+    counts = log.top_k(output, target, (1, 2, 3, 5))
+    assert [int(count) for count in counts] == [1, 3, 4, 4]
+    assert all(count.shape == () and count.dtype == torch.int64 for count in counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_top_k_against_numpy(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    scores = np.stack([rng.permutation(12) for _ in range(64)])  # no ties, exact in every type
+    target = rng.integers(0, 12, 64)
+    rank = (scores > scores[np.arange(64), target][:, None]).sum(1)
+    counts = log.top_k(torch.tensor(scores, dtype=dtype), torch.tensor(target))
+    assert [int(count) for count in counts] == [(rank < 1).sum(), (rank < 5).sum()]
+
+
+def row(epoch: int, validated: bool = True) -> dict[str, float]:
+    """Numbers of an epoch that have no short decimal form."""
+    values = {name: (epoch + 1) / (index + 3) for index, name in enumerate(FIELDS)}
+    if not validated:
+        values = {name: value for name, value in values.items() if not name.startswith("val_")}
+    return {**values, "epoch": epoch}
+
+
+def test_metrics_are_read_back_exactly(tmp_path: Path) -> None:
+    metrics = log.MetricsFile(tmp_path / "new" / "metrics.csv", FIELDS)
+    for epoch in range(3):
+        metrics.append(row(epoch))
+    assert metrics.path.read_text().splitlines()[0] == ",".join(FIELDS)
+    assert len(metrics.path.read_text().splitlines()) == 4
+    assert log.MetricsFile.read(metrics.path) == [row(epoch) for epoch in range(3)]
+    metrics.append(row(3, validated=False))
+    last = log.MetricsFile.read(metrics.path)[-1]
+    assert {name for name, value in last.items() if math.isnan(value)} == {"val_loss", "val_top1", "val_top5"}
+    with pytest.raises(ValueError, match="unheard"):
+        metrics.append({"unheard": 1.0})
+
+
+@pytest.mark.parametrize("reached", [3, 4, 6])
+@pytest.mark.parametrize("tail", ["", "6,0.1"])
+def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path: Path, reached: int, tail: str) -> None:
+    whole = log.MetricsFile(tmp_path / "whole.csv", FIELDS)
+    for epoch in range(6):
+        whole.append(row(epoch))
+    resumed = log.MetricsFile(tmp_path / "resumed.csv", FIELDS)
+    for epoch in range(reached):
+        resumed.append(row(epoch))
+    with resumed.path.open("a") as file:
+        file.write(tail)  # the line that was being written when the run was killed
+    resumed = log.MetricsFile(tmp_path / "resumed.csv", FIELDS)
+    resumed.truncate_after(3)
+    assert log.MetricsFile.read(resumed.path) == [row(epoch) for epoch in range(3)]
+    for epoch in range(3, 6):
+        resumed.append(row(epoch))
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.csv", "whole.csv"]
+
+
+def test_truncation_at_the_ends(tmp_path: Path) -> None:
+    metrics = log.MetricsFile(tmp_path / "metrics.csv", FIELDS)
+    metrics.truncate_after(2)
+    assert not metrics.path.exists()
+    metrics.path.write_text("anything else\n1\n")
+    metrics.truncate_after(0)  # a new run begins the file anew, whatever was in it
+    assert log.MetricsFile.read(metrics.path) == []
+    metrics.append(row(0))
+    assert log.MetricsFile.read(metrics.path) == [row(0)]
+
+
+def test_metrics_of_other_columns(tmp_path: Path) -> None:
+    metrics = log.MetricsFile(tmp_path / "metrics.csv", FIELDS)
+    metrics.append(row(0))
+    with pytest.raises(UserError, match="other columns"):
+        log.MetricsFile(metrics.path, FIELDS[:-1]).truncate_after(1)
+    assert log.MetricsFile.read(metrics.path) == [row(0)]
+
+
+@pytest.mark.parametrize("content", [b"epoch,lr\n0\n", b"epoch,lr\n0,fast\n", b"\x89PNG\r\n\x1a\n\x00\n"])
+def test_files_that_are_no_metrics(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a metrics file"):
+        log.MetricsFile.read(path)
+
+
+def test_metrics_that_are_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the metrics file"):
+        log.MetricsFile.read(tmp_path / "none.csv")
+
+
+def events(folder: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_board_writes_event_files(tmp_path: Path) -> None:
+    board = log.Board(tmp_path / "board")
+    for step in range(3):
+        board.scalars({"train/loss": 2.0 - step, "lr": 0.5}, step)
+    weights = torch.tensor([[0.0, 1.0], [3.0, math.nan]], dtype=torch.bfloat16, requires_grad=True)
+    board.histogram("weights", weights, 2)
+    board.histogram("diverged", torch.full((4,), math.inf), 2)
+    board.close()
+    read = events(tmp_path / "board")
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(0, 2), (1, 1), (2, 0)]
+    assert [event.value for event in read.Scalars("lr")] == [0.5] * 3
+    assert read.Tags()["histograms"] == ["weights"]
+    (histogram,) = read.Histograms("weights")
+    value = histogram.histogram_value
+    assert (histogram.step, value.num, value.min, value.max, value.sum) == (2, 3, 0, 3, 4)
+
+
+def test_a_resumed_board_hides_what_is_done_again(tmp_path: Path) -> None:
+    for purge_step, steps, value in ((None, range(4), 1.0), (2, range(2, 5), 2.0)):
+        board = log.Board(tmp_path, purge_step)
+        for step in steps:
+            board.scalars({"loss": value}, step)
+        board.close()
+    points = [(event.step, event.value) for event in events(tmp_path).Scalars("loss")]
+    assert points == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
+
+
+def test_a_board_without_folder_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    board = log.Board(None)
+    board.scalars({"loss": 1.0}, 0)
+    board.histogram("weights", torch.ones(3), 0)
+    board.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_board_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write TensorBoard's files"):
+        log.Board(tmp_path / "file" / "board")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_progress_without_terminal_is_silent(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = log.progress(iter("abc"), total=3, description="epoch 0", enabled=enabled)
+    assert list(bar) == ["a", "b", "c"]
+    assert stream.getvalue() == capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("enabled", "shown"), [(True, True), (False, False)])
+def test_progress_on_a_terminal(enabled: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pseudo-terminal is a real one to whoever writes to it."""
+    reading, writing = os.openpty()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))  # 80 columns
+    with os.fdopen(reading, "rb", buffering=0) as screen:
+        with os.fdopen(writing, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            items = list(log.progress(range(3), total=3, description="epoch 7", enabled=enabled))
+            terminal.write("end of test\n")
+        output = b""
+        while b"end of test" not in output:
+            output += screen.read(4096)
+    assert items == [0, 1, 2]
+    assert (b"epoch 7" in output) is shown
+
+
+def curves(epochs: int, **changes: float) -> list[dict[str, float]]:
+    """Rows as a training writes them."""
+    return [
+        {
+            **dict.fromkeys(FIELDS, 1.0),
+            "epoch": epoch,
+            "lr": 0.1 ** (epoch // 4 + 1),
+            "train_loss": 2 / (epoch + 1),
+            "train_top1": 90 - 80 / (epoch + 1),
+            "val_loss": 2.5 / (epoch + 1),
+            "val_top1": 85 - 70 / (epoch + 1),
+            **changes,
+        }
+        for epoch in range(epochs)
+    ]
+
+
+def has_colour(picture: np.ndarray, colour: str) -> list[bool]:
+    """Tell for each third of the picture, left to right, whether the colour is in it."""
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    found = (np.abs(picture[..., :3] - wanted) < 0.01).all(-1)
+    return [bool(part.any()) for part in np.array_split(found, 3, axis=1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "train", "val", "rate"),
+    [
+        (curves(12), True, True, True),
+        (curves(60), True, True, True),
+        (curves(1), True, True, True),
+        (curves(5, val_loss=math.nan, val_top1=math.nan), True, False, True),
+        (curves(5, train_loss=math.inf, train_top1=math.nan), False, True, True),
+        (curves(5, lr=0.0), True, True, True),
+        ([{"epoch": 0.0, "lr": 0.1, "train_loss": 1.0, "train_top1": 10.0}], True, False, True),
+        ([], False, False, False),
+    ],
+)
+def test_curves(tmp_path: Path, rows: list[dict[str, float]], train: bool, val: bool, rate: bool) -> None:
+    path = tmp_path / "new" / "curves.png"
+    log.draw_curves(rows, path, "resnet20 $lsq_2bit")
+    picture = imread(path)
+    assert picture.shape[0] >= 400
+    assert picture.shape[1] >= 1200
+    assert has_colour(picture, "#0072b2") == [train, train, False]
+    assert has_colour(picture, "#d55e00") == [val, val, False]
+    assert has_colour(picture, "#009e73") == [False, False, rate]

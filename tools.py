@@ -1,0 +1,478 @@
+"""Small jobs on checkpoints, name lists and image folders: `python tools.py --keyword WORD[,raw] ...`.
+
+See docs/tools.md. The exit status is 0 when all is well, 1 when a check found something, 2 for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from utils.errors import UserError
+
+# torch, Pillow and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SMALL = 4  # elements of a tensor whose values are listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line; None or False where an option was not given."""
+
+    old: Path | None = None
+    new: Path | None = None
+    mf: Path | None = None
+    mt: Path | None = None
+    new_mf: Path | None = None
+    new_mt: Path | None = None
+    root: Path | None = None
+    verbose_list: str | None = None
+    workers: int | None = None
+    force: bool = False
+    raw: bool = False
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def verbose(options: Options) -> int:
+    """List the entries of --old."""
+    from utils import checkpoint
+
+    payload, state = _weights(options)
+    key = checkpoint.wrapper_of(payload)
+    if key is None:
+        print("keys: none, a bare state dict")
+    else:
+        tops = (f"{k}={v}" if isinstance(v, int | float) else str(k) for k, v in payload.items())
+        print(f"keys: {', '.join(tops)}; weights under {key}")
+    if options.verbose_list is None:
+        rows = [(name, str(list(value.shape))) for name, value in state.items()]
+    else:
+        endings = ("",) if options.verbose_list.strip() == "all" else tuple(_split(options.verbose_list))
+        for ending in endings:
+            if not any(name.endswith(ending) for name in state):
+                close = _closest(ending, {name.rpartition(".")[2] for name in state})
+                raise UserError(f"--verbose_list {ending}: no name ends so{close}")
+        rows = [(name, *_details(value)) for name, value in state.items() if name.endswith(endings)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{len(rows)} of {len(state)} entries")
+    return 0
+
+
+def _details(value: Tensor) -> tuple[str, str, str]:
+    """Shape, dtype and, of a small tensor, the values."""
+    numbers = value.flatten().tolist() if value.numel() <= SMALL else []
+    texts = [f"{number:.7g}" if isinstance(number, float) else str(number) for number in numbers]
+    return str(list(value.shape)), str(value.dtype).removeprefix("torch."), " ".join(texts)
+
+
+def load(options: Options) -> int:
+    """Check that --old loads as a network's weights, and count them."""
+    from utils import checkpoint
+
+    payload, state = _weights(options)
+    key = checkpoint.wrapper_of(payload)
+    elements = sum(value.numel() for value in state.values())
+    print(f"{options.old}: loads as a network's weights, {'bare' if key is None else f'under {key}'}")
+    print(f"{len(state)} entries, {elements} elements")
+    return 0
+
+
+def save(options: Options) -> int:
+    """Write the weights of --old alone to --new."""
+    _check_new(options, options.new)
+    _, state = _weights(options)
+    return _write(options, {}, state)
+
+
+def update(options: Options) -> int:
+    """Write --old to --new with the names of --mf replaced by those of --mt."""
+    return _rename(options, _given(options.mf), _given(options.mt))
+
+
+def swap(options: Options) -> int:
+    """Write --old to --new with the names of --mt replaced by those of --mf: `update` undone."""
+    return _rename(options, _given(options.mt), _given(options.mf))
+
+
+def _rename(options: Options, source: Path, target: Path) -> int:
+    from utils import checkpoint
+
+    _check_new(options, options.new)
+    pairs = read_pairs(source, target)
+    payload, state = _weights(options)
+    renamed = rename(state, pairs, str(options.old))
+    key = checkpoint.wrapper_of(payload)
+    others = {} if key is None else {name: value for name, value in payload.items() if name != key}
+    return _write(options, others, renamed)
+
+
+def rename(state: dict[str, Tensor], pairs: list[tuple[str, str]], source: str) -> dict[str, Tensor]:
+    """Rename the entries of `state` by (old, new) pairs, all at once, keeping the order and all other names.
+
+    Raises UserError for an old name that is not in `state` and for a new name that another entry has.
+    """
+    new_names = dict(pairs)
+    for old in new_names:
+        if old not in state:
+            raise UserError(f"{old!r} is not in {source}{_closest(old, set(state))}")
+    renamed: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for name, value in state.items():
+        new = new_names.get(name, name)
+        if new in renamed:
+            raise UserError(f"both {origin[new]!r} and {name!r} would be named {new!r} in the new file")
+        renamed[new] = value
+        origin[new] = name
+    return renamed
+
+
+def _weights(options: Options) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The whole of --old, and the weights in it."""
+    from utils import checkpoint
+
+    old = _given(options.old)
+    payload = checkpoint.read(old)
+    return payload, checkpoint.state_dict_of(payload, source=str(old))
+
+
+def _write(options: Options, others: dict[str, Any], state: dict[str, Tensor]) -> int:
+    """Write the new file: everything, or with `raw` the bare state dict."""
+    from utils import checkpoint
+
+    new = _given(options.new)
+    checkpoint.save(new, state if options.raw else {**others, "state_dict": state})
+    print(f"{new}: {len(state)} entries, {'bare' if options.raw else 'under state_dict'}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Mapping files
+# ---------------------------------------------------------------------------------------------
+
+
+def read_names(path: Path) -> list[tuple[int, list[str]]]:
+    """The lines of a mapping file that hold names: the line's number and its names, braces expanded in order.
+
+    `layer1.{conv1,bn1}.weight` stands for two names; several brace lists in a line give every combination,
+    the last one counting fastest. What follows a `#` and blank lines are ignored. Raises UserError when the
+    file cannot be read or a brace has no partner.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file; a mapping file has one name per line") from error
+    lines: list[tuple[int, list[str]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        parts = re.split(r"\{([^{}]*)\}", content)  # outside, inside, outside, ...
+        if any(brace in part for part in parts[::2] for brace in "{}"):
+            raise UserError(f"{path}, line {number}: a brace without its partner, or one inside another")
+        choices = [[part] for part in parts]
+        choices[1::2] = [[choice.strip() for choice in part.split(",")] for part in parts[1::2]]
+        lines.append((number, ["".join(combination) for combination in itertools.product(*choices)]))
+    return lines
+
+
+def read_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
+    """The (old, new) names of two mapping files, paired line by line.
+
+    Raises UserError when a line has no partner or another number of names than its partner, or when a
+    name is listed twice in the same file.
+    """
+    old, new = read_names(source), read_names(target)
+    if len(old) != len(new):
+        raise UserError(
+            f"{source} has {len(old)} lines of names, {target} {len(new)}; they pair line by line"
+        )
+    pairs: list[tuple[str, str]] = []
+    for (old_line, old_names), (new_line, new_names) in zip(old, new, strict=True):
+        if len(old_names) != len(new_names):
+            raise UserError(
+                f"{source}, line {old_line} has {len(old_names)} names, "
+                f"{target}, line {new_line} has {len(new_names)}; they pair line by line"
+            )
+        pairs += zip(old_names, new_names, strict=True)
+    if not pairs:
+        raise UserError(f"{source}: no names; a mapping file has one name per line")
+    for path, column in ((source, [name for name, _ in pairs]), (target, [name for _, name in pairs])):
+        seen: set[str] = set()
+        for name in column:
+            if name in seen:
+                raise UserError(f"{path}: {name!r} is listed twice")
+            seen.add(name)
+    return pairs
+
+
+def sort(options: Options) -> int:
+    """Write --mf and --mt, sorted together by the names of --mf, to --new_mf and --new_mt."""
+    from utils import checkpoint
+
+    mf, mt = _given(options.mf), _given(options.mt)
+    new_mf = options.new_mf or mf.with_name(mf.name + ".sorted")
+    new_mt = options.new_mt or mt.with_name(mt.name + ".sorted")
+    if new_mf == new_mt:
+        raise UserError(f"--new_mf and --new_mt are both {new_mf}; name two files")
+    _check_new(options, new_mf, new_mt)
+    pairs = sorted(read_pairs(mf, mt), key=lambda pair: natural_order(pair[0]))
+    for path, column in ((new_mf, [name for name, _ in pairs]), (new_mt, [name for _, name in pairs])):
+        checkpoint.write_atomic(path, "".join(f"{name}\n" for name in column).encode())
+        print(f"{path}: {len(pairs)} names")
+    return 0
+
+
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """A sorting key that puts layer2 before layer10: runs of digits compare as numbers, before letters."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+# ---------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------
+
+
+def verify_image(options: Options) -> int:
+    """Decode every image below --root and list the bad ones."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    from tqdm import tqdm
+
+    root = _given(options.root)
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    images = sorted(image_files(root))
+    if not images:
+        raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
+    workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    bad = 0
+    # Fresh processes rather than forks: safe beside the threads of the progress bar.
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(min(workers, len(images)), mp_context=context) as pool:
+            reasons = pool.map(image_error, images, chunksize=min(64, -(-len(images) // workers)))
+            # disable=None: a bar on a terminal only
+            progress = tqdm(reasons, total=len(images), unit="image", disable=None)
+            for path, reason in zip(images, progress, strict=True):
+                if reason is not None:
+                    bad += 1
+                    line = f"{path}: {reason}".encode(errors="backslashreplace").decode()
+                    tqdm.write(line, file=sys.stdout)
+    except BrokenProcessPool as error:
+        raise UserError("a decoding process died, out of memory perhaps; try fewer --workers") from error
+    print(f"{len(images)} images, {bad} bad")
+    return 1 if bad else 0
+
+
+def image_files(root: Path) -> Iterator[Path]:
+    """All files below `root` with the ending of an image, links to folders followed.
+
+    Raises UserError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
+        for name in names:
+            if name.lower().endswith(IMAGE_ENDINGS):
+                yield Path(folder, name)
+
+
+def image_error(path: Path) -> str | None:
+    """Why the image cannot be decoded to RGB, in one line; None when it can."""
+    import struct
+    import warnings
+    import zlib
+
+    from PIL import Image
+
+    # What Pillow's decoders are known to raise on bad files.
+    failures = (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        MemoryError,
+        RuntimeError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    )
+    try:
+        with warnings.catch_warnings():  # odd metadata of an image that decodes
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                image.convert("RGB")
+    except failures as error:
+        text = " ".join(str(error).replace(f" {str(path)!r}", "").split())
+        return text.rstrip(":") or type(error).__name__
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of --keyword: its function, the options it needs and those it may have."""
+
+    run: Callable[[Options], int]
+    needs: tuple[str, ...]
+    takes: tuple[str, ...] = ()
+
+
+WORDS: dict[str, Word] = {
+    "verbose": Word(verbose, ("old",), ("verbose_list",)),
+    "load": Word(load, ("old",)),
+    "save": Word(save, ("old", "new"), ("raw", "force")),
+    "update": Word(update, ("old", "new", "mf", "mt"), ("raw", "force")),
+    "swap": Word(swap, ("old", "new", "mf", "mt"), ("raw", "force")),
+    "sort": Word(sort, ("mf", "mt"), ("new_mf", "new_mt", "force")),
+    "verify-image": Word(verify_image, ("root",), ("workers",)),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one word; returns the exit status, after printing a user's mistake as one line."""
+    try:
+        word, options = parse(sys.argv[1:] if arguments is None else arguments)
+        status = WORDS[word].run(options)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"tools.py: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (`head`) has all it wanted; the flush at exit must not fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are a UserError, too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{message}; see python tools.py --help")
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Options]:
+    """The word and the options of a command line. Raises UserError for what does not fit the word."""
+    width = max(map(len, WORDS))
+    words = "\n".join(
+        f"  {name:{width}}  {word.run.__doc__}\n"
+        f"  {'':{width}}  {' '.join(f'--{n}' for n in word.needs)}"
+        f"{''.join(' [,raw]' if n == 'raw' else f' [--{n}]' for n in word.takes)}"
+        for name, word in WORDS.items()
+    )
+    parser = _Parser(
+        prog="tools.py",
+        description="Small jobs on checkpoints, name lists and image folders.",
+        epilog=f"words:\n{words}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--keyword", required=True, metavar="WORD[,raw]", help="what to do; see below")
+    parser.add_argument("--old", type=Path, metavar="FILE", help="the checkpoint to read")
+    parser.add_argument("--new", type=Path, metavar="FILE", help="the checkpoint to write")
+    parser.add_argument("--mf", type=Path, metavar="FILE", help="mapping file: names to map from")
+    parser.add_argument("--mt", type=Path, metavar="FILE", help="mapping file: names to map to")
+    parser.add_argument("--new_mf", type=Path, metavar="FILE", help="default: the --mf name + .sorted")
+    parser.add_argument("--new_mt", type=Path, metavar="FILE", help="default: the --mt name + .sorted")
+    parser.add_argument("--root", type=Path, metavar="FOLDER", help="the folder of images")
+    parser.add_argument(
+        "--verbose_list", metavar="LIST", help="details of names with these endings, or of all"
+    )
+    parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
+
+    names = _split(given.pop("keyword"))
+    given["raw"] = "raw" in names
+    chosen = [name for name in names if name != "raw"]
+    for name in chosen:
+        if name not in WORDS:
+            raise UserError(
+                f"--keyword {name}: no such word{_closest(name, set(WORDS))}; there are {', '.join(WORDS)}"
+            )
+    if len(chosen) != 1:
+        raise UserError(f"--keyword: {len(chosen)} words are given; write one of {', '.join(WORDS)}")
+    name = chosen[0]
+    word = WORDS[name]
+    for option, value in given.items():
+        shown = "raw" if option == "raw" else f"--{option}"
+        is_given = value is not None and value is not False
+        if is_given and option not in word.needs + word.takes:
+            raise UserError(f"{shown} means nothing to the word {name}; leave it out")
+        if not is_given and option in word.needs:
+            raise UserError(f"the word {name} needs {shown}")
+    return name, Options(**given)
+
+
+def _with_underscores(argument: str) -> str:
+    """`--new-mf=a-b` as `--new_mf=a-b`."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument[2:].partition("=")
+    return f"--{option.replace('-', '_')}{equals}{value}"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _split(text: str) -> list[str]:
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def _closest(word: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def _given(path: Path | None) -> Path:
+    """An option that `parse` made sure of."""
+    if path is None:
+        raise TypeError("an option that the word needs is not declared in WORDS")
+    return path
+
+
+def _check_new(options: Options, *paths: Path | None) -> None:
+    """Refuse, before any work, to write over an existing file without --force."""
+    for path in paths:
+        if path is not None and os.path.lexists(path) and not options.force:
+            raise UserError(f"{path} exists; --force writes over it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# Starts a training as a config file describes it; docs/config.md explains configs.
+set -euo pipefail
+
+usage() {
+  cat <<'END'
+Usage: bash train.sh [--print | --check] CONFIG [SCRIPT] [options...]
+
+Starts main.py (or SCRIPT, such as tools.py) with the settings of the shell file CONFIG,
+then the options given here, which win. Runs in the repository's folder.
+
+  --print     print the command, quoted for the shell, instead of running it
+  --check     only check that CONFIG can be read; nothing of it is executed
+  -h, --help  print this
+
+CONFIG may set: dataset root model base epochs train_batch val_batch case keyword pretrained
+options script nproc torchrun.
+
+Environment:
+  PYTHON      the interpreter; otherwise .venv/bin/python if there is one, else python3
+  NPROC       processes on this machine; more than one, or a -g that names several devices,
+              go through torchrun
+  TORCHRUN    options of torchrun, for a run on several machines
+
+Exit status: the training's own; 2 for a mistake in what was written, with nothing started.
+END
+}
+
+fail() {
+  trap - ERR EXIT
+  printf 'train.sh: error: %s\n' "${1//$'\n'/ }" >&2
+  exit 2
+}
+
+# Prints the interpreter to use; the working directory is the repository.
+find_python() {
+  local found=python3
+  [[ ! -x .venv/bin/python ]] || found=.venv/bin/python
+  printf '%s\n' "${PYTHON:-$found}"
+}
+
+# Prints the path of a file named from the caller's working directory or, failing that, from the repository.
+locate() {
+  local path=$1
+  [[ $path == /* || ! -e $caller_directory/$path ]] || path=$caller_directory/$path
+  printf '%s\n' "${path#"$repository"/}"
+}
+
+# Prints the names in config/ that are close to a name that does not exist.
+close_names() {
+  "$(find_python)" - "${1##*/}" 2>/dev/null <<'END' || true
+import difflib, os, sys
+print(", ".join(f"config/{name}" for name in difflib.get_close_matches(sys.argv[1], os.listdir("config"))))
+END
+}
+
+# Ends with an error unless the file is one that can be sourced.
+check_shell_file() {
+  local close message
+  [[ ! -d $1 ]] || fail "'$1' is a directory; name a config file in it"
+  if [[ ! -e $1 ]]; then
+    close=$(close_names "$1")
+    fail "no config '$1'; ${close:+close names: $close; }the folder config/ has those that exist"
+  fi
+  [[ -f $1 && -r $1 ]] || fail "'$1' is not a file that can be read; name a config file"
+  message=$(LC_ALL=C bash -n -- "$1" 2>&1) || fail "not valid shell, correct it: ${message%%$'\n'*}"
+}
+
+# Called after a command of the user's that fails. One that does not exist is nearly always an assignment
+# with spaces in it, and going on would train something else.
+# shellcheck disable=SC2329  # called by a trap
+check_status() {
+  [[ $1 -ne 127 ]] || fail "$2: no such command: $3 (an assignment is NAME=\"VALUE\", no spaces around =)"
+}
+
+# Prints how many devices the last -g among the words names (`-g 0,1`, `-g 0 1`, `--device-ids=0,1`), or 0.
+count_devices() {
+  local word inside='' ids=() more
+  for word; do
+    case $word in
+      -g | --device_ids | --device-ids)
+        inside=yes ids=()
+        continue
+        ;;
+      -g=* | --device_ids=* | --device-ids=*) inside=yes ids=() word=${word#*=} ;;
+      -g[0-9]*) inside=yes ids=() word=${word#-g} ;;
+    esac
+    if [[ -n $inside && $word =~ ^[0-9]+(,[0-9]+)*,?$ ]]; then
+      IFS=, read -r -a more <<<"$word"
+      ids+=("${more[@]}")
+    else
+      inside=''
+    fi
+  done
+  printf '%s\n' "${#ids[@]}"
+}
+
+launcher_mode=run
+case ${1-} in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+  --print | --check)
+    launcher_mode=${1#--}
+    shift
+    ;;
+esac
+[[ -n ${1-} ]] || fail "no config given; write: bash train.sh config/config.NAME [SCRIPT] [options...]"
+[[ $1 != -* ]] || fail "'$1' stands where the config belongs; write: bash train.sh config/config.NAME $1"
+
+caller_directory=$PWD
+repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+cd -- "$repository"
+
+config_file=$(locate "$1")
+shift
+check_shell_file "$config_file"
+[[ $launcher_mode != check ]] || exit 0
+[[ $config_file == */* ]] || config_file=./$config_file # `source` would search PATH for a bare name
+
+script_argument=''
+if [[ -n ${1-} && $1 != -* ]]; then
+  script_argument=$(locate "$1")
+  shift
+fi
+command_line=("$@")
+
+# What a config may set starts empty, whatever the caller's environment holds under these everyday names.
+unset dataset root model base epochs train_batch val_batch case keyword pretrained nproc torchrun script
+options=''
+
+# The rules of a plain shell hold in the user's files: an unset variable is empty, a test may be false.
+# shellcheck disable=SC2329  # bash calls it, in place of its own message: check_status says what to write
+command_not_found_handle() { return 127; }
+user_files=("$config_file")
+if [[ -f .env ]]; then
+  check_shell_file .env
+  user_files=(./.env "$config_file")
+fi
+for user_file in "${user_files[@]}"; do
+  [[ $user_file == ./.env ]] || : "${FASTDIR:=.}" # older configs build their paths on it
+  trap 'check_status $? "${BASH_SOURCE[0]}: line $LINENO" "$BASH_COMMAND"' ERR
+  trap 'fail "${BASH_SOURCE[0]}: ends the shell; leave the exit out, or write return"' EXIT
+  set +euo pipefail
+  # shellcheck source=/dev/null
+  source "$user_file"
+  set -euo pipefail
+  trap - ERR EXIT
+done
+unset -f command_not_found_handle
+
+[[ $(declare -p options 2>/dev/null) != "declare -a"* ]] ||
+  fail "$config_file: options is an array; write options=\"\$options --name VALUE\""
+IFS=$' \t\n' read -r -d '' -a option_words <<<"${options:-}" || true
+IFS=$' \t\n' read -r -d '' -a torchrun_words <<<"${TORCHRUN:-${torchrun:-}}" || true
+
+arguments=()
+add() { [[ -z $2 ]] || arguments+=("$1" "$2"); }
+add --dataset "${dataset:-}"
+add --root "${root:-}"
+add --model "${model:-}"
+add --base "${base:-}"
+add --epochs "${epochs:-}"
+add -b "${train_batch:-}"
+add -v "${val_batch:-}"
+add --case "${case:-}"
+add --keyword "${keyword:-}"
+add --pretrained "${pretrained:-}"
+arguments+=("${option_words[@]}" "${command_line[@]}")
+
+python=$(find_python)
+[[ -n $(type -P -- "$python") ]] || fail "no interpreter '$python'; set PYTHON to the one to use"
+script=${script_argument:-${script:-main.py}}
+[[ -f $script ]] || fail "no script '$script'; name a file such as tools.py, and begin options with a dash"
+
+processes=${NPROC:-${nproc:-}}
+[[ -z $processes || $processes =~ ^[1-9][0-9]*$ ]] ||
+  fail "'$processes' processes make no sense; set NPROC (or nproc in the config) to 1 or more"
+devices=$(count_devices "${arguments[@]}")
+[[ $devices -eq 0 || $devices -eq ${processes:-$devices} ]] ||
+  fail "$processes processes but $devices device(s) in -g; set NPROC=$devices or change -g"
+[[ $devices -eq 0 ]] || processes=$devices
+
+launch=("$python")
+if [[ ${#torchrun_words[@]} -gt 0 ]]; then
+  launch+=(-m torch.distributed.run --nproc_per_node "${processes:-1}" "${torchrun_words[@]}")
+elif [[ ${processes:-1} -gt 1 ]]; then
+  launch+=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
+fi
+launch+=("$script" "${arguments[@]}")
+
+if [[ $launcher_mode == print ]]; then
+  printf -v quoted '%q ' "${launch[@]}"
+  printf '%s\n' "${quoted% }"
+else
+  exec "${launch[@]}" # signals reach the training itself, and its exit status is ours
+fi

@@ -1,0 +1,500 @@
+"""The typed, frozen configuration of a run.
+
+Words and strings end here: the command line (`utils.options`) and the keyword registry
+(`utils.keyword`) become the dataclasses below, and no other code looks at a keyword again.
+Every field is checked when the configuration is resolved, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import keyword as keywords
+from utils.errors import UserError
+from utils.options import TAGS, Given, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """One tag's quantizer (`fm` activations, `wt` weights, `ot` outputs); see docs/quantizers.md."""
+
+    tag: str
+    enable: bool = False
+    method: str = "none"
+    levels: int = 256  # number of levels L; L - 1 steps
+    half_range: bool = False  # levels in [0, c] instead of [-c, c]
+    boundary: float = 1.0  # initial clipping value c
+    scale: float = 0.5
+    ratio: float = 1.0
+    correlate: float = -1.0  # factor on the calibrated clip value; not used when <= 0
+    quant_group: int | None = None  # groups that share parameters; -k means groups of k channels
+    adaptive: str = "none"
+    adaptive_restore: bool = False
+    grad_type: str = "none"
+    grad_scale: str = "none"
+    gamma: bool = False  # a learned scale per output group
+    binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
+    stable: int = 0  # training iterations that pass through unquantized while ranges are collected
+    stable_epoch: int = 0  # the same in epochs; the longer of the two counts
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """The quantizers of every convolution (and, on request, linear layer) of a network."""
+
+    fm: QuantizerConfig = QuantizerConfig(tag="fm", half_range=True)
+    wt: QuantizerConfig = QuantizerConfig(tag="wt")
+    ot: QuantizerConfig = QuantizerConfig(tag="ot")
+    padding_after_quant: bool = False
+    re_init: bool = False
+
+    @property
+    def enabled(self) -> bool:
+        """True when at least one tag quantizes."""
+        return self.fm.enable or self.wt.enable or self.ot.enable
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """The residual block: the order of a unit as data, and its skip connections."""
+
+    order: str = "cbas"  # letters executed left to right: convolution, norm, activation, skip
+    skip: str = "layer"  # "layer": around every convolution; "block": around the whole block
+    fix: bool = False
+    shortcut_pool: bool = True  # average pooling before the shortcut's convolution, not a stride
+    shortcut_full_precision: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StemConfig:
+    """The layers before the first and after the last block."""
+
+    kind: str = "imagenet"  # "imagenet": 7x7 stride 2 and pooling; "cifar": 3x3 stride 1
+    norm_before_pool: bool = False
+    pre_norm: bool = False  # no norm in the stem, one norm before the final pooling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A network: which one, its width and the parts above."""
+
+    name: str = "resnet20"
+    num_classes: int = 10
+    input_size: int = 32  # pixels, height = width
+    width_alpha: float = 1.0
+    base: int = 1  # parallel branches of a block (Group-Net)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+    block: BlockConfig = BlockConfig()
+    stem: StemConfig = StemConfig()
+    quant: QuantConfig = QuantConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are batched."""
+
+    dataset: str = "digits"
+    root: Path | None = None
+    batch_size: int = 128  # images per iteration
+    val_batch_size: int = 128  # 0: no validation
+    workers: int = 2
+    num_classes: int = 10
+    input_size: int = 32
+    mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
+    std: tuple[float, ...] | None = None
+    fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and the rules of its parameter groups."""
+
+    name: str = "SGD"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_small: bool = False  # weight decay for one-dimensional and depth-wise weights too
+    custom_decay_list: tuple[str, ...] = ()
+    custom_decay: float = 0.0
+    custom_lr_list: tuple[str, ...] = ()
+    custom_lr: float = 0.0
+    grad_clip: float | None = None  # largest norm of the whole gradient
+    iter_size: int = 1  # forward and backward passes per optimizer step
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    policy: str = "custom_step"
+    epochs: int = 10
+    extra_epoch: int = 0  # epochs after the schedule's end, at its last rate
+    decay: float = 0.1  # factor, or the power of `poly`
+    eta_min: float = 0.0
+    fix_step: int = 30  # epochs
+    custom_step: tuple[int, ...] = ()  # epochs
+    wakeup: int = 0  # iterations of linear warm-up from zero
+    wakeup_epoch: int = 0
+    warmup: int = 0  # iterations without an optimizer step
+    warmup_epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is done, where results go."""
+
+    case: str = "default"
+    seed: int = 0
+    evaluate: bool = False
+    audit: bool = False
+    dry_run: bool = False
+    lr_test: bool = False
+    resume: bool = False
+    resume_file: Path | None = None
+    pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
+    unresume_scope: tuple[str, ...] = ()
+    weights_dir: Path = Path("weights")
+    log_dir: Path = Path("exp")
+    save_freq: int = 0  # epochs between checkpoints that are kept; 0: only the latest and the best
+    report_freq: int = 50  # iterations between two lines of the log
+    tensorboard: bool = False
+    verbose: bool = False
+    label_smooth: float = 0.0
+    delay: float = 0.0  # seconds per iteration
+    device_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on. Built by `utils.config.resolve`, never by hand in the program."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    run: RunConfig = RunConfig()
+    keywords: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
+    warnings: tuple[str, ...] = ()
+
+
+# From options and keywords to the configuration --------------------------------------------------
+
+DATASETS = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet",
+            "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of data sets whose classes are fixed
+
+
+def family_of(model: str) -> str:
+    """The family of networks whose keywords `model` understands."""
+    return "pytorch" if model.startswith("pytorch-") else "resnet"
+
+
+def read(argv: Sequence[str]) -> Config:
+    """The configuration of a command line.
+
+    Raises:
+        UserError: for anything that cannot be meant, naming what to write instead.
+        SystemExit: for `--help`.
+    """
+    given = parse(argv)
+    if given["keyword_file"] is not None:
+        keywords.load_file(given["keyword_file"])
+    return resolve(given)
+
+
+def resolve(given: Given) -> Config:
+    """The typed configuration of parsed options; see `read`."""
+    words, warnings = _data_keyword(given)
+    resolution = keywords.resolve(words, family_of(given["model"]))
+    fields = dict(resolution.fields)
+    _check_numbers(given)
+    quant, quant_warnings = quant_config(given, fields)
+    model, model_warnings = model_config(given, fields, quant)
+    return Config(
+        model=model,
+        data=_data_config(given, fields, model),
+        optim=_optim_config(given),
+        schedule=_schedule_config(given),
+        run=_run_config(given, fields),
+        keywords=words,
+        origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
+        | {name: f"--{name}" for name in sorted(given.explicit)},
+        warnings=(*warnings, *resolution.warnings, *quant_warnings, *model_warnings),
+    )
+
+
+def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keywords, with the data set's own added when none is given."""
+    words = tuple(dict.fromkeys(given["keyword"]))
+    present = [word for word in words if word in DATASETS]
+    dataset = given["dataset"] or (present[0] if present else "digits")
+    if dataset == "fake":
+        if not present and (given["num_classes"] is None or given["input_size"] is None):
+            raise UserError(
+                "--dataset fake: say which images to imitate with one of the keywords "
+                f"{', '.join(sorted(set(DATASETS.values())))}, or give --num_classes and --input_size"
+            )
+        return words, ()
+    wanted = DATASETS[dataset]
+    if len(present) == 1 and present != [wanted]:
+        raise UserError(f"--dataset {dataset} contradicts the keyword {present[0]}: write {wanted} or leave it out")
+    return (words if present else (wanted, *words)), ()
+
+
+def _positive(given: Given, *names: str) -> None:
+    for name in names:
+        if given[name] is not None and not given[name] > 0:
+            raise UserError(f"--{name} {given[name]}: must be greater than 0")
+
+
+def _not_negative(given: Given, *names: str) -> None:
+    for name in names:
+        if given[name] is not None and not given[name] >= 0:
+            raise UserError(f"--{name} {given[name]}: must not be negative")
+
+
+def _share(given: Given, *names: str) -> None:
+    for name in names:
+        if given[name] is not None and not 0 <= given[name] < 1:
+            raise UserError(f"--{name} {given[name]}: must be at least 0 and less than 1")
+
+
+def _check_numbers(given: Given) -> None:
+    """Values that make no sense whatever else is given."""
+    _positive(
+        given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base", "report_freq",
+        "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
+        *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
+    )  # fmt: skip
+    _not_negative(
+        given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min", "wakeup",
+        "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
+    )  # fmt: skip
+    _share(given, "momentum", "label_smooth")
+    if given["batch_size"] == 1 and not given["evaluate"]:
+        raise UserError("--batch_size 1: batch statistics need at least 2 images")
+    if given["decay_small"] and given["no_decay_small"]:
+        raise UserError("--decay_small contradicts --no_decay_small: keep one of them")
+    if given["resume"] and given["resume_file"] is not None:
+        raise UserError("--resume contradicts --resume_file: keep one of them")
+    if given["custom_lr_list"] and given["custom_lr"] is None:
+        raise UserError("--custom_lr_list needs --custom_lr RATE")
+    for name in ("custom_lr", "custom_decay"):
+        if name in given.explicit and not given[f"{name}_list"]:
+            raise UserError(f"--{name} needs --{name}_list WORDS, parts of the parameters' names")
+    if (given["mean"] is None) != (given["std"] is None):
+        raise UserError("--mean and --std belong together: give both or neither")
+    for name in ("mean", "std"):
+        if given[name] is not None and len(given[name]) != 3:
+            raise UserError(f"--{name}: give three numbers, one per channel, like 0.5,0.5,0.5")
+    if given["std"] is not None and min(given["std"]) <= 0:
+        raise UserError("--std: must be greater than 0")
+
+
+def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, tuple[str, ...]]:
+    """The quantizers of options and keyword fields, and warnings about what has no effect."""
+    warnings: list[str] = []
+    parts = {tag: _quantizer_config(tag, given, fields, warnings) for tag in TAGS}
+    quant = QuantConfig(
+        **parts,
+        padding_after_quant=bool(given["padding_after_quant"]),
+        re_init=bool(given["re_init"]),
+    )
+    if not quant.enabled:
+        for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
+            if name in given.explicit:
+                warnings.append(f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable")
+        if any(part.method != "none" for part in parts.values()):
+            warnings.append("the network stays in full precision: add --fm_enable and --wt_enable to quantize it")
+    return quant, tuple(warnings)
+
+
+def _quantizer_config(tag: str, given: Given, fields: Mapping[str, Any], warnings: list[str]) -> QuantizerConfig:
+    bit, level = given[f"{tag}_bit"], given[f"{tag}_level"]
+    if not 1 <= bit <= 16:
+        raise UserError(f"--{tag}_bit {bit}: must be from 1 to 16")
+    if level is not None and not 2 <= level <= 2**16:
+        raise UserError(f"--{tag}_level {level}: must be from 2 to 65536 (3 is ternary)")
+    if level is not None and f"{tag}_bit" in given.explicit and level > 2**bit:
+        raise UserError(f"--{tag}_level {level} does not fit --{tag}_bit {bit}, which has {2**bit} levels")
+    enable = bool(given[f"{tag}_enable"])
+    method = fields.get(f"quant.{tag}.method", "none")
+    if enable and method == "none":
+        raise UserError(
+            f"--{tag}_enable: which quantizer? Add one of the keywords dorefa, pact or dorefa,lsq to --keyword"
+        )
+    if not enable:
+        written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
+        warnings.extend(f"--{name} has no effect without --{tag}_enable" for name in written)
+    if given[f"{tag}_quant_group"] == 0:
+        raise UserError(f"--{tag}_quant_group 0: give the number of groups, or -k for groups of k channels")
+    levels = 2**bit if level is None else level
+    binary_scale = bool(fields.get(f"quant.{tag}.binary_scale", False))
+    if enable and binary_scale and levels != 2:
+        raise UserError(f"the keyword {tag}_bin needs --{tag}_bit 1, not {levels} levels")
+    if enable and given[f"{tag}_grad_type"] == "Triangle":
+        raise UserError(f"--{tag}_grad_type Triangle belongs to binary methods; with {method} write none or STE-scale")
+    if enable and method == "lsq" and given[f"{tag}_grad_type"] == "STE-scale":
+        warnings.append(f"--{tag}_grad_type STE-scale has no effect with lsq, which rounds a clamped value")
+    half_default = tag == "fm"
+    return QuantizerConfig(
+        tag=tag,
+        enable=enable,
+        method=method,
+        levels=levels,
+        half_range=half_default != bool(given[f"{tag}_half_range"]),
+        boundary=given[f"{tag}_boundary"],
+        scale=given[f"{tag}_scale"],
+        correlate=given[f"{tag}_correlate"],
+        quant_group=given[f"{tag}_quant_group"],
+        adaptive=given[f"{tag}_adaptive"],
+        adaptive_restore=bool(given[f"{tag}_adaptive_restore"]),
+        grad_type=given[f"{tag}_grad_type"],
+        grad_scale=given[f"{tag}_grad_scale"],
+        gamma=bool(fields.get(f"quant.{tag}.gamma", False)),
+        binary_scale=binary_scale,
+        stable=given["stable"],
+        stable_epoch=given["stable_epoch"],
+        extra=_extra(fields),
+    )
+
+
+def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("extra."): value for name, value in fields.items() if name.startswith("extra.")}
+
+
+def _part(cls: type[Any], prefix: str, fields: Mapping[str, Any]) -> Any:
+    """A dataclass from the fields that begin with `prefix`."""
+    names = {item.name for item in dataclasses.fields(cls)}
+    return cls(**{name: fields[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in fields})
+
+
+def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The network of options and keyword fields, and warnings."""
+    resnet = family_of(given["model"]) == "resnet"
+    orders = [k.name for k in keywords.registry().values() if "block.order" in k.sets]
+    if resnet and quant.enabled and "block.order" not in fields:
+        raise UserError(f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}")
+    block = _part(BlockConfig, "block", fields)
+    stem = _part(StemConfig, "stem", fields)
+    size = given["input_size"] or fields.get("model.input_size", 32)
+    if "stem.kind" not in fields:  # only `fake` comes without a data set's keyword
+        stem = dataclasses.replace(stem, kind="imagenet" if size >= 128 else "cifar")
+    warnings = []
+    if resnet and block.order.startswith("b") and not stem.pre_norm:
+        warnings.append(f"{block.order} without the keyword preBN leaves the last block's output unnormalised")
+    if given["base"] > 1 and not resnet:
+        raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")
+    model = ModelConfig(
+        name=given["model"],
+        num_classes=given["num_classes"] or fields.get("model.num_classes", 10),
+        input_size=size,
+        width_alpha=given["width_alpha"],
+        base=given["base"],
+        block=block,
+        stem=stem,
+        quant=quant,
+        extra=_extra(fields),
+    )
+    return model, tuple(warnings)
+
+
+def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> DataConfig:
+    dataset = given["dataset"] or fields["data.images"]
+    classes = CLASSES.get(dataset, model.num_classes)
+    if classes != model.num_classes and given["dataset"] is not None:
+        raise UserError(f"--num_classes {model.num_classes}: {dataset} has {classes} classes; leave it out")
+    batch = given["batch_size"]
+    return DataConfig(
+        dataset=dataset,
+        root=None if given["root"] is None else Path(given["root"]),
+        batch_size=batch,
+        val_batch_size=batch if given["val_batch_size"] is None else given["val_batch_size"],
+        workers=given["workers"],
+        num_classes=model.num_classes,
+        input_size=model.input_size,
+        mean=given["mean"],
+        std=given["std"],
+        fake_size=given["fake_size"],
+        seed=given["seed"],
+    )
+
+
+def _optim_config(given: Given) -> OptimConfig:
+    return OptimConfig(
+        name=given["optimizer"],
+        lr=given["lr"],
+        momentum=given["momentum"],
+        nesterov=bool(given["nesterov"]),
+        weight_decay=given["weight_decay"],
+        decay_small=bool(given["decay_small"]),
+        custom_decay_list=given["custom_decay_list"],
+        custom_decay=given["custom_decay"],
+        custom_lr_list=given["custom_lr_list"],
+        custom_lr=given["custom_lr"] or 0.0,
+        grad_clip=given["grad_clip"],
+        iter_size=given["iter_size"],
+    )
+
+
+def _schedule_config(given: Given) -> ScheduleConfig:
+    return ScheduleConfig(
+        policy=given["lr_policy"],
+        epochs=given["epochs"],
+        extra_epoch=given["extra_epoch"],
+        decay=given["lr_decay"],
+        eta_min=given["eta_min"],
+        fix_step=given["lr_fix_step"],
+        custom_step=given["lr_custom_step"],
+        wakeup=given["wakeup"],
+        wakeup_epoch=given["wakeup_epoch"],
+        warmup=given["warmup"],
+        warmup_epoch=given["warmup_epoch"],
+    )
+
+
+def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
+    smooth = given["label_smooth"]
+    devices = tuple(given["device_ids"] or ())
+    if len(devices) > 1:
+        raise UserError(f"--device_ids {' '.join(map(str, devices))}: several GPUs are not there yet; give one")
+    return RunConfig(
+        case=given["case"],
+        seed=given["seed"],
+        evaluate=bool(given["evaluate"]),
+        audit=bool(given["audit"]),
+        dry_run=bool(given["dry_run"]),
+        lr_test=bool(fields.get("run.lr_test", False)),
+        resume=bool(given["resume"]),
+        resume_file=None if given["resume_file"] is None else Path(given["resume_file"]),
+        pretrained=given["pretrained"],
+        unresume_scope=given["unresume_scope"],
+        weights_dir=Path(given["weights_dir"]),
+        log_dir=Path(given["log_dir"]),
+        save_freq=given["save_freq"],
+        report_freq=given["report_freq"],
+        tensorboard=bool(given["tensorboard"]),
+        verbose=bool(given["verbose"]),
+        label_smooth=fields.get("run.label_smooth", 0.0) if smooth is None else smooth,
+        delay=given["delay"],
+        device_ids=devices,
+    )
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
+    if dataclasses.is_dataclass(config):
+        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(name): to_dict(value) for name, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config

@@ -1,0 +1,298 @@
+"""The keywords of `--keyword`, declared once each, and their resolution into typed fields.
+
+A keyword is a frozen record: it sets fields of the configuration by their dotted names. No other
+module mentions a keyword. `resolve` reports every mistake of a list at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import runpy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keyword:
+    """One word of `--keyword`.
+
+    Attributes:
+        name: as it is written, case matters.
+        group: the heading it is listed under.
+        help: one line.
+        sets: dotted field -> value. Two words of equal rank that set a field to different values
+            contradict each other.
+        rank: 0 sets defaults, 1 refines them (`lsq` over `dorefa`), 2 refines one tag (`wt_lsq`).
+        requires: groups of words; of each group at least one must be given too.
+        excludes: words that cannot be given with this one.
+        families: networks it has an effect on ("resnet", "pytorch"); empty: all.
+        later: what it still waits for; using it is an error until then.
+    """
+
+    name: str
+    group: str
+    help: str
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    requires: tuple[tuple[str, ...], ...] = ()
+    excludes: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    later: str = ""
+
+
+_REGISTRY: dict[str, Keyword] = {}
+
+
+def register(keyword: Keyword) -> None:
+    """Declare a keyword; user files call this too.
+
+    Raises:
+        UserError: when the name is taken or is not one word.
+    """
+    if keyword.name in _REGISTRY:
+        raise UserError(f"the keyword {keyword.name!r} is declared already; choose another name")
+    if not keyword.name or any(c in keyword.name for c in ", \t\n"):
+        raise UserError(f"{keyword.name!r} cannot be a keyword: no commas and no spaces")
+    _REGISTRY[keyword.name] = keyword
+
+
+def registry() -> dict[str, Keyword]:
+    """Every keyword by name, in the order of declaration."""
+    return dict(_REGISTRY)
+
+
+def load_file(path: str) -> None:
+    """Run a user's Python file that registers more keywords.
+
+    Raises:
+        UserError: when the file is missing or fails.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--keyword_file {path}: no such file; give the path of a Python file")
+    try:
+        runpy.run_path(path)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"--keyword_file {path}: {type(error).__name__}: {error}") from error
+
+
+# Declarations ------------------------------------------------------------------------------------
+
+
+def _declare(group: str, *keywords: tuple[str, str, dict[str, Any]], **common: Any) -> None:
+    for name, help, rest in keywords:
+        register(Keyword(name=name, group=group, help=help, **{**common, **rest}))
+
+
+def _sets(**fields: Any) -> dict[str, Any]:
+    return {"sets": {name.replace("__", "."): value for name, value in fields.items()}}
+
+
+def _method(method: str, *tags: str) -> dict[str, Any]:
+    return {"sets": {f"quant.{tag}.method": method for tag in tags or ("fm", "wt", "ot")}}
+
+
+def _dataset(name: str, stem: str, classes: int, size: int) -> dict[str, Any]:
+    return _sets(data__images=name, stem__kind=stem, model__num_classes=classes, model__input_size=size)
+
+
+_declare(
+    "data set",
+    ("imagenet", "7x7 stem with stride 2 and pooling, 1000 classes, 224 px", _dataset("imagenet", "imagenet", 1000, 224)),
+    ("cifar10", "3x3 stem, 10 classes, 32 px", _dataset("cifar10", "cifar", 10, 32)),
+    ("cifar100", "3x3 stem, 100 classes, 32 px", _dataset("cifar100", "cifar", 100, 32)),
+    ("digits", "3x3 stem, 10 classes, 32 px", _dataset("digits", "cifar", 10, 32)),
+)
+_declare(
+    "order of a unit",
+    ("cbas", "convolution, norm, activation, skip", _sets(block__order="cbas")),
+    ("cbsa", "convolution, norm, skip, activation (the original ResNet)", _sets(block__order="cbsa")),
+    ("cabs", "convolution, activation, norm, skip (Group-Net)", _sets(block__order="cabs")),
+    ("bacs", "norm, activation, convolution, skip (pre-activation)", _sets(block__order="bacs")),
+    ("bcas", "norm, convolution, activation, skip", _sets(block__order="bcas")),
+    families=("resnet",),
+)
+_declare(
+    "skip connection",
+    ("origin", "one skip around the whole block, not around every convolution", _sets(block__skip="block")),
+    ("fix", "the sum of a block is activated (c-first orders) or its output normalised (b-first)",
+     _sets(block__fix=True)),
+    ("singleconv", "shortcuts stride in their convolution instead of pooling", _sets(block__shortcut_pool=False)),
+    ("real_skip", "the shortcuts' convolutions stay in full precision",
+     _sets(block__shortcut_full_precision=True)),
+    ("identify_norm", "a norm on identity shortcuts too", {"later": "identity norms are not there yet"}),
+    ("DCHR", "double channels by concatenating pooled copies", {"later": "this shortcut is not there yet"}),
+    families=("resnet",),
+)  # fmt: skip
+_declare(
+    "stem and head",
+    ("fix_pooling", "norm and activation before the stem's pooling", _sets(stem__norm_before_pool=True)),
+    ("preBN", "no norm in the stem, one before the final pooling (for b-first orders)", _sets(stem__pre_norm=True)),
+    ("patch_preBN_stem", "an activation after preBN's norm", {"later": "this stem is not there yet"}),
+    ("group-net", "no activation in the stem", {"later": "this stem is not there yet"}),
+    ("TResNetStem", "space-to-depth by 4, then a convolution", {"later": "this stem is not there yet"}),
+    ("TResNetStemMaxPool", "space-to-depth by 2, then max pooling", {"later": "this stem is not there yet"}),
+    families=("resnet",),
+)
+_declare(
+    "norm and activation",
+    *((name, help, {"later": "this norm or activation is not there yet"}) for name, help in (
+        ("NReLU", "no activation"), ("PReLU", "learned slope below zero"), ("ReLU6", "clipped at 6"),
+        ("LReLU", "leaky"), ("group-norm", "group normalisation"), ("static-bn", "fixed statistics"),
+        ("freeze-bn", "everything fixed"), ("reverse-bn", "affine before normalising"),
+        ("instance-norm", "instance normalisation"), ("zir", "the last norm of a block starts at zero"),
+    )),
+)  # fmt: skip
+_declare(
+    "network variant",
+    *((name, help, {"later": "this variant is not there yet"}) for name, help in (
+        ("fixup", "no norms, scaled initialisation"), ("bias", "Fixup's scalar biases"),
+        ("prone", "3x3 convolutions through space-to-depth"),
+        ("no_prone_downsample", "prone, not in strided convolutions"),
+        ("bn_before_restore", "prone: norm before depth-to-space"),
+        ("ReShapeResolution", "lossless downsampling before strided blocks"),
+        ("first-last", "the first and the last layer are quantized too"),
+    )),
+)  # fmt: skip
+
+_BASES = ("dorefa", "pact", "lq", "xnor")
+_declare(
+    "quantizer",
+    ("dorefa", "DoReFa-Net", _method("dorefa")),
+    ("pact", "PACT: a learned clip value for activations, DoReFa-Net's weights",
+     {"sets": {"quant.fm.method": "pact", "quant.ot.method": "pact", "quant.wt.method": "pact"}}),
+    ("lq", "LQ-Nets", {"later": "LQ-Nets are not there yet"}),
+    ("xnor", "XNOR-Net", {"later": "the binary methods are not there yet"}),
+    ("lsq", "LSQ: a learned clip value for activations and weights",
+     {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
+    ("fm_lsq", "LSQ for activations", {**_method("lsq", "fm"), "rank": 2, "requires": (_BASES,)}),
+    ("wt_lsq", "LSQ for weights", {**_method("lsq", "wt"), "rank": 2, "requires": (_BASES,)}),
+    ("ot_lsq", "LSQ for outputs", {**_method("lsq", "ot"), "rank": 2, "requires": (_BASES,)}),
+    ("non-uniform", "FATNN", {"later": "FATNN is not there yet"}),
+    ("fm_non-uniform", "FATNN for activations", {"later": "FATNN is not there yet"}),
+    ("wt_non-uniform", "FATNN for weights", {"later": "FATNN is not there yet"}),
+    ("gamma", "a learned scale per output group (XNOR-Net++)",
+     {"excludes": ("dorefa",), "later": "the binary methods are not there yet"}),
+    ("wt_gamma", "a learned scale per group on quantized weights", _sets(quant__wt__gamma=True)),
+    ("ot_gamma", "a learned scale per group on quantized outputs", _sets(quant__ot__gamma=True)),
+    ("wt_bin", "one-bit weights sign(w) * mean|w|",
+     {**_sets(quant__wt__binary_scale=True), "requires": (("dorefa", "pact"),)}),
+    ("custom-update", "LQ-Nets: the basis as a running mean", {"later": "LQ-Nets are not there yet"}),
+    ("closed_form", "FATNN: a least-squares scale", {"later": "FATNN is not there yet"}),
+    ("proxquant", "blend full precision and quantized values", {"later": "this schedule is not there yet"}),
+    ("progressive", "keep the step when a policy lowers the levels", {"later": "policies are not there yet"}),
+)  # fmt: skip
+_declare(
+    "training",
+    ("label-smooth", "smooth the labels by --label_smooth, 0.1 when it is not given", _sets(run__label_smooth=0.1)),
+    ("lr-test", "print the learning rates of the whole schedule and train nothing", _sets(run__lr_test=True)),
+    ("debug", "log the details of every quantizer", {"later": "this log is not there yet"}),
+    ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),
+)
+
+
+# Resolution --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a list of keywords says.
+
+    Attributes:
+        fields: dotted field -> value.
+        origins: dotted field -> the keyword that set it.
+        warnings: keywords that have no effect on the chosen network.
+    """
+
+    fields: dict[str, Any]
+    origins: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def resolve(words: Iterable[str], family: str) -> Resolution:
+    """The fields that `words` set, for a network of `family`.
+
+    Raises:
+        UserError: naming every unknown word (with close names), word that is not there yet,
+            contradiction and missing requirement.
+    """
+    words = tuple(dict.fromkeys(words))
+    known = [_REGISTRY[word] for word in words if word in _REGISTRY]
+    problems = [_unknown(word) for word in words if word not in _REGISTRY]
+    problems += [f"keyword {k.name}: {k.later}" for k in known if k.later]
+    problems += _contradictions(known)
+    for keyword in known:
+        for group in keyword.requires:
+            if not set(group) & set(words):
+                problems.append(f"{keyword.name} needs {' or '.join(group)}")
+    if problems:
+        raise UserError("--keyword: " + "; ".join(problems))
+
+    fields: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for keyword in sorted(known, key=lambda k: k.rank):
+        fields.update(keyword.sets)
+        origins.update(dict.fromkeys(keyword.sets, keyword.name))
+    warnings = tuple(
+        f"the keyword {k.name} has no effect on this network" for k in known if k.families and family not in k.families
+    )
+    return Resolution(fields, origins, warnings)
+
+
+def _unknown(word: str) -> str:
+    folded = {name.lower(): name for name in _REGISTRY}
+    close = [folded[name] for name in difflib.get_close_matches(word.lower(), folded, n=3)]
+    return f"unknown keyword {word!r}" + (f", did you mean {' or '.join(close)}?" if close else
+                                          ", see --list_keywords")  # fmt: skip
+
+
+def _contradictions(keywords: list[Keyword]) -> list[str]:
+    found = []
+    for i, first in enumerate(keywords):
+        for second in keywords[i + 1 :]:
+            excluded = second.name in first.excludes or first.name in second.excludes
+            clash = first.rank == second.rank and any(
+                name in second.sets and second.sets[name] != value for name, value in first.sets.items()
+            )
+            if excluded or clash:
+                found.append(f"{first.name} contradicts {second.name}, keep one of them")
+    return found
+
+
+def table() -> str:
+    """The registry as plain text, a group at a time."""
+    width = max(len(name) for name in _REGISTRY)
+    lines: list[str] = []
+    for group in dict.fromkeys(k.group for k in _REGISTRY.values()):
+        lines.append(f"{group}:")
+        for k in (k for k in _REGISTRY.values() if k.group == group):
+            lines.append(f"  {k.name:<{width}}  {k.help}{_relations(k)}")
+    return "\n".join(lines)
+
+
+def _relations(keyword: Keyword) -> str:
+    notes = [f"needs {' or '.join(group)}" for group in keyword.requires]
+    notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
+    notes += ["not there yet"] if keyword.later else []
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def markdown() -> str:
+    """The registry as the text of docs/keywords.md."""
+    lines = [
+        "# Keywords", "",
+        "Words of the comma-separated list `--keyword`. This page is made by",
+        "`python main.py --list_keywords markdown > docs/keywords.md`'s code from the registry `utils/keyword.py`.", "",
+    ]  # fmt: skip
+    for group in dict.fromkeys(k.group for k in _REGISTRY.values()):
+        lines += [f"## {group.capitalize()}", "", "| keyword | meaning | sets |", "| --- | --- | --- |"]
+        for k in (k for k in _REGISTRY.values() if k.group == group):
+            sets = ", ".join(f"`{name} = {value}`" for name, value in k.sets.items())
+            lines.append(f"| `{k.name}` | {k.help}{_relations(k)} | {sets} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,328 @@
+"""What a run tells: log, meters, metrics file, TensorBoard, progress and the picture of the curves."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+T = TypeVar("T")
+
+_LOGGER = logging.getLogger("train")
+
+_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too
+
+
+class _Console(logging.Handler):
+    """Write messages to standard output, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+        sys.stdout.flush()
+
+
+def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
+    """Direct the logger `train` to standard output and, with times, to the end of a file.
+
+    A second call replaces what the first one set up.
+
+    Args:
+        log_file: the file to append to, its folder made when missing; None for no file.
+        verbose: show debug messages too.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    close()
+    handlers: list[logging.Handler] = [_Console()]
+    if log_file is not None:
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            file_handler = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log {log_file} ({error.strerror}): choose another folder with --log_dir"
+            ) from error
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(file_handler)
+    for handler in handlers:
+        _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.DEBUG if verbose else logging.INFO)
+    _LOGGER.propagate = False  # a handler of the root logger would say everything twice
+    return _LOGGER
+
+
+def close() -> None:
+    """Detach and close what `setup` attached; nothing happens without it."""
+    for handler in list(_LOGGER.handlers):
+        _LOGGER.removeHandler(handler)
+        handler.close()
+    _LOGGER.propagate = True
+
+
+class Mean:
+    """A weighted mean, summed in float64, that makes no host wait for its device.
+
+    Tensors are summed where they are; only reading `value` brings a number to the host.
+
+    Attributes:
+        total: the weighted sum so far, a number or a 0-d float64 tensor.
+        weight: the sum of the weights, a number or a 0-d tensor.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
+
+    def update(self, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        """Add a value.
+
+        Args:
+            value: a number or a 0-d tensor, such as the mean loss of a batch.
+            weight: a number or a 0-d tensor, such as the batch's number of images.
+        """
+        if isinstance(value, Tensor):
+            value = value.detach().to(torch.float64)
+        self.total = self.total + value * weight
+        self.weight = self.weight + weight
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN before the first update. Waits for the device."""
+        weight = float(self.weight)
+        return float(self.total) / weight if weight else math.nan
+
+
+def top_k(output: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> tuple[Tensor, ...]:
+    """Count the images whose class is among the k highest scores.
+
+    Args:
+        output: scores, float [N, C].
+        target: classes, int64 [N].
+        ks: the numbers of scores to look at; one above C looks at all.
+
+    Returns:
+        One 0-d int64 tensor per k, on the device of `output`.
+    """
+    classes = output.shape[1]
+    best = output.topk(min(max(ks), classes), dim=1).indices
+    hits = best == target.unsqueeze(1)
+    return tuple(hits[:, :k].sum() for k in ks)
+
+
+class MetricsFile:
+    """A CSV file with one row of numbers per epoch.
+
+    Args:
+        path: the file; its folder is made when missing, the file with the first row.
+        fields: the columns; `epoch` is one of them.
+    """
+
+    def __init__(self, path: Path, fields: Sequence[str]) -> None:
+        self.path = path
+        self.fields = tuple(fields)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row; the header comes first in a new file.
+
+        Args:
+            row: a number for each field; a missing one is written as `nan`, one that is no field is a
+                ValueError.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.fields, restval=math.nan, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def truncate_after(self, epoch: int) -> None:
+        """Drop the rows from `epoch` on, so that training can go on (or, with 0, start) with that epoch.
+
+        Rows before it stay as they are, byte by byte; a line that a killed run left unfinished goes.
+        The file is replaced in one move. Nothing happens when it does not exist.
+
+        Raises:
+            UserError: the file has other columns or is not a metrics file.
+        """
+        if not self.path.exists():
+            return
+        header = ",".join(self.fields) + "\n"
+        kept = [header]
+        if epoch > 0:
+            found, *lines = _lines(self.path) or [header]
+            if found != header:
+                raise UserError(f"{self.path} has other columns than this run writes: move it away")
+            column = self.fields.index("epoch")
+            kept += [line for line in lines if _numbers(self.path, line, self.fields)[column] < epoch]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, float]]:
+        """Read the finished rows of a metrics file, in order.
+
+        Raises:
+            UserError: the file does not exist or is not a metrics file.
+        """
+        found, *lines = _lines(path) or [""]
+        fields = found.rstrip("\n").split(",")
+        return [dict(zip(fields, _numbers(path, line, fields), strict=True)) for line in lines]
+
+
+class Board:
+    """TensorBoard's event files, or nothing.
+
+    Args:
+        folder: where the event files go; None writes nothing and does not import TensorBoard.
+        purge_step: the step a resumed run goes on with; what a former run wrote from there on is hidden.
+
+    Raises:
+        UserError: TensorBoard is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, purge_step: int | None = None) -> None:
+        self._writer = None if folder is None else _writer(folder, purge_step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write one point of each curve."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        """Write the distribution of a tensor's finite elements, of any shape, float type and device."""
+        if self._writer is not None:
+            numbers = values.detach().to("cpu", torch.float32)
+            numbers = numbers[numbers.isfinite()]
+            if numbers.numel() > 0:
+                self._writer.add_histogram(tag, numbers, step)
+
+    def close(self) -> None:
+        """Write what is held back and end the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def progress(iterable: Iterable[T], total: int, description: str, enabled: bool) -> tqdm[T]:
+    """Wrap an iterable in a progress bar on standard error.
+
+    Args:
+        iterable: what is iterated.
+        total: its length.
+        description: the word before the bar.
+        enabled: False, or standard error not being a terminal, shows nothing and only passes on.
+    """
+    disable = None if enabled else True  # None: tqdm looks for the terminal
+    return tqdm(iterable, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+    """Draw loss, top-1 accuracy and learning rate over the epochs into a picture.
+
+    Args:
+        rows: as of `MetricsFile.read`: `epoch`, `lr`, `train_loss`, `train_top1` (percent) and, where
+            there was a validation, `val_loss` and `val_top1`. A column that is missing or NaN is a gap.
+        path: the picture; the name's ending says the format.
+        title: the line above the panels.
+    """
+    # Only this function needs matplotlib; its object interface leaves no global state behind.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(13.5, 4.2), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
+    loss, top1, rate = figure.subplots(1, 3)
+    for axes, label in ((loss, "loss"), (top1, "top-1 accuracy (%)"), (rate, "learning rate")):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.margins(x=0.02, y=0.08)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_line(loss, rows, "train_loss", "training", _BLUE)
+    _draw_line(loss, rows, "val_loss", "validation", _ORANGE)
+    _draw_line(top1, rows, "train_top1", "training", _BLUE)
+    best = max(_points(rows, "val_top1"), key=lambda point: point[1], default=None)
+    best_label = "validation" if best is None else f"validation, best {best[1]:.2f} in epoch {best[0]:g}"
+    _draw_line(top1, rows, "val_top1", best_label, _ORANGE)
+    _draw_line(rate, rows, "lr", "learning rate", _GREEN)
+    rates = [value for _, value in _points(rows, "lr")]
+    if rates and 0 < 10 * min(rates) < max(rates):
+        rate.set_yscale("log")
+    for axes in (loss, top1):
+        if axes.lines:
+            axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _writer(folder: Path, purge_step: int | None) -> SummaryWriter:
+    """Open TensorBoard's writer."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
+    try:
+        return SummaryWriter(folder, purge_step=purge_step)
+    except OSError as error:
+        raise UserError(
+            f"cannot write TensorBoard's files to {folder} ({error.strerror}): choose another --log_dir"
+        ) from error
+
+
+def _lines(path: Path) -> list[str]:
+    """Read the lines that were written to their end."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"cannot read the metrics file {path} ({error.strerror})") from error
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _numbers(path: Path, line: str, fields: Sequence[str]) -> list[float]:
+    """Read the numbers of a row, one per field."""
+    try:
+        numbers = [float(text) for text in line.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(fields):
+        raise UserError(
+            f"{path} is not a metrics file: its row '{line.strip()}' has not {len(fields)} numbers"
+        )
+    return numbers
+
+
+def _points(rows: Sequence[Mapping[str, float]], column: str) -> list[tuple[float, float]]:
+    """Give `(epoch, value)` of the rows in which the column has a finite number."""
+    points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _draw_line(axes: Axes, rows: Sequence[Mapping[str, float]], column: str, label: str, color: str) -> None:
+    """Draw a column over the epochs; few points are marked, so that even one is seen."""
+    points = _points(rows, column)
+    if points:
+        epochs, values = zip(*points, strict=True)
+        marker = "o" if len(points) <= 30 else ""
+        axes.plot(epochs, values, label=label, color=color, marker=marker, markersize=4, linewidth=1.6)

@@ -1,0 +1,294 @@
+"""Every command-line option, declared once as a frozen record, and the parser built from them.
+
+Nothing heavy is imported here: `python main.py --help` answers at once, and a mistake is found before
+torch is loaded. Options with several words may be written with `_` or `-`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from utils.errors import UserError
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Comma-separated words; spaces around them and empty ones are dropped."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Comma-separated integers."""
+    return tuple(int(word) for word in words(text))
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    return tuple(float(word) for word in words(text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option.
+
+    Attributes:
+        name: with underscores; `--name` on the command line.
+        kind: converts the text; `bool` is a flag that takes no value.
+        default: the value when it is not given; `None`: derived, as the help says.
+        help: one line, with the unit.
+        aliases: other spellings, with their dashes.
+        choices: the only values.
+        many: takes several values.
+        later: what the option still waits for; using it is an error until then.
+    """
+
+    name: str
+    kind: Callable[[str], Any]
+    default: Any
+    help: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    later: str = ""
+
+
+def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **rest: Any) -> Option:
+    return Option(name=name, kind=kind, default=default, help=help, **rest)
+
+
+HALF = "mixed precision is not there yet; train in float32"
+MANY = "distributed training is not there yet; train in one process"
+METHOD = "this training method is not there yet"
+
+COMMON: dict[str, tuple[Option, ...]] = {
+    "data": (
+        _option("dataset", str, None, "data set; default: the keyword's, else digits",
+                choices=("digits", "cifar10", "cifar100", "imagenet", "dali", "fake")),
+        _option("root", str, None, "folder of the data set (imagenet: holds train/ and val/)"),
+        _option("batch_size", int, 128, "images per iteration", aliases=("-b",)),
+        _option("val_batch_size", int, None, "images per validation step; 0: no validation; default: batch_size",
+                aliases=("-v",)),
+        _option("workers", int, 2, "processes that decode images", aliases=("-j",)),
+        _option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",),
+                later="the additional augmentation is not there yet; leave --aa out"),
+        _option("mean", floats, None, "mean per channel, of images in [0, 1]; default: the data set's"),
+        _option("std", floats, None, "standard deviation per channel; default: the data set's"),
+        _option("fake_size", int, 256, "training images of the data set fake"),
+    ),
+    "optimizer": (
+        _option("optimizer", str, "SGD", "SGD or ADAM"),
+        _option("lr", float, 0.1, "base learning rate", aliases=("--learning_rate",)),
+        _option("momentum", float, 0.9, "SGD's momentum"),
+        _option("nesterov", bool, False, "Nesterov's momentum"),
+        _option("weight_decay", float, 1e-4, "weight decay", aliases=("--wd",)),
+        _option("decay_small", bool, False, "weight decay for one-dimensional and depth-wise weights too"),
+        _option("no_decay_small", bool, False, "the default, spelt out: no weight decay for small tensors"),
+        _option("custom_decay_list", words, (), "parameters whose name contains one of these words ..."),
+        _option("custom_decay", float, 0.0, "... have this weight decay"),
+        _option("custom_lr_list", words, (), "parameters whose name contains one of these words ..."),
+        _option("custom_lr", float, None, "... have this base learning rate"),
+        _option("grad_clip", float, None, "largest norm of the gradient; default: no clipping"),
+        _option("iter_size", int, 1, "forward and backward passes per optimizer step"),
+    ),
+    "schedule": (
+        _option("epochs", int, 10, "epochs of the schedule"),
+        _option("extra_epoch", int, 0, "epochs after the schedule, at its last rate"),
+        _option("lr_policy", str, "custom_step", "custom_step, fix_step, decay, fix, poly, sgdr, sgdr_step or cos"),
+        _option("lr_decay", float, 0.1, "factor of the step policies and of decay; the power of poly"),
+        _option("eta_min", float, 0.0, "lowest learning rate of poly, sgdr and cos"),
+        _option("lr_fix_step", int, 30, "fix_step: epochs between two decays"),
+        _option("lr_custom_step", integers, (), "epochs of custom_step's decays and of sgdr's restarts"),
+        _option("wakeup", int, 0, "iterations of linear warm-up from zero"),
+        _option("wakeup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+        _option("warmup", int, 0, "first iterations without an optimizer step"),
+        _option("warmup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+    ),
+    "precision": (
+        _option("fp16", bool, False, "mixed precision", later=HALF),
+        _option("opt_level", str, None, "O0 to O3", choices=("O0", "O1", "O2", "O3"), later=HALF),
+        _option("amp_dtype", str, None, "bfloat16 or float16", choices=("bfloat16", "float16"), later=HALF),
+        _option("amp_backend", str, None, "torch or apex", choices=("torch", "apex"), later=HALF),
+    ),
+    "devices": (
+        _option("device_ids", int, None, "GPUs; default: the first one, the CPU where there is none",
+                aliases=("-g",), many=True),
+        _option("distributed", bool, False, "one process per GPU", later=MANY),
+        _option("world_size", int, None, "number of processes", later=MANY),
+        _option("rank", int, None, "number of this process", later=MANY),
+        _option("sync_bn", bool, False, "batch statistics over all processes", later=MANY),
+    ),
+    "run": (
+        _option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
+        _option("seed", int, 0, "seed of everything random"),
+        _option("evaluate", bool, False, "validate only; nothing is written but the log", aliases=("-e",)),
+        _option("audit", bool, False, "check on real data that every quantizer quantizes (always after training)"),
+        _option("dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"),
+        _option("delay", float, 0.0, "seconds to wait in each iteration"),
+        _option("label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"),
+    ),
+    "checkpoints and logs": (
+        _option("pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"),
+        _option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
+        _option("resume_file", str, None, "continue from this checkpoint"),
+        _option("unresume_scope", words, (), "parts of parameter names that --pretrained leaves alone"),
+        _option("weights_dir", str, "weights", "folder of the checkpoints"),
+        _option("log_dir", str, "exp", "folder of logs, metrics and TensorBoard files"),
+        _option("save_freq", int, 0, "epochs between checkpoints that are kept; 0: the latest and the best only",
+                aliases=("-s",)),
+        _option("report_freq", int, 50, "iterations between two lines of the log"),
+        _option("tensorboard", bool, False, "write TensorBoard files"),
+        _option("verbose", bool, False, "log parameter groups and the details of loading"),
+    ),
+    "distillation and losses": (
+        _option("distill_teacher", str, None, "teacher network", later=METHOD),
+        _option("distill_loss_alpha", float, None, "weight of the distillation loss", later=METHOD),
+        _option("distill_loss_temperature", float, None, "softmax temperature", later=METHOD),
+        _option("distill_loss_type", str, None, "kind of the distillation loss", later=METHOD),
+        _option("focal_gamma", float, None, "exponent of the focal loss", later=METHOD),
+        _option("focal_alpha", float, None, "weight of the focal loss", later=METHOD),
+    ),
+}
+
+TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
+
+
+def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
+    half = "levels symmetric in [-c, c] instead of [0, c]" if tag == "fm" else "levels in [0, c] instead of [-c, c]"
+    group = "1" if tag != "wt" else "one per output channel"
+    options = [
+        _option(f"{tag}_enable", bool, False, f"quantize every {what}"),
+        _option(f"{tag}_bit", int, 8, f"bits of the {what} quantizer, 2^bit levels"),
+        _option(f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit"),
+        _option(f"{tag}_half_range", bool, False, half),
+        _option(f"{tag}_quant_group", int, None, f"groups that share parameters, -k: groups of k; default: {group}"),
+        _option(f"{tag}_boundary", float, 1.0, "initial clipping value"),
+        _option(f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"),
+        _option(f"{tag}_ratio", float, None, "share of a method's own", later="no method reads it yet"),
+        _option(f"{tag}_correlate", float, -1.0, "factor on the calibrated clip value; not used when <= 0"),
+        _option(f"{tag}_adaptive", str, "none", "normalise before quantizing",
+                choices=("none", "mean", "var", "mean-var", "var-mean")),
+        _option(f"{tag}_adaptive_restore", bool, False, "undo the normalisation after quantizing"),
+        _option(f"{tag}_grad_type", str, "none", "gradient through the rounding",
+                choices=("none", "STE", "Triangle", "STE-scale")),
+        _option(f"{tag}_grad_scale", str, "none", "factor on the clip value's gradient",
+                choices=("none", "fan-scale", "scale-fan", "element-scale", "scale-element")),
+    ]
+    if tag == "fm":
+        options.append(_option("fm_custom", str, None, "XNOR-Net's activation scale",
+                               choices=("none", "channel", "resolution"),
+                               later="the binary methods are not there yet"))
+    return tuple(options)
+
+
+MODEL: dict[str, tuple[Option, ...]] = {
+    "model": (
+        _option("model", str, "resnet20", "network", aliases=("-m", "--arch")),
+        _option("keyword", words, (), "comma-separated keywords, see --list_keywords"),
+        _option("keyword_file", str, None, "Python file that registers more keywords"),
+        _option("list_keywords", bool, False, "print every keyword and exit"),
+        _option("num_classes", int, None, "classes; default: the data set keyword's"),
+        _option("input_size", int, None, "height and width of the images, pixels; default: the keyword's"),
+        _option("width_alpha", float, 1.0, "factor on the network's width (64 channels in the first stage)"),
+        _option("base", int, 1, "parallel branches of a block (Group-Net)"),
+        _option("stem_kernel", int, None, "kernel of the TResNet stem, 1 or 3", later="that stem is not there yet"),
+        _option("order", str, None, "order of the lossless downsampling's layers",
+                later="the keyword ReShapeResolution is not there yet"),
+        _option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
+        _option("re_init", bool, False, "initialise the quantizers from the loaded weights and one batch"),
+        _option("stable", int, 0, "first training iterations in full precision, which calibrate the clip values"),
+        _option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+    ),
+    **{f"{what} quantizer": _quantizer_options(tag, what) for tag, what in TAGS.items()},
+    "steering": (
+        _option("policy", str, None, "YAML file that changes the run as it goes",
+                later="policy files are not there yet"),
+        _option("proxquant_step", int, None, "iterations between steps of proxquant's schedule", later=METHOD),
+        _option("mixup_enable", bool, False, "mixup", later=METHOD),
+        _option("mixup_alpha", float, None, "parameter of mixup's beta distribution", later=METHOD),
+        _option("probe_list", words, None, "layers to look into", later="probing is not there yet"),
+        _option("probe_index", integers, None, "images to look into", later="probing is not there yet"),
+        _option("probe_iteration", integers, None, "iterations to look into", later="probing is not there yet"),
+    ),
+}
+
+GROUPS = {**MODEL, **COMMON}
+OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py", usage="python main.py [options]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train image classifiers with low-bit weights and activations.",
+        epilog="Usually started as: bash train.sh config/config.NAME [options]. Guide: docs/classification.md",
+    )  # fmt: skip
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title)
+        for option in group:
+            spellings = [*option.aliases, f"--{option.name}"]
+            note = " (not there yet)" if option.later else ""
+            if option.kind is bool:
+                section.add_argument(*spellings, dest=option.name, action="store_true", default=None,
+                                     help=option.help + note)
+                continue
+            default = "" if option.default in (None, ()) else f" [{option.default}]"
+            section.add_argument(
+                *spellings, dest=option.name, type=option.kind, default=None, metavar=_metavar(option),
+                choices=option.choices or None, nargs="+" if option.many else None,
+                help=(option.help + default + note).replace("%", "%%"),
+            )  # fmt: skip
+    return parser
+
+
+def _metavar(option: Option) -> str:
+    if option.choices:
+        return "{" + ",".join(option.choices) + "}"
+    names = {int: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
+    return names.get(option.kind, option.name.upper())
+
+
+def _canonical(argument: str) -> str:
+    """`--iter-size=2` as `--iter_size=2`; other arguments unchanged."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+class Given(dict[str, Any]):
+    """The values of all options by name; `explicit` holds the names that were written."""
+
+    def __init__(self, written: dict[str, Any]) -> None:
+        super().__init__({name: option.default for name, option in OPTIONS.items()} | written)
+        self.explicit = frozenset(written)
+
+
+def parse(argv: Sequence[str]) -> Given:
+    """The options of a command line.
+
+    Raises:
+        UserError: for an unknown option (with close names), a value that does not fit, or an option
+            whose machinery is not there yet.
+        SystemExit: for `--help`.
+    """
+    known, unknown = _parser().parse_known_args([_canonical(argument) for argument in argv])
+    if unknown:
+        spellings = [f"--{name}" for name in OPTIONS] + [a for o in OPTIONS.values() for a in o.aliases]
+        first = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(first, spellings, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
+        raise UserError(f"unknown option {unknown[0]}: {hint}")
+    written = {name: value for name, value in vars(known).items() if value is not None}
+    for name in written:
+        if OPTIONS[name].later:
+            raise UserError(f"--{name}: {OPTIONS[name].later}")
+    return Given(written)
