@@ -10,13 +10,14 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import keyword
+from utils import keyword, schedule
 from utils.config import Config, resolve, to_dict
 from utils.errors import UserError
 from utils.options import parse
@@ -31,14 +32,16 @@ if TYPE_CHECKING:
     from model.summary import Cost
     from utils.checkpoint import CheckpointFiles, LoadReport
     from utils.data import Loader, Loaders
-    from utils.log import Board
-    from utils.schedule import Schedule
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
     "seconds", "images_per_second",
 )  # fmt: skip
 AUDIT_BATCHES = 4
+# Fields of the network that matter at its start or in the gradient only: a run may go on with others.
+CHANGEABLE = {
+    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale", "input_size",
+}  # fmt: skip
 
 
 class TrainingError(Exception):
@@ -69,64 +72,71 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
+    # 1. Check what can be checked without work; what is slow to import comes as late as it can.
+    settings = config.run
+    schedule.check(config.schedule, config.optim.lr)
+
     import torch
 
-    from model import audit, build, calibrate, summary
-    from utils import checkpoint, data, log, optim, schedule
+    from model import audit, build, calibrate
+    from utils import checkpoint, log, optim
 
-    # 1. Check what can be checked without work.
-    settings = config.run
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     folder = settings.log_dir / settings.case
+    check_folder(folder, "log_dir")
+    if not settings.evaluate:
+        check_folder(files.folder, "weights_dir")
     optim.check(config.optim)
-    schedule.check(config.schedule, config.optim.lr)
-    data.check(config.data)
     pretrained = checkpoint.find_pretrained(settings.pretrained or "", settings.weights_dir, config.model.name)
-    writes = not (settings.evaluate or settings.dry_run or settings.lr_test)
+    resumed = find_resume(config, files)
+    if settings.evaluate and settings.resume and resumed is None and pretrained is None:
+        raise UserError(f"--resume: no whole checkpoint of the case {settings.case} in {files.folder} to evaluate")
+
+    from utils import data
+
+    data.check(config.data)
 
     # 2. Build the network and load weights into it.
     torch.manual_seed(settings.seed)
     model = build.build(config.model)
     report = None if pretrained is None else load_pretrained(model, pretrained, config)
-    cost = summary.cost(model, config.model.input_size)
+    cost = trial(model, config)
 
     # 3. Data, and what depends on its length.
     loaders = data.build(config.data)
     build.set_stable(model, len(loaders.train))
-    rates = schedule.Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))
-    resumed = find_resume(config, files)
+    steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
+    rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
 
-    # 4. Only from here on is anything written.
+    # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
+    device, device_warnings = choose_device(settings.device_ids)
+    model.to(device)
+    initialised = 0
+    if config.model.quant.re_init and resumed is None:
+        images, _ = next(iter(loaders.train))
+        initialised = calibrate.initialise_ranges(model, images.to(device))
+    optimizer, groups = optim.build(model, config.optim)
+    state = RunState() if resumed is None else restore(resumed, model, optimizer, config)
+
+    # 5. Only from here on is anything written, so that a mistake leaves no trace.
     if settings.dry_run or settings.lr_test:
-        optimizer, groups = optim.build(model, config.optim)
         print(describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
         return 0
-    if writes and resumed is None:
+    if resumed is None and not settings.evaluate:
         keep_earlier_run(folder, files)
     logger = log.setup(folder / "log.txt", settings.verbose)
     try:
-        for warning in config.warnings:
+        for warning in (*config.warnings, *device_warnings, *state.differences):
             logger.warning("warning: %s", warning)
         logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
         logger.info("%s", cost.totals())
         if report is not None:
             logger.info("pretrained %s: %s", pretrained, report.summary())
-
-        # 5. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        device = choose_device(settings.device_ids, logger)
-        model.to(device)
-        if config.model.quant.re_init and resumed is None:
-            images, _ = next(iter(loaders.train))
-            count = calibrate.initialise_ranges(model, images.to(device))
-            logger.info("re_init: initialised %d quantizers", count)
-        optimizer, groups = optim.build(model, config.optim)
+        if initialised:
+            logger.info("re_init: initialised %d quantizers", initialised)
         logger.debug("%s", optim.table(groups))
-        state = RunState()
         if resumed is not None:
-            state = restore(resumed, model, optimizer, config)
             logger.info("resumed %s: %d epochs are done", resumed, state.epoch)
-            for line in state.differences:
-                logger.warning("warning: %s", line)
         elif settings.resume:
             logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
 
@@ -179,7 +189,7 @@ class RunState:
 
 
 def train_one_epoch(
-    model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, rates: Schedule, epoch: int,
+    model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, rates: schedule.Schedule, epoch: int,
     device: torch.device, config: Config, logger: Logger,
 ) -> dict[str, float]:  # fmt: skip
     """Train one epoch; returns the row `train_loss`, `train_top1`, `train_top5`, `images_per_second`."""
@@ -263,8 +273,7 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
     """Validate, and audit when asked to; returns the exit status."""
     from model import audit
 
-    if loaders.val is None:
-        raise UserError("--evaluate needs validation images: give --val_batch_size above 0")
+    assert loaders.val is not None  # checked with the options
     row = validate(model, loaders.val, device)
     logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
     if not config.run.audit:
@@ -280,18 +289,39 @@ def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
     return [images.to(device) for images, _ in itertools.islice(loader, AUDIT_BATCHES)]
 
 
-def choose_device(device_ids: tuple[int, ...], logger: Logger) -> torch.device:
-    """The GPU that was asked for, else the first one, else the CPU."""
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse a folder that could not be made or written."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--{option}: {there} cannot be written; choose another --{option}")
+
+
+def trial(model: nn.Module, config: Config) -> Cost:
+    """What the network costs, found by running it once, which shows that the image size suits it."""
+    from model import summary
+
+    try:
+        return summary.cost(model, config.model.input_size)
+    except RuntimeError as error:  # torch's word for shapes that do not fit each other
+        raise UserError(
+            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size ({error}); "
+            "use a multiple of 32, or of 4 for the networks of three stages"
+        ) from error
+
+
+def choose_device(device_ids: tuple[int, ...]) -> tuple[torch.device, tuple[str, ...]]:
+    """The GPU that was asked for, else the first one, else the CPU; and warnings."""
     import torch
 
     if torch.cuda.is_available():
         index = device_ids[0] if device_ids else 0
         if index >= torch.cuda.device_count():
             raise UserError(f"--device_ids {index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-        return torch.device("cuda", index)
-    if device_ids:
-        logger.warning("warning: --device_ids %d: no GPU is available, running on the CPU", device_ids[0])
-    return torch.device("cpu")
+        return torch.device("cuda", index), ()
+    warnings = tuple(f"--device_ids {index}: no GPU is available, running on the CPU" for index in device_ids)
+    return torch.device("cpu"), warnings
 
 
 def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
@@ -337,7 +367,12 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     from utils import checkpoint
 
     payload = checkpoint.read(path)
-    state = checkpoint.state_dict_of(payload)
+    changed = differences(payload.get("config", {}), to_dict(config))
+    for line in changed:
+        field = line.split(" ", 1)[0]
+        if field == "optim.name" or (field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE):
+            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from its weights")
+    state = checkpoint.state_dict_of(payload, source=str(path))
     checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
     for _, quantizer in quantizers(model):
         quantizer.set_levels(int(quantizer.level_num))
@@ -355,7 +390,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
     checkpoint.set_random_state(payload["random"])
-    return RunState(payload["epoch"], payload["best_acc"], differences(payload.get("config", {}), to_dict(config)))
+    return RunState(payload["epoch"], payload["best_acc"], changed)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
@@ -366,12 +401,12 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name} was {old} and is {new} from here on")
+            found.append(f"{prefix}{name} was {old} and is {new} now")
     return tuple(sorted(found))
 
 
 def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule, files: CheckpointFiles,
+    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: schedule.Schedule, files: CheckpointFiles,
     config: Config, *, best: bool,
 ) -> None:  # fmt: skip
     """Write the latest checkpoint, and the best and the epoch's where they are due."""
@@ -400,8 +435,11 @@ def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
     mine = files.existing()
     if not mine and not (folder / "metrics.csv").exists():
         return
-    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-    earlier = f"{files.case}.{number}"
+    names = (f"{files.case}.{number}" for number in itertools.count(1))
+    earlier = next(
+        name for name in names
+        if not folder.with_name(name).exists() and not dataclasses.replace(files, case=name).existing()
+    )  # fmt: skip
     try:
         if folder.exists():
             folder.rename(folder.with_name(earlier))
@@ -426,7 +464,8 @@ def finish(
     """Write the run's summary and picture, and name them."""
     from utils import log
 
-    rows = log.MetricsFile.read(folder / "metrics.csv")
+    metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case
+    rows = log.MetricsFile.read(metrics) if metrics.exists() else []
     log.draw_curves(rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)")
     write_text(folder / "audit.txt", f"{found.table()}\n{found.verdict}\n")
     result = {
@@ -448,7 +487,8 @@ def finish(
     logger.info("audit: %s", found.verdict)
     for problem in found.problems:
         logger.error("audit: %s", problem)
-    logger.info("best top-1 %.2f; checkpoints %s, %s", state.best_acc, files.best, files.latest)
+    best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
+    logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
     written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
     logger.info("look at: %s", ", ".join(str(folder / name) for name in written))
     if config.run.tensorboard:
@@ -471,7 +511,7 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def describe(config: Config, network: str, groups: str, rates: Schedule, schedule_only: bool) -> str:
+def describe(config: Config, network: str, groups: str, rates: schedule.Schedule, schedule_only: bool) -> str:
     """What `--dry_run` and the keyword `lr-test` print."""
     if schedule_only:
         steps = range(config.schedule.epochs + config.schedule.extra_epoch)

@@ -286,7 +286,7 @@ def verify_image(options: Options) -> int:
 
 
 def image_files(root: Path) -> Iterator[Path]:
-    """All files below `root` with the ending of an image, links to folders followed.
+    """All files below `root` with the ending of an image; links are followed, each folder is visited once.
 
     Raises UserError for a folder that cannot be listed.
     """
@@ -294,7 +294,13 @@ def image_files(root: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
-    for folder, _, names in os.walk(root, onerror=refuse, followlinks=True):
+    visited: set[str] = set()  # a link may lead back up
+    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            inside.clear()
+            continue
+        visited.add(real)
         for name in names:
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield Path(folder, name)
@@ -420,9 +426,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     chosen = [name for name in names if name != "raw"]
     for name in chosen:
         if name not in WORDS:
-            raise UserError(
-                f"--keyword {name}: no such word{_closest(name, set(WORDS))}; there are {', '.join(WORDS)}"
-            )
+            known = ", ".join(WORDS)
+            raise UserError(f"--keyword {name}: no such word of {known}{_closest(name, set(WORDS))}")
     if len(chosen) != 1:
         raise UserError(f"--keyword: {len(chosen)} words are given; write one of {', '.join(WORDS)}")
     name = chosen[0]

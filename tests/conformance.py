@@ -1,0 +1,375 @@
+"""Compare this project with recorded cases: `python -m tests.conformance DIR`.
+
+The form of such a folder, and what is compared: tests/conformance/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from model.build import build as build_model
+from model.quant import Quantizer, TensorSite
+from model.quant import build as build_quantizer
+from utils import keyword
+from utils.config import QuantConfig, family_of, model_config, quant_config
+from utils.errors import UserError
+from utils.options import Given, parse
+
+Case = Mapping[str, Any]
+Array = NDArray[Any]
+
+# Relative to the largest magnitude of what is compared.
+OUTPUT, GRADIENT = 1e-5, 1e-4  # of a quantizer
+LOGITS, MODEL_GRADIENT = 1e-3, 5e-3  # of a model
+RARE = 1e-3  # share of a quantizer's elements that may fall to the other side of a threshold
+
+# Tables that published state dicts carry and that follow from the number of levels.
+OBSOLETE = ("auxil", "codec_vector", "codec_index", "thrs_multiplier")
+
+# What a case can end with short of a result: no case may hide the ones after it.
+FAILURES = (
+    UserError, ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    """How a case came out.
+
+    Attributes:
+        name: the case.
+        deviations: quantity -> its largest deviation, relative to the largest magnitude.
+        problems: what is wrong, a line each; empty when the case passed.
+    """
+
+    name: str
+    deviations: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Nothing is wrong and something was compared."""
+        return not self.problems and bool(self.deviations)
+
+    def compare(self, quantity: str, deviation: float, tolerance: float) -> None:
+        """Note a deviation; more than `tolerance`, or none that is a number, is a problem."""
+        self.deviations[quantity] = deviation
+        if not deviation <= tolerance:
+            self.problems.append(f"{quantity} deviates by {deviation:.1e}, more than {tolerance:.0e}")
+
+    def line(self) -> str:
+        """The case on one line."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            return f"FAIL  {self.name}: {self.problems[0]}{more}"
+        if not self.deviations:
+            return f"FAIL  {self.name}: nothing to compare"
+        quantity = max(self.deviations, key=lambda name: self.deviations[name])
+        return f"ok    {self.name}: {self.deviations[quantity]:.1e} {quantity}"
+
+
+def fill(text: str, shape: Sequence[int]) -> Array:
+    """Standard normal float32 numbers that depend on `text` alone."""
+    seed = zlib.crc32(text.encode())
+    return np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32)
+
+
+def state_value(name: str, shape: Sequence[int]) -> Array | None:
+    """The value of the state called `name`; None where construction's is kept."""
+    value, last = fill(name, shape), name.rpartition(".")[2]
+    positive = last in ("running_var", "fixup_scale") or last.startswith(("clip_val", "alpha", "gamma"))
+    if positive or "scales" in name:
+        return 0.75 + 0.25 * np.abs(value)
+    if last == "weight":
+        return 1 + 0.1 * value if len(shape) == 1 else value * math.sqrt(2 / math.prod(shape[1:]))
+    if last in ("bias", "running_mean") or last.startswith("fixup_bias"):
+        return 0.1 * value
+    return None
+
+
+def magnitude(published: Array) -> float:
+    """The largest magnitude that deviations are relative to; 1 where all is zero."""
+    return float(np.abs(published).max(initial=0.0)) or 1.0
+
+
+def relative(ours: Array, published: Array) -> float:
+    """The largest deviation over the largest magnitude; infinite for other shapes."""
+    if ours.shape != published.shape:
+        return math.inf
+    return float(np.abs(ours - published).max(initial=0.0)) / magnitude(published)
+
+
+def numbers(tensor: Tensor) -> Array:
+    """A tensor as an array."""
+    return tensor.detach().numpy()
+
+
+# Options -------------------------------------------------------------------------------------------
+
+
+def options(case: Case) -> tuple[Given, dict[str, Any], QuantConfig]:
+    """A case's parsed options, the fields of its keywords, and its quantizers.
+
+    Raises:
+        UserError: for an option or a keyword that does not work.
+    """
+    given = parse(case["argv"])
+    fields = keyword.resolve(given["keyword"], family_of(given["model"])).fields
+    return given, fields, quant_config(given, fields)[0]
+
+
+# Quantizers ----------------------------------------------------------------------------------------
+
+
+def site(tag: str, shape: Sequence[int]) -> TensorSite:
+    """Where a quantizer of a tensor like `shape` sits; an activation feeds a 1x1 convolution."""
+    dim = 0 if tag == "wt" else 1
+    return TensorSite(name=tag, channels=shape[dim], channel_dim=dim, ndim=len(shape), fan=math.prod(shape[1:]))
+
+
+def rare(ours: Array, published: Array, tolerance: float, limit: Array) -> Array:
+    """Bool: the elements that may be left out, which sat on a threshold.
+
+    They are the ones that deviate, if they are few and none deviates by more than its `limit`.
+    """
+    difference = np.abs(ours - published)
+    outside = ~(difference <= tolerance * magnitude(published))
+    few = outside.sum() <= RARE * outside.size
+    small = (difference[outside] <= limit[outside] * (1 + tolerance)).all()
+    return outside if few and small else np.zeros_like(outside)
+
+
+def level_steps(quantizer: Quantizer, output: Array) -> Array:
+    """For each element of `output` the largest step between two neighbouring levels of its group."""
+    rows = numbers(quantizer.level_rows(torch.from_numpy(output)))
+    steps = [np.diff(np.unique(row)).max(initial=0.0) for row in rows]
+    positions = numbers(quantizer.level_rows(torch.arange(output.size).reshape(output.shape)))
+    result = np.zeros(output.size)
+    for row, step in zip(positions, steps, strict=True):
+        result[row] = step
+    return result.reshape(output.shape)
+
+
+def load_parameters(result: Result, quantizer: Quantizer, arrays: Mapping[str, Array]) -> None:
+    """Give the quantizer its recorded state; note what does not fit."""
+    state = quantizer.state_dict()
+    recorded = {name.partition(".")[2] for name in arrays if name.startswith(("param.", "initial.", "after."))}
+    for name in dict(quantizer.named_parameters()).keys() - recorded:
+        result.problems.append(f"the parameter {name} is not a published one")
+    for name in sorted(recorded - set(OBSOLETE)):
+        if name not in state:
+            result.problems.append(f"no parameter is called {name}")
+            continue
+        if f"initial.{name}" in arrays:
+            initial = relative(numbers(state[name]), arrays[f"initial.{name}"])
+            result.compare(f"initial.{name}", initial, OUTPUT)
+        value = arrays.get(f"param.{name}")
+        if value is None:
+            continue
+        if value.shape != tuple(state[name].shape):
+            result.problems.append(f"{name} has the shape {tuple(state[name].shape)}, published {value.shape}")
+        elif state[name].is_floating_point():
+            state[name].copy_(torch.from_numpy(value))
+        elif not np.array_equal(numbers(state[name]), value):
+            result.problems.append(f"{name} is {numbers(state[name])}, published {value}")
+    state["iteration"].fill_(1)
+
+
+def run_quantizer(result: Result, case: Case, arrays: Mapping[str, Array]) -> None:
+    """Compare one quantizer."""
+    config = getattr(options(case)[2], case["tag"])
+    quantizer = build_quantizer(config, site(case["tag"], case["shape"]))
+    if not isinstance(quantizer, Quantizer):
+        result.problems.append(f"nothing is quantized: --{case['tag']}_enable is not given")
+        return
+    load_parameters(result, quantizer, arrays)
+    if result.problems:
+        return
+    quantizer.train(case["train"])
+    x = torch.from_numpy(arrays["x"]).requires_grad_()
+    y = quantizer(x)
+    ours, published = numbers(y), arrays["y"]
+    if ours.shape != published.shape:
+        result.problems.append(f"y has the shape {ours.shape}, published {published.shape}")
+        return
+    flipped = rare(ours, published, OUTPUT, level_steps(quantizer, published))
+    result.compare("y", relative(np.where(flipped, published, ours), published), OUTPUT)
+    if "gy" in arrays:
+        y.backward(torch.from_numpy(arrays["gy"]))
+        compare_gradients(result, quantizer, x, flipped, arrays)
+    for name, value in quantizer.state_dict().items():
+        if f"after.{name}" in arrays:
+            result.compare(f"after.{name}", relative(numbers(value), arrays[f"after.{name}"]), GRADIENT)
+
+
+def compare_gradients(
+    result: Result, quantizer: Quantizer, x: Tensor, flipped: Array, arrays: Mapping[str, Array]
+) -> None:
+    """Compare the gradients of the input and of the parameters."""
+    if "gx" in arrays:
+        ours, published = numbers(gradient(x)), arrays["gx"]
+        # At a clipping value an element's whole gradient passes or not.
+        gated = rare(ours, published, GRADIENT, np.full(ours.shape, np.abs(published).max()))
+        result.compare("gx", relative(np.where(gated | flipped, published, ours), published), GRADIENT)
+        flipped = flipped | gated
+    for name, parameter in quantizer.named_parameters():
+        ours = numbers(gradient(parameter))
+        published = arrays.get(f"grad.{name}", np.zeros_like(ours))
+        deviation = relative(ours, published)
+        if flipped.any():
+            # What the elements that are left out contribute to a parameter that the output is proportional to.
+            largest = magnitude(arrays["y"]) / max(np.abs(numbers(parameter)).min(), OUTPUT)
+            deviation -= np.abs(arrays["gy"][flipped]).sum() * largest / magnitude(published)
+        result.compare(f"grad.{name}", max(deviation, 0.0), GRADIENT)
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    """A tensor's gradient, zero where none arrived."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+# Models --------------------------------------------------------------------------------------------
+
+
+def compare_state(result: Result, state: Mapping[str, Tensor], published: Mapping[str, Sequence[int]]) -> None:
+    """Compare names and shapes, both ways."""
+    for name, shape in published.items():
+        if name.rpartition(".")[2] in OBSOLETE:
+            continue
+        if name not in state:
+            result.problems.append(f"no state is called {name}")
+        elif tuple(state[name].shape) != tuple(shape):
+            result.problems.append(f"{name} has the shape {tuple(state[name].shape)}, published {tuple(shape)}")
+    result.problems += [f"the state {name} is not a published one" for name in state if name not in published]
+
+
+def load_state(state: Mapping[str, Tensor]) -> None:
+    """Give every part of a model's state its value."""
+    for name, tensor in state.items():
+        value = state_value(name, tensor.shape)
+        if value is not None:
+            tensor.copy_(torch.from_numpy(value))
+        elif name.endswith(".iteration"):
+            tensor.fill_(1)
+
+
+def run_model(result: Result, case: Case, arrays: Mapping[str, Array]) -> None:
+    """Compare one network."""
+    given, fields, quant = options(case)
+    model = build_model(model_config(given, fields, quant)[0]).eval()
+    state = model.state_dict()
+    compare_state(result, state, case["parameters"])
+    if result.problems:
+        return
+    load_state(state)
+    x = torch.from_numpy(fill(f"{case['name']}/x", case["xshape"])).requires_grad_()
+    logits = model(x)
+    result.compare("logits", relative(numbers(logits), arrays["logits"]), LOGITS)
+    if "gx0" not in arrays and "gx_norm" not in case and "grads" not in case:
+        return
+    logits.backward(torch.from_numpy(fill(f"{case['name']}/gy", logits.shape)))
+    if "gx0" in arrays:
+        result.compare("gx0", relative(numbers(gradient(x))[0, 0], arrays["gx0"]), MODEL_GRADIENT)
+    if "gx_norm" in case:
+        norm = np.array(gradient(x).double().norm().item())
+        result.compare("gx_norm", relative(norm, np.array(case["gx_norm"])), MODEL_GRADIENT)
+    if "grads" in case:
+        compare_parameter_gradients(result, model, case["grads"])
+
+
+def compare_parameter_gradients(
+    result: Result, model: nn.Module, published: Mapping[str, tuple[float, float]]
+) -> None:
+    """Compare the norm of each parameter's gradient and its inner product with a probe."""
+    parameters = dict(model.named_parameters())
+    for name in published.keys() - parameters.keys():
+        result.problems.append(f"{name} is not a parameter, published with a gradient")
+    for name, parameter in parameters.items():
+        ours = numbers(gradient(parameter)).astype(np.float64)
+        if name not in published:
+            if ours.any():
+                result.problems.append(f"{name} has a gradient, published without one")
+            continue
+        norm, inner = published[name]
+        probe = fill(f"probe/{name}", ours.shape)
+        scale = norm or 1.0  # the inner product's size too, and it may cancel
+        result.compare(f"norm of {name}'s gradient", abs(np.linalg.norm(ours) - norm) / scale, MODEL_GRADIENT)
+        result.compare(f"probe of {name}'s gradient", abs((ours * probe).sum() - inner) / scale, MODEL_GRADIENT)
+
+
+# Folders -------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[Result, Case, Mapping[str, Array]], None]] = {
+    "quantizer": run_quantizer,
+    "model": run_model,
+}
+
+
+def run_case(folder: Path, case: Case) -> Result:
+    """Run one case of `folder`; whatever goes wrong becomes a problem of its result."""
+    result = Result(str(case.get("name", "a case without a name")))
+    try:
+        with np.load(folder / f"{case['name']}.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        if case["kind"] not in KINDS:
+            raise UserError(f"the kind is {case['kind']!r}, must be {' or '.join(KINDS)}")
+        KINDS[case["kind"]](result, case, arrays)
+    except UserError as error:
+        result.problems.append(str(error))
+    except FAILURES as error:
+        result.problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    return result
+
+
+def load_cases(folder: Path) -> list[Case]:
+    """The cases of a folder.
+
+    Raises:
+        UserError: when there are none.
+    """
+    index = folder / "index.json"
+    try:
+        cases = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{index}: {error}; give a folder with an index.json of cases") from error
+    if not isinstance(cases, list) or not cases:
+        raise UserError(f"{index}: lists no cases")
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a folder; 0: all passed, 1: some failed, 2: no cases there."""
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description="Run conformance cases.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds index.json and the cases' arrays")
+    folder = parser.parse_args(argv).folder
+    try:
+        cases = load_cases(folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    failed = 0
+    for case in cases:
+        result = run_case(folder, case)
+        failed += not result.passed
+        print(result.line(), flush=True)
+    print(f"{len(cases) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

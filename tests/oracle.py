@@ -1,0 +1,375 @@
+"""The quantizers' formulas once more, in NumPy and float64: what the tests compare the modules with.
+
+Written from the papers' formulas, one pure function per method. Each takes the tensor `x`, the
+arriving gradient `gy` (the shape of x) and the learned values as vectors [g], one entry per group,
+and returns a `Result`. Nothing here is shared with the modules under test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a quantizer should give.
+
+    Attributes:
+        y: output, the shape of x.
+        gx: gradient to x.
+        grads: gradient to each learned value, [g].
+        distance: how far each element is from the nearest jump of the output or of a gradient, in
+            units of the clip value (of the largest magnitude where there is none).
+    """
+
+    y: Array
+    gx: Array
+    grads: dict[str, Array] = field(default_factory=dict)
+    distance: Array = field(default_factory=lambda: np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`count` groups of neighbouring channels, the channels being dimension `axis` of the tensor."""
+
+    count: int = 1
+    axis: int = 0
+
+    def spread(self, value: Array, x: Array) -> Array:
+        """A vector [g] as a tensor that broadcasts against x."""
+        shape = [1] * x.ndim
+        shape[self.axis] = x.shape[self.axis]
+        return np.repeat(value, x.shape[self.axis] // self.count).reshape(shape)
+
+    def rows(self, x: Array) -> Array:
+        """The elements of each group: [g, elements]."""
+        return np.moveaxis(x, self.axis, 0).reshape(self.count, -1)
+
+    def sum(self, x: Array) -> Array:
+        """The sum over each group: [g]."""
+        return self.rows(x).sum(axis=1)
+
+
+ONE = Groups()
+
+
+def _to_nearest(x: Array, thresholds: Array) -> Array:
+    """Distance of each x to the nearest threshold; `thresholds` [..., T] broadcasts against x[..., None]."""
+    return np.abs(x[..., None] - thresholds).min(axis=-1)
+
+
+# Uniform methods ---------------------------------------------------------------------------------
+
+
+def uniform_round(x: Array, clip: Array, levels: int, half_range: bool) -> Array:
+    """The nearest of `levels` evenly spaced levels in [0, c] or [-c, c]; ties to the even level number."""
+    n = levels - 1
+    if half_range:
+        return clip * np.round(n * np.clip(x / clip, 0, 1)) / n
+    return clip * (2 * np.round(n * (np.clip(x / clip, -1, 1) + 1) / 2) / n - 1)
+
+
+def uniform_levels(levels: int, half_range: bool) -> Array:
+    """The levels for a clip value of 1."""
+    return np.linspace(0.0 if half_range else -1.0, 1.0, levels)
+
+
+def uniform_jumps(levels: int, half_range: bool) -> Array:
+    """The places where the output or a gradient jumps, for a clip value of 1."""
+    grid = uniform_levels(levels, half_range)
+    return np.concatenate([(grid[1:] + grid[:-1]) / 2, grid[[0, -1]]])
+
+
+def balance(inside: Bools) -> float:
+    """`STE-scale`: sqrt(elements / elements inside), at least one counted."""
+    return float(np.sqrt(inside.size / max(int(inside.sum()), 1)))
+
+
+def dorefa_activation(
+    x: Array, gy: Array, *, clip: float, levels: int, half_range: bool, ste_scale: bool = False
+) -> Result:
+    """Clamp to the range, round; straight-through inside the range."""
+    low = 0.0 if half_range else -clip
+    inside = (x >= low) & (x <= clip)
+    gx = gy * inside * (balance(inside) if ste_scale else 1.0)
+    distance = _to_nearest(x / clip, uniform_jumps(levels, half_range))
+    return Result(uniform_round(x, np.float64(clip), levels, half_range), gx, {}, distance)
+
+
+def tanh_normalised(w: Array) -> Array:
+    """tanh(w) / max|tanh(w)|, what DoReFa-Net rounds."""
+    t = np.tanh(w)
+    return t / np.abs(t).max()
+
+
+def tanh_normalised_gradient(w: Array, gy: Array) -> Array:
+    """The exact gradient of `tanh_normalised`; the largest |w| must be unique."""
+    t = np.tanh(w)
+    largest = np.unravel_index(np.abs(t).argmax(), t.shape)
+    m = abs(t[largest])
+    gt = gy / m
+    gt[largest] -= np.sign(t[largest]) * (gy * t).sum() / m**2
+    return gt * (1 - t**2)
+
+
+def dorefa_weight(w: Array, gy: Array, *, levels: int) -> Result:
+    """2 * round(n * u) / n - 1 with u = tanh(w) / (2 max|tanh(w)|) + 1/2; only the rounding is straight-through."""
+    n = levels - 1
+    t = tanh_normalised(w)
+    y = 2 * np.round(n * (t / 2 + 0.5)) / n - 1
+    grid = uniform_levels(levels, half_range=False)
+    return Result(y, tanh_normalised_gradient(w, gy), {}, _to_nearest(t, (grid[1:] + grid[:-1]) / 2))
+
+
+def binary_weight(w: Array, gy: Array) -> Result:
+    """DoReFa-Net's one-bit weight: sign(w) * mean|w| over the tensor, straight-through."""
+    return Result(sign(w) * np.abs(w).mean(), gy.copy(), {}, np.abs(w) / np.abs(w).max())
+
+
+def pact(
+    x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool,
+    groups: Groups = ONE, factor: float = 1.0, ste_scale: bool = False,
+) -> Result:  # fmt: skip
+    """DoReFa-Net's activation with c = |clip_val|; the gradient of c is that of the elements at or above c."""
+    c = groups.spread(np.abs(clip_val), x)
+    low = np.zeros_like(c) if half_range else -c
+    inside = (x >= low) & (x < c)
+    gx = gy * inside * (balance(inside) if ste_scale else 1.0)
+    grad = groups.sum(gy * (x >= c)) * sign(clip_val) * factor
+    distance = _to_nearest(x / c, uniform_jumps(levels, half_range))
+    return Result(uniform_round(x, c, levels, half_range), gx, {"clip_val": grad}, distance)
+
+
+def lsq(
+    x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool,
+    groups: Groups = ONE, factor: float = 1.0,
+) -> Result:  # fmt: skip
+    """Learned clip value c = |clip_val| over evenly spaced levels, straight-through rounding.
+
+    y = c * g(x / c): dy/dx = 1 inside, dy/dc = g(x / c) - x / c inside, the end level outside.
+    """
+    c = groups.spread(np.abs(clip_val), x)
+    low = 0.0 if half_range else -1.0
+    ratio = x / c
+    inside = (ratio >= low) & (ratio <= 1)
+    y = uniform_round(x, c, levels, half_range)
+    slope = np.where(inside, y / c - ratio, np.where(ratio > 1, 1.0, low))
+    grad = groups.sum(gy * slope) * sign(clip_val) * factor
+    return Result(y, gy * inside, {"clip_val": grad}, _to_nearest(ratio, uniform_jumps(levels, half_range)))
+
+
+def lsq_midtread(
+    x: Array, gy: Array, *, clip_val: Array, levels: int, groups: Groups = ONE, factor: float = 1.0
+) -> Result:
+    """The paper's grid: integers -L/2 .. L/2 - 1 (odd L: -(L-1)/2 .. (L-1)/2) times the step c / highest.
+
+    The gradient of the step s is round(x/s) - x/s inside and the end integer outside (equation 3);
+    ds/dc = 1 / highest.
+    """
+    lowest, highest = -(levels // 2), (levels - 1) // 2
+    step = groups.spread(np.abs(clip_val) / highest, x)
+    ratio = x / step
+    inside = (ratio >= lowest) & (ratio <= highest)
+    code = np.clip(np.round(ratio), lowest, highest)
+    slope = np.where(inside, code - ratio, code)
+    grad = groups.sum(gy * slope) / highest * sign(clip_val) * factor
+    jumps = np.concatenate([np.arange(lowest, highest) + 0.5, [lowest, highest]])
+    return Result(code * step, gy * inside, {"clip_val": grad}, _to_nearest(ratio, jumps) / highest)
+
+
+# Non-uniform methods -----------------------------------------------------------------------------
+
+
+def lq_initial_basis(bits: int, count: int, *, fan: int | None = None) -> Array:
+    """[bits, g]: 2^i * 0.6745 * 2 / 2^(bits-1) for activations, sqrt(2 / fan) for 2 in weights."""
+    width = 2.0 if fan is None else np.sqrt(2.0 / fan)
+    entry = 2.0 ** np.arange(bits) * 0.6745 * width / 2.0 ** (bits - 1)
+    return np.repeat(entry[:, None], count, axis=1)
+
+
+def lq_codes(bits: int, half_range: bool) -> Array:
+    """All codes [2^bits, bits] with entries {0, 1} or {-1, +1}."""
+    low = 0.0 if half_range else -1.0
+    return np.array(list(itertools.product((low, 1.0), repeat=bits)))
+
+
+def _lq_row(row: Array, basis: Array, half_range: bool) -> tuple[Array, Array, Array, float]:
+    """One group: quantized row, the elements' codes, their distance to a threshold, the top level."""
+    codes = lq_codes(len(basis), half_range)
+    levels = codes @ basis
+    order = np.argsort(levels, kind="stable")
+    levels, codes = levels[order], codes[order]
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    index = (row[:, None] > thresholds).sum(axis=1)
+    jumps = np.append(thresholds, levels[-1])
+    return levels[index], codes[index], _to_nearest(row, jumps) / np.abs(levels).max(), levels[-1]
+
+
+def lq(
+    x: Array, gy: Array, *, basis: Array, half_range: bool, groups: Groups = ONE, activation: bool
+) -> Result:
+    """LQ-Nets with midpoint thresholds; `basis` is [bits, g].
+
+    Activations: straight-through below the top level. Weights: straight-through everywhere.
+    """
+    rows = groups.rows(x)
+    y, distance, below = np.empty_like(rows), np.empty_like(rows), np.empty(rows.shape, dtype=bool)
+    for g, row in enumerate(rows):
+        y[g], _, distance[g], top = _lq_row(row, basis[:, g], half_range)
+        below[g] = row < top
+    gx = gy * _unrows(below.astype(np.float64), x, groups) if activation else gy.copy()
+    return Result(_unrows(y, x, groups), gx, {}, _unrows(distance, x, groups))
+
+
+def lq_least_squares(
+    x: Array, *, basis: Array, half_range: bool, groups: Groups = ONE, activation: bool
+) -> Array:
+    """(B^T B)^-1 B^T x of the current codes per group, regularised: [bits, g].
+
+    Activations: a zero diagonal entry becomes 1e-5. Weights: a diagonal entry d becomes
+    (d + 1e-4) * 1.000001 and 1e-4 * basis is added to B^T x.
+    """
+    best = np.empty_like(basis)
+    for g, row in enumerate(groups.rows(x)):
+        _, codes, _, _ = _lq_row(row, basis[:, g], half_range)
+        normal, target = codes.T @ codes, codes.T @ row
+        diagonal = np.diag(normal).copy()
+        if activation:
+            diagonal[diagonal == 0] = 1e-5
+        else:
+            diagonal = (diagonal + 1e-4) * 1.000001
+            target = target + 1e-4 * basis[:, g]
+        np.fill_diagonal(normal, diagonal)
+        best[:, g] = np.linalg.solve(normal, target)
+    return best
+
+
+def lq_blend(basis: Array, new: Array) -> Array:
+    """The basis after a training step: 0.9 * basis + 0.1 * new."""
+    return 0.9 * basis + 0.1 * new
+
+
+def _unrows(rows: Array, x: Array, groups: Groups) -> Array:
+    """The inverse of `Groups.rows` for a tensor of the shape of x."""
+    moved = np.moveaxis(x, groups.axis, 0).shape
+    return np.moveaxis(rows.reshape(moved), 0, groups.axis)
+
+
+def fatnn_half(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE) -> Result:
+    """The sum over i of round(clamp((x - sum_{j<i} 1/a_j) * a_i, 0, 1)), a_i = |alpha_i|; L = len(alphas) + 1."""
+    slopes = [groups.spread(np.abs(alpha), x) for alpha in alphas]
+    y, gx = np.zeros_like(x), np.zeros_like(x)
+    grads = [np.zeros_like(x) for _ in slopes]
+    jumps = []
+    start = np.zeros_like(slopes[0])
+    for i, a in enumerate(slopes):
+        position = (x - start) * a
+        inside = (position >= 0) & (position <= 1)
+        y += np.round(np.clip(position, 0, 1))
+        gx += gy * inside * a
+        grads[i] += gy * inside * (x - start)
+        for j in range(i):  # the start holds 1 / a_j: d position / d a_j = a_i / a_j^2
+            grads[j] += gy * inside * a / slopes[j] ** 2
+        jumps += [start, start + 0.5 / a, start + 1 / a]
+        start = start + 1 / a
+    distance = np.min([np.abs(x - jump) for jump in jumps], axis=0) / start
+    named = {f"alpha{i}": groups.sum(grad) * sign(alphas[i]) for i, grad in enumerate(grads)}
+    return Result(y, gx, named, distance)
+
+
+def fatnn_ternary(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE) -> Result:
+    """round(clamp(x * a_0, -1, 0)) + round(clamp(x * a_1, 0, 1)), a_i = |alpha_i|."""
+    negative, positive = (groups.spread(np.abs(alpha), x) for alpha in alphas)
+    below, above = x * negative, x * positive
+    in_below, in_above = (below >= -1) & (below <= 0), (above >= 0) & (above <= 1)
+    y = np.round(np.clip(below, -1, 0)) + np.round(np.clip(above, 0, 1))
+    gx = gy * (in_below * negative + in_above * positive)
+    grads = {
+        "alpha0": groups.sum(gy * in_below * x) * sign(alphas[0]),
+        "alpha1": groups.sum(gy * in_above * x) * sign(alphas[1]),
+    }
+    jumps = [np.zeros_like(negative), -0.5 / negative, -1 / negative, 0.5 / positive, 1 / positive]
+    distance = np.min([np.abs(x - jump) for jump in jumps], axis=0) * np.minimum(negative, positive)
+    return Result(y, gx, grads, distance)
+
+
+# Binary methods ----------------------------------------------------------------------------------
+
+
+def sign(x: Array) -> Array:
+    """+1 at and above zero, -1 below."""
+    return np.where(x < 0, -1.0, 1.0)
+
+
+def gradient_mask(x: Array, kind: str) -> Array:
+    """`none`: ones; `STE`: one on |x| < 1; `Triangle`: 2 - 2|x| on |x| < 1 (Bi-Real Net)."""
+    inside = (np.abs(x) < 1).astype(np.float64)
+    return {"none": np.ones_like(x), "STE": inside, "Triangle": (2 - 2 * np.abs(x)) * inside}[kind]
+
+
+def _sign_distance(x: Array) -> Array:
+    return _to_nearest(x, np.array([-1.0, 0.0, 1.0]))
+
+
+def xnor_activation(x: Array, gy: Array, *, grad_type: str, custom: str = "none") -> Result:
+    """sign(x), times the mean |x| over channels (`channel`) or over positions (`resolution`); no gradient in it."""
+    axes = {"none": None, "channel": (1,), "resolution": (2, 3)}[custom]
+    scale = np.ones(1) if axes is None else np.abs(x).mean(axis=axes, keepdims=True)
+    return Result(sign(x) * scale, gy * scale * gradient_mask(x, grad_type), {}, _sign_distance(x))
+
+
+def xnor_weight(w: Array, gy: Array, *, grad_type: str = "none", groups: Groups = ONE) -> Result:
+    """sign(w) times the mean |w| of its group; no gradient in the mean."""
+    scale = groups.spread(np.abs(groups.rows(w)).mean(axis=1), w)
+    return Result(sign(w) * scale, gy * scale * gradient_mask(w, grad_type), {}, _sign_distance(w))
+
+
+# The frame ---------------------------------------------------------------------------------------
+
+
+def gradient_factor(kind: str, scale: float, *, fan: int, elements: float) -> float:
+    """`xx_grad_scale`: the factor on the gradient of the learned clip value."""
+    return {
+        "none": 1.0,
+        "fan-scale": np.sqrt(fan) * scale,
+        "scale-fan": scale / np.sqrt(fan),
+        "element-scale": np.sqrt(elements) * scale,
+        "scale-element": scale / np.sqrt(elements),
+    }[kind]
+
+
+def statistics(x: Array, kind: str, *, weight: bool, groups: Groups = ONE) -> tuple[Array, Array]:
+    """Mean and unbiased deviation per weight group or per sample; 0 and 1 for the one not in `kind`."""
+    rows = groups.rows(x) if weight else x.reshape(len(x), -1)
+    mean = rows.mean(axis=1) if "mean" in kind else np.zeros(len(rows))
+    deviation = rows.std(axis=1, ddof=1) if "var" in kind else np.ones(len(rows))
+    over = groups if weight else Groups(len(x), 0)
+    return over.spread(mean, x), over.spread(deviation, x)
+
+
+def adaptive(
+    method: Callable[[Array, Array], Result],
+    x: Array, gy: Array, kind: str, *, weight: bool, restore: bool, groups: Groups = ONE,
+) -> Result:  # fmt: skip
+    """`method` on the normalised tensor; the statistics carry no gradient."""
+    mean, deviation = statistics(x, kind, weight=weight, groups=groups)
+    inner = method((x - mean) / deviation, gy * deviation if restore else gy)
+    y = inner.y * deviation + mean if restore else inner.y
+    return replace(inner, y=y, gx=inner.gx / deviation)
+
+
+def scaled(
+    method: Callable[[Array, Array], Result], x: Array, gy: Array, *, gamma: Array, groups: Groups = ONE
+) -> Result:
+    """`method`, then times a learned `gamma` per group."""
+    factor = groups.spread(gamma, x)
+    inner = method(x, gy * factor)
+    return replace(inner, y=inner.y * factor, grads=inner.grads | {"gamma": groups.sum(gy * inner.y)})

@@ -1,0 +1,514 @@
+"""tools.py: every word, in process for speed and as a real command for exit statuses and streams."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tools
+from utils import checkpoint
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STATE = {
+    "conv1.weight": torch.arange(8.0).reshape(2, 4),
+    "conv1.clip_val": torch.tensor([1.5]),
+    "bn1.num_batches_tracked": torch.tensor(1234567890),
+    "fc.bias": torch.tensor([0.1, -2.0], dtype=torch.float64),
+}
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`python tools.py ...` in a process of its own."""
+    command = [sys.executable, "tools.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The same without the process: exit status, standard output, standard error."""
+
+    def run_inside(*arguments: str | Path) -> tuple[int, str, str]:
+        status = tools.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_inside
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A checkpoint of a run."""
+    path = tmp_path / "old.pth.tar"
+    optimizer = {"state": {0: torch.ones(2)}, "param_groups": []}
+    checkpoint.save(path, {"epoch": 12, "best_acc": 91.25, "state_dict": STATE, "optimizer": optimizer})
+    return path
+
+
+def lists(folder: Path, mf: str, mt: str) -> tuple[Path, Path]:
+    """Two mapping files."""
+    (folder / "mf").write_text(mf)
+    (folder / "mt").write_text(mt)
+    return folder / "mf", folder / "mt"
+
+
+def equal(state: dict[str, Tensor], names: dict[str, str]) -> bool:
+    """Whether `state` has exactly the entries of STATE, renamed by `names`, in order."""
+    return list(state) == [names.get(name, name) for name in STATE] and all(
+        torch.equal(state[names.get(name, name)], value) and state[names.get(name, name)].dtype == value.dtype
+        for name, value in STATE.items()
+    )
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def test_help_lists_every_word_without_loading_torch() -> None:
+    """The heavy packages are imported after the command line is understood."""
+    command = [sys.executable, "-X", "importtime", "tools.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for word in tools.WORDS:
+        assert re.search(rf"^  {word} ", done.stdout, re.MULTILINE)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "PIL", "tqdm"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "--keyword"),
+        (["--keyword", ""], "0 words are given; write one of verbose, load"),
+        (["--keyword", "raw"], "0 words are given"),
+        (["--keyword", "verbos", "--old", "x"], "did you mean verbose?"),
+        (["--keyword", "verify_image", "--root", "x"], "did you mean verify-image?"),
+        (["--keyword", "qqq"], "no such word of verbose, load, save, update, swap, sort, verify-image"),
+        (["--keyword", "load,save", "--old", "x"], "2 words are given"),
+        (["--keyword", "update,row"], "--keyword row: no such word"),
+        (["--keyword", "verbose"], "the word verbose needs --old"),
+        (["--keyword", "verbose,raw", "--old", "x"], "raw means nothing to the word verbose"),
+        (["--keyword", "load", "--old", "x", "--new", "y"], "--new means nothing to the word load"),
+        (["--keyword", "load", "--old", "x", "--force"], "--force means nothing to the word load"),
+        (["--keyword", "load", "--older", "x"], "unrecognized arguments: --older x"),
+        (["--keyword", "verify-image", "--root", "x", "-j", "0"], "'0' is not a number of 1 or more"),
+        (["--keyword", "load", "--old", "missing.pth"], "missing.pth: cannot be read (No such file"),
+    ],
+)
+def test_mistakes(call: Call, arguments: list[str], text: str) -> None:
+    """Status 2 and one line on standard error."""
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("tools.py: error: ") and text in err
+    assert err.count("\n") == 1
+
+
+def test_real_commands_end_with_their_status(tmp_path: Path, old: Path) -> None:
+    """A mistake, a damaged file and a success."""
+    mistake = run("--keyword", "lod", "--old", old)
+    assert (mistake.returncode, mistake.stdout) == (2, "")
+    assert mistake.stderr.startswith("tools.py: error: --keyword lod: no such word of ")
+    assert mistake.stderr.endswith("; did you mean load?\n")
+
+    cut = tmp_path / "cut.pth.tar"
+    cut.write_bytes(old.read_bytes()[:700])
+    damaged = run("--keyword", "load", "--old", cut)
+    assert (damaged.returncode, damaged.stdout) == (2, "")
+    assert damaged.stderr.startswith(f"tools.py: error: {cut}: damaged, cut short")
+    assert damaged.stderr.count("\n") == 1
+
+    done = run("--keyword", " load ", "--old", old)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{old}: loads as a network's weights, under state_dict\n4 entries, 12 elements\n"
+
+
+def test_a_file_with_code_is_refused(call: Call, tmp_path: Path) -> None:
+    """Status 2 and the name of what is in it."""
+    path = tmp_path / "code.pth.tar"
+    torch.save({"state_dict": STATE, "x": Path("x")}, path)
+    status, out, err = call("--keyword", "verbose", "--old", path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"tools.py: error: {path}: refused, because it holds pathlib.")
+
+
+def test_a_reader_that_stops_early(tmp_path: Path) -> None:
+    """`tools.py ... | head`: no traceback."""
+    path = tmp_path / "long.pth"
+    torch.save({f"layer{i}.{'x' * 50}": torch.zeros(1) for i in range(2000)}, path)
+    command = f"{sys.executable} tools.py --keyword verbose --old {path} | head -n 2"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.count("\n") == 2
+    assert done.stderr == ""
+
+
+# --- verbose, load, save ---------------------------------------------------------------------
+
+
+def test_verbose_lists_names_and_shapes(call: Call, old: Path) -> None:
+    """By default nothing more, and the keys of the file."""
+    status, out, _ = call("--keyword", "verbose", "--old", old)
+    assert status == 0
+    assert out.splitlines() == [
+        "keys: epoch=12, best_acc=91.25, state_dict, optimizer; weights under state_dict",
+        "conv1.weight             [2, 4]",
+        "conv1.clip_val           [1]",
+        "bn1.num_batches_tracked  []",
+        "fc.bias                  [2]",
+        "4 of 4 entries",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--verbose_list", "--verbose-list"])
+def test_verbose_all_lists_types_and_small_values(call: Call, old: Path, option: str) -> None:
+    """Integers exactly; tensors of more than four elements without values."""
+    status, out, _ = call("--keyword", "verbose", "--old", old, option, "all")
+    assert status == 0
+    assert out.splitlines()[1:] == [
+        "conv1.weight             [2, 4]  float32",
+        "conv1.clip_val           [1]     float32  1.5",
+        "bn1.num_batches_tracked  []      int64    1234567890",
+        "fc.bias                  [2]     float64  0.1 -2",
+        "4 of 4 entries",
+    ]
+
+
+def test_verbose_filters_by_endings(call: Call, old: Path) -> None:
+    """Several endings; spaces do not matter."""
+    status, out, _ = call("--keyword", "verbose", "--old", old, "--verbose_list", "clip_val, bias")
+    assert status == 0
+    assert out.splitlines()[1:] == [
+        "conv1.clip_val  [1]  float32  1.5",
+        "fc.bias         [2]  float64  0.1 -2",
+        "2 of 4 entries",
+    ]
+
+
+def test_an_ending_that_nothing_has(call: Call, old: Path) -> None:
+    """A misspelt ending is no empty list."""
+    status, _, err = call("--keyword", "verbose", "--old", old, "--verbose_list", "bias,clip_vall")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--verbose_list clip_vall: no name ends so; did you mean clip_val?" in err
+
+
+@pytest.mark.parametrize(
+    ("payload", "form"),
+    [
+        ({f"module.{name}": value for name, value in STATE.items()}, "bare"),
+        ({"model": STATE}, "under model"),
+    ],
+)
+def test_load_accepts_every_form(call: Call, tmp_path: Path, payload: dict[str, object], form: str) -> None:
+    """Bare with a prefix, or under model; nothing is written."""
+    path = tmp_path / "a.pth"
+    torch.save(payload, path)
+    status, out, _ = call("--keyword", "load", "--old", path)
+    assert status == 0
+    assert out == f"{path}: loads as a network's weights, {form}\n4 entries, 12 elements\n"
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_load_says_what_does_not_load(call: Call, tmp_path: Path) -> None:
+    """A checkpoint without weights."""
+    path = tmp_path / "a.pth"
+    torch.save({"epoch": 3, "net": [1]}, path)
+    status, _, err = call("--keyword", "load", "--old", path)
+    assert status == 2
+    assert f"{path} has no state_dict and no model, and is none itself; its keys: epoch, net" in err
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_save_keeps_the_weights_alone(call: Call, old: Path, tmp_path: Path, raw: bool) -> None:
+    """Wrapped, or with raw bare."""
+    new = tmp_path / "new.pth"
+    status, out, _ = call("--keyword", "save, raw" if raw else "save", "--old", old, "--new", new)
+    assert (status, out) == (0, f"{new}: 4 entries, {'bare' if raw else 'under state_dict'}\n")
+    payload = checkpoint.read(new)
+    if not raw:
+        assert list(payload) == ["state_dict"]
+    assert equal(payload if raw else payload["state_dict"], {})
+
+
+# --- update, swap ----------------------------------------------------------------------------
+
+RENAMED = {"conv1.weight": "stem.conv.weight", "conv1.clip_val": "stem.conv.alpha", "fc.bias": "head.bias"}
+MF = "# the stem\nconv1.{weight, clip_val}\n\nfc.bias  # and the head\n"
+MT = "stem.conv.{weight,alpha}\nhead.bias\n"
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_update_renames_and_keeps_the_rest(call: Call, old: Path, tmp_path: Path, raw: bool) -> None:
+    """Values, order, unlisted names; epoch and optimizer unless raw."""
+    mf, mt = lists(tmp_path, MF, MT)
+    new = tmp_path / "new.pth"
+    keyword = "update,raw" if raw else "update"
+    status, _, _ = call("--keyword", keyword, "--mf", mf, "--mt", mt, "--old", old, "--new", new)
+    assert status == 0
+    payload = checkpoint.read(new)
+    if not raw:
+        assert set(payload) == {"epoch", "best_acc", "optimizer", "state_dict"}
+        assert payload["epoch"] == 12
+        assert payload["optimizer"]["state"][0].tolist() == [1, 1]
+    assert equal(payload if raw else payload["state_dict"], RENAMED)
+
+
+@pytest.mark.parametrize("payload", [STATE, {"model": STATE}, {f"module.{n}": v for n, v in STATE.items()}])
+def test_update_wraps_under_state_dict(call: Call, tmp_path: Path, payload: dict[str, object]) -> None:
+    """Whatever form the old file has, the new one has the program's own."""
+    mf, mt = lists(tmp_path, MF, MT)
+    torch.save(payload, tmp_path / "old.pth")
+    files = ("--old", tmp_path / "old.pth", "--new", tmp_path / "new.pth")
+    assert call("--keyword", "update", "--mf", mf, "--mt", mt, *files)[0] == 0
+    new = checkpoint.read(tmp_path / "new.pth")
+    assert list(new) == ["state_dict"]
+    assert equal(new["state_dict"], RENAMED)
+
+
+def test_swap_undoes_update(call: Call, old: Path, tmp_path: Path) -> None:
+    """The same two lists the other way round."""
+    mf, mt = lists(tmp_path, MF, MT)
+    new, back = tmp_path / "new.pth", tmp_path / "back.pth"
+    assert call("--keyword", "update", "--mf", mf, "--mt", mt, "--old", old, "--new", new)[0] == 0
+    assert call("--keyword", "swap", "--mf", mf, "--mt", mt, "--old", new, "--new", back)[0] == 0
+    payload = checkpoint.read(back)
+    assert equal(payload["state_dict"], {}) and payload["epoch"] == 12
+
+
+def test_names_may_trade_places() -> None:
+    """All names change at once."""
+    a, b = torch.zeros(1), torch.ones(1)
+    renamed = tools.rename({"a": a, "b": b}, [("a", "b"), ("b", "a")], "x.pth")
+    assert list(renamed) == ["b", "a"] and renamed["b"] is a and renamed["a"] is b
+
+
+@pytest.mark.parametrize(
+    ("mf", "mt", "text"),
+    [
+        ("conv1.weight\nfc.bias\n", "a\n", "mf has 2 lines of names, DIR/mt 1; they pair line by line"),
+        ("# x\nconv1.{weight,clip_val}\n", "\n\na.{b,c,d}", "mf, line 2 has 2 names, DIR/mt, line 3 has 3;"),
+        ("conv1.{weight,clip_val}\n", "a\nb\n", "mf has 1 lines of names, DIR/mt 2"),
+        ("conv1.weigth\n", "a\n", "'conv1.weigth' is not in DIR/old.pth.tar; did you mean conv1.weight?"),
+        ("conv1.weight\n", "fc.bias\n", "both 'conv1.weight' and 'fc.bias' would be named 'fc.bias'"),
+        ("conv1.weight\nfc.bias\n", "a\na\n", "mt: 'a' is listed twice"),
+        ("fc.bias\nfc.bias\n", "a\nb\n", "mf: 'fc.bias' is listed twice"),
+        ("conv1.{weight\n", "a\n", "mf, line 1: a brace without its partner"),
+        ("conv1.{a,{b,c}}\n", "a\n", "mf, line 1: a brace without its partner, or one inside another"),
+        ("# nothing\n", "\n", "mf: no names"),
+    ],
+)
+def test_mapping_mistakes(call: Call, old: Path, tmp_path: Path, mf: str, mt: str, text: str) -> None:
+    """One line that says where; nothing is written."""
+    mf_path, mt_path = lists(tmp_path, mf, mt)
+    files = ("--old", old, "--new", tmp_path / "new.pth")
+    status, out, err = call("--keyword", "update", "--mf", mf_path, "--mt", mt_path, *files)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert text.replace("DIR", str(tmp_path)) in err
+    assert not (tmp_path / "new.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"), [(None, "cannot be read (No such file"), (b"\xff\xfe\x00", "not a text file")]
+)
+def test_mapping_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, text: str) -> None:
+    """Missing or binary."""
+    if content is not None:
+        (tmp_path / "mf").write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(text)):
+        tools.read_names(tmp_path / "mf")
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("a.weight", ["a.weight"]),
+        ("a.{x,y}", ["a.x", "a.y"]),
+        ("{a,b}.w", ["a.w", "b.w"]),
+        ("l{1,2}.{x, y}.w", ["l1.x.w", "l1.y.w", "l2.x.w", "l2.y.w"]),
+        ("a{,.b}.w", ["a.w", "a.b.w"]),
+        ("  a.w  # why", ["a.w"]),
+    ],
+)
+def test_brace_lists_expand_in_order(tmp_path: Path, line: str, names: list[str]) -> None:
+    """As a shell does it."""
+    (tmp_path / "mf").write_text(f"\n# {{ ignored\n{line}\n")
+    assert tools.read_names(tmp_path / "mf") == [(3, names)]
+
+
+@pytest.mark.parametrize("word", ["save", "update", "swap"])
+def test_an_existing_file_needs_force(call: Call, old: Path, tmp_path: Path, word: str) -> None:
+    """Also when it is the old file itself, and before anything else is looked at."""
+    mf, mt = lists(tmp_path, "fc.bias", "fc.bias")
+    mapping = () if word == "save" else ("--mf", mf, "--mt", mt)
+    before = old.read_bytes()
+    status, _, err = call("--keyword", word, "--old", old, "--new", old, *mapping)
+    assert (status, err) == (2, f"tools.py: error: {old} exists; --force writes over it\n")
+    assert old.read_bytes() == before
+    assert call("--keyword", word, "--old", old, "--new", old, *mapping, "--force")[0] == 0
+    assert equal(checkpoint.read(old)["state_dict"], {})
+
+
+def test_a_failed_write_is_one_line(call: Call, old: Path, tmp_path: Path) -> None:
+    """A folder that is a file."""
+    (tmp_path / "file").write_text("x")
+    status, _, err = call("--keyword", "save", "--old", old, "--new", tmp_path / "file" / "new.pth")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cannot be written" in err
+
+
+# --- sort ------------------------------------------------------------------------------------
+
+
+def test_sort_keeps_pairs_together(call: Call, tmp_path: Path) -> None:
+    """Numbers count as numbers; braces are written out."""
+    mf, mt = lists(tmp_path, "layer10.w\nlayer2.{w,b}\n# end\nbn.w\nlayer2.0.w\n", "a\nb.{1,2}\nc\nd\n")
+    status, out, _ = call("--keyword", "sort", "--mf", mf, "--mt", mt)
+    assert status == 0
+    assert (tmp_path / "mf.sorted").read_text() == "bn.w\nlayer2.0.w\nlayer2.b\nlayer2.w\nlayer10.w\n"
+    assert (tmp_path / "mt.sorted").read_text() == "c\nd\nb.2\nb.1\na\n"
+    assert out == f"{mf}.sorted: 5 names\n{mt}.sorted: 5 names\n"
+    pairs = set(tools.read_pairs(mf, mt))
+    assert set(tools.read_pairs(tmp_path / "mf.sorted", tmp_path / "mt.sorted")) == pairs
+
+
+def test_sort_writes_where_it_is_told(call: Call, tmp_path: Path) -> None:
+    """Onto the lists themselves only with --force; never both to one file."""
+    mf, mt = lists(tmp_path, "b\na\n", "1\n2\n")
+    base = ("--keyword", "sort", "--mf", mf, "--mt", mt)
+    status, _, err = call(*base, "--new_mf", tmp_path / "x", "--new-mt", mt)
+    assert (status, err) == (2, f"tools.py: error: {mt} exists; --force writes over it\n")
+    assert not (tmp_path / "x").exists()
+    assert call(*base, "--new_mf", tmp_path / "x", "--new_mt", tmp_path / "x")[0] == 2
+    assert call(*base, "--new_mf", mf, "--new_mt", mt, "--force")[0] == 0
+    assert (mf.read_text(), mt.read_text()) == ("a\nb\n", "2\n1\n")
+
+
+# --- verify-image ----------------------------------------------------------------------------
+
+
+def images(folder: Path) -> None:
+    """Nine good images of several formats and modes, and a file that is none."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(20, 30, 3), dtype=np.uint8)
+    names = ["RGB.jpg", "L.JPEG", "CMYK.jpg", "RGBA.png", "P.png", "1.png", "RGB.bmp", "RGB.webp", "L.tiff"]
+    for number, name in enumerate(names):
+        mode, ending = name.split(".")
+        path = folder / f"class{number % 2}" / f"{number}.{ending}"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(pixels).convert(mode).save(path)
+    (folder / "README.txt").write_text("no image")
+
+
+def test_good_images(tmp_path: Path) -> None:
+    """All are decoded, also through a link to a folder: status 0."""
+    images(tmp_path / "elsewhere")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
+    done = run("--keyword", "verify-image", "--root", tmp_path / "root")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "9 images, 0 bad\n", "")
+
+
+def test_bad_images_are_listed(tmp_path: Path) -> None:
+    """Cut short, of another kind, empty, a broken link: one line each, status 1."""
+    images(tmp_path)
+    whole = (tmp_path / "class0" / "0.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 9 // 10])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    png = bytearray((tmp_path / "class1" / "3.png").read_bytes())
+    png[len(png) // 2] ^= 0xFF
+    (tmp_path / "flipped.png").write_bytes(png)
+    done = run("--keyword", "verify-image", "--root", tmp_path, "--workers", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    *lines, last = done.stdout.splitlines()
+    assert last == "14 images, 5 bad"
+    reasons = dict(line.split(": ", 1) for line in lines)
+    assert list(reasons) == [
+        str(tmp_path / n) for n in ("cut.jpg", "empty.jpg", "flipped.png", "gone.jpg", "text.png")
+    ]
+    assert "truncated" in reasons[str(tmp_path / "cut.jpg")]
+    assert reasons[str(tmp_path / "gone.jpg")] == "[Errno 2] No such file or directory"
+    assert reasons[str(tmp_path / "text.png")] == "cannot identify image file"
+
+
+@pytest.mark.parametrize(
+    ("root", "text"),
+    [("nowhere", "no such folder"), ("file.png", "no such folder"), ("empty", "no image below")],
+)
+def test_a_root_without_images(call: Call, tmp_path: Path, root: str, text: str) -> None:
+    """Status 2."""
+    (tmp_path / "file.png").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    status, out, err = call("--keyword", "verify-image", "--root", tmp_path / root)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert text in err
+
+
+def test_a_link_that_leads_back_up(tmp_path: Path) -> None:
+    """Every image once, and an end."""
+    images(tmp_path)
+    (tmp_path / "class0" / "loop").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "class1")
+    found = list(tools.image_files(tmp_path))
+    assert len(found) == len({os.path.realpath(path) for path in found}) == 9
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff", "gif", "bmp", "ppm"])
+def test_damaged_images_never_escape(tmp_path: Path, ending: str) -> None:
+    """Changed bytes anywhere give an image or a reason of one line."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+    assert tools.image_error(path) is None
+    whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    for _ in range(100):
+        changed = whole.copy()
+        changed[rng.integers(min(len(whole), 200), size=4)] = rng.integers(256, size=4, dtype=np.uint8)
+        path.write_bytes(changed[: rng.integers(len(whole) + 1)].tobytes())
+        reason = tools.image_error(path)
+        assert reason is None or (reason and "\n" not in reason)
+
+
+# --- the documentation -----------------------------------------------------------------------
+
+
+def test_the_examples_of_the_documentation(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command of docs/tools.md prints what is shown there."""
+    text = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (setup,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    Path("setup.py").write_text(setup)
+    runpy.run_path("setup.py")
+    words: set[str] = set()
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for command, shown in re.findall(r"^\$ (.*)\n((?:[^$\n].*\n)*)", block, re.MULTILINE):
+            program, *arguments = shlex.split(command)
+            if program == "cat":
+                printed = Path(arguments[0]).read_text()
+            else:
+                assert (program, arguments[0]) == ("python", "tools.py")
+                _, out, err = call(*arguments[1:])
+                printed = out + err
+                words.add(arguments[2].partition(",")[0])
+            # how much of a cut image is left over depends on Pillow's version
+            left_over = r"\(\d+ bytes not processed\)"
+            assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
+    assert words == set(tools.WORDS)
