@@ -114,7 +114,7 @@ def run(config: Config) -> int:
     initialised = 0
     if config.model.quant.re_init and resumed is None:
         images, _ = next(iter(loaders.train))
-        initialised = calibrate.initialise_ranges(model, images.to(device))
+        initialised = calibrate.initialise_ranges(model, to_device(images, device))
     optimizer, groups = optim.build(model, config.optim)
     state = RunState() if resumed is None else restore(resumed, model, optimizer, config)
 
@@ -207,7 +207,7 @@ def train_one_epoch(
     optimizer.zero_grad()
     bar = log.progress(loader, batches, f"epoch {epoch + 1}", enabled=True)
     for i, (images, target) in enumerate(bar):
-        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        images, target = to_device(images, device), target.to(device, non_blocking=True)
         output = model(images)
         loss = functional.cross_entropy(output, target, label_smoothing=config.run.label_smooth)
         # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
@@ -260,7 +260,7 @@ def validate(model: nn.Module, loader: Loader, device: torch.device) -> dict[str
     loss_mean, top1, top5 = log.Mean(), log.Mean(), log.Mean()
     with torch.no_grad():
         for images, target in log.progress(loader, len(loader), "validation", enabled=True):
-            images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
+            images, target = to_device(images, device), target.to(device, non_blocking=True)
             output = model(images)
             hits1, hits5 = log.top_k(output, target)
             loss_mean.update(functional.cross_entropy(output, target), len(target))
@@ -286,7 +286,14 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
 def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
     """A few batches of real images, of the validation set where there is one."""
     loader = loaders.train if loaders.val is None else loaders.val
-    return [images.to(device) for images, _ in itertools.islice(loader, AUDIT_BATCHES)]
+    return [to_device(images, device) for images, _ in itertools.islice(loader, AUDIT_BATCHES)]
+
+
+def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Images [N, 3, S, S] where and how the network takes them: channels last, the faster layout."""
+    import torch
+
+    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -333,7 +340,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     from model.quant import quantizers
     from utils import checkpoint
 
-    state = checkpoint.state_dict_of(checkpoint.read(path))
+    state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
     own = dict(quantizers(model))
     for name, quantizer in own.items():
         levels = state.pop(f"{name}.level_num", None)
@@ -490,7 +497,7 @@ def finish(
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
     logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
     written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
-    logger.info("look at: %s", ", ".join(str(folder / name) for name in written))
+    logger.info("look at: %s", ", ".join(str(folder / name) for name in written if (folder / name).exists()))
     if config.run.tensorboard:
         logger.info("TensorBoard: tensorboard --logdir %s", folder / "tensorboard")
 

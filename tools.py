@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import json
 import os
 import re
 import sys
@@ -39,8 +40,59 @@ class Options:
     root: Path | None = None
     verbose_list: str | None = None
     workers: int | None = None
+    runs: tuple[Path, ...] | None = None
     force: bool = False
     raw: bool = False
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------
+
+
+def compare(options: Options) -> int:
+    """Print a table of finished RUNS, the gaps against the first, and the files to look at."""
+    from model.summary import format_table  # imports torch
+
+    folders = options.runs or ()
+    runs = [_summary(folder) for folder in folders]
+    first = runs[0]["last_top1"]
+    rows = []
+    for run in runs:
+        top1 = run["last_top1"]
+        gap = "" if run is runs[0] or None in (top1, first) else f"{top1 - first:+.2f}"
+        saved = run["float_weight_bytes"] / run["weight_bytes"]
+        rows.append((
+            run["case"], run["network"], run["bits"], "-" if top1 is None else f"{top1:.2f}", gap,
+            f"{run['weight_bytes'] / 1024:.1f}", f"{run['float_weight_bytes'] / 1024:.1f}", f"{saved:.1f}x",
+            run["audit"],
+        ))  # fmt: skip
+    head = ("run", "network", "bits w/a", "top-1 %", "gap", "weights KiB", "float32 KiB", "smaller", "audit")
+    print(format_table(head, rows))
+    print("top-1: validation images, after the last epoch. Weights: convolutions and linear layers at their bits.")
+    print("\nlook at:")
+    for folder in folders:
+        for name in ("curves.png", "metrics.csv", "audit.txt", "tensorboard"):
+            if (folder / name).exists():
+                print(f"  {folder / name}")
+    if any((folder / "tensorboard").exists() for folder in folders):
+        print(f"  tensorboard --logdir {os.path.commonpath(folders) if len(folders) > 1 else folders[0]}")
+    return 0
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote about itself. Raises UserError when it has not."""
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name the folders of finished runs, such as exp/CASE") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    needed = {"case", "network", "bits", "last_top1", "weight_bytes", "float_weight_bytes", "audit"}
+    if not isinstance(summary, dict) or not needed <= summary.keys():
+        raise UserError(f"{path} is not the summary of a run")
+    return summary
 
 
 # ---------------------------------------------------------------------------------------------
@@ -356,6 +408,7 @@ class Word:
 
 
 WORDS: dict[str, Word] = {
+    "compare": Word(compare, ("runs",)),
     "verbose": Word(verbose, ("old",), ("verbose_list",)),
     "load": Word(load, ("old",)),
     "save": Word(save, ("old", "new"), ("raw", "force")),
@@ -395,7 +448,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     width = max(map(len, WORDS))
     words = "\n".join(
         f"  {name:{width}}  {word.run.__doc__}\n"
-        f"  {'':{width}}  {' '.join(f'--{n}' for n in word.needs)}"
+        f"  {'':{width}}  {' '.join('RUN...' if n == 'runs' else f'--{n}' for n in word.needs)}"
         f"{''.join(' [,raw]' if n == 'raw' else f' [--{n}]' for n in word.takes)}"
         for name, word in WORDS.items()
     )
@@ -418,11 +471,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--verbose_list", metavar="LIST", help="details of names with these endings, or of all"
     )
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE")
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
 
     names = _split(given.pop("keyword"))
     given["raw"] = "raw" in names
+    given["runs"] = tuple(given["runs"]) or None
     chosen = [name for name in names if name != "raw"]
     for name in chosen:
         if name not in WORDS:
@@ -433,7 +488,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     name = chosen[0]
     word = WORDS[name]
     for option, value in given.items():
-        shown = "raw" if option == "raw" else f"--{option}"
+        shown = {"raw": "raw", "runs": "folders of runs"}.get(option, f"--{option}")
         is_given = value is not None and value is not False
         if is_given and option not in word.needs + word.takes:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")

@@ -6,7 +6,7 @@ import difflib
 
 from torch import nn
 
-from model import dorefa, lsq, pact  # noqa: F401  (importing a method registers it)
+from model import dorefa, fatnn, lq, lsq, pact, xnor  # noqa: F401  (importing a method registers it)
 from model.quant import QuantLayer, quantizers
 from model.resnet import DEPTHS, ResNet
 from utils.config import ModelConfig

@@ -39,7 +39,7 @@ class DoReFaActivation(Quantizer):
         """Float32 of any shape to the nearest level."""
         return LearnedStep.apply(x, self.step(), self.grid(), self.config.grad_type == "STE-scale")
 
-    def integers(self, x: Tensor) -> Integers:
+    def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`."""
         return integers(x, self.step(), self.grid())
 
@@ -68,7 +68,7 @@ class DoReFaWeight(Quantizer):
         grid = Grid.of(self.levels, half_range=False)
         return LearnedStep.apply(self._squashed(x), self._step(x), grid, self.config.grad_type == "STE-scale")
 
-    def integers(self, x: Tensor) -> Integers:
+    def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; an even count of levels has odd codes."""
         if self.config.binary_scale:
             return Integers(codes=_sign(x).to(torch.int32), scale=x.detach().abs().mean())

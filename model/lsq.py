@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import Grid, LearnedStep, PositiveClip, ScaleGradient, integers
+from model.uniform import Grid, LearnedStep, PositiveClip, ScaleGradient, initial_clip, integers
 from utils.config import QuantizerConfig
 
 
@@ -16,6 +16,7 @@ class LSQ(Quantizer):
 
     Half range: c * round(n * clamp(x / c, 0, 1)) / n.
     Full range: c * (2 * round(n * (clamp(x / c, -1, 1) + 1) / 2) / n - 1), n = levels - 1.
+    Full range, mid-tread: s * round(clamp(x / s, -levels / 2, Qp)), s = c / Qp, Qp = levels / 2 - 1.
 
     Gradient: straight-through to x inside the range; to c, q / c - x / c inside and the end level
     outside, times `grad_scale`'s factor. `STE-scale` changes nothing here: the value that is
@@ -30,25 +31,26 @@ class LSQ(Quantizer):
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
         self.zero_to_zero = (
             config.half_range and config.adaptive == "none"
-            and "element" not in config.grad_scale
+            and config.grad_scale not in ("element-scale", "scale-element", "paper")
         )
 
     def grid(self) -> Grid:
         """The levels in units of the step."""
-        return Grid.of(self.levels, self.config.half_range)
+        return Grid.of(self.levels, self.config.half_range, midtread=self.config.grid == "midtread")
 
     def step(self, x: Tensor) -> Tensor:
         """The distance of two levels, float32 > 0, broadcastable to x."""
+        high = self.grid().high
         clip = self.per_channel(PositiveClip.apply(self.clip_val))
         if self.config.grad_scale != "none":
-            clip = ScaleGradient.apply(clip, self.gradient_factor(x))
-        return clip / self.grid().high
+            clip = ScaleGradient.apply(clip, self.gradient_factor(x, high))
+        return clip / high
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
         return LearnedStep.apply(x, self.step(x), self.grid())
 
-    def integers(self, x: Tensor) -> Integers:
+    def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; mid-rise grids have odd codes."""
         return integers(x, self.step(x), self.grid())
 
@@ -62,7 +64,6 @@ class LSQ(Quantizer):
 
     def initialise_from(self, x: Tensor) -> None:
         """The paper's initial step 2 * mean|x| / sqrt(Qp) per group, Qp the highest level in steps."""
-        high = self.grid().high
-        step = 2 * self.grouped(self._normalised(x.detach().float())).abs().mean(dim=1) / max(high, 1.0) ** 0.5
         with torch.no_grad():
-            self.set_range((step * high).reshape(self.range_shape()))
+            rows = self.grouped(self._normalised(x.float())[0])
+            self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))

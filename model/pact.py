@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from model.dorefa import DoReFaWeight
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import Grid, PositiveClip, ScaleGradient, balance_factor, integers
+from model.uniform import Grid, PositiveClip, ScaleGradient, balance_factor, initial_clip, integers
 from utils.config import QuantizerConfig
 
 
@@ -52,7 +52,7 @@ class PACT(Quantizer):
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
         self.zero_to_zero = (
             config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
-            and "element" not in config.grad_scale
+            and config.grad_scale not in ("element-scale", "scale-element", "paper")
         )
 
     def grid(self) -> Grid:
@@ -62,13 +62,15 @@ class PACT(Quantizer):
     def clip(self, x: Tensor) -> Tensor:
         """The clip value, float32 > 0, broadcastable to x."""
         clip = self.per_channel(PositiveClip.apply(self.clip_val))
-        return ScaleGradient.apply(clip, self.gradient_factor(x))
+        if self.config.grad_scale == "none":
+            return clip
+        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().high))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
         return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")
 
-    def integers(self, x: Tensor) -> Integers:
+    def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`."""
         return integers(x, self.clip(x) / self.grid().high, self.grid())
 
@@ -79,6 +81,12 @@ class PACT(Quantizer):
     def current_range(self) -> Tensor:
         """The clip value."""
         return self.clip_val.detach()
+
+    def initialise_from(self, x: Tensor) -> None:
+        """The clip value of LSQ's initial step; the paper starts from a large constant and decays it."""
+        with torch.no_grad():
+            rows = self.grouped(self._normalised(x.float())[0])
+            self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))
 
 
 register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

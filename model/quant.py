@@ -6,6 +6,7 @@ Formulas of the methods and of the options: docs/quantizers.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,21 +43,41 @@ class TensorSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Integers:
-    """A quantized tensor as integers: `value = (codes - zero_point) * scale`.
+    """A quantized tensor as integers.
+
+    Without a codebook the value is `(codes - zero_point) * scale`; with one it is the codebook's entry
+    of the code. Normalisation that was undone and the learned scale come on top, in this order:
+    `value * deviation + mean`, `value * gamma`. All but the codes are float32 and broadcast to them.
 
     Attributes:
         codes: int32, the shape of the tensor.
-        scale: float32, broadcastable to the tensor.
-        zero_point: int.
+        scale: distance of two neighbouring codes.
+        zero_point: the code of zero.
+        codebook: [rows, levels], the value of each code; a row per group. None: evenly spaced.
+        rows: int64, broadcastable to the codes: the row of the codebook that an element reads.
+        deviation: what the normalisation divided by; None where it was not undone.
+        mean: what the normalisation subtracted.
+        gamma: the learned scale.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: int = 0
+    codebook: Tensor | None = None
+    rows: Tensor | None = None
+    deviation: Tensor | None = None
+    mean: Tensor | None = None
+    gamma: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The float32 tensor that the integers stand for."""
-        return (self.codes - self.zero_point) * self.scale
+        """The float32 tensor that the integers stand for, exactly the fake-quantized one."""
+        if self.codebook is None or self.rows is None:
+            value = (self.codes - self.zero_point) * self.scale
+        else:
+            value = self.codebook[self.rows.expand(self.codes.shape), self.codes.long()]
+        if self.deviation is not None and self.mean is not None:
+            value = value * self.deviation + self.mean
+        return value if self.gamma is None else value * self.gamma
 
 
 class Quantizer(nn.Module):
@@ -99,8 +120,8 @@ class Quantizer(nn.Module):
         """Fake-quantize a float32 tensor; differentiable."""
         raise NotImplementedError
 
-    def integers(self, x: Tensor) -> Integers:
-        """The integer codes of `x` whose dequantized values equal `quantize(x)` exactly."""
+    def encode(self, x: Tensor) -> Integers:
+        """The integer codes of a float32 tensor whose dequantized values equal `quantize(x)` exactly."""
         raise NotImplementedError
 
     def set_range(self, value: Tensor) -> None:
@@ -112,7 +133,13 @@ class Quantizer(nn.Module):
     # The frame ---------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize `x`; any floating dtype and shape in, the same dtype and shape out."""
+        """Quantize `x`; any floating dtype and shape in, the same dtype and shape out.
+
+        Raises:
+            ValueError: for an empty tensor, which has no range and no statistics.
+        """
+        if x.numel() == 0:
+            raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
             if self.training:
@@ -124,15 +151,37 @@ class Quantizer(nn.Module):
                 result = torch.where(self.warming_up(), full, result)
             return result.to(x.dtype)
 
+    def integers(self, x: Tensor) -> Integers:
+        """The integer codes of `x` (any floating dtype) as this quantizer stands; changes nothing.
+
+        Dequantizing gives exactly the float32 tensor that `forward` gives in evaluation mode after the
+        warm-up.
+        """
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            normed, mean, deviation = self._normalised(x.float())
+            extra: dict[str, Tensor] = {}
+            if self.config.adaptive_restore and mean is not None and deviation is not None:
+                extra = {"mean": mean, "deviation": deviation}
+            if self.config.gamma:
+                extra["gamma"] = self.per_channel(self.gamma)
+            return dataclasses.replace(self.encode(normed), **extra)
+
     def _transform(self, x: Tensor) -> Tensor:
-        if self.config.adaptive == "none":
-            result = self.quantize(x)
-        else:
-            mean, deviation = self._statistics(x)
-            result = self.quantize((x - mean) / deviation)
-            if self.config.adaptive_restore:
-                result = result * deviation + mean
+        normed, mean, deviation = self._normalised(x)
+        result = self.quantize(normed)
+        if self.config.adaptive_restore and mean is not None and deviation is not None:
+            result = result * deviation + mean
+        if self.training and self.config.proxquant_step > 0:
+            share = (1 - self.iteration / self.config.proxquant_step).clamp_min(0)
+            result = share * normed + (1 - share) * result
         return result * self.per_channel(self.gamma) if self.config.gamma else result
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The tensor as the method sees it, and the mean and deviation that were taken out."""
+        if self.config.adaptive == "none":
+            return x, None, None
+        mean, deviation = self._statistics(x)
+        return (x - mean) / deviation, mean, deviation
 
     def warming_up(self) -> Tensor:
         """Bool [1]: the quantizer still passes its input through (`--stable`)."""
@@ -202,41 +251,42 @@ class Quantizer(nn.Module):
         return channels.reshape(output.shape[0] * self.groups, -1)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation to normalise by: per weight group, or per sample; no gradient.
+        """What to subtract and to divide by: of each weight group, or of each sample; no gradient.
 
-        A group with zero variance is divided by the smallest normal number's square root instead of
-        zero, which keeps (x - mean) / deviation = 0 finite.
+        `var-mean` and `mean-var` subtract the mean and divide by the standard deviation (unbiased); `var`
+        divides by the deviation alone, `mean` by the mean alone. A group with zero variance is divided by
+        a small number instead of zero, which keeps its (x - mean) / deviation = 0 finite.
         """
         x = x.detach()
-        rows = self.grouped(x) if self.config.tag == "wt" else x.flatten(1)
-        shape = self.range_shape() if self.config.tag == "wt" else (-1,) + (1,) * (x.ndim - 1)
+        weight = self.config.tag == "wt"
+        rows = self.grouped(x) if weight else x.flatten(1)
+        shape = self.range_shape() if weight else (-1,) + (1,) * (x.ndim - 1)
         mean = rows.mean(dim=1).reshape(shape)
-        deviation = rows.std(dim=1).reshape(shape).clamp_min(MIN_DEVIATION)
-        if self.config.tag == "wt":
+        # One element has no unbiased deviation; like a constant group it is its own mean.
+        spread = rows.std(dim=1) if rows.shape[1] > 1 else torch.zeros_like(rows[:, 0])
+        deviation = self.safe_divisor(spread.reshape(shape))
+        if weight:
             mean, deviation = self.per_channel(mean), self.per_channel(deviation)
         kind = self.config.adaptive
-        return (
-            mean if "mean" in kind else torch.zeros_like(mean),
-            deviation if "var" in kind else torch.ones_like(deviation),
-        )
+        if kind == "mean":
+            return torch.zeros_like(mean), self.safe_divisor(mean)
+        return (mean if "mean" in kind else torch.zeros_like(mean)), deviation
+
+    def safe_divisor(self, value: Tensor) -> Tensor:
+        """A statistic as a divisor, away from zero."""
+        return torch.where(value.abs() < MIN_DIVISOR, MIN_DIVISOR, value)
 
     # Calibration -------------------------------------------------------------------------------
 
     def _collect_range(self, x: Tensor) -> None:
         """Running mean of the groups' max |x| over the first `stable` training iterations."""
         with torch.no_grad():
-            largest = self.grouped(self._normalised(x.detach())).abs().amax(dim=1).reshape(self.range_shape())
+            largest = self.grouped(self._normalised(x.detach())[0]).abs().amax(dim=1).reshape(self.range_shape())
             mean = self.range_mean + (largest - self.range_mean) / self.iteration
             collecting = self.iteration <= self.stable
             self.range_mean.copy_(torch.where(collecting, mean, self.range_mean))
             factor = self.config.correlate if self.config.correlate > 0 else 1.0
             self.set_range(torch.where(collecting, self.range_mean * factor, self.current_range()))
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        if self.config.adaptive == "none":
-            return x
-        mean, deviation = self._statistics(x)
-        return (x - mean) / deviation
 
     def current_range(self) -> Tensor:
         """The clip value now (`range_shape`); the configured boundary where there is none."""
@@ -246,11 +296,19 @@ class Quantizer(nn.Module):
         """Elements of `x` in one group."""
         return x.numel() / self.groups
 
-    def gradient_factor(self, x: Tensor) -> float:
-        """The factor on the gradient of the learned clip value (`xx_grad_scale`)."""
+    def gradient_factor(self, x: Tensor, high: float) -> float:
+        """The factor on the gradient of the learned clip value c (`xx_grad_scale`); `high` is Qp.
+
+        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does, which multiplies its
+        gradient by 1 / sqrt(N * Qp), N elements of a weight or of one sample's activation: a gradient
+        step of c moves s by 1 / Qp of it and dL/dc is dL/ds / Qp, hence Qp^2 / sqrt(N * Qp) for c.
+        """
         kind, scale = self.config.grad_scale, self.config.scale
         if kind == "none":
             return 1.0
+        if kind == "paper":
+            samples = 1 if self.config.tag == "wt" else x.shape[0]
+            return high**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * high)
         count = self.site.fan if "fan" in kind else self.elements(x)
         return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 
@@ -259,7 +317,7 @@ class Quantizer(nn.Module):
         return f"{self.config.tag}, {self.config.method}, levels={self.levels}, groups={self.groups}"
 
 
-MIN_DEVIATION = math.sqrt(torch.finfo(torch.float32).tiny)
+MIN_DIVISOR = math.sqrt(torch.finfo(torch.float32).tiny)
 
 
 # The registry of methods -----------------------------------------------------------------------

@@ -25,11 +25,17 @@ class Grid:
     high: float
 
     @classmethod
-    def of(cls, levels: int, half_range: bool) -> Grid:
-        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range)."""
+    def of(cls, levels: int, half_range: bool, *, midtread: bool = False) -> Grid:
+        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range).
+
+        A mid-tread grid has a level at zero and, for an even count, one more level below zero than
+        above, as two's complement has.
+        """
         steps = levels - 1
         if half_range:
             return cls(0.0, float(steps))
+        if midtread:
+            return cls(float(-(levels // 2)), float(steps // 2))
         return cls(-steps / 2, steps / 2)
 
     def round(self, position: Tensor) -> Tensor:
@@ -81,6 +87,19 @@ class LearnedStep(torch.autograd.Function):
             slope = level.sub_(torch.where(inside, position, 0.0))
             grad_step = slope.mul_(grad).sum_to_size(step.shape)
         return grad_x, grad_step, None, None
+
+
+def initial_clip(rows: Tensor, grid: Grid) -> Tensor:
+    """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) (arXiv 1902.08153, section 2.1).
+
+    Args:
+        rows: float32 [g, elements].
+        grid: the levels; Qp is the highest one in steps.
+
+    Returns:
+        float32 [g].
+    """
+    return 2 * rows.abs().mean(dim=1) * grid.high / max(grid.high, 1.0) ** 0.5
 
 
 def balance_factor(inside: Tensor) -> Tensor:

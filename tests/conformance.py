@@ -42,7 +42,7 @@ OBSOLETE = ("auxil", "codec_vector", "codec_index", "thrs_multiplier")
 
 # What a case can end with short of a result: no case may hide the ones after it.
 FAILURES = (
-    UserError, ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
     zipfile.BadZipFile,
 )  # fmt: skip
 
@@ -138,8 +138,8 @@ def options(case: Case) -> tuple[Given, dict[str, Any], QuantConfig]:
 
 def site(tag: str, shape: Sequence[int]) -> TensorSite:
     """Where a quantizer of a tensor like `shape` sits; an activation feeds a 1x1 convolution."""
-    dim = 0 if tag == "wt" else 1
-    return TensorSite(name=tag, channels=shape[dim], channel_dim=dim, ndim=len(shape), fan=math.prod(shape[1:]))
+    dim, fan = 0 if tag == "wt" else 1, math.prod(shape[1:])
+    return TensorSite(name=tag, channels=shape[dim], channel_dim=dim, ndim=len(shape), fan=fan)
 
 
 def rare(ours: Array, published: Array, tolerance: float, limit: Array) -> Array:
@@ -168,7 +168,8 @@ def level_steps(quantizer: Quantizer, output: Array) -> Array:
 def load_parameters(result: Result, quantizer: Quantizer, arrays: Mapping[str, Array]) -> None:
     """Give the quantizer its recorded state; note what does not fit."""
     state = quantizer.state_dict()
-    recorded = {name.partition(".")[2] for name in arrays if name.startswith(("param.", "initial.", "after."))}
+    prefixes = ("param.", "initial.", "after.")
+    recorded = {name.partition(".")[2] for name in arrays if name.startswith(prefixes)}
     for name in dict(quantizer.named_parameters()).keys() - recorded:
         result.problems.append(f"the parameter {name} is not a published one")
     for name in sorted(recorded - set(OBSOLETE)):
@@ -181,8 +182,9 @@ def load_parameters(result: Result, quantizer: Quantizer, arrays: Mapping[str, A
         value = arrays.get(f"param.{name}")
         if value is None:
             continue
-        if value.shape != tuple(state[name].shape):
-            result.problems.append(f"{name} has the shape {tuple(state[name].shape)}, published {value.shape}")
+        shape = tuple(state[name].shape)
+        if value.shape != shape:
+            result.problems.append(f"{name} has the shape {shape}, published {value.shape}")
         elif state[name].is_floating_point():
             state[name].copy_(torch.from_numpy(value))
         elif not np.array_equal(numbers(state[name]), value):
@@ -232,7 +234,7 @@ def compare_gradients(
         published = arrays.get(f"grad.{name}", np.zeros_like(ours))
         deviation = relative(ours, published)
         if flipped.any():
-            # What the elements that are left out contribute to a parameter that the output is proportional to.
+            # At most what these elements contribute to a parameter that the output is proportional to.
             largest = magnitude(arrays["y"]) / max(np.abs(numbers(parameter)).min(), OUTPUT)
             deviation -= np.abs(arrays["gy"][flipped]).sum() * largest / magnitude(published)
         result.compare(f"grad.{name}", max(deviation, 0.0), GRADIENT)
@@ -246,16 +248,20 @@ def gradient(tensor: Tensor) -> Tensor:
 # Models --------------------------------------------------------------------------------------------
 
 
-def compare_state(result: Result, state: Mapping[str, Tensor], published: Mapping[str, Sequence[int]]) -> None:
+def compare_state(
+    result: Result, state: Mapping[str, Tensor], published: Mapping[str, Sequence[int]]
+) -> None:
     """Compare names and shapes, both ways."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, shape in published.items():
         if name.rpartition(".")[2] in OBSOLETE:
             continue
-        if name not in state:
+        if name not in shapes:
             result.problems.append(f"no state is called {name}")
-        elif tuple(state[name].shape) != tuple(shape):
-            result.problems.append(f"{name} has the shape {tuple(state[name].shape)}, published {tuple(shape)}")
-    result.problems += [f"the state {name} is not a published one" for name in state if name not in published]
+        elif shapes[name] != tuple(shape):
+            result.problems.append(f"{name} has the shape {shapes[name]}, published {tuple(shape)}")
+    for name in shapes.keys() - published.keys():
+        result.problems.append(f"the state {name} is not a published one")
 
 
 def load_state(state: Mapping[str, Tensor]) -> None:
@@ -308,8 +314,11 @@ def compare_parameter_gradients(
         norm, inner = published[name]
         probe = fill(f"probe/{name}", ours.shape)
         scale = norm or 1.0  # the inner product's size too, and it may cancel
-        result.compare(f"norm of {name}'s gradient", abs(np.linalg.norm(ours) - norm) / scale, MODEL_GRADIENT)
-        result.compare(f"probe of {name}'s gradient", abs((ours * probe).sum() - inner) / scale, MODEL_GRADIENT)
+        for what, value, wanted in (
+            ("norm", float(np.linalg.norm(ours)), norm),
+            ("probe", float((ours * probe).sum()), inner),
+        ):
+            result.compare(f"{what} of {name}'s gradient", abs(value - wanted) / scale, MODEL_GRADIENT)
 
 
 # Folders -------------------------------------------------------------------------------------------

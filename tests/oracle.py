@@ -257,6 +257,11 @@ def lq_blend(basis: Array, new: Array) -> Array:
     return 0.9 * basis + 0.1 * new
 
 
+def lq_running_mean(basis: Array, new: Array, iteration: int) -> Array:
+    """The basis after training step `iteration` (from 1) with the keyword `custom-update`."""
+    return basis + (new - basis) / iteration
+
+
 def _unrows(rows: Array, x: Array, groups: Groups) -> Array:
     """The inverse of `Groups.rows` for a tensor of the shape of x."""
     moved = np.moveaxis(x, groups.axis, 0).shape
@@ -320,16 +325,19 @@ def _sign_distance(x: Array) -> Array:
 
 
 def xnor_activation(x: Array, gy: Array, *, grad_type: str, custom: str = "none") -> Result:
-    """sign(x), times the mean |x| over channels (`channel`) or over positions (`resolution`); no gradient in it."""
+    """sign(x), times the mean |x| over channels (`channel`) or over positions (`resolution`).
+
+    The gradient is the mask alone: neither through the mean nor multiplied by it.
+    """
     axes = {"none": None, "channel": (1,), "resolution": (2, 3)}[custom]
     scale = np.ones(1) if axes is None else np.abs(x).mean(axis=axes, keepdims=True)
-    return Result(sign(x) * scale, gy * scale * gradient_mask(x, grad_type), {}, _sign_distance(x))
+    return Result(sign(x) * scale, gy * gradient_mask(x, grad_type), {}, _sign_distance(x))
 
 
 def xnor_weight(w: Array, gy: Array, *, grad_type: str = "none", groups: Groups = ONE) -> Result:
-    """sign(w) times the mean |w| of its group; no gradient in the mean."""
+    """sign(w) times the mean |w| of its group; the gradient is the mask alone."""
     scale = groups.spread(np.abs(groups.rows(w)).mean(axis=1), w)
-    return Result(sign(w) * scale, gy * scale * gradient_mask(w, grad_type), {}, _sign_distance(w))
+    return Result(sign(w) * scale, gy * gradient_mask(w, grad_type), {}, _sign_distance(w))
 
 
 # The frame ---------------------------------------------------------------------------------------
@@ -346,21 +354,34 @@ def gradient_factor(kind: str, scale: float, *, fan: int, elements: float) -> fl
     }[kind]
 
 
-def statistics(x: Array, kind: str, *, weight: bool, groups: Groups = ONE) -> tuple[Array, Array]:
-    """Mean and unbiased deviation per weight group or per sample; 0 and 1 for the one not in `kind`."""
+def statistics(
+    x: Array, kind: str, *, weight: bool, groups: Groups = ONE, epsilon: float = 0.0
+) -> tuple[Array, Array]:
+    """What is subtracted and what is divided by, per weight group or per sample.
+
+    Both `mean` and `var`: the mean and the unbiased deviation; one of them alone is a divisor.
+    `epsilon` is added to the divisor.
+    """
     rows = groups.rows(x) if weight else x.reshape(len(x), -1)
-    mean = rows.mean(axis=1) if "mean" in kind else np.zeros(len(rows))
-    deviation = rows.std(axis=1, ddof=1) if "var" in kind else np.ones(len(rows))
+    mean, deviation = rows.mean(axis=1), rows.std(axis=1, ddof=1)
+    nothing = np.zeros_like(mean)
+    offset, divisor = {
+        "mean": (nothing, mean),
+        "var": (nothing, deviation),
+        "mean-var": (mean, deviation),
+        "var-mean": (mean, deviation),
+    }[kind]
     over = groups if weight else Groups(len(x), 0)
-    return over.spread(mean, x), over.spread(deviation, x)
+    return over.spread(offset, x), over.spread(divisor + epsilon, x)
 
 
 def adaptive(
     method: Callable[[Array, Array], Result],
-    x: Array, gy: Array, kind: str, *, weight: bool, restore: bool, groups: Groups = ONE,
+    x: Array, gy: Array, kind: str, *,
+    weight: bool, restore: bool, groups: Groups = ONE, epsilon: float = 0.0,
 ) -> Result:  # fmt: skip
     """`method` on the normalised tensor; the statistics carry no gradient."""
-    mean, deviation = statistics(x, kind, weight=weight, groups=groups)
+    mean, deviation = statistics(x, kind, weight=weight, groups=groups, epsilon=epsilon)
     inner = method((x - mean) / deviation, gy * deviation if restore else gy)
     y = inner.y * deviation + mean if restore else inner.y
     return replace(inner, y=y, gx=inner.gx / deviation)

@@ -28,6 +28,7 @@ class QuantizerConfig:
     method: str = "none"
     levels: int = 256  # number of levels L; L - 1 steps
     half_range: bool = False  # levels in [0, c] instead of [-c, c]
+    grid: str = "midrise"  # of a full range: "midtread" has a level at zero
     boundary: float = 1.0  # initial clipping value c
     scale: float = 0.5
     ratio: float = 1.0
@@ -39,6 +40,10 @@ class QuantizerConfig:
     grad_scale: str = "none"
     gamma: bool = False  # a learned scale per output group
     binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
+    custom: str = "none"  # XNOR-Net's activation scale: mean |x| over "channel" or "resolution"
+    custom_update: bool = False  # LQ-Nets: the basis as a running mean
+    closed_form: bool = False  # FATNN: a running least-squares scale on the result
+    proxquant_step: int = 0  # training forwards over which the quantized value is blended in; 0: at once
     stable: int = 0  # training iterations that pass through unquantized while ranges are collected
     stable_epoch: int = 0  # the same in epochs; the longer of the two counts
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
@@ -288,6 +293,8 @@ def _check_numbers(given: Given) -> None:
         raise UserError("--resume contradicts --resume_file: keep one of them")
     if given["custom_lr_list"] and given["custom_lr"] is None:
         raise UserError("--custom_lr_list needs --custom_lr RATE")
+    if "proxquant_step" in given.explicit and given["proxquant_step"] <= 0:
+        raise UserError(f"--proxquant_step {given['proxquant_step']}: must be greater than 0")
     for name in ("custom_lr", "custom_decay"):
         if name in given.explicit and not given[f"{name}_list"]:
             raise UserError(f"--{name} needs --{name}_list WORDS, parts of the parameters' names")
@@ -339,7 +346,8 @@ def _quantizer_config(tag: str, given: Given, fields: Mapping[str, Any], warning
     method = fields.get(f"quant.{tag}.method", "none")
     if enable and method == "none":
         raise UserError(
-            f"--{tag}_enable: which quantizer? Add one of the keywords dorefa, pact or dorefa,lsq to --keyword"
+            f"--{tag}_enable: which quantizer? Add one of the keywords dorefa,lsq, pact, dorefa, lq, "
+            "dorefa,non-uniform or xnor to --keyword"
         )
     if not enable:
         written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
@@ -347,13 +355,11 @@ def _quantizer_config(tag: str, given: Given, fields: Mapping[str, Any], warning
     if given[f"{tag}_quant_group"] == 0:
         raise UserError(f"--{tag}_quant_group 0: give the number of groups, or -k for groups of k channels")
     levels = 2**bit if level is None else level
+    if method == "xnor" and level is None and f"{tag}_bit" not in given.explicit:
+        levels = 2
     binary_scale = bool(fields.get(f"quant.{tag}.binary_scale", False))
-    if enable and binary_scale and levels != 2:
-        raise UserError(f"the keyword {tag}_bin needs --{tag}_bit 1, not {levels} levels")
-    if enable and given[f"{tag}_grad_type"] == "Triangle":
-        raise UserError(f"--{tag}_grad_type Triangle belongs to binary methods; with {method} write none or STE-scale")
-    if enable and method == "lsq" and given[f"{tag}_grad_type"] == "STE-scale":
-        warnings.append(f"--{tag}_grad_type STE-scale has no effect with lsq, which rounds a clamped value")
+    if enable:
+        _check_method(tag, method, levels, binary_scale, given, fields, warnings)
     half_default = tag == "fm"
     return QuantizerConfig(
         tag=tag,
@@ -361,20 +367,56 @@ def _quantizer_config(tag: str, given: Given, fields: Mapping[str, Any], warning
         method=method,
         levels=levels,
         half_range=half_default != bool(given[f"{tag}_half_range"]),
+        grid=given[f"{tag}_grid"],
         boundary=given[f"{tag}_boundary"],
         scale=given[f"{tag}_scale"],
         correlate=given[f"{tag}_correlate"],
         quant_group=given[f"{tag}_quant_group"],
         adaptive=given[f"{tag}_adaptive"],
-        adaptive_restore=bool(given[f"{tag}_adaptive_restore"]),
+        adaptive_restore=bool(given[f"{tag}_adaptive_restore"]) or method == "lq",
         grad_type=given[f"{tag}_grad_type"],
         grad_scale=given[f"{tag}_grad_scale"],
         gamma=bool(fields.get(f"quant.{tag}.gamma", False)),
         binary_scale=binary_scale,
+        custom=given["fm_custom"] if tag == "fm" else "none",
+        custom_update=bool(fields.get("quant.custom_update", False)),
+        closed_form=bool(fields.get("quant.closed_form", False)),
+        proxquant_step=given["proxquant_step"] if "quant.proxquant" in fields else 0,
         stable=given["stable"],
         stable_epoch=given["stable_epoch"],
         extra=_extra(fields),
     )
+
+
+def _check_method(
+    tag: str, method: str, levels: int, binary_scale: bool, given: Given, fields: Mapping[str, Any],
+    warnings: list[str],
+) -> None:  # fmt: skip
+    """Options that contradict an enabled quantizer's method, or have no effect on it."""
+    kind = given[f"{tag}_grad_type"]
+    if binary_scale and levels != 2:
+        raise UserError(f"the keyword {tag}_bin needs --{tag}_bit 1, not {levels} levels")
+    if method == "xnor" and levels != 2:
+        raise UserError(f"the keyword xnor is binary: give --{tag}_bit 1, not {levels} levels")
+    if kind == "Triangle" and (method != "xnor" or tag == "wt"):
+        raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write none, STE or STE-scale")
+    if kind == "STE-scale" and method not in ("dorefa", "pact", "lsq"):
+        raise UserError(f"--{tag}_grad_type STE-scale does not go with {method}; write none or STE")
+    if kind == "STE-scale" and method == "lsq":
+        warnings.append(f"--{tag}_grad_type STE-scale has no effect with lsq, which rounds a clamped value")
+    if given[f"{tag}_grid"] == "midtread":
+        if method != "lsq":
+            raise UserError(f"--{tag}_grid midtread belongs to lsq, not to {method}")
+        if (tag == "fm") != bool(given[f"{tag}_half_range"]):
+            raise UserError(f"--{tag}_grid midtread needs a full range: change --{tag}_half_range")
+        if levels < 3:
+            raise UserError(f"--{tag}_grid midtread has no level above zero at {levels} levels; use midrise")
+    if tag == "fm" and "fm_custom" in given.explicit and method != "xnor":
+        raise UserError(f"--fm_custom belongs to the keyword xnor, not to {method}")
+    if "quant.custom_update" in fields and method != "lq":
+        warnings.append(f"the keyword custom-update has no effect on {tag}, which is not quantized by lq")
+    if "quant.closed_form" in fields and method != "fatnn":
+        warnings.append(f"the keyword closed_form has no effect on {tag}, which is not quantized by FATNN")
 
 
 def _extra(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.options import TAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,27 +188,28 @@ _BASES = ("dorefa", "pact", "lq", "xnor")
 _declare(
     "quantizer",
     ("dorefa", "DoReFa-Net", _method("dorefa")),
-    ("pact", "PACT: a learned clip value for activations, DoReFa-Net's weights",
-     {"sets": {"quant.fm.method": "pact", "quant.ot.method": "pact", "quant.wt.method": "pact"}}),
-    ("lq", "LQ-Nets", {"later": "LQ-Nets are not there yet"}),
-    ("xnor", "XNOR-Net", {"later": "the binary methods are not there yet"}),
+    ("pact", "PACT: a learned clip value for activations, DoReFa-Net's weights", _method("pact")),
+    ("lq", "LQ-Nets: levels are the sums of a learned basis", _method("lq")),
+    ("xnor", "XNOR-Net: signs, scaled", _method("xnor")),
     ("lsq", "LSQ: a learned clip value for activations and weights",
      {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
-    ("fm_lsq", "LSQ for activations", {**_method("lsq", "fm"), "rank": 2, "requires": (_BASES,)}),
-    ("wt_lsq", "LSQ for weights", {**_method("lsq", "wt"), "rank": 2, "requires": (_BASES,)}),
-    ("ot_lsq", "LSQ for outputs", {**_method("lsq", "ot"), "rank": 2, "requires": (_BASES,)}),
-    ("non-uniform", "FATNN", {"later": "FATNN is not there yet"}),
-    ("fm_non-uniform", "FATNN for activations", {"later": "FATNN is not there yet"}),
-    ("wt_non-uniform", "FATNN for weights", {"later": "FATNN is not there yet"}),
-    ("gamma", "a learned scale per output group (XNOR-Net++)",
-     {"excludes": ("dorefa",), "later": "the binary methods are not there yet"}),
-    ("wt_gamma", "a learned scale per group on quantized weights", _sets(quant__wt__gamma=True)),
+    ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
+     {**_method("fatnn"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
+    *((f"{tag}_{word}", f"{name} for {what}s alone", {**_method(method, tag), "rank": 2, "requires": (_BASES,)})
+      for word, method, name in (("lsq", "lsq", "LSQ"), ("non-uniform", "fatnn", "FATNN"))
+      for tag, what in TAGS.items()),
+    ("gamma", "a learned scale per group on quantized weights (XNOR-Net++)",
+     {**_sets(quant__wt__gamma=True), "excludes": ("dorefa",)}),
+    ("wt_gamma", "a learned scale per group on quantized weights, for any method", _sets(quant__wt__gamma=True)),
     ("ot_gamma", "a learned scale per group on quantized outputs", _sets(quant__ot__gamma=True)),
     ("wt_bin", "one-bit weights sign(w) * mean|w|",
      {**_sets(quant__wt__binary_scale=True), "requires": (("dorefa", "pact"),)}),
-    ("custom-update", "LQ-Nets: the basis as a running mean", {"later": "LQ-Nets are not there yet"}),
-    ("closed_form", "FATNN: a least-squares scale", {"later": "FATNN is not there yet"}),
-    ("proxquant", "blend full precision and quantized values", {"later": "this schedule is not there yet"}),
+    ("custom-update", "LQ-Nets: the basis as a running mean over iterations",
+     {**_sets(quant__custom_update=True), "requires": (("lq",),)}),
+    ("closed_form", "FATNN: multiply the result by a running least-squares scale",
+     {**_sets(quant__closed_form=True), "requires": (("non-uniform", "fm_non-uniform", "wt_non-uniform"),)}),
+    ("proxquant", "blend quantized values in over --proxquant_step iterations",
+     {**_sets(quant__proxquant=True), "requires": (_BASES,)}),
     ("progressive", "keep the step when a policy lowers the levels", {"later": "policies are not there yet"}),
 )  # fmt: skip
 _declare(

@@ -174,12 +174,13 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
         _option(f"{tag}_grad_type", str, "none", "gradient through the rounding",
                 choices=("none", "STE", "Triangle", "STE-scale")),
         _option(f"{tag}_grad_scale", str, "none", "factor on the clip value's gradient",
-                choices=("none", "fan-scale", "scale-fan", "element-scale", "scale-element")),
+                choices=("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")),
+        _option(f"{tag}_grid", str, "midrise", "levels of a full range: midtread has one at zero (lsq)",
+                choices=("midrise", "midtread")),
     ]
     if tag == "fm":
-        options.append(_option("fm_custom", str, None, "XNOR-Net's activation scale",
-                               choices=("none", "channel", "resolution"),
-                               later="the binary methods are not there yet"))
+        options.append(_option("fm_custom", str, "none", "XNOR-Net's activation scale: mean |x| over ...",
+                               choices=("none", "channel", "resolution")))
     return tuple(options)
 
 
@@ -205,7 +206,7 @@ MODEL: dict[str, tuple[Option, ...]] = {
     "steering": (
         _option("policy", str, None, "YAML file that changes the run as it goes",
                 later="policy files are not there yet"),
-        _option("proxquant_step", int, None, "iterations between steps of proxquant's schedule", later=METHOD),
+        _option("proxquant_step", int, 1000, "keyword proxquant: training iterations until all is quantized"),
         _option("mixup_enable", bool, False, "mixup", later=METHOD),
         _option("mixup_alpha", float, None, "parameter of mixup's beta distribution", later=METHOD),
         _option("probe_list", words, None, "layers to look into", later="probing is not there yet"),

@@ -1,0 +1,239 @@
+"""Train every method on a small data set and write the table of `docs/results.md`.
+
+    python benchmarks/digits.py                     # full precision and 2-bit LSQ, seeds 1-3
+    python benchmarks/digits.py --all               # every method at 1 bit, ternary, 2, 3 and 4 bits
+    python benchmarks/digits.py --dataset glyphs --all
+
+Each run is the real command line in a process of its own. A seed's networks all start from that seed's
+full-precision network. Reported is the top-1 of the validation images after the last epoch, never the
+best epoch. Runs that a finished summary of the same command stands for are not repeated (`--fresh` does).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results.md"
+BLOCK = "digits,origin,cbsa,fix_pooling,singleconv,fix"
+
+FULL = "--epochs 10 --lr 0.1 --weight_decay 5e-4 --wakeup_epoch 1"
+TUNE = "--epochs 8 --lr 0.02 --weight_decay 1e-4 --re_init"
+BOTH = "--fm_enable --wt_enable"
+NETWORK = {"digits": "--model resnet20 --width_alpha 0.25", "glyphs": "--model resnet20 --width_alpha 0.125"}
+COMMON = "-b 64 -v 360 --nesterov --lr_policy sgdr"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: for the table.
+        bits: weights/activations, for the table.
+        keywords: added to those of the network.
+        options: of the command line.
+        most: the largest gap to full precision, in points, that counts as reached; a target, not a claim.
+    """
+
+    name: str
+    bits: str
+    keywords: str
+    options: str
+    most: float
+
+
+def _bits(bits: int) -> str:
+    return f"{BOTH} --fm_bit {bits} --wt_bit {bits}"
+
+
+TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
+LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
+QUICK = (Method("LSQ", "2/2", "dorefa,lsq", _bits(2), LIMIT[2]),)
+ALL = (
+    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    Method("LSQ", "ternary", "dorefa,lsq", TERNARY, 1.0),
+    Method("LSQ", "1/1", "dorefa,lsq", _bits(1), LIMIT[1]),
+    *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{_bits(b)} --wt_grid midtread", LIMIT[b])
+      for b in (4, 3, 2)),
+    *(Method("PACT", f"{b}/{b}", "pact", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    *(Method("DoReFa-Net", f"{b}/{b}", "dorefa", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    *(Method("LQ-Nets", f"{b}/{b}", "lq", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    Method("FATNN, LSQ weights", "2/2", "dorefa,fm_non-uniform,wt_lsq", _bits(2), LIMIT[2]),
+    Method("FATNN", "ternary", "dorefa,non-uniform", TERNARY, 1.0),
+    Method("XNOR-Net", "1/1", "xnor", f"{_bits(1)} --fm_grad_type STE", LIMIT[1]),
+    Method("XNOR-Net++", "1/1", "xnor,gamma", f"{_bits(1)} --fm_grad_type STE", LIMIT[1]),
+    Method("Bi-Real gradient", "1/1", "xnor", f"{_bits(1)} --fm_grad_type Triangle", LIMIT[1]),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    method: str
+    bits: str
+    seed: int
+    top1: float
+    best: float
+    audit: str
+    command: str
+
+
+def slug(text: str) -> str:
+    """A method's name as part of a case."""
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+
+
+def command(dataset: str, case: str, seed: int, keywords: str, options: str) -> list[str]:
+    """The command line of one run, from the repository's root."""
+    words = BLOCK.replace("digits", dataset, 1) + ("," + keywords if keywords else "")
+    text = f"main.py {NETWORK[dataset]} --keyword {words} --case {case} --seed {seed} {COMMON} {options}"
+    return [sys.executable, *shlex.split(text)]
+
+
+def run(dataset: str, case: str, argv: Sequence[str], fresh: bool) -> dict[str, object]:
+    """The summary of a run, started unless one of the same command is finished already."""
+    folder = ROOT / "exp" / case
+    stamp = folder / "command.txt"
+    text = shlex.join(argv[1:])
+    if fresh or not ((folder / "summary.json").exists() and stamp.exists() and stamp.read_text() == text):
+        # One thread each: two runs side by side use two cores better than two threads use them.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{text}\nfailed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        stamp.write_text(text)
+    summary = json.loads((folder / "summary.json").read_text())
+    print(f"{case}: {summary['last_top1']:.2f} ({dataset})", flush=True)
+    return summary
+
+
+def outcomes(dataset: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool) -> list[Outcome]:
+    """Full precision first, then every method from it, for each seed."""
+    full_cases = {seed: f"bench-{dataset}-fp-{seed}" for seed in seeds}
+    found: list[Outcome] = []
+    with ThreadPoolExecutor(jobs) as pool:
+
+        def submit(name: str, bits: str, seed: int, case: str, keywords: str, options: str):  # noqa: ANN202
+            argv = command(dataset, case, seed, keywords, options)
+            return (name, bits, seed, shlex.join(["python", *argv[1:]])), pool.submit(run, dataset, case, argv, fresh)
+
+        def collect(jobs_: list) -> None:  # noqa: ANN001
+            for (name, bits, seed, text), job in jobs_:
+                summary = job.result()
+                found.append(
+                    Outcome(name, bits, seed, summary["last_top1"], summary["best_top1"], summary["audit"], text)
+                )
+
+        collect([submit("full precision", "32/32", seed, case, "", FULL) for seed, case in full_cases.items()])
+        collect(
+            [
+                submit(
+                    m.name, m.bits, seed, f"bench-{dataset}-{slug(m.name)}-{slug(m.bits)}-{seed}", m.keywords,
+                    f"{TUNE} {m.options} --pretrained {full_cases[seed]}-checkpoint.pth.tar",
+                )
+                for m in methods
+                for seed in seeds
+            ]  # fmt: skip
+        )
+    return found
+
+
+def table(found: Sequence[Outcome], methods: Sequence[Method]) -> list[str]:
+    """The rows in Markdown: mean and spread over the seeds, the gap to the seed's own full precision."""
+    full = {o.seed: o.top1 for o in found if o.method == "full precision"}
+    lines = [
+        "| method | bits w/a | top-1 % (mean of seeds) | lowest - highest | gap, points | target | reached | audit |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| full precision | 32/32 | {statistics.mean(full.values()):.2f} | "
+        f"{min(full.values()):.2f} - {max(full.values()):.2f} | | | | |",
+    ]
+    for m in methods:
+        mine = [o for o in found if (o.method, o.bits) == (m.name, m.bits)]
+        values = [o.top1 for o in mine]
+        gap = statistics.mean(o.top1 - full[o.seed] for o in mine)
+        audit = "passed" if all(o.audit.startswith("passed") for o in mine) else "FAILED"
+        lines.append(
+            f"| {m.name} | {m.bits} | {statistics.mean(values):.2f} | {min(values):.2f} - {max(values):.2f} | "
+            f"{gap:+.2f} | {-m.most:+.1f} | {'yes' if gap >= -m.most else 'no'} | {audit} |"
+        )
+    return lines
+
+
+def draw(found: Sequence[Outcome], methods: Sequence[Method], path: Path, title: str) -> None:
+    """Each run's gap to its seed's full precision as a dot, the mean as a line."""
+    from matplotlib.figure import Figure
+
+    full = {o.seed: o.top1 for o in found if o.method == "full precision"}
+    figure = Figure(figsize=(8, 0.34 * len(methods) + 1.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row, m in enumerate(methods):
+        gaps = [o.top1 - full[o.seed] for o in found if (o.method, o.bits) == (m.name, m.bits)]
+        axes.plot(gaps, [row] * len(gaps), "o", color="#0072b2", alpha=0.6)
+        axes.plot(statistics.mean(gaps), row, "|", color="#d55e00", markersize=16, markeredgewidth=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(methods)), [f"{m.name} {m.bits}" for m in methods])
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1 minus full precision, points (dots: seeds, bar: mean)")
+    axes.set_title(title)
+    axes.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def section(text: str, name: str, lines: Sequence[str]) -> str:
+    """`text` with the part between the markers of `name` replaced, or appended where there is none."""
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    body = "\n".join([start, *lines, end])
+    if start not in text:
+        return f"{text.rstrip()}\n\n{body}\n"
+    return text[: text.index(start)] + body + text[text.index(end) + len(end) :]
+
+
+def main() -> int:
+    """Run, then write the table, the plot and the raw figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", choices=sorted(NETWORK), default="digits")
+    parser.add_argument("--all", action="store_true", help="every method instead of 2-bit LSQ alone")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
+    parser.add_argument("--print", action="store_true", help="print the table and write nothing to docs/")
+    options = parser.parse_args()
+
+    methods = ALL if options.all else QUICK
+    found = outcomes(options.dataset, methods, options.seeds, options.jobs, options.fresh)
+    lines = table(found, methods)
+    print("\n".join(lines))
+    if options.print:
+        return 0
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    name = f"{options.dataset}-{'all' if options.all else 'quick'}"
+    folder = RESULTS.parent / "results"
+    draw(found, methods, folder / f"{name}.png", f"{options.dataset}, {len(options.seeds)} seeds")
+    raw = {"commit": commit.stdout.strip(), "runs": [asdict(o) for o in found]}
+    (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
+    arguments = shlex.join(sys.argv[1:])
+    head = [
+        f"`python benchmarks/digits.py{' ' + arguments if arguments else ''}`, commit {raw['commit']}, "
+        f"seeds {', '.join(map(str, options.seeds))}; every run's command and figures: "
+        f"[results/{name}.json](results/{name}.json).", "",
+    ]  # fmt: skip
+    picture = ["", f"![gaps](results/{name}.png)"]
+    RESULTS.write_text(section(RESULTS.read_text(encoding="utf-8"), name, [*head, *lines, *picture]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

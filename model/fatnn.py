@@ -1,0 +1,180 @@
+"""FATNN: fast and accurate ternary neural networks (arXiv 2008.05101), learned thresholds."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.quant import Integers, Quantizer, TensorSite, register
+from model.uniform import PositiveClip
+from utils.config import QuantizerConfig
+from utils.errors import UserError
+
+
+class RoundedRamps(torch.autograd.Function):
+    """The sum over i of round(clamp((x - shift_i) * slope_i, low_i, low_i + 1)).
+
+    Straight-through rounding gives, inside the clamp of ramp i, d/dx = slope_i,
+    d/dslope_i = x - shift_i and d/dshift_i = -slope_i; outside all are 0.
+
+    Args:
+        x: float32, any shape.
+        slopes: float32 [ramps, ...], each broadcastable to x.
+        shifts: float32 [ramps, ...], likewise.
+        lows: -1 or 0 for each ramp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slopes: Tensor, shifts: Tensor, lows: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x, slopes, shifts)
+        ctx.lows = lows
+        result = torch.zeros_like(x)
+        for slope, shift, low in zip(slopes, shifts, lows, strict=True):
+            result.add_(((x - shift) * slope).clamp_(low, low + 1).round_())
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, slopes, shifts = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        grad_slopes, grad_shifts = [], []
+        for slope, shift, low in zip(slopes, shifts, ctx.lows, strict=True):
+            distance = x - shift
+            position = distance * slope
+            arriving = torch.where((position >= low) & (position <= low + 1), grad, 0.0)
+            part = arriving * slope
+            grad_x += part
+            grad_slopes.append((arriving * distance).sum_to_size(slope.shape))
+            grad_shifts.append(-part.sum_to_size(shift.shape))
+        return grad_x, torch.stack(grad_slopes), torch.stack(grad_shifts), None
+
+
+class _FATNN(Quantizer):
+    """Learned slopes a_i = |alpha_i|; the result is an integer, times a running scale with `closed_form`.
+
+    State:
+        alpha0, alpha1, ...: float32, `range_shape`; the slopes.
+        output_scale: float32, `range_shape`; the running scale (only with `closed_form`).
+    """
+
+    level_limit: ClassVar[int | None] = 4
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        for i in range(self.ramps):
+            self.register_parameter(f"alpha{i}", nn.Parameter(torch.full(self.range_shape(), self.initial_slope)))
+        if config.closed_form:
+            self.register_buffer("output_scale", torch.ones(self.range_shape()))
+
+    @property
+    def ramps(self) -> int:
+        """Number of slopes."""
+        return self.levels - 1
+
+    @property
+    def initial_slope(self) -> float:
+        """The slopes' first value."""
+        raise NotImplementedError
+
+    def thresholds(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Slopes and shifts [ramps, ...] broadcastable to the tensor, and the lows of the ramps."""
+        slopes = torch.stack([PositiveClip.apply(getattr(self, f"alpha{i}")) for i in range(self.ramps)])
+        if self.config.half_range:
+            widths = 1 / slopes
+            shifts, lows = widths.cumsum(dim=0) - widths, (0,) * self.ramps
+        else:
+            shifts, lows = torch.zeros_like(slopes), (-1, 0)
+        spread = [self.per_channel(value) for value in (*slopes, *shifts)]
+        return torch.stack(spread[: self.ramps]), torch.stack(spread[self.ramps :]), lows
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to integers, or with `closed_form` to their multiples."""
+        codes = RoundedRamps.apply(x, *self.thresholds())
+        if not self.config.closed_form:
+            return codes
+        if self.training:
+            self._update_scale(x.detach(), codes.detach())
+        return codes * self.per_channel(self.output_scale)
+
+    def _update_scale(self, x: Tensor, codes: Tensor) -> None:
+        """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
+        rows, coded = self.grouped(x), self.grouped(codes)
+        energy = (coded * coded).sum(dim=1)
+        best = ((rows * coded).sum(dim=1) / energy.clamp_min(1.0)).reshape(self.range_shape())
+        found = (energy > 0).reshape(self.range_shape())
+        self.output_scale.copy_(torch.where(found, 0.9 * self.output_scale + 0.1 * best, self.output_scale))
+
+    def encode(self, x: Tensor) -> Integers:
+        """Integer codes; the scale is 1 without `closed_form`."""
+        codes = RoundedRamps.apply(x, *self.thresholds()).to(torch.int32)
+        scale = self.per_channel(self.output_scale) if self.config.closed_form else x.new_ones(1)
+        return Integers(codes=codes, scale=scale)
+
+    def set_range(self, value: Tensor) -> None:
+        """Spread the ramps evenly over [0, value], or each over [0, value] in full range."""
+        widths = value.clamp_min(PositiveClip.FLOOR) / (self.ramps if self.config.half_range else 1)
+        for i in range(self.ramps):
+            getattr(self, f"alpha{i}").copy_(1 / widths)
+
+    def current_range(self) -> Tensor:
+        """The end of the last ramp."""
+        slopes, shifts, _ = self.thresholds()
+        return (shifts[-1] + 1 / slopes[-1]).detach().reshape(-1)[:: self._channels_per_group()].reshape(
+            self.range_shape()
+        )
+
+    def _channels_per_group(self) -> int:
+        return 1 if self.groups in (1, self.site.channels) else self.site.channels // self.groups
+
+    def initialise_from(self, x: Tensor) -> None:
+        """Ramps over twice the mean |x| per level."""
+        with torch.no_grad():
+            mean = self.grouped(self._normalised(x.float())[0]).abs().mean(dim=1).reshape(self.range_shape())
+            self.set_range(2 * mean * (self.ramps if self.config.half_range else 1) ** 0.5)
+
+
+@register("fatnn", "fm", "ot")
+class FATNNActivation(_FATNN):
+    """Half range: sum over i of round(clamp((x - sum_{j<i} 1/a_j) * a_i, 0, 1)), values 0 .. levels - 1.
+
+    Full range is ternary: round(clamp(x * a_0, -1, 0)) + round(clamp(x * a_1, 0, 1)).
+
+    State:
+        clip_val: float32, `range_shape`; the boundary that the slopes started from (buffer, kept for
+            published checkpoints, which hold it).
+    """
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        _check_ternary(config)
+        self.zero_to_zero = config.adaptive == "none"
+        self.register_buffer("clip_val", torch.full(self.range_shape(), config.boundary))
+
+    @property
+    def initial_slope(self) -> float:
+        """`scale` / `boundary`."""
+        return self.config.scale / self.config.boundary
+
+
+@register("fatnn", "wt")
+class FATNNWeight(_FATNN):
+    """Ternary: round(clamp(w * a_0, -1, 0)) + round(clamp(w * a_1, 0, 1))."""
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        _check_ternary(config)
+
+    @property
+    def initial_slope(self) -> float:
+        """`scale`."""
+        return self.config.scale
+
+
+def _check_ternary(config: QuantizerConfig) -> None:
+    if not config.half_range and config.levels != 3:
+        raise UserError(
+            f"--{config.tag}_level {config.levels}: FATNN's values below and above zero are ternary; "
+            f"give --{config.tag}_level 3" + ("" if config.tag == "wt" else f" or leave --{config.tag}_half_range out")
+        )

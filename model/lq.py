@@ -1,0 +1,186 @@
+"""LQ-Nets: learned quantization (arXiv 1807.10029)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from model.quant import Integers, Quantizer, TensorSite, register
+from utils.config import QuantizerConfig
+from utils.errors import UserError
+
+KEEP = 0.9  # share of the old basis in each update (paper, section 3.3)
+SINGULAR = 1e-12  # smallest ratio of determinant and diagonal product of a system that is solved
+REFINEMENTS = 20  # passes of initialise_from
+
+
+class BelowTop(torch.autograd.Function):
+    """The quantized value, with the gradient straight-through to x where x < top and zero elsewhere.
+
+    `top` None passes the gradient everywhere (weights).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, top: Tensor | None) -> Tensor:
+        ctx.passes = None if top is None else x < top
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad if ctx.passes is None else torch.where(ctx.passes, grad, 0.0), None, None
+
+
+class _LQ(Quantizer):
+    """The levels are all sums of a basis v with codes b: {0, 1} in half range, {-1, +1} in full range.
+
+    x takes the level whose thresholds enclose it; thresholds lie between neighbouring sorted levels, at
+    `scale` of the way up (0.5: midpoints, the nearest level). In training, after quantizing, the basis
+    moves a tenth of the way to the least-squares one of the current codes, v* = (B^T B)^-1 B^T x
+    (paper, equation 7 and algorithm 1); with `custom_update` it is the running mean of v*. A system that
+    is singular or not finite keeps the basis it has.
+
+    State:
+        basis: float32 [bits, g] (buffer).
+    """
+
+    level_limit: ClassVar[int | None] = 256
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        self.bits = (self.levels - 1).bit_length()
+        if self.levels != 2**self.bits:
+            raise UserError(
+                f"--{config.tag}_level {self.levels}: LQ-Nets' levels are the sums of a basis, 2^bits of them; "
+                f"give --{config.tag}_bit instead"
+            )
+        start = self.initial_scale() * 2.0 ** torch.arange(self.bits) / 2 ** (self.bits - 1)
+        self.register_buffer("basis", start.unsqueeze(1).repeat(1, self.groups))
+        numbers = torch.arange(2**self.bits).unsqueeze(1) >> torch.arange(self.bits) & 1
+        codes = numbers.float() if config.half_range else 2.0 * numbers - 1.0
+        self.register_buffer("codes", codes, persistent=False)  # [levels, bits]
+
+    def initial_scale(self) -> float:
+        """The largest entry of the first basis."""
+        raise NotImplementedError
+
+    def set_levels(self, levels: int) -> None:
+        """Refused: the basis has one vector per bit."""
+        if levels != self.levels:
+            raise ValueError(f"{self.site.name}: the number of levels of LQ-Nets is fixed, {self.levels}")
+
+    def sorted_levels(self) -> tuple[Tensor, Tensor]:
+        """Levels [g, levels] in ascending order, and the number of the code of each, int64."""
+        return torch.sort((self.codes @ self.basis).T.contiguous(), dim=1, stable=True)
+
+    def assign(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [g, n] to levels; returns the positions int64 [g, n], the sorted levels and their codes."""
+        levels, order = self.sorted_levels()
+        scale = self.config.scale
+        thresholds = levels[:, :-1] * (1 - scale) + levels[:, 1:] * scale
+        return torch.searchsorted(thresholds.contiguous(), rows.contiguous(), right=True), levels, order
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the basis' levels."""
+        rows = self.grouped(x.detach())
+        positions, levels, order = self.assign(rows)
+        quantized = self.ungrouped(levels.gather(1, positions), x)
+        top = self.per_channel(levels[:, -1].reshape(self.range_shape())) if self.config.tag != "wt" else None
+        if self.training:
+            self._update(rows, order.gather(1, positions))
+        return BelowTop.apply(x, quantized, top)
+
+    def ungrouped(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows [g, n] as a tensor of the shape that `grouped` took them from."""
+        if self.groups == 1:
+            return rows.reshape(like.shape)
+        moved = like.movedim(self.site.channel_dim, 0)
+        return rows.reshape(moved.shape).movedim(0, self.site.channel_dim)
+
+    def _update(self, rows: Tensor, numbers: Tensor) -> None:
+        """Move the basis towards the least-squares one of these codes."""
+        with torch.no_grad():
+            best = self.least_squares(rows, numbers)
+            if self.config.custom_update:
+                self.basis.add_((best - self.basis) / self.iteration)
+            else:
+                self.basis.mul_(KEEP).add_(best, alpha=1 - KEEP)
+
+    def least_squares(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """The basis [bits, g] that best rebuilds rows [g, n] from codes of these numbers [g, n].
+
+        Solved in float64; groups whose system is singular keep their basis.
+        """
+        codes = self.codes[numbers].double()  # [g, n, bits]
+        gram = codes.transpose(1, 2) @ codes
+        target = codes.transpose(1, 2) @ rows.double().unsqueeze(2)
+        gram, target = self.regularised(gram, target)
+        solution, _ = torch.linalg.solve_ex(gram, target)
+        diagonal = gram.diagonal(dim1=1, dim2=2).prod(dim=1)
+        regular = torch.linalg.det(gram).abs() > SINGULAR * diagonal
+        solution = solution.squeeze(2).T
+        good = regular & solution.isfinite().all(dim=0)
+        return torch.where(good, solution.float(), self.basis)
+
+    def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """B^T B [g, bits, bits] and B^T x [g, bits, 1], so that the system can be solved."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Integers:
+        """Codes as positions in the sorted levels, and the levels as the codebook."""
+        positions, levels, _ = self.assign(self.grouped(x))
+        rows = self.per_channel(torch.arange(self.groups, device=x.device).reshape(self.range_shape()))
+        codes = self.ungrouped(positions, x).to(torch.int32)
+        return Integers(codes=codes, scale=x.new_ones(1), codebook=levels, rows=rows)
+
+    def set_range(self, value: Tensor) -> None:
+        """Scale the basis so that its top level is `value`."""
+        top = self.sorted_levels()[0][:, -1].clamp_min(torch.finfo(torch.float32).tiny)
+        self.basis.mul_(value.reshape(-1) / top)
+
+    def current_range(self) -> Tensor:
+        """The top level."""
+        return self.sorted_levels()[0][:, -1].reshape(self.range_shape())
+
+    def initialise_from(self, x: Tensor) -> None:
+        """Alternate codes and least-squares basis on `x`, from a basis that covers it (algorithm 1)."""
+        with torch.no_grad():
+            rows = self.grouped(self._normalised(x.float())[0])
+            self.set_range((3 * rows.square().mean(dim=1).sqrt()).reshape(self.range_shape()))
+            for _ in range(REFINEMENTS):
+                positions, _, order = self.assign(rows)
+                self.basis.copy_(self.least_squares(rows, order.gather(1, positions)))
+
+    def safe_divisor(self, value: Tensor) -> Tensor:
+        """A statistic plus 1e-5, as published."""
+        return value + 1e-5
+
+
+@register("lq", "fm", "ot")
+class LQActivation(_LQ):
+    """LQ-Nets on activations; see `_LQ`. Gradient: 1 below the top level, 0 at or above it."""
+
+    def initial_scale(self) -> float:
+        """0.6745 * 2: the quartile of a unit normal distribution."""
+        return 0.6745 * 2
+
+    def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """A code that no element has would leave a zero on the diagonal; it becomes 1e-5."""
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        return gram + torch.diag_embed(torch.where(diagonal == 0, 1e-5, 0.0)), target
+
+
+@register("lq", "wt")
+class LQWeight(_LQ):
+    """LQ-Nets on weights; see `_LQ`. Gradient: straight-through."""
+
+    def initial_scale(self) -> float:
+        """0.6745 * sqrt(2 / fan)."""
+        return 0.6745 * (2 / self.site.fan) ** 0.5
+
+    def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Each diagonal entry d becomes (d + 1e-4) * 1.000001; 1e-4 * basis is added to B^T x."""
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        gram = gram + torch.diag_embed((diagonal + 1e-4) * 1.000001 - diagonal)
+        return gram, target + 1e-4 * self.basis.T.double().unsqueeze(2)

@@ -1,0 +1,176 @@
+"""The command line's options: all of them are there, in every spelling, and mistakes are answered at once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.errors import UserError
+from utils.options import GROUPS, OPTIONS, Option, parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The names of the options as the specification lists them.
+COMMON = """
+dataset root model epochs addition_augment workers iter-size batch_size val_batch_size lr lr_policy lr_decay eta_min
+lr_fix_step lr_custom_step momentum weight_decay nesterov no_decay_small decay_small grad_clip save_freq report_freq
+seed optimizer device-ids distributed world_size rank fp16 opt_level sync_bn wakeup wakeup_epoch warmup warmup_epoch
+stable stable_epoch extra_epoch delay evaluate pretrained resume resume_file weights_dir unresume_scope log_dir
+tensorboard verbose distill_teacher distill_loss_alpha distill_loss_temperature distill_loss_type focal_gamma
+focal_alpha case keyword mean std
+"""
+QUANTIZER = (
+    "bit level half_range scale ratio correlate enable boundary quant_group adaptive grad_type grad_scale".split()
+)
+MODEL = """
+num_classes input_size base width_alpha stem_kernel order policy padding_after_quant re_init proxquant_step
+mixup_enable mixup_alpha label_smooth probe_list probe_index probe_iteration custom_decay_list custom_decay
+custom_lr_list custom_lr fm_custom
+"""
+ELSEWHERE = ["amp_dtype", "amp_backend", "keyword_file", "list_keywords"]
+SPECIFIED = [
+    *COMMON.split(),
+    *(f"{tag}_{name}" for tag in ("fm", "wt", "ot") for name in QUANTIZER),
+    *MODEL.split(),
+    *ELSEWHERE,
+]
+
+
+def a_value(option: Option) -> str:
+    """A text that the option takes."""
+    return option.choices[0] if option.choices else "1"
+
+
+def written(option: Option, spelling: str) -> list[str]:
+    """The option on a command line."""
+    return [spelling] if option.kind is bool else [spelling, a_value(option)]
+
+
+@pytest.mark.parametrize("name", SPECIFIED)
+def test_a_specified_option_is_declared(name: str) -> None:
+    """Under its name, with underscores."""
+    assert name.replace("-", "_") in OPTIONS
+
+
+def test_no_option_is_declared_twice() -> None:
+    """Neither its name nor another spelling of it."""
+    options = [option for group in GROUPS.values() for option in group]
+    spellings = [f"--{option.name}" for option in options] + [alias for o in options for alias in o.aliases]
+    assert len(spellings) == len(set(spellings))
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+def test_every_spelling(option: Option) -> None:
+    """With `_`, with `-` and by its aliases: the same value, or the same error where its machinery is missing."""
+    for spelling in (f"--{option.name}", f"--{option.name.replace('_', '-')}", *option.aliases):
+        arguments = written(option, spelling)
+        if option.later:
+            with pytest.raises(UserError, match=f"--{option.name}: .*yet"):
+                parse(arguments)
+            continue
+        given = parse(arguments)
+        expected = True if option.kind is bool else option.kind(a_value(option))
+        assert given[option.name] == ([expected] if option.many else expected)
+        assert given.explicit == {option.name}
+        others = {name: o.default for name, o in OPTIONS.items() if name != option.name}
+        assert {name: given[name] for name in others} == others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("-j4 -g0", {"workers": 4, "device_ids": [0]}),
+        ("-b 32 -v 16 -s 5", {"batch_size": 32, "val_batch_size": 16, "save_freq": 5}),
+        ("-v0", {"val_batch_size": 0}),
+        ("-e -r", {"evaluate": True, "resume": True}),
+        ("-er", {"evaluate": True, "resume": True}),
+        ("-m resnet18", {"model": "resnet18"}),
+        ("--arch resnet18", {"model": "resnet18"}),
+        ("--arch=resnet18", {"model": "resnet18"}),
+        ("--wd 5e-4", {"weight_decay": 5e-4}),
+        ("--learning-rate 0.2", {"lr": 0.2}),
+        ("-g 0 1 2", {"device_ids": [0, 1, 2]}),
+        ("--fm-quant-group=-4", {"fm_quant_group": -4}),
+        ("--fm-quant-group -4", {"fm_quant_group": -4}),
+        ("--lr 0.1 --lr 0.3", {"lr": 0.3}),  # the last one counts
+        ("--lr_custom_step 30,60", {"lr_custom_step": (30, 60)}),
+        ("--mean 0.1,0.2,0.3", {"mean": (0.1, 0.2, 0.3)}),
+        ("--keyword cifar10,cbas", {"keyword": ("cifar10", "cbas")}),
+    ],
+)
+def test_forms(arguments: str, expected: dict[str, Any]) -> None:
+    """Short forms, forms with `=`, lists, negative numbers and repetition."""
+    given = parse(arguments.split())
+    assert {name: given[name] for name in expected} == expected
+    assert given.explicit == expected.keys()
+
+
+def test_spaces_around_keywords_are_ignored() -> None:
+    """And so are empty words."""
+    assert parse(["--keyword", " cifar10 , cbas,"])["keyword"] == ("cifar10", "cbas")
+
+
+def test_a_dash_in_a_value_is_kept() -> None:
+    """Only the name of an option is rewritten."""
+    given = parse(["--case=my-run", "--keyword", "label-smooth"])
+    assert (given["case"], given["keyword"]) == ("my-run", ("label-smooth",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--opt_level O5", r"--opt_level: invalid choice: 'O5'"),
+        ("--epoch 3", r"unknown option --epoch: did you mean .*--epochs"),
+        ("--fm-bits 3", r"unknown option --fm_bits: did you mean .*--fm_bit"),
+        ("--fm_bits=3", r"unknown option --fm_bits=3: did you mean .*--fm_bit"),
+        ("--zzzz", r"unknown option --zzzz: .*--help"),
+        ("resnet18", r"unknown option resnet18"),
+        ("--fm_bit two", r"--fm_bit: invalid int value: 'two'"),
+        ("--lr", r"--lr.*expected one argument"),
+        ("--lr_custom_step 30,x", r"--lr_custom_step: .*'30,x'"),
+        ("--dataset mnist", r"--dataset: invalid choice: 'mnist'.*digits"),
+        ("--evaluate=1", r"--evaluate"),
+        ("-g zero", r"--device_ids"),
+        ("--epo 3", r"unknown option --epo"),  # no abbreviations, which would change meaning with a new option
+    ],
+)
+def test_mistakes(arguments: str, message: str) -> None:
+    """One line that names the option and, where there are some, close names."""
+    with pytest.raises(UserError, match=message) as caught:
+        parse(arguments.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_help_and_parsing_need_no_heavy_module() -> None:
+    """Of what a run imports, nothing but the standard library is loaded by the help, a mistake and a whole parse."""
+    code = """
+import contextlib, io, sys
+import main
+text = io.StringIO()
+with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
+    try:
+        main.main(["--help"])
+    except SystemExit as stop:
+        assert stop.code == 0, stop.code
+    assert main.main(["--list_keywords"]) == 0
+    assert main.main(["--fm_bit", "0"]) == 2
+    main.resolve(main.parse(["--keyword", "cifar10,cbas,dorefa,lsq", "--fm_enable", "--wt_enable"]))
+heavy = {"torch", "torchvision", "numpy", "sklearn", "yaml", "matplotlib", "PIL", "tqdm"} & set(sys.modules)
+assert not heavy, heavy
+print(text.getvalue())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  -)", done.stdout)]
+    for option in OPTIONS.values():
+        spellings = [*option.aliases, f"--{option.name}"]
+        (entry,) = [entry for entry in entries if re.match(rf"{spellings[0]}\b", entry)]
+        assert all(re.search(rf"(^|[ ,]){spelling}\b", entry) for spelling in spellings)
+        assert ("(not there yet)" in entry) == bool(option.later)
