@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from model.audit import Audit
+    from model.health import HealthRow
     from model.summary import Cost
     from utils.checkpoint import CheckpointFiles, LoadReport
     from utils.data import Loader, Loaders
@@ -40,7 +42,8 @@ METRICS = (
 AUDIT_BATCHES = 4
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
 CHANGEABLE = {
-    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale", "input_size",
+    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
+    "proxquant_step", "input_size",
 }  # fmt: skip
 
 
@@ -75,20 +78,22 @@ def run(config: Config) -> int:
     # 1. Check what can be checked without work; what is slow to import comes as late as it can.
     settings = config.run
     schedule.check(config.schedule, config.optim.lr)
-
-    import torch
-
-    from model import audit, build, calibrate
-    from utils import checkpoint, log, optim
-
-    files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     folder = settings.log_dir / settings.case
     check_folder(folder, "log_dir")
     if not settings.evaluate:
-        check_folder(files.folder, "weights_dir")
+        check_folder(settings.weights_dir / config.model.name, "weights_dir")
+    if settings.resume_file is not None and not os.path.isfile(settings.resume_file):
+        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
+
+    import torch
+
+    from model import audit, build, calibrate, health
+    from utils import checkpoint, log, optim
+
+    files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optim.check(config.optim)
     pretrained = checkpoint.find_pretrained(settings.pretrained or "", settings.weights_dir, config.model.name)
-    resumed = find_resume(config, files)
+    resumed = files.newest() if settings.resume else settings.resume_file
     if settings.evaluate and settings.resume and resumed is None and pretrained is None:
         raise UserError(f"--resume: no whole checkpoint of the case {settings.case} in {files.folder} to evaluate")
 
@@ -97,7 +102,7 @@ def run(config: Config) -> int:
     data.check(config.data)
 
     # 2. Build the network and load weights into it.
-    torch.manual_seed(settings.seed)
+    seed_generators(settings.seed)
     model = build.build(config.model)
     report = None if pretrained is None else load_pretrained(model, pretrained, config)
     cost = trial(model, config)
@@ -149,6 +154,7 @@ def run(config: Config) -> int:
         metrics.truncate_after(state.epoch + 1)
         write_text(folder / "config.yaml", dump_yaml(config))
         board = log.Board(folder / "tensorboard" if settings.tensorboard else None, purge_step=state.epoch + 1)
+        watched = health.Health(model) if settings.verbose or settings.tensorboard else None
         last = config.schedule.epochs + config.schedule.extra_epoch
         for epoch in range(state.epoch, last):
             started = time.perf_counter()
@@ -159,6 +165,8 @@ def run(config: Config) -> int:
             row["seconds"] = time.perf_counter() - started
             metrics.append(row)
             board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
+            if watched is not None:
+                report_health(watched.report(audit_batches(loaders, device)[0]), board, epoch + 1, logger)
             best = loaders.val is not None and row["val_top1"] > state.best_acc
             state = RunState(epoch + 1, max(state.best_acc, row.get("val_top1", -math.inf)))
             save(state, model, optimizer, rates, files, config, best=best)
@@ -210,6 +218,9 @@ def train_one_epoch(
         images, target = to_device(images, device), target.to(device, non_blocking=True)
         output = model(images)
         loss = functional.cross_entropy(output, target, label_smoothing=config.run.label_smooth)
+        # Looking costs nothing on the CPU; elsewhere it would wait for the device, so only reports look.
+        if device.type == "cpu" or (i + 1) % config.run.report_freq == 0 or i + 1 == batches:
+            check_finite(loss, model, images, f"epoch {epoch + 1}, iteration {i + 1}")
         # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
         group = min(passes, batches - i // passes * passes)
         (loss / group).backward()
@@ -229,17 +240,11 @@ def train_one_epoch(
         images_seen += len(target)
         if config.run.delay > 0:
             time.sleep(config.run.delay)
-        if (i + 1) % config.run.report_freq == 0 or i + 1 == batches:
-            if not math.isfinite(loss_mean.value):
-                raise TrainingError(
-                    f"the loss is not finite in epoch {epoch + 1}, iteration {i + 1}: the last checkpoint is whole; "
-                    "try a lower --lr or --grad_clip"
-                )
-            if i + 1 < batches:  # the epoch's own line follows the last iteration
-                logger.info(
-                    "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
-                    epoch + 1, i + 1, batches, loss_mean.value, top1.value, optimizer.param_groups[0]["lr"],
-                )  # fmt: skip
+        if (i + 1) % config.run.report_freq == 0 and i + 1 < batches:  # the epoch has a line of its own
+            logger.info(
+                "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
+                epoch + 1, i + 1, batches, loss_mean.value, top1.value, optimizer.param_groups[0]["lr"],
+            )  # fmt: skip
     speed = images_seen / (time.perf_counter() - started)
     return {
         "train_loss": loss_mean.value,
@@ -247,6 +252,17 @@ def train_one_epoch(
         "train_top5": top5.value,
         "images_per_second": speed,
     }
+
+
+def check_finite(loss: torch.Tensor, model: nn.Module, images: torch.Tensor, where: str) -> None:
+    """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
+    from model.health import first_nonfinite
+
+    if not math.isfinite(float(loss.detach())):
+        raise TrainingError(
+            f"the loss is not finite in {where}; the first layer with such an output is "
+            f"{first_nonfinite(model, images)}; the last checkpoint is whole; try a lower --lr, --grad_clip or --re_init"
+        )
 
 
 def validate(model: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
@@ -283,6 +299,16 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
     return 1 if found.problems else 0
 
 
+def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logger) -> None:
+    """Each quantizer's state after an epoch, to the log (`--verbose`) and to TensorBoard."""
+    from model import health
+
+    if rows:
+        logger.debug("%s", health.table(rows))
+    for row in rows:
+        board.scalars({f"health/{name}": value for name, value in row.scalars().items()}, epoch)
+
+
 def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
     """A few batches of real images, of the validation set where there is one."""
     loader = loaders.train if loaders.val is None else loaders.val
@@ -303,6 +329,16 @@ def check_folder(folder: Path, option: str) -> None:
         raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--{option}: {there} cannot be written; choose another --{option}")
+
+
+def seed_generators(seed: int) -> None:
+    """Start the global random generators; a seed of up to 63 bits."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # NumPy's limit
+    torch.manual_seed(seed)
 
 
 def trial(model: nn.Module, config: Config) -> Cost:
@@ -335,7 +371,8 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """Load weights into the network; quantizers that the file does not have keep their start values.
 
     The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
-    2-bit network; evaluating it at other levels than it was trained for is an error.
+    2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
+    its iterations from zero, so that a warm-up takes place.
     """
     from model.quant import quantizers
     from utils import checkpoint
@@ -344,6 +381,8 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     own = dict(quantizers(model))
     for name, quantizer in own.items():
         levels = state.pop(f"{name}.level_num", None)
+        if not config.run.evaluate:
+            state.pop(f"{name}.iteration", None)
         if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
             raise UserError(
                 f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
@@ -357,15 +396,6 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         scope=config.run.unresume_scope,
         source=str(path),
     )
-
-
-def find_resume(config: Config, files: CheckpointFiles) -> Path | None:
-    """The checkpoint to continue from, if any."""
-    if config.run.resume_file is not None:
-        if not config.run.resume_file.is_file():
-            raise UserError(f"--resume_file {config.run.resume_file}: no such file; -r finds a case's newest")
-        return config.run.resume_file
-    return files.newest() if config.run.resume else None
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:

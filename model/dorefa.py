@@ -43,6 +43,10 @@ class DoReFaActivation(Quantizer):
         """Codes and scale of `x`."""
         return integers(x, self.step(), self.grid())
 
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Codes counted from the grid's lowest level."""
+        return self.grid().index(codes)
+
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clipping value."""
         self.clip.copy_(value)
@@ -73,6 +77,14 @@ class DoReFaWeight(Quantizer):
         if self.config.binary_scale:
             return Integers(codes=_sign(x).to(torch.int32), scale=x.detach().abs().mean())
         return integers(self._squashed(x), self._step(x), Grid.of(self.levels, half_range=False))
+
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Codes counted from the lowest level."""
+        return (codes.long() + 1) // 2 if self.config.binary_scale else Grid.of(self.levels, False).index(codes)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Squashed into [-1, 1], where the levels are; binary weights as they are."""
+        return x if self.config.binary_scale else self._squashed(x)
 
     @staticmethod
     def _squashed(x: Tensor) -> Tensor:

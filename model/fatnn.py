@@ -101,8 +101,9 @@ class _FATNN(Quantizer):
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
         rows, coded = self.grouped(x), self.grouped(codes)
-        energy = (coded * coded).sum(dim=1)
-        best = ((rows * coded).sum(dim=1) / energy.clamp_min(1.0)).reshape(self.range_shape())
+        energy = self.over_ranks((coded * coded).sum(dim=1), torch.distributed.ReduceOp.SUM)
+        product = self.over_ranks((rows * coded).sum(dim=1), torch.distributed.ReduceOp.SUM)
+        best = (product / energy.clamp_min(1.0)).reshape(self.range_shape())
         found = (energy > 0).reshape(self.range_shape())
         self.output_scale.copy_(torch.where(found, 0.9 * self.output_scale + 0.1 * best, self.output_scale))
 
@@ -111,6 +112,10 @@ class _FATNN(Quantizer):
         codes = RoundedRamps.apply(x, *self.thresholds()).to(torch.int32)
         scale = self.per_channel(self.output_scale) if self.config.closed_form else x.new_ones(1)
         return Integers(codes=codes, scale=scale)
+
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Full range has the codes -1, 0 and 1."""
+        return codes.long() if self.config.half_range else codes.long() + 1
 
     def set_range(self, value: Tensor) -> None:
         """Spread the ramps evenly over [0, value], or each over [0, value] in full range."""
@@ -131,7 +136,7 @@ class _FATNN(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """Ramps over twice the mean |x| per level."""
         with torch.no_grad():
-            mean = self.grouped(self._normalised(x.float())[0]).abs().mean(dim=1).reshape(self.range_shape())
+            mean = self.grouped(self.normalise(x.float())).abs().mean(dim=1).reshape(self.range_shape())
             self.set_range(2 * mean * (self.ramps if self.config.half_range else 1) ** 0.5)
 
 

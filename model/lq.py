@@ -115,6 +115,8 @@ class _LQ(Quantizer):
         codes = self.codes[numbers].double()  # [g, n, bits]
         gram = codes.transpose(1, 2) @ codes
         target = codes.transpose(1, 2) @ rows.double().unsqueeze(2)
+        gram = self.over_ranks(gram, torch.distributed.ReduceOp.SUM)
+        target = self.over_ranks(target, torch.distributed.ReduceOp.SUM)
         gram, target = self.regularised(gram, target)
         solution, _ = torch.linalg.solve_ex(gram, target)
         diagonal = gram.diagonal(dim1=1, dim2=2).prod(dim=1)
@@ -146,7 +148,7 @@ class _LQ(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """Alternate codes and least-squares basis on `x`, from a basis that covers it (algorithm 1)."""
         with torch.no_grad():
-            rows = self.grouped(self._normalised(x.float())[0])
+            rows = self.grouped(self.normalise(x.float()))
             self.set_range((3 * rows.square().mean(dim=1).sqrt()).reshape(self.range_shape()))
             for _ in range(REFINEMENTS):
                 positions, _, order = self.assign(rows)

@@ -54,6 +54,10 @@ class LSQ(Quantizer):
         """Codes and scale of `x`; mid-rise grids have odd codes."""
         return integers(x, self.step(x), self.grid())
 
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Codes counted from the grid's lowest level."""
+        return self.grid().index(codes)
+
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clip value."""
         self.clip_val.copy_(value)
@@ -65,5 +69,5 @@ class LSQ(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """The paper's initial step 2 * mean|x| / sqrt(Qp) per group, Qp the highest level in steps."""
         with torch.no_grad():
-            rows = self.grouped(self._normalised(x.float())[0])
+            rows = self.grouped(self.normalise(x.float()))
             self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))

@@ -74,6 +74,10 @@ class PACT(Quantizer):
         """Codes and scale of `x`."""
         return integers(x, self.clip(x) / self.grid().high, self.grid())
 
+    def level_index(self, codes: Tensor) -> Tensor:
+        """Codes counted from the grid's lowest level."""
+        return self.grid().index(codes)
+
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clip value."""
         self.clip_val.copy_(value)
@@ -85,7 +89,7 @@ class PACT(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """The clip value of LSQ's initial step; the paper starts from a large constant and decays it."""
         with torch.no_grad():
-            rows = self.grouped(self._normalised(x.float())[0])
+            rows = self.grouped(self.normalise(x.float()))
             self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))
 
 

@@ -176,6 +176,14 @@ class Quantizer(nn.Module):
             result = share * normed + (1 - share) * result
         return result * self.per_channel(self.gamma) if self.config.gamma else result
 
+    def normalise(self, x: Tensor) -> Tensor:
+        """Float32 `x` as the method sees it, after `adaptive`."""
+        return self._normalised(x)[0]
+
+    def level_index(self, codes: Tensor) -> Tensor:
+        """The codes of `integers` as numbers of levels from 0, int64."""
+        return codes.long()
+
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The tensor as the method sees it, and the mean and deviation that were taken out."""
         if self.config.adaptive == "none":
@@ -281,12 +289,20 @@ class Quantizer(nn.Module):
     def _collect_range(self, x: Tensor) -> None:
         """Running mean of the groups' max |x| over the first `stable` training iterations."""
         with torch.no_grad():
-            largest = self.grouped(self._normalised(x.detach())[0]).abs().amax(dim=1).reshape(self.range_shape())
+            largest = self.grouped(self.normalise(x.detach())).abs().amax(dim=1).reshape(self.range_shape())
+            largest = self.over_ranks(largest, torch.distributed.ReduceOp.MAX)
             mean = self.range_mean + (largest - self.range_mean) / self.iteration
             collecting = self.iteration <= self.stable
             self.range_mean.copy_(torch.where(collecting, mean, self.range_mean))
             factor = self.config.correlate if self.config.correlate > 0 else 1.0
             self.set_range(torch.where(collecting, self.range_mean * factor, self.current_range()))
+
+    def over_ranks(self, statistic: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
+        """A statistic of this rank's tensor reduced over all ranks; weights are the same on each already."""
+        if self.config.tag != "wt" and torch.distributed.is_available() and torch.distributed.is_initialized():
+            statistic = statistic.contiguous()
+            torch.distributed.all_reduce(statistic, op=operation)
+        return statistic
 
     def current_range(self) -> Tensor:
         """The clip value now (`range_shape`); the configured boundary where there is none."""

@@ -48,6 +48,15 @@ class Grid:
             return level.round_()
         return level.sub_(self.low).round_().add_(self.low)
 
+    @property
+    def code_factor(self) -> int:
+        """Codes per step: 2 where levels are half-integers of the step, so that codes are odd integers."""
+        return 1 if self.low == int(self.low) else 2
+
+    def index(self, codes: Tensor) -> Tensor:
+        """Codes of `integers` counted from the lowest level, int64."""
+        return torch.div(codes.long() - round(self.low * self.code_factor), self.code_factor, rounding_mode="floor")
+
 
 class LearnedStep(torch.autograd.Function):
     """q = s * round(clamp(x / s, low, high)) with a gradient to the step s.
@@ -117,7 +126,7 @@ def integers(x: Tensor, step: Tensor, grid: Grid) -> Integers:
     """
     level = grid.round(x / step)
     # Doubling is exact in floating point, so (2 * level) * (step / 2) equals level * step.
-    factor = 1 if grid.low == int(grid.low) else 2
+    factor = grid.code_factor
     return Integers(codes=(level * factor).to(torch.int32), scale=(step / factor).detach())
 
 

@@ -54,6 +54,10 @@ class _Binary(Quantizer):
         """Codes -1 and +1 and their scale."""
         return Integers(codes=sign(x).to(torch.int32), scale=self.scale(x))
 
+    def level_index(self, codes: Tensor) -> Tensor:
+        """-1 is level 0, +1 level 1."""
+        return (codes.long() + 1) // 2
+
 
 @register("xnor", "fm", "ot")
 class XNORActivation(_Binary):

@@ -7,10 +7,10 @@ module mentions a keyword. `resolve` reports every mistake of a list at once.
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
@@ -75,7 +75,7 @@ def load_file(path: str) -> None:
     Raises:
         UserError: when the file is missing or fails, or a keyword of it sets a field that nothing reads.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--keyword_file {path}: no such file; give the path of a Python file")
     before = registry()
     fields = {name for keyword in before.values() for name in keyword.sets}

@@ -1,0 +1,173 @@
+"""How a low-bit network is doing while it trains: clipping, dead levels, oscillation, update sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.quant import Quantizer, QuantLayer, quantized_layers
+from model.summary import format_table
+
+SHOWN_LEVELS = 16  # of more levels only the dead ones are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthRow:
+    """One quantizer after an epoch; shares are of all elements, 0 to 1.
+
+    Attributes:
+        name: the quantizer, in the network.
+        range: mean over the groups of the clip value (or top level).
+        clipped: share of values beyond the range.
+        levels: share of each level, from the lowest.
+        changed: share of weights whose level is another than an epoch ago; None for activations.
+        update: |w - w before| / |w before| over the epoch, in L2 norm; None for activations.
+    """
+
+    name: str
+    range: float
+    clipped: float
+    levels: tuple[float, ...]
+    changed: float | None = None
+    update: float | None = None
+
+    @property
+    def dead(self) -> int:
+        """Levels that no value takes."""
+        return sum(share == 0 for share in self.levels)
+
+    def scalars(self) -> dict[str, float]:
+        """The row as curves: `NAME/range` and so on."""
+        values = {"range": self.range, "clipped": self.clipped, "dead_levels": float(self.dead)}
+        values |= {} if self.changed is None else {"changed": self.changed}
+        values |= {} if self.update is None else {"update": self.update}
+        if len(self.levels) <= SHOWN_LEVELS:
+            values |= {f"level{i}": share for i, share in enumerate(self.levels)}
+        return {f"{self.name}/{key}": value for key, value in values.items()}
+
+
+class Health:
+    """Watches the quantizers of a network from one epoch to the next.
+
+    Args:
+        model: the network; its weights and their codes now are what the next report compares with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = dict(quantized_layers(model))
+        self._model = model
+        self._before = {name: self._snapshot(layer) for name, layer in self.layers.items()}
+
+    @staticmethod
+    def _snapshot(layer: QuantLayer) -> tuple[Tensor, Tensor | None]:
+        """A layer's weight and its codes (None where the weight is not quantized)."""
+        weight = layer.weight.detach().clone()
+        quantizer = layer.quant_weight
+        return weight, quantizer.integers(weight).codes if isinstance(quantizer, Quantizer) else None
+
+    def report(self, images: Tensor) -> list[HealthRow]:
+        """The rows after an epoch, activations from one pass of `images` [N, 3, S, S]; starts the next epoch.
+
+        The network is run in evaluation mode and left as it was.
+        """
+        rows: dict[str, HealthRow] = {}
+
+        def watch(name: str, quantizer: Quantizer, x: Tensor) -> None:
+            rows[name] = _row(name, quantizer, x, quantizer.integers(x).codes)
+
+        hooks = []
+        for name, layer in self.layers.items():
+            for part, quantizer in layer.quantizers():
+                if part != "quant_weight":
+                    full = f"{name}.{part}"
+                    hooks.append(
+                        quantizer.register_forward_pre_hook(lambda m, inputs, full=full: watch(full, m, inputs[0]))
+                    )
+        training = self._model.training
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                self._model(images)
+        finally:
+            self._model.train(training)
+            for hook in hooks:
+                hook.remove()
+        for name, layer in self.layers.items():
+            weight, codes = self._snapshot(layer)
+            old_weight, old_codes = self._before[name]
+            self._before[name] = weight, codes
+            quantizer = layer.quant_weight
+            if codes is None or old_codes is None or not isinstance(quantizer, Quantizer):
+                continue
+            changed = float((codes != old_codes).float().mean())
+            update = float((weight - old_weight).norm() / old_weight.norm().clamp_min(1e-12))
+            full = f"{name}.quant_weight"
+            rows[full] = _row(full, quantizer, weight, codes, changed=changed, update=update)
+        return list(rows.values())
+
+
+def _row(name: str, quantizer: Quantizer, x: Tensor, codes: Tensor, **weight: float) -> HealthRow:
+    with torch.no_grad():
+        normed = quantizer.normalise(x.float())
+        limit = quantizer.per_channel(quantizer.current_range().abs())
+        beyond = normed > limit if quantizer.config.half_range else normed.abs() > limit
+        numbers = quantizer.level_index(codes)
+        counts = torch.bincount(numbers.flatten(), minlength=quantizer.levels)
+    return HealthRow(
+        name=name,
+        range=float(quantizer.current_range().abs().mean()),
+        clipped=float(beyond.float().mean()),
+        levels=tuple((counts / counts.sum()).tolist()),
+        **weight,
+    )
+
+
+def table(rows: list[HealthRow]) -> str:
+    """The rows as text."""
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    cells = [
+        (
+            row.name,
+            f"{row.range:.4g}",
+            percent(row.clipped),
+            str(row.dead),
+            " ".join(percent(share) for share in row.levels) if len(row.levels) <= SHOWN_LEVELS else "",
+            percent(row.changed),
+            "" if row.update is None else f"{row.update:.2g}",
+        )
+        for row in rows
+    ]
+    return format_table(("quantizer", "range", "clipped %", "dead", "levels %", "changed %", "update"), cells)
+
+
+def first_nonfinite(model: nn.Module, images: Tensor) -> str:
+    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S], in training mode, and how.
+
+    The network's buffers change as in a training step; call it when the run ends anyway.
+    """
+    found: list[str] = []
+
+    def watch(name: str, module: nn.Module, output: Tensor) -> None:
+        if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
+            return
+        bad = [key for key, value in module.named_parameters(recurse=False) if not bool(value.isfinite().all())]
+        found.append(f"{name} (its {', '.join(bad)} is not finite)" if bad else name)
+
+    hooks = [
+        module.register_forward_hook(lambda m, _, out, name=name: watch(name, m, out))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLayer) or not (isinstance(module, nn.Identity) or any(module.children()))
+    ]
+    model.train()
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else "none of the layers: the loss itself"

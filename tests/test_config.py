@@ -1,0 +1,298 @@
+"""From a command line to the typed configuration: what typical lines mean, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from utils.config import (
+    BlockConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    QuantizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StemConfig,
+    read,
+    to_dict,
+)
+from utils.errors import UserError
+
+
+def config_of(line: str) -> Config:
+    """The configuration of a command line, its words split at spaces."""
+    return read(line.split())
+
+
+def field(config: Config, name: str) -> Any:
+    """A field by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+QUANTIZED = "--keyword cifar10,cbas,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
+
+
+def test_no_option_at_all() -> None:
+    """The digits in full precision, every default as the dataclasses declare it."""
+    assert config_of("") == Config(
+        model=ModelConfig(stem=StemConfig(kind="cifar")),
+        data=DataConfig(),
+        optim=OptimConfig(),
+        schedule=ScheduleConfig(),
+        run=RunConfig(),
+        keywords=("digits",),
+        origins={name: "keyword digits" for name in
+                 ("data.dataset", "stem.kind", "model.num_classes", "model.input_size")},
+        warnings=(),
+    )  # fmt: skip
+
+
+def test_a_typical_line() -> None:
+    """ImageNet at two bits: every part of the configuration is what was written."""
+    config = config_of(
+        "--dataset imagenet --root /data/imagenet --model resnet18 --epochs 90 -b 256 -v 100 -j 8 --case mine "
+        "--keyword cbsa,origin,fix_pooling,singleconv,fix,real_skip,dorefa,lsq --pretrained fp.pth.tar --seed 3 "
+        "--fm_enable --fm_bit 2 --wt_enable --wt_level 3 --wt_quant_group 1 --fm_boundary 6 --wt_grad_scale fan-scale "
+        "--re_init --lr 0.01 --wd 5e-5 --nesterov --lr_policy sgdr_step --lr_custom_step 30,60 --eta_min 1e-5 "
+        "--custom_decay_list clip_val --custom_decay 1e-4 --custom_lr_list clip_val --custom_lr 1e-3 --grad_clip 5 "
+        "--iter-size 2 --wakeup_epoch 1 --stable 100 -s 10 --tensorboard --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 -g 0"
+    )
+    assert config.model == ModelConfig(
+        name="resnet18",
+        num_classes=1000,
+        input_size=224,
+        block=BlockConfig(
+            order="cbsa", skip="block", fix=True, shortcut_pool=False, shortcut_full_precision=True
+        ),
+        stem=StemConfig(kind="imagenet", norm_before_pool=True),
+        quant=dataclasses.replace(
+            ModelConfig().quant,
+            fm=QuantizerConfig(
+                tag="fm", enable=True, method="lsq", levels=4, half_range=True, boundary=6.0, stable=100
+            ),
+            wt=QuantizerConfig(
+                tag="wt", enable=True, method="lsq", levels=3, quant_group=1, grad_scale="fan-scale", stable=100
+            ),
+            ot=QuantizerConfig(tag="ot", method="lsq", stable=100),
+            re_init=True,
+        ),
+    )
+    assert config.data == DataConfig(
+        dataset="imagenet", root=Path("/data/imagenet"), batch_size=256, val_batch_size=100, workers=8, num_classes=1000,
+        input_size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), seed=3,
+    )  # fmt: skip
+    assert config.optim == OptimConfig(
+        lr=0.01, nesterov=True, weight_decay=5e-5, custom_decay_list=("clip_val",), custom_decay=1e-4,
+        custom_lr_list=("clip_val",), custom_lr=1e-3, grad_clip=5.0, iter_size=2,
+    )  # fmt: skip
+    assert config.schedule == ScheduleConfig(
+        policy="sgdr_step", epochs=90, eta_min=1e-5, custom_step=(30, 60), wakeup_epoch=1
+    )
+    assert config.run == RunConfig(
+        case="mine", seed=3, pretrained="fp.pth.tar", save_freq=10, tensorboard=True, device_ids=(0,)
+    )
+    assert config.keywords[0] == "imagenet"
+    assert config.warnings == ()
+    assert config.origins["quant.wt.method"] == "keyword lsq"
+    assert config.origins["block.order"] == "keyword cbsa"
+    assert config.origins["weight_decay"] == "--weight_decay"
+    assert config.origins["data.dataset"] == "keyword imagenet"
+    assert "momentum" not in config.origins
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        # The half range: activations have it and lose it, weights do not and get it.
+        (QUANTIZED, {"model.quant.fm.half_range": True, "model.quant.wt.half_range": False}),
+        (f"{QUANTIZED} --fm_half_range --wt_half_range",
+         {"model.quant.fm.half_range": False, "model.quant.wt.half_range": True, "model.quant.ot.half_range": False}),
+        # Bits and levels.
+        (f"{QUANTIZED} --fm_bit 1 --wt_bit 16", {"model.quant.fm.levels": 2, "model.quant.wt.levels": 65536}),
+        (f"{QUANTIZED} --fm_level 3", {"model.quant.fm.levels": 3, "model.quant.wt.levels": 4}),
+        (f"{QUANTIZED} --fm_level 4", {"model.quant.fm.levels": 4}),
+        ("--keyword cbas,dorefa --wt_enable --wt_level 1000", {"model.quant.wt.levels": 1000}),
+        ("--keyword cbas,dorefa --wt_enable", {"model.quant.wt.levels": 256, "model.quant.fm.enable": False}),
+        # Data sets and their keywords.
+        ("--keyword cifar100", {"data.dataset": "cifar100", "keywords": ("cifar100",), "data.num_classes": 100}),
+        ("--dataset cifar100", {"data.dataset": "cifar100", "keywords": ("cifar100",), "model.num_classes": 100}),
+        ("--dataset cifar10 --keyword cifar10,cbas", {"keywords": ("cifar10", "cbas")}),
+        ("--dataset imagenet --root x", {"model.input_size": 224, "model.stem.kind": "imagenet"}),
+        ("--dataset dali --root x", {"keywords": ("imagenet",), "data.dataset": "dali", "data.input_size": 224}),
+        ("--dataset imagenet --root x --num_classes 20 --input_size 64",
+         {"data.num_classes": 20, "model.num_classes": 20, "data.input_size": 64, "model.input_size": 64}),
+        ("--keyword cbas", {"keywords": ("digits", "cbas"), "data.dataset": "digits"}),
+        # `fake` imitates what it is told to.
+        ("--dataset fake --keyword cifar100", {"data.dataset": "fake", "data.num_classes": 100, "data.input_size": 32}),
+        ("--dataset fake --keyword imagenet", {"data.input_size": 224, "model.stem.kind": "imagenet"}),
+        ("--dataset fake --keyword imagenet --input_size 64 --num_classes 7",
+         {"data.input_size": 64, "data.num_classes": 7, "model.stem.kind": "imagenet"}),
+        ("--dataset fake --num_classes 7 --input_size 48",
+         {"keywords": (), "data.num_classes": 7, "data.input_size": 48, "model.stem.kind": "cifar"}),
+        ("--dataset fake --num_classes 7 --input_size 128", {"model.stem.kind": "imagenet"}),
+        ("--dataset fake --keyword cifar10 --fake_size 40", {"data.fake_size": 40}),
+        # Validation.
+        ("-b 48", {"data.batch_size": 48, "data.val_batch_size": 48}),
+        ("-b 48 -v 10", {"data.batch_size": 48, "data.val_batch_size": 10}),
+        ("-v 0", {"data.batch_size": 128, "data.val_batch_size": 0}),
+        ("-e -b 1", {"data.batch_size": 1, "run.evaluate": True}),
+        # Words that act outside the network.
+        ("--keyword label-smooth", {"run.label_smooth": 0.1}),
+        ("--keyword label-smooth --label_smooth 0.2", {"run.label_smooth": 0.2}),
+        ("--label_smooth 0.2", {"run.label_smooth": 0.2}),
+        ("--keyword label-smooth --label_smooth 0", {"run.label_smooth": 0.0}),
+        ("--keyword lr-test", {"run.lr_test": True}),
+        # Skips, stems and branches.
+        ("--keyword bacs,preBN", {"model.block.order": "bacs", "model.stem.pre_norm": True}),
+        ("--base 5", {"model.base": 5}),
+        ("--width_alpha 0.25", {"model.width_alpha": 0.25}),
+        # One seed for data and network; one warm-up for every quantizer.
+        ("--seed 7", {"run.seed": 7, "data.seed": 7}),
+        (f"{QUANTIZED} --stable_epoch 2", {"model.quant.fm.stable_epoch": 2, "model.quant.wt.stable_epoch": 2}),
+        # Methods per tag.
+        ("--keyword cbas,pact,wt_lsq --fm_enable --wt_enable",
+         {"model.quant.fm.method": "pact", "model.quant.wt.method": "lsq"}),
+        ("--keyword cbas,dorefa,wt_bin,wt_gamma --wt_enable --wt_bit 1",
+         {"model.quant.wt.binary_scale": True, "model.quant.wt.gamma": True, "model.quant.fm.gamma": False}),
+        # Folders are paths.
+        ("--weights_dir w --log_dir l --resume_file r",
+         {"run.weights_dir": Path("w"), "run.log_dir": Path("l"), "run.resume_file": Path("r")}),
+    ],
+)  # fmt: skip
+def test_meaning(line: str, expected: dict[str, Any]) -> None:
+    """A command line and fields it leads to."""
+    config = config_of(line)
+    assert {name: field(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "warnings"),
+    [
+        (QUANTIZED, []),
+        ("--fm_bit 2", ["--fm_bit has no effect without --fm_enable"]),
+        ("--keyword cbas,dorefa", ["stays in full precision"]),
+        ("--re_init", ["--re_init has no effect"]),
+        ("--stable 5 --padding_after_quant", ["--padding_after_quant has no effect", "--stable has no effect"]),
+        ("--keyword bacs", ["bacs without the keyword preBN"]),
+        ("--keyword bacs,preBN", []),
+        ("--model pytorch-resnet18 --keyword origin", ["the keyword origin has no effect on this network"]),
+        (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
+    ],
+)
+def test_warnings(line: str, warnings: list[str]) -> None:
+    """What has no effect is said, and nothing else is."""
+    found = config_of(line).warnings
+    assert len(found) == len(warnings)
+    assert all(expected in warning for expected, warning in zip(warnings, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dataset cifar10 --keyword cifar100", "--dataset cifar10 contradicts the keyword cifar100.*cifar10"),
+        ("--keyword cifar10,cifar100", "cifar10 contradicts cifar100"),
+        ("--dataset fake", "--dataset fake: .*cifar10, cifar100, digits, imagenet.*--num_classes and --input_size"),
+        ("--dataset fake --num_classes 5", "--dataset fake: "),
+        ("--keyword dali", "unknown keyword 'dali'"),
+        ("--dataset cifar10 --num_classes 7", "--num_classes 7: cifar10 has 10 classes"),
+        (f"{QUANTIZED} --fm_bit 0", "--fm_bit 0: must be from 1 to 16"),
+        (f"{QUANTIZED} --wt_bit 17", "--wt_bit 17: must be from 1 to 16"),
+        (f"{QUANTIZED} --wt_level 1", "--wt_level 1: must be from 2"),
+        (f"{QUANTIZED} --wt_level 5", "--wt_level 5 does not fit --wt_bit 2, which has 4 levels"),
+        (f"{QUANTIZED} --wt_quant_group 0", "--wt_quant_group 0"),
+        ("--fm_enable --keyword cbas", "--fm_enable: which quantizer"),
+        ("--fm_enable --keyword dorefa", "--keyword: .*order.*cbas, cbsa, cabs, bacs, bcas"),
+        ("--keyword cbas,dorefa,wt_bin --wt_enable --wt_bit 2", "wt_bin needs --wt_bit 1, not 4 levels"),
+        (f"{QUANTIZED} --fm_grad_type Triangle", "--fm_grad_type Triangle belongs to binary"),
+        ("--lr nan", "--lr nan: must be a number that is not negative"),
+        ("--lr inf", "--lr inf: must be a number"),
+        ("--weight_decay -1", "--weight_decay -1.0: must be"),
+        ("--width_alpha inf", "--width_alpha inf: must be a number greater than 0"),
+        ("--width_alpha 0", "--width_alpha 0.0: must be a number greater than 0"),
+        ("--fm_boundary nan", "--fm_boundary nan: must be a number greater than 0"),
+        ("--wt_correlate nan", "--wt_correlate nan: give a finite number"),
+        ("--delay inf", "--delay inf: must be a number"),
+        ("--momentum 1", "--momentum 1.0: must be at least 0 and less than 1"),
+        ("--label_smooth nan", "--label_smooth nan: must be at least 0"),
+        ("--epochs 0", "--epochs 0: must be a number greater than 0"),
+        ("-b 1", "--batch_size 1: .* at least 2"),
+        ("-v -1", "--val_batch_size -1: must be"),
+        ("-e -v 0", "--evaluate needs validation images"),
+        ("--seed -1", "--seed -1: must be from 0"),
+        ("--seed 99999999999999999999", "--seed 9+: must be from 0"),
+        ("-g -1", "--device_ids -1: GPUs are counted from 0"),
+        ("-g 0 1", "--device_ids 0 1: several GPUs"),
+        ("--mean 0.5,0.5,0.5", "--mean and --std belong together"),
+        ("--mean 0.5,0.5 --std 0.5,0.5", "--mean: give three numbers"),
+        ("--mean nan,0,0 --std 1,1,1", "--mean: give finite numbers"),
+        ("--mean 0,0,0 --std nan,1,1", "--std: give finite numbers"),
+        ("--mean 0,0,0 --std 0,1,1", "--std: must be greater than 0"),
+        ("--decay_small --no_decay_small", "--decay_small contradicts --no_decay_small"),
+        ("-r --resume_file x", "--resume contradicts --resume_file"),
+        ("--custom_lr_list fc", "--custom_lr_list needs --custom_lr RATE"),
+        ("--custom_lr 0.1", "--custom_lr needs --custom_lr_list"),
+        ("--custom_decay 0.1", "--custom_decay needs --custom_decay_list"),
+        ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
+    ],
+)
+def test_refused(line: str, message: str) -> None:
+    """One line that names the option or keyword."""
+    with pytest.raises(UserError) as caught:
+        config_of(line)
+    assert re.search(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+# As plain data -----------------------------------------------------------------------------------
+
+
+def test_yaml_round_trip() -> None:
+    """The dump holds every field, and comes back through YAML and JSON as it is."""
+    config = config_of(f"{QUANTIZED} --mean 0.1,0.2,0.3 --std 1,1,1 --root some/where --lr_custom_step 3,5 --grad_clip 1")
+    plain = to_dict(config)
+    assert yaml.safe_load(yaml.safe_dump(plain, sort_keys=False)) == plain
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["data"]["root"] == str(Path("some/where"))
+    assert plain["data"]["mean"] == [0.1, 0.2, 0.3]
+    assert plain["schedule"]["custom_step"] == [3, 5]
+    assert plain["model"]["quant"]["fm"]["levels"] == 4
+    assert plain["keywords"] == ["cifar10", "cbas", "dorefa", "lsq"]
+    assert plain.keys() == {item.name for item in dataclasses.fields(Config)}
+    assert plain["optim"].keys() == {item.name for item in dataclasses.fields(OptimConfig)}
+
+
+def parts(value: Any) -> list[Any]:
+    """A dataclass and all that it holds."""
+    return [value, *(part for item in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, item.name))
+                     for part in parts(getattr(value, item.name)))]  # fmt: skip
+
+
+def test_frozen() -> None:
+    """No field of any part can be set, and none can be added."""
+    found = parts(config_of(QUANTIZED))
+    assert {type(part).__name__ for part in found} == {
+        "Config", "ModelConfig", "BlockConfig", "StemConfig", "QuantConfig", "QuantizerConfig", "DataConfig",
+        "OptimConfig", "ScheduleConfig", "RunConfig",
+    }  # fmt: skip
+    for part in found:
+        for name in (*(item.name for item in dataclasses.fields(part)), "another"):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, name, None)
+
+
+def test_equal_lines_are_equal_configurations() -> None:
+    """Spellings do not matter, the order of options neither."""
+    one = config_of("--keyword cifar10,cbas --lr 0.2 --iter-size 2")
+    two = config_of("--iter_size=2 --lr 0.2 --keyword cifar10,cbas")
+    assert one == two and one != config_of("--keyword cifar10,cbas --lr 0.2")
