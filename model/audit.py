@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.observe import observing
 from model.quant import Quantizer, quantizers
 from model.summary import format_table
 
@@ -95,17 +96,10 @@ def audit(model: nn.Module, batches: Iterable[Tensor]) -> Audit:
     """
     found = dict(quantizers(model))
     watches = {name: _Watch() for name in found}
-    hooks = [module.register_forward_hook(watches[name]) for name, module in found.items()]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for images in batches:
-                model(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with observing(model) as hooks:
+        hooks += [module.register_forward_hook(watches[name]) for name, module in found.items()]
+        for images in batches:
+            model(images)
     return Audit(
         tuple(
             AuditRow(name=name, allowed=module.levels, seen=watches[name].seen, changed=watches[name].changed)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from model.observe import observing
 from model.quant import Quantizer, quantized_layers
 
 
@@ -12,27 +12,19 @@ def initialise_ranges(model: nn.Module, images: Tensor) -> int:
     """Initialise every quantizer from what it will quantize; returns how many there are.
 
     Weights are taken as they are; activations and outputs are those of one pass of `images`
-    [N, 3, S, S], in the order they are reached, so that each sees its predecessors quantized.
+    [N, 3, S, S], in the order they are reached, so that each sees its predecessors quantized (unless a warm-up, `--stable`, lets them pass).
     The network's mode is restored; its norms keep their statistics.
     """
-    hooks = []
     count = 0
-    for _, layer in quantized_layers(model):
-        for part, quantizer in layer.quantizers():
-            count += 1
-            if part == "quant_weight":
-                quantizer.initialise_from(layer.weight)
-            else:
-                hooks.append(quantizer.register_forward_pre_hook(_initialise))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with observing(model) as hooks:
+        for _, layer in quantized_layers(model):
+            for part, quantizer in layer.quantizers():
+                count += 1
+                if part == "quant_weight":
+                    quantizer.initialise_from(layer.weight)
+                else:
+                    hooks.append(quantizer.register_forward_pre_hook(_initialise))
+        model(images)
     return count
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.observe import observing
 from model.quant import Quantizer, QuantLayer, quantized_layers
 from model.summary import format_table
 
@@ -77,23 +78,15 @@ class Health:
         def watch(name: str, quantizer: Quantizer, x: Tensor) -> None:
             rows[name] = _row(name, quantizer, x, quantizer.integers(x).codes)
 
-        hooks = []
-        for name, layer in self.layers.items():
-            for part, quantizer in layer.quantizers():
-                if part != "quant_weight":
-                    full = f"{name}.{part}"
-                    hooks.append(
-                        quantizer.register_forward_pre_hook(lambda m, inputs, full=full: watch(full, m, inputs[0]))
-                    )
-        training = self._model.training
-        self._model.eval()
-        try:
-            with torch.no_grad():
-                self._model(images)
-        finally:
-            self._model.train(training)
-            for hook in hooks:
-                hook.remove()
+        with observing(self._model) as hooks:
+            for name, layer in self.layers.items():
+                for part, quantizer in layer.quantizers():
+                    if part != "quant_weight":
+                        full = f"{name}.{part}"
+                        hooks.append(
+                            quantizer.register_forward_pre_hook(lambda m, inputs, full=full: watch(full, m, inputs[0]))
+                        )
+            self._model(images)
         for name, layer in self.layers.items():
             weight, codes = self._snapshot(layer)
             old_weight, old_codes = self._before[name]

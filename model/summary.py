@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.observe import observing
 from model.quant import QuantLayer, Quantizer
 
 FULL_BITS = 32  # of a value in full precision
@@ -159,21 +160,14 @@ def cost(model: nn.Module, input_size: int) -> Cost:
             )
         )
 
-    hooks = [
-        module.register_forward_hook(lambda m, _, out, name=name: count(name, m, out))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 3, input_size, input_size, device=device))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with observing(model) as hooks:
+        hooks += [
+            module.register_forward_hook(lambda m, _, out, name=name: count(name, m, out))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
+        model(torch.zeros(1, 3, input_size, input_size, device=device))
     return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
 
 

@@ -165,7 +165,7 @@ METHODS = {
         method="fatnn", tags=WT, expected=fatnn_ternary, levels=(3,), half_range=FULL,
         state=("alpha0", "alpha1"), calibrates=True, idempotent=False,
     ),  # fmt: skip
-    "xnor": Method(method="xnor", tags=FM, expected=xnor_activation, **BINARY),
+    "xnor": Method(method="xnor", tags=FM, expected=xnor_activation, levels=(2,)),
     "xnor-STE": Method(method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "STE"}, **BINARY),
     "xnor-Triangle": Method(
         method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "Triangle"}, **BINARY
@@ -326,10 +326,11 @@ def away_from_jumps(x: np.ndarray, expected: Callable[[Array, Array], Result]) -
     raise AssertionError("no tensor away from the jumps found")
 
 
-def assert_close(actual: Tensor | None, expected: Array, what: str) -> None:
+def assert_close(actual: Tensor | None, expected: Array, what: str, terms: float = 0.0) -> None:
+    """Equal to 1e-5 of the largest magnitude; `terms` is the usual size of the sums that may cancel."""
     assert actual is not None, what
     assert actual.dtype == torch.float32
-    limit = 1e-5 * np.abs(expected).max(initial=0.0)
+    limit = 1e-5 * np.abs(expected).max(initial=0.0) + 1e-6 * terms
     difference = np.abs(actual.detach().double().numpy().reshape(expected.shape) - expected)
     assert difference.max(initial=0.0) <= limit, what
 
@@ -355,10 +356,11 @@ def compare(case: Case) -> None:
     assert_close(gx, result.gx, "gradient to x")
     learned = dict(quantizer.named_parameters())
     assert learned.keys() == result.grads.keys()
+    terms = setting(case, quantizer).factor * float(np.linalg.norm(gy))
     for name, parameter in learned.items():
         assert parameter.grad is not None
         assert parameter.grad.shape == parameter.shape
-        assert_close(parameter.grad, result.grads[name].reshape(parameter.shape), f"gradient to {name}")
+        assert_close(parameter.grad, result.grads[name].reshape(parameter.shape), f"gradient to {name}", terms)
 
 
 def row_counts(quantizer: Quantizer, y: Tensor) -> list[int]:
@@ -430,15 +432,16 @@ def test_outside_the_range_the_gradient_to_the_clip_value_is_the_slope_of_the_ou
     for sign in signs:
         quantizer = make(case)
         x = torch.full(SHAPES[case.tag], 100.0 * sign)
-        quantizer(x).sum().backward()
         clip = quantizer.get_parameter("clip_val")
-        with torch.no_grad():
-            before = quantizer(x)
-            clip.mul_(2)
-            slope = (quantizer(x) - before).sum() / clip.abs().sum() * 2
+        before = quantizer(x)
+        before.sum().backward()
         assert clip.grad is not None
-        moved = (clip.grad * clip.sign()).mean() * clip.grad.numel()
-        torch.testing.assert_close(moved * clip.abs().mean() / 2, slope * clip.abs().mean() / 2)
+        moved = clip.grad.clone()
+        with torch.no_grad():
+            delta = clip.clone()
+            clip.add_(delta)
+            change = quantizer.grouped(quantizer(x) - before).sum(dim=1).reshape(clip.shape)
+        torch.testing.assert_close(moved, change / delta)
 
 
 @pytest.mark.parametrize("tag", ["fm", "wt"])
@@ -504,10 +507,11 @@ def test_lq_basis_follows_least_squares(case: Case) -> None:
     fan = None if activation else FAN
     initial = oracle.lq_initial_basis(len(basis), given.groups.count, fan=fan)
     np.testing.assert_allclose(basis, initial, rtol=1e-6)
-    rows, solve = case.half_range, oracle.lq_least_squares
     for step in range(3):
         x = sample(case, step)
-        new = solve(x.astype(np.float64), basis=basis, half_range=rows, groups=given.groups, activation=activation)
+        new = oracle.lq_least_squares(
+            x.astype(np.float64), basis=basis, half_range=case.half_range, groups=given.groups, activation=activation
+        )
         basis = oracle.lq_blend(basis, new)
         quantizer(torch.from_numpy(x))
         np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), basis, rtol=1e-4, atol=1e-6)
@@ -549,15 +553,14 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
     case = Case("fatnn", "fm", 4, half_range=True, quant_group=2, fields=(("closed_form", True),))
     quantizer, plain = make(case), make(dataclasses.replace(case, fields=()))
     plain.load_state_dict({k: v for k, v in quantizer.state_dict().items() if k != "output_scale"})
-    x = tensor(case).abs()
-    groups = Groups(2, 1)
-    for _ in range(2):
-        codes, values = (groups.rows(t.detach().double().numpy()) for t in (plain(x), x))
-        best = (codes * values).sum(axis=1) / (codes**2).sum(axis=1)
-        scale = 0.9 * quantizer.get_buffer("output_scale").double().numpy().ravel() + 0.1 * best
-        y = quantizer(x).detach()
+    groups, scale = Groups(2, 1), np.ones(2)
+    for step in range(3):
+        x = sample(case, step).astype(np.float64)
+        codes = plain(torch.from_numpy(x).float()).detach().double().numpy()
+        scale = 0.9 * scale + 0.1 * groups.sum(codes * x) / groups.sum(codes**2)
+        y = quantizer(torch.from_numpy(x).float()).detach()
         np.testing.assert_allclose(quantizer.get_buffer("output_scale").numpy().ravel(), scale, rtol=1e-5)
-        np.testing.assert_allclose(y.numpy(), plain(x).detach().numpy() * groups.spread(scale, codes), rtol=1e-5)
+        np.testing.assert_allclose(y.numpy(), codes * groups.spread(scale, x), rtol=1e-5)
 
 
 # The frame -----------------------------------------------------------------------------------------
@@ -632,14 +635,11 @@ def test_parameters_in_half_precision_compute_in_float32(case: Case, dtype: torc
 
 
 EXTREMES = {
-    "zeros": [0.0],
-    "negative zeros": [-0.0],
+    "zeros": [0.0, -0.0],
     "a constant": [0.3],
-    "a negative constant": [-0.3],
     "denormals": [1e-40, -1e-40, 1e-45],
-    "near denormals": [2e-38, -1.2e-38],
+    "tiny": [2e-38, -1.2e-38],
     "huge": [1e30, -1e30],
-    "largest": [3.4028235e38, -3.4028235e38],
     "mixed": [0.0, 1e-40, -1e-20, 0.5, -3.0, 1e30, -1e30],
 }
 ADAPTIVES = [(), (("adaptive", "var-mean"),), (("adaptive", "var-mean"), ("adaptive_restore", True))]
@@ -647,7 +647,7 @@ ADAPTIVES = [(), (("adaptive", "var-mean"),), (("adaptive", "var-mean"), ("adapt
 
 @pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
 @pytest.mark.parametrize("fields", ADAPTIVES, ids=["plain", "adaptive", "restored"])
-@over(cases(groups=(None, 1), levels=(256, 4, 3, 2)))
+@over(cases(levels=(256, 4, 3, 2)))
 def test_extreme_values_stay_finite(case: Case, fields: tuple[tuple[str, Any], ...], values: list[float]) -> None:
     quantizer = make(dataclasses.replace(case, fields=fields))
     count = int(np.prod(SHAPES[case.tag]))
@@ -672,6 +672,14 @@ def test_adaptive_groups_without_variance(case: Case, size: int, kind: str, rest
     y, gx = backward(quantizer, x)
     assert y.isfinite().all()
     assert gx.isfinite().all()
+
+
+@pytest.mark.parametrize("adaptive", ["none", "var-mean"])
+@over(cases(groups=(None, 1)))
+def test_a_tensor_of_zeros_keeps_the_size_of_its_gradient(case: Case, adaptive: str) -> None:
+    """Zero-initialised weights must not get a gradient that ends the training in the first step."""
+    _, gx = backward(make(case.with_fields(adaptive=adaptive)), torch.zeros(SHAPES[case.tag]))
+    assert gx.abs().max() <= 1e6
 
 
 def test_adaptive_undone_gives_back_the_mean_of_a_constant_group() -> None:
@@ -1032,6 +1040,7 @@ RANGES = {
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("config", RANGES.values(), ids=RANGES)
 @pytest.mark.parametrize(("options", "pads", "mode"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_convolution_pads_and_quantizes_in_order(
     options: dict[str, Any], pads: tuple[int, int, int, int], mode: str, config: QuantConfig, after: bool
 ) -> None:
@@ -1064,10 +1073,9 @@ def test_padded_positions_take_a_level_or_exact_zero(method: str, after: bool, b
     layer = QuantConv2d(4, 1, 1, padding=1, bias=False, padding_after_quant=after)
     layer.build_quantizers(config, "conv1")
     nn.init.ones_(layer.weight)
-    quantizer = layer.quant_activation
-    level = quantizer(torch.zeros(1, 4, 1, 1))[0, 0, 0, 0].item()
+    level = layer.eval().quant_activation(torch.zeros(1, 4, 1, 1))[0, 0, 0, 0].item()
     assert abs(level) > 0.5
-    y = layer.eval()(image(2, 4, 5, 5))
+    y = layer(image(2, 4, 5, 5))
     edge = torch.cat([y[:, :, 0].flatten(), y[:, :, -1].flatten(), y[..., 0].flatten(), y[..., -1].flatten()])
     torch.testing.assert_close(edge, torch.full_like(edge, 4 * level if border else 0.0))
 
@@ -1143,34 +1151,31 @@ def test_convolution_under_autocast_computes_in_the_lower_precision() -> None:
 
 # Compilation and host synchronisation --------------------------------------------------------------
 
-EXTRAS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "stable": {"stable": 2},
-    "adaptive": {"adaptive": "var-mean", "adaptive_restore": True},
-    "gamma": {"gamma": True, "quant_group": 2},
-    "proxquant": {"proxquant_step": 5},
-}
+# What a layer is compiled with beside each entry of the table: entry, tag, fields.
+EXTRAS: list[tuple[str, str, dict[str, Any]]] = [
+    *((name, "fm", {"stable": 2}) for name in ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")),
+    ("lsq", "fm", {"quant_group": 2, "gamma": True, "grad_scale": "scale-element"}),
+    ("lsq", "fm", {"adaptive": "var-mean", "adaptive_restore": True}),
+    ("lsq", "fm", {"proxquant_step": 5}),
+    ("lsq", "wt", {"stable": 2, "adaptive": "var-mean", "gamma": True, "grad_scale": "fan-scale"}),
+    ("lsq", "wt", {"proxquant_step": 5}),
+    ("lsq", "ot", {"quant_group": 4}),
+    ("dorefa", "fm", {"grad_type": "STE-scale"}),
+    ("pact", "fm", {"grad_type": "STE-scale", "grad_scale": "element-scale"}),
+    ("lq", "fm", {"custom_update": True, "quant_group": 2}),
+    ("lq-wt", "wt", {"adaptive": "mean-var", "adaptive_restore": True}),
+    ("fatnn", "fm", {"closed_form": True}),
+]
 
 
-def layers() -> Iterator[tuple[str, QuantConfig]]:
-    """Every entry of the table in a layer, weights and activations of one method together."""
-    for case in cases():
-        extras = EXTRAS if case.name in ("lsq", "dorefa", "dorefa-wt", "lq") else {"plain": {}}
-        for name, fields in extras.items():
-            config = dataclasses.replace(QuantConfig(), **{case.tag: case.with_fields(**fields).config})
-            if case.tag != "ot":
-                yield f"{case}-{name}", config
-    for kind in ("STE-scale", "none"):
-        fm = Case("pact", "fm", 4, half_range=True, fields=(("grad_type", kind), ("grad_scale", "scale-element")))
-        ot = Case("lsq", "ot", 4, half_range=False, fields=(("grad_scale", "fan-scale"),))
-        yield f"output-{kind}", dataclasses.replace(QuantConfig(), fm=fm.config, ot=ot.config)
-    closed = Case("fatnn", "fm", 4, half_range=True, fields=(("closed_form", True),))
-    yield "closed_form", dataclasses.replace(QuantConfig(), fm=closed.config)
-    custom = Case("lq", "fm", 4, half_range=True, fields=(("custom_update", True),))
-    yield "custom_update", dataclasses.replace(QuantConfig(), fm=custom.config)
+def layer_config(case: Case) -> QuantConfig:
+    return dataclasses.replace(QuantConfig(), **{case.tag: case.config})
 
 
-LAYERS = dict(layers())
+LAYERS = [case for case in cases() if case.tag != "ot" and case.half_range == case.method.half_range[0]] + [
+    next(case for case in cases() if (case.name, case.tag) == (name, tag)).with_fields(**fields)
+    for name, tag, fields in EXTRAS
+]
 
 
 @pytest.fixture
@@ -1196,14 +1201,15 @@ def compiled_equals_eager(config: QuantConfig, backend: str, forwards: int) -> N
         torch.testing.assert_close(mine.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
-def test_compiles_into_one_graph(config: QuantConfig, fresh_compiler: None) -> None:
-    compiled_equals_eager(config, "aot_eager", forwards=3 if config.fm.stable or config.wt.stable else 1)
+@over(LAYERS)
+def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
+    compiled_equals_eager(layer_config(case), "aot_eager", forwards=3 if case.config.stable else 1)
 
 
 @pytest.mark.slow
-def test_compiles_with_the_default_backend(fresh_compiler: None) -> None:
-    compiled_equals_eager(BOTH, "inductor", forwards=2)
+@over([case for case in LAYERS if case.name in ("lsq", "lq") or case.config.closed_form])
+def test_compiles_with_the_default_backend(case: Case, fresh_compiler: None) -> None:
+    compiled_equals_eager(layer_config(case), "inductor", forwards=3)
 
 
 def test_fake_tensors_show_a_host_synchronisation() -> None:
@@ -1211,11 +1217,11 @@ def test_fake_tensors_show_a_host_synchronisation() -> None:
         torch.rand(1).item()
 
 
-@pytest.mark.parametrize("config", LAYERS.values(), ids=LAYERS)
-def test_forward_and_backward_never_wait_for_values(config: QuantConfig) -> None:
+@over([case.with_fields(**fields) for case in LAYERS for fields in ({}, {"stable": 1, "gamma": True})])
+def test_forward_and_backward_never_wait_for_values(case: Case) -> None:
     """Fake tensors have no values: whatever reads one raises."""
     with FakeTensorMode():
-        layer = conv(config, (8, 8), padding=1)
+        layer = conv(layer_config(case), (8, 8), padding=1)
         for mode in (True, False):
             y = layer.train(mode)(torch.randn(2, 8, 5, 5, requires_grad=True))
             assert tuple(y.shape) == (2, 8, 5, 5)

@@ -1,0 +1,29 @@
+"""Looking into a network without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[list[RemovableHandle]]:
+    """Put `model` into evaluation mode without gradients; hooks added to the yielded list are removed.
+
+    Afterwards every module is in the mode it was in, also where they differed.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    hooks: list[RemovableHandle] = []
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
