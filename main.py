@@ -347,7 +347,7 @@ def trial(model: nn.Module, config: Config) -> Cost:
 
     try:
         return summary.cost(model, config.model.input_size)
-    except RuntimeError as error:  # torch's word for shapes that do not fit each other
+    except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
         raise UserError(
             f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size ({error}); "
             "use a multiple of 32, or of 4 for the networks of three stages"

@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from torch import nn
 
-from model import dorefa, fatnn, lq, lsq, pact, xnor  # noqa: F401  (importing a method registers it)
-from model.quant import QuantLayer, quantizers
+from model import dorefa, fatnn, lq, lsq, pact, torchvision_resnet, xnor  # noqa: F401  (importing registers methods)
+from model.convert import build_quantizers
+from model.quant import quantizers
 from model.resnet import DEPTHS, ResNet
 from utils.config import ModelConfig
 from utils.errors import UserError
+
+_MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    **dict.fromkeys(DEPTHS, ResNet),
+    **dict.fromkeys(torchvision_resnet.NAMES, torchvision_resnet.build),
+}
+
+
+def register_model(name: str, make: Callable[[ModelConfig], nn.Module]) -> None:
+    """Let `--model name` build `make(config)`; user files call this too.
+
+    Raises:
+        UserError: when the name is taken.
+    """
+    if name in _MODELS:
+        raise UserError(f"the model {name!r} is declared already; choose another name")
+    _MODELS[name] = make
 
 
 def build(config: ModelConfig) -> nn.Module:
     """The network that `config` describes, float32, on the CPU, in training mode.
 
     Raises:
-        UserError: when the configuration has no network, naming the layer where that helps.
+        UserError: when there is no such network, or the configuration has none, naming the layer where
+            that helps.
     """
-    if config.name not in DEPTHS:
-        close = difflib.get_close_matches(config.name, DEPTHS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(DEPTHS)}"
+    if config.name not in _MODELS:
+        close = difflib.get_close_matches(config.name, _MODELS, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(_MODELS)}"
         raise UserError(f"--model {config.name}: no such network; {hint}")
-    network = ResNet(config)
-    for name, module in network.named_modules():
-        if isinstance(module, QuantLayer):
-            module.build_quantizers(config.quant, name)
+    network = _MODELS[config.name](config)
+    build_quantizers(network, config.quant)
     return network
 
 
@@ -38,4 +55,4 @@ def set_stable(model: nn.Module, steps_per_epoch: int) -> None:
 
 def models() -> tuple[str, ...]:
     """The names that `--model` takes."""
-    return tuple(DEPTHS)
+    return tuple(_MODELS)

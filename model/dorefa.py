@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import Grid, LearnedStep, integers
+from model.sign import binary, sign
+from model.uniform import Grid, LearnedClip, integers
 from utils.config import QuantizerConfig
 
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -28,24 +29,20 @@ class DoReFaActivation(Quantizer):
         self.zero_to_zero = config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
 
     def grid(self) -> Grid:
-        """The levels in units of the step."""
+        """The levels."""
         return Grid.of(self.levels, self.config.half_range)
 
-    def step(self) -> Tensor:
-        """The distance of two levels, float32."""
-        return self.per_channel(self.clip.clamp_min(SMALLEST)) / self.grid().high
+    def positive_clip(self) -> Tensor:
+        """The clipping value, float32 > 0, broadcastable to the tensor."""
+        return self.per_channel(self.clip.clamp_min(SMALLEST))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return LearnedStep.apply(x, self.step(), self.grid(), self.config.grad_type == "STE-scale")
+        return LearnedClip.apply(x, self.positive_clip(), self.grid(), self.config.grad_type == "STE-scale")
 
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`."""
-        return integers(x, self.step(), self.grid())
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """Codes counted from the grid's lowest level."""
-        return self.grid().index(codes)
+        return integers(x, self.positive_clip(), self.grid())
 
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clipping value."""
@@ -70,17 +67,13 @@ class DoReFaWeight(Quantizer):
         if self.config.binary_scale:
             return SignTimesMean.apply(x)
         grid = Grid.of(self.levels, half_range=False)
-        return LearnedStep.apply(self._squashed(x), self._step(x), grid, self.config.grad_type == "STE-scale")
+        return LearnedClip.apply(self._squashed(x), x.new_ones(1), grid, self.config.grad_type == "STE-scale")
 
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; an even count of levels has odd codes."""
         if self.config.binary_scale:
-            return Integers(codes=_sign(x).to(torch.int32), scale=x.detach().abs().mean())
-        return integers(self._squashed(x), self._step(x), Grid.of(self.levels, half_range=False))
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """Codes counted from the lowest level."""
-        return (codes.long() + 1) // 2 if self.config.binary_scale else Grid.of(self.levels, False).index(codes)
+            return binary(x, x.detach().abs().mean())
+        return integers(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
 
     def normalise(self, x: Tensor) -> Tensor:
         """Squashed into [-1, 1], where the levels are; binary weights as they are."""
@@ -91,20 +84,13 @@ class DoReFaWeight(Quantizer):
         squashed = torch.tanh(x)
         return squashed / squashed.abs().amax().clamp_min(SMALLEST)
 
-    def _step(self, x: Tensor) -> Tensor:
-        return x.new_full((1,), 2.0 / (self.levels - 1))
-
-
-def _sign(x: Tensor) -> Tensor:
-    return torch.where(x < 0, -torch.ones_like(x), torch.ones_like(x))
-
 
 class SignTimesMean(torch.autograd.Function):
     """sign(x) * mean|x| with sign(0) = +1; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _sign(x) * x.abs().mean()
+        return sign(x) * x.abs().mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -109,13 +109,13 @@ class _FATNN(Quantizer):
 
     def encode(self, x: Tensor) -> Integers:
         """Integer codes; the scale is 1 without `closed_form`."""
-        codes = RoundedRamps.apply(x, *self.thresholds()).to(torch.int32)
+        lowest = 0 if self.config.half_range else -1
+        codes = RoundedRamps.apply(x, *self.thresholds()).long()
         scale = self.per_channel(self.output_scale) if self.config.closed_form else x.new_ones(1)
-        return Integers(codes=codes, scale=scale)
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """Full range has the codes -1, 0 and 1."""
-        return codes.long() if self.config.half_range else codes.long() + 1
+        codebook = torch.arange(lowest, lowest + self.levels, device=x.device, dtype=torch.float32).unsqueeze(0)
+        return Integers(
+            codes=codes.to(torch.int32), scale=scale, numbers=codes - lowest, codebook=codebook, factor=scale
+        )
 
     def set_range(self, value: Tensor) -> None:
         """Spread the ramps evenly over [0, value], or each over [0, value] in full range."""

@@ -53,7 +53,7 @@ class Health:
     """Watches the quantizers of a network from one epoch to the next.
 
     Args:
-        model: the network; its weights and their codes now are what the next report compares with.
+        model: the network; its weights and their levels now are what the next report compares with.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,10 +63,10 @@ class Health:
 
     @staticmethod
     def _snapshot(layer: QuantLayer) -> tuple[Tensor, Tensor | None]:
-        """A layer's weight and its codes (None where the weight is not quantized)."""
+        """A layer's weight and the numbers of its levels (None where the weight is not quantized)."""
         weight = layer.weight.detach().clone()
         quantizer = layer.quant_weight
-        return weight, quantizer.integers(weight).codes if isinstance(quantizer, Quantizer) else None
+        return weight, quantizer.integers(weight).numbers if isinstance(quantizer, Quantizer) else None
 
     def report(self, images: Tensor) -> list[HealthRow]:
         """The rows after an epoch, activations from one pass of `images` [N, 3, S, S]; starts the next epoch.
@@ -76,7 +76,7 @@ class Health:
         rows: dict[str, HealthRow] = {}
 
         def watch(name: str, quantizer: Quantizer, x: Tensor) -> None:
-            rows[name] = _row(name, quantizer, x, quantizer.integers(x).codes)
+            rows[name] = _row(name, quantizer, x, quantizer.integers(x).numbers)
 
         with observing(self._model) as hooks:
             for name, layer in self.layers.items():
@@ -88,25 +88,24 @@ class Health:
                         )
             self._model(images)
         for name, layer in self.layers.items():
-            weight, codes = self._snapshot(layer)
-            old_weight, old_codes = self._before[name]
-            self._before[name] = weight, codes
+            weight, numbers = self._snapshot(layer)
+            old_weight, old_numbers = self._before[name]
+            self._before[name] = weight, numbers
             quantizer = layer.quant_weight
-            if codes is None or old_codes is None or not isinstance(quantizer, Quantizer):
+            if numbers is None or old_numbers is None or not isinstance(quantizer, Quantizer):
                 continue
-            changed = float((codes != old_codes).float().mean())
+            changed = float((numbers != old_numbers).float().mean())
             update = float((weight - old_weight).norm() / old_weight.norm().clamp_min(1e-12))
             full = f"{name}.quant_weight"
-            rows[full] = _row(full, quantizer, weight, codes, changed=changed, update=update)
+            rows[full] = _row(full, quantizer, weight, numbers, changed=changed, update=update)
         return list(rows.values())
 
 
-def _row(name: str, quantizer: Quantizer, x: Tensor, codes: Tensor, **weight: float) -> HealthRow:
+def _row(name: str, quantizer: Quantizer, x: Tensor, numbers: Tensor, **weight: float) -> HealthRow:
     with torch.no_grad():
         normed = quantizer.normalise(x.float())
         limit = quantizer.per_channel(quantizer.current_range().abs())
         beyond = normed > limit if quantizer.config.half_range else normed.abs() > limit
-        numbers = quantizer.level_index(codes)
         counts = torch.bincount(numbers.flatten(), minlength=quantizer.levels)
     return HealthRow(
         name=name,

@@ -1,23 +1,100 @@
-"""Norms, activations and the convolution of the flexible networks."""
+"""Norms, activations and convolutions of the flexible networks."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
-from model.quant import QuantConv2d
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.quant import QuantConv2d, QuantLinear
 from utils.config import ModelConfig
+from utils.errors import UserError
+
+# Norms -------------------------------------------------------------------------------------------
+
+
+class StaticBatchNorm2d(nn.Module):
+    """Batch normalisation with fixed statistics: (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias.
+
+    Input and output [N, C, H, W]. The statistics are buffers that nothing updates; the affine part learns
+    unless `frozen`.
+    """
+
+    def __init__(self, channels: int, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=not frozen)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class ReverseBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose affine part comes first: normalise(x * weight + bias)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input and output [N, C, H, W]."""
+        shape = (1, -1, 1, 1)
+        weight, bias = self.weight, self.bias
+        self._check_input_dim(input)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return functional.batch_norm(
+            input * weight.reshape(shape) + bias.reshape(shape), self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum or 0.1, eps=self.eps,
+        )  # fmt: skip
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "static": StaticBatchNorm2d,
+    "frozen": lambda channels: StaticBatchNorm2d(channels, frozen=True),
+    "reverse": ReverseBatchNorm2d,
+    "instance": nn.InstanceNorm2d,
+    "none": lambda channels: nn.Identity(),
+}
 
 
 def norm(channels: int, config: ModelConfig) -> nn.Module:
-    """The network's normalisation of `channels` channels."""
-    del config
-    return nn.BatchNorm2d(channels)
+    """The network's normalisation of `channels` channels.
+
+    Raises:
+        UserError: when the groups of a group normalisation do not divide the channels.
+    """
+    if config.norm == "group":
+        groups = config.quant.fm.quant_group or 1
+        if channels % groups:
+            raise UserError(
+                f"the keyword group-norm takes its groups from --fm_quant_group {groups}, which does not divide "
+                f"{channels} channels"
+            )
+        return nn.GroupNorm(groups, channels)
+    return NORMS[config.norm](channels)
+
+
+# Activations -------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "none": nn.Identity,
+    "prelu": nn.PReLU,
+    "relu6": nn.ReLU6,
+    "leaky": nn.LeakyReLU,
+}
 
 
 def activation(config: ModelConfig) -> nn.Module:
     """The network's activation."""
-    del config
-    return nn.ReLU(inplace=False)
+    return ACTIVATIONS[config.activation]()
+
+
+# Convolutions ------------------------------------------------------------------------------------
 
 
 def conv(
@@ -27,8 +104,72 @@ def conv(
 
     Its quantizers are built once its name is known (`model.build`).
     """
-    size = {"stride": stride, "padding": kernel // 2, "bias": False}
+    size: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "bias": False}
     if full_precision or not config.quant.enabled:
         return nn.Conv2d(channels_in, channels_out, kernel, **size)
     after = config.quant.padding_after_quant
     return QuantConv2d(channels_in, channels_out, kernel, **size, padding_after_quant=after)
+
+
+def linear(features_in: int, features_out: int, config: ModelConfig) -> nn.Linear:
+    """The last layer, in full precision unless the first and last layers are quantized too."""
+    quantized = config.quant.first_last and config.quant.enabled
+    return (QuantLinear if quantized else nn.Linear)(features_in, features_out)
+
+
+class SpaceToDepthConv(nn.Module):
+    """Space-to-depth by `block` (torch's `pixel_unshuffle` order), then a convolution of stride 1.
+
+    Input [N, in, H, W], output [N, out, H / block, W / block].
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, block: int, kernel: int, config: ModelConfig, *, full_precision: bool
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.conv = conv(channels_in * block**2, channels_out, kernel, 1, config, full_precision=full_precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.conv(functional.pixel_unshuffle(x, self.block))
+
+
+class ProneConv(nn.Module):
+    """A 3x3 convolution as a 1x1 one on larger pixels: space-to-depth by 2 * stride, 1x1 convolution to
+    4 * out channels, depth-to-space by 2.
+
+    Input [N, in, H, W], output [N, out, ceil(H / stride), ceil(W / stride)]. A size that 2 * stride does
+    not divide is padded with zeros, half of the remainder on each side, and the surplus cut off again.
+    With `norm_inside` the norm comes before depth-to-space.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, config: ModelConfig, *, norm_inside: bool
+    ) -> None:
+        super().__init__()
+        self.block, self.stride = 2 * stride, stride
+        self.conv = conv(channels_in * self.block**2, 4 * channels_out, 1, 1, config)
+        self.bn = norm(4 * channels_out, config) if norm_inside else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        height, width = (-(-size // self.stride) for size in x.shape[-2:])
+        rows, columns = (-size % self.block for size in x.shape[-2:])
+        if rows or columns:
+            x = functional.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        x = functional.pixel_shuffle(self.bn(self.conv(functional.pixel_unshuffle(x, self.block))), 2)
+        top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
+        return x[..., top : top + height, left : left + width]
+
+
+class RepeatChannels(nn.Module):
+    """Concatenate `times` copies along the channels: [N, C, H, W] to [N, times * C, H, W]."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.repeat(1, self.times, 1, 1)

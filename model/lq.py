@@ -133,8 +133,10 @@ class _LQ(Quantizer):
         """Codes as positions in the sorted levels, and the levels as the codebook."""
         positions, levels, _ = self.assign(self.grouped(x))
         rows = self.per_channel(torch.arange(self.groups, device=x.device).reshape(self.range_shape()))
-        codes = self.ungrouped(positions, x).to(torch.int32)
-        return Integers(codes=codes, scale=x.new_ones(1), codebook=levels, rows=rows)
+        numbers = self.ungrouped(positions, x)
+        return Integers(
+            codes=numbers.to(torch.int32), scale=None, numbers=numbers, codebook=levels, factor=x.new_ones(1), rows=rows
+        )
 
     def set_range(self, value: Tensor) -> None:
         """Scale the basis so that its top level is `value`."""

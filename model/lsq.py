@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import Grid, LearnedStep, PositiveClip, ScaleGradient, initial_clip, integers
+from model.uniform import Grid, LearnedClip, PositiveClip, ScaleGradient, initial_clip, integers
 from utils.config import QuantizerConfig
 
 
@@ -35,28 +35,23 @@ class LSQ(Quantizer):
         )
 
     def grid(self) -> Grid:
-        """The levels in units of the step."""
+        """The levels."""
         return Grid.of(self.levels, self.config.half_range, midtread=self.config.grid == "midtread")
 
-    def step(self, x: Tensor) -> Tensor:
-        """The distance of two levels, float32 > 0, broadcastable to x."""
-        high = self.grid().high
+    def clip(self, x: Tensor) -> Tensor:
+        """The clip value, float32 > 0, broadcastable to x."""
         clip = self.per_channel(PositiveClip.apply(self.clip_val))
-        if self.config.grad_scale != "none":
-            clip = ScaleGradient.apply(clip, self.gradient_factor(x, high))
-        return clip / high
+        if self.config.grad_scale == "none":
+            return clip
+        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return LearnedStep.apply(x, self.step(x), self.grid())
+        return LearnedClip.apply(x, self.clip(x), self.grid())
 
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; mid-rise grids have odd codes."""
-        return integers(x, self.step(x), self.grid())
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """Codes counted from the grid's lowest level."""
-        return self.grid().index(codes)
+        return integers(x, self.clip(x), self.grid())
 
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clip value."""

@@ -14,25 +14,23 @@ from utils.config import QuantizerConfig
 
 
 class ClippedRound(torch.autograd.Function):
-    """s * round(clamp(x / s, low, high)) with the gradient of the clip value c = high * s.
+    """q = l * c, l the level over c that is nearest to x / c, with PACT's gradient of the clip value c.
 
-    dq/dx = 1 for low * s < x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3). At
-    x = low * s the gradient passes, as that of a clamp does.
+    dq/dx = 1 for low <= x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
-        step = clip / grid.high
-        position = x / step
-        ctx.save_for_backward(position, clip)
+        ratio = x / clip
+        ctx.save_for_backward(ratio, clip)
         ctx.grid, ctx.balance = grid, balance
-        return grid.round(position) * step
+        return grid.ratios(grid.numbers(ratio)).mul_(clip)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        position, clip = ctx.saved_tensors
-        above = position >= ctx.grid.high
-        inside = ~above & (position >= ctx.grid.low)
+        ratio, clip = ctx.saved_tensors
+        above = ratio >= 1
+        inside = ctx.grid.inside(ratio) & ~above
         grad_x = torch.where(inside, grad, 0.0)
         if ctx.balance:
             grad_x = grad_x * balance_factor(inside)
@@ -56,7 +54,7 @@ class PACT(Quantizer):
         )
 
     def grid(self) -> Grid:
-        """The levels in units of the step."""
+        """The levels."""
         return Grid.of(self.levels, self.config.half_range)
 
     def clip(self, x: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ class PACT(Quantizer):
         clip = self.per_channel(PositiveClip.apply(self.clip_val))
         if self.config.grad_scale == "none":
             return clip
-        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().high))
+        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
@@ -72,11 +70,7 @@ class PACT(Quantizer):
 
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`."""
-        return integers(x, self.clip(x) / self.grid().high, self.grid())
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """Codes counted from the grid's lowest level."""
-        return self.grid().index(codes)
+        return integers(x, self.clip(x), self.grid())
 
     def set_range(self, value: Tensor) -> None:
         """Take `value` as the clip value."""

@@ -45,25 +45,30 @@ class TensorSite:
 class Integers:
     """A quantized tensor as integers.
 
-    Without a codebook the value is `(codes - zero_point) * scale`; with one it is the codebook's entry
-    of the code. Normalisation that was undone and the learned scale come on top, in this order:
-    `value * deviation + mean`, `value * gamma`. All but the codes are float32 and broadcast to them.
+    For engines: `(codes - zero_point) * scale`, or the codebook's entries where levels are not evenly
+    spaced. Exactly the value that training sees, to the last bit, is `codebook[rows, numbers] * factor`;
+    normalisation that was undone and the learned scale come on top: `value * deviation + mean`, then
+    `value * gamma`. All but the integers are float32 and broadcast to the tensor.
 
     Attributes:
         codes: int32, the shape of the tensor.
-        scale: distance of two neighbouring codes.
+        scale: distance of two codes that differ by 1; None where levels are not evenly spaced.
+        numbers: int64, the shape of the tensor: the level of each element, from 0, the lowest.
+        codebook: [rows, levels], the levels over `factor`; one row, or one per group.
+        factor: of the whole tensor, a group or a position.
         zero_point: the code of zero.
-        codebook: [rows, levels], the value of each code; a row per group. None: evenly spaced.
-        rows: int64, broadcastable to the codes: the row of the codebook that an element reads.
+        rows: int64, broadcastable to the tensor: the row of the codebook of an element; None: the first.
         deviation: what the normalisation divided by; None where it was not undone.
         mean: what the normalisation subtracted.
         gamma: the learned scale.
     """
 
     codes: Tensor
-    scale: Tensor
+    scale: Tensor | None
+    numbers: Tensor
+    codebook: Tensor
+    factor: Tensor
     zero_point: int = 0
-    codebook: Tensor | None = None
     rows: Tensor | None = None
     deviation: Tensor | None = None
     mean: Tensor | None = None
@@ -71,10 +76,8 @@ class Integers:
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the integers stand for, exactly the fake-quantized one."""
-        if self.codebook is None or self.rows is None:
-            value = (self.codes - self.zero_point) * self.scale
-        else:
-            value = self.codebook[self.rows.expand(self.codes.shape), self.codes.long()]
+        rows = torch.zeros_like(self.numbers) if self.rows is None else self.rows.expand(self.numbers.shape)
+        value = self.codebook[rows, self.numbers] * self.factor
         if self.deviation is not None and self.mean is not None:
             value = value * self.deviation + self.mean
         return value if self.gamma is None else value * self.gamma
@@ -179,10 +182,6 @@ class Quantizer(nn.Module):
     def normalise(self, x: Tensor) -> Tensor:
         """Float32 `x` as the method sees it, after `adaptive`."""
         return self._normalised(x)[0]
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """The codes of `integers` as numbers of levels from 0, int64."""
-        return codes.long()
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The tensor as the method sees it, and the mean and deviation that were taken out."""
@@ -312,8 +311,8 @@ class Quantizer(nn.Module):
         """Elements of `x` in one group."""
         return x.numel() / self.groups
 
-    def gradient_factor(self, x: Tensor, high: float) -> float:
-        """The factor on the gradient of the learned clip value c (`xx_grad_scale`); `high` is Qp.
+    def gradient_factor(self, x: Tensor, qp: float) -> float:
+        """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
 
         `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does, which multiplies its
         gradient by 1 / sqrt(N * Qp), N elements of a weight or of one sample's activation: a gradient
@@ -324,7 +323,7 @@ class Quantizer(nn.Module):
             return 1.0
         if kind == "paper":
             samples = 1 if self.config.tag == "wt" else x.shape[0]
-            return high**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * high)
+            return qp**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * qp)
         count = self.site.fan if "fan" in kind else self.elements(x)
         return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 

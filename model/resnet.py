@@ -6,6 +6,7 @@ a (activation) and s (skip connection) are walked one by one. Names of all parts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,82 +72,146 @@ def shortcut(channels_in: int, channels_out: int, stride: int, config: ModelConf
     """
     block = config.block
     if stride == 1 and channels_in == channels_out:
-        return nn.Sequential()
-    pooled = block.shortcut_pool and stride != 1
-    parts: list[nn.Module] = [nn.AvgPool2d(stride) if pooled else nn.Identity()]
+        parts = [nn.Identity(), layer.norm(channels_in, config)] if block.identity_norm else []
+        return nn.Sequential(*parts)
+    pool = nn.AvgPool2d(stride) if stride != 1 and (block.shortcut_pool or block.shortcut_repeat) else nn.Identity()
+    if block.shortcut_repeat:
+        if channels_out % channels_in:
+            raise UserError(f"the keyword DCHR cannot repeat {channels_in} channels to {channels_out}; leave it out")
+        return nn.Sequential(pool, layer.RepeatChannels(channels_out // channels_in))
+    parts = [pool]
     if channels_in != channels_out:
         conv_stride = 1 if block.shortcut_pool else stride
-        conv = layer.conv(
-            channels_in, channels_out, 1, conv_stride, config, full_precision=block.shortcut_full_precision
-        )
-        after_norm = [layer.norm(channels_out, config)] if block.fix else []
-        if block.order == "bacs":
-            parts += [layer.norm(channels_in, config), layer.activation(config), conv, *after_norm]
+        full = block.shortcut_full_precision
+        conv = layer.conv(channels_in, channels_out, 1, conv_stride, config, full_precision=full)
+        last_norm = [layer.norm(channels_out, config)] if block.fix else []
+        if block.fixup:
+            parts += [conv]
+        elif block.order == "bacs":
+            parts += [layer.norm(channels_in, config), layer.activation(config), conv, *last_norm]
         elif block.order == "bcas":
-            parts += [layer.norm(channels_in, config), conv, layer.activation(config), *after_norm]
+            parts += [layer.norm(channels_in, config), conv, layer.activation(config), *last_norm]
         else:
             parts += [conv, layer.norm(channels_out, config)]
             parts += [] if block.fix else [layer.activation(config)]
     return nn.Sequential(*parts)
 
 
+def downsample(channels_in: int, channels_out: int, stride: int, config: ModelConfig) -> nn.Sequential:
+    """Lossless downsampling from [N, in, H, W] to [N, out, H / stride, W / stride].
+
+    Space-to-depth with a 1x1 convolution (c), a norm (b) and an activation (a) in the configured order.
+    """
+    order = config.block.downsample_order
+    norm_width = channels_in if "b" in order and order.index("b") < order.index("c") else channels_out
+    parts: dict[str, Callable[[], nn.Module]] = {
+        "c": lambda: layer.SpaceToDepthConv(channels_in, channels_out, stride, 1, config, full_precision=False),
+        "b": lambda: layer.norm(norm_width, config),
+        "a": lambda: layer.activation(config),
+    }
+    return nn.Sequential(*(parts[letter]() for letter in order))
+
+
 class Block(nn.Module):
     """A residual block of two (basic) or three (bottleneck) units, with `base` parallel branches.
 
     Input [N, in, H, W], output [N, width * expansion, H / stride, W / stride]. Unit k of branch j
-    owns `conv{k}.{j}`, `bn{k}.{j}` and `relu{k}.{j}`; `skip` is the shortcut, `scales` weigh the
-    branches when there is more than one; `fix_relu` or `fix_bn` belongs to the sum.
+    owns `conv{k}.{j}`, `bn{k}.{j}` and `relu{k}.{j}`; `skip` is the shortcut, `shrink` the lossless
+    downsampling before it all, `scales` weigh the branches when there is more than one; `fix_relu` or
+    `fix_bn` belongs to the sum. With Fixup (arXiv 1901.09321) `fixup_scale` multiplies the last
+    convolution's output, and `fixup_bias{k}a`, `fixup_bias{k}b` are added before and after convolution k.
     """
 
     def __init__(self, channels_in: int, width: int, stride: int, depth: Depth, config: ModelConfig) -> None:
         super().__init__()
         block = config.block
-        self.order = block.order
-        self.units = units_of(channels_in, width, stride, depth)
-        self.base = config.base
+        out = width * depth.expansion
+        self.shrink = nn.Sequential()
+        if block.downsample_order and stride != 1:
+            self.shrink = downsample(channels_in, out, stride, config)
+            channels_in, stride = out, 1
+        units = units_of(channels_in, width, stride, depth)
+        self.order, self.base, self.units = block.order, config.base, len(units)
         self.block_skip = block.skip == "block"
-        channels_out = self.units[-1].channels_out
+        self.fixup, self.fixup_bias = block.fixup, block.fixup_bias
         # The original ResNet applies the last activation to the sum; b-first orders normalise what they add.
-        convolution_first = block.order in ("cbas", "cbsa")
-        sum_activation = self.block_skip and block.fix and convolution_first
+        sum_activation = self.block_skip and block.fix and block.order in ("cbas", "cbsa")
         sum_norm = self.block_skip and block.fix and block.order.startswith("b")
 
-        self.skip = shortcut(channels_in, channels_out, stride, config)
-        for k, unit in enumerate(self.units, start=1):
-            last = unit is self.units[-1]
-            norm_width = unit.channels_in if block.order.index("b") < block.order.index("c") else unit.channels_out
-            bare = last and sum_activation
+        self.skip = shortcut(channels_in, out, stride, config)
+        for k, unit in enumerate(units, start=1):
+            norm_first = block.order.index("b") < block.order.index("c")
+            norm_width = unit.channels_in if norm_first else unit.channels_out
+            prone = is_prone(unit, config)
+            no_norm = block.fixup or (prone and block.prone_norm_inside)
+            bare = unit is units[-1] and sum_activation
             for part, make in {
-                "bn": lambda width=norm_width: layer.norm(width, config),
-                "conv": lambda u=unit: layer.conv(u.channels_in, u.channels_out, u.kernel, u.stride, config),
+                "bn": lambda w=norm_width, no=no_norm: nn.Identity() if no else layer.norm(w, config),
+                "conv": lambda u=unit: convolution(u, config),
                 "relu": lambda bare=bare: nn.Identity() if bare else layer.activation(config),
             }.items():
                 self.add_module(f"{part}{k}", nn.ModuleList(make() for _ in range(self.base)))
+            if block.fixup_bias:
+                for place in "ab":
+                    self.register_parameter(f"fixup_bias{k}{place}", nn.Parameter(torch.zeros(1)))
         self.fix_relu = layer.activation(config) if sum_activation else nn.Identity()
-        self.fix_bn = layer.norm(channels_out, config) if sum_norm else nn.Identity()
+        self.fix_bn = layer.norm(out, config) if sum_norm else nn.Identity()
+        if block.fixup:
+            self.fixup_scale = nn.Parameter(torch.ones(1))
         if self.base > 1:
             self.scales = nn.ParameterList([nn.Parameter(torch.full((1,), 1 / self.base)) for _ in range(self.base)])
 
     def _branch(self, x: Tensor, branch: int) -> Tensor:
         """One branch: the units in order; layer-wise skips are added where the order says."""
-        for k in range(1, len(self.units) + 1):
+        for k in range(1, self.units + 1):
             unit_input = x
             for letter in self.order:
-                if letter != "s":
-                    x = getattr(self, f"{PARTS[letter]}{k}")[branch](x)
-                elif not self.block_skip:
-                    x = x + (self.skip(unit_input) if k == 1 else unit_input)
+                if letter == "s":
+                    if not self.block_skip:
+                        x = x + (self._shortcut(unit_input) if k == 1 else unit_input)
+                    continue
+                if letter == "c" and self.fixup_bias:
+                    x = x + getattr(self, f"fixup_bias{k}a")
+                x = getattr(self, f"{PARTS[letter]}{k}")[branch](x)
+                if letter == "b" and self.fixup:
+                    x = self._fixup_norm(x, k)
         return x
+
+    def _fixup_norm(self, x: Tensor, k: int) -> Tensor:
+        """What stands in Fixup where a norm would."""
+        if k == self.units:
+            x = x * self.fixup_scale
+        return x + getattr(self, f"fixup_bias{k}b") if self.fixup_bias else x
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        """The skip connection; a convolving one sees Fixup's first bias."""
+        if self.fixup_bias and len(self.skip) > 0:
+            x = x + self.get_parameter("fixup_bias1a")
+        return self.skip(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        x = self.shrink(x)
         if self.base == 1:
             result = self._branch(x, 0)
         else:
             result = torch.stack([self._branch(x, j) * scale for j, scale in enumerate(self.scales)]).sum(dim=0)
         if self.block_skip:
-            result = self.fix_bn(result) + self.skip(x)
+            result = self.fix_bn(result) + self._shortcut(x)
         return self.fix_relu(result)
+
+
+def is_prone(unit: Unit, config: ModelConfig) -> bool:
+    """Whether a convolution goes through space-to-depth."""
+    return config.block.prone and unit.kernel == 3 and (unit.stride == 1 or config.block.prone_strided)
+
+
+def convolution(unit: Unit, config: ModelConfig) -> nn.Module:
+    """The convolution of a unit."""
+    if is_prone(unit, config):
+        inside = config.block.prone_norm_inside
+        return layer.ProneConv(unit.channels_in, unit.channels_out, unit.stride, config, norm_inside=inside)
+    return layer.conv(unit.channels_in, unit.channels_out, unit.kernel, unit.stride, config)
 
 
 class ResNet(nn.Module):
@@ -168,11 +233,9 @@ class ResNet(nn.Module):
         if width < 1:
             raise UserError(f"--width_alpha {config.width_alpha} leaves no channel; use at least {1 / 64}")
         stem = config.stem
-        kernel, stride = (7, 2) if stem.kind == "imagenet" else (3, 1)
-        self.conv1 = nn.Conv2d(3, width, kernel, stride=stride, padding=kernel // 2, bias=False)
-        pool = nn.MaxPool2d(3, stride=2, padding=1) if stem.kind == "imagenet" else nn.Identity()
-        norm = nn.Sequential() if stem.pre_norm else nn.Sequential(layer.norm(width, config), layer.activation(config))
-        self.bn1, self.maxpool = norm, pool
+        self.conv1, self.maxpool = stem_layers(width, config)
+        has_norm = not stem.pre_norm or (stem.pre_norm_activation and stem.norm_before_pool)
+        self.bn1 = nn.Sequential(*self._norm_activation(width, config, stem.activation)) if has_norm else nn.Sequential()
         self.norm_before_pool = stem.norm_before_pool
         channels = width
         for i, blocks in enumerate(depth.stages):
@@ -183,18 +246,49 @@ class ResNet(nn.Module):
                 channels = inner * depth.expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
         self.stages = len(depth.stages)
-        self.bn2 = nn.Sequential(layer.norm(channels, config)) if stem.pre_norm else nn.Sequential()
+        last = self._norm_activation(channels, config, stem.pre_norm_activation) if stem.pre_norm else []
+        self.bn2 = nn.Sequential(*last)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, config.num_classes)
+        self.fc = layer.linear(channels, config.num_classes, config)
+        self.fixup_bias = config.block.fixup_bias
+        if self.fixup_bias:
+            self.fixup_bias1 = nn.Parameter(torch.zeros(1))
+            self.fixup_bias2 = nn.Parameter(torch.zeros(1))
         initialise(self)
+        if config.block.fixup:
+            initialise_fixup(self, sum(depth.stages))
+        if config.block.zero_init:
+            zero_last_norms(self)
+
+    @staticmethod
+    def _norm_activation(channels: int, config: ModelConfig, activation: bool) -> list[nn.Module]:
+        norm = nn.Identity() if config.block.fixup else layer.norm(channels, config)
+        return [norm, layer.activation(config)] if activation else [norm]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images float [N, 3, S, S] to logits [N, num_classes]."""
         x = self.conv1(x)
+        if self.fixup_bias:
+            x = x + self.fixup_bias1
         x = self.maxpool(self.bn1(x)) if self.norm_before_pool else self.bn1(self.maxpool(x))
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
-        return self.fc(self.avgpool(self.bn2(x)).flatten(1))
+        x = self.avgpool(self.bn2(x)).flatten(1)
+        return self.fc(x + self.fixup_bias2 if self.fixup_bias else x)
+
+
+def stem_layers(width: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """The first convolution and the pooling after it; full precision unless the first layer is quantized too."""
+    stem = config.stem
+    full = not config.quant.first_last
+    if stem.space_to_depth:
+        conv = layer.SpaceToDepthConv(3, width, stem.space_to_depth, stem.kernel, config, full_precision=full)
+        pool = stem.space_to_depth == 2
+    else:
+        kernel, stride = (7, 2) if stem.kind == "imagenet" else (3, 1)
+        conv = layer.conv(3, width, kernel, stride, config, full_precision=full)
+        pool = stem.kind == "imagenet"
+    return conv, nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 
 
 def initialise(model: nn.Module) -> None:
@@ -202,3 +296,33 @@ def initialise(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def initialise_fixup(model: ResNet, blocks: int) -> None:
+    """Fixup's initialisation (arXiv 1901.09321, section 3), with B = `blocks` residual blocks.
+
+    Convolutions of a block but the last: std sqrt(2 / (out * kh * kw)) * B^(-1 / (2m - 2)) for m of them in
+    the block (B^(-1/2) in basic blocks, B^(-1/4) in bottlenecks); the last and the linear layer zero.
+    """
+    for block in model.modules():
+        if not isinstance(block, Block):
+            continue
+        for k in range(1, block.units + 1):
+            for branch in getattr(block, f"conv{k}"):
+                for conv in branch.modules():
+                    if isinstance(conv, nn.Conv2d) and k == block.units:
+                        nn.init.zeros_(conv.weight)
+                    elif isinstance(conv, nn.Conv2d):
+                        conv.weight.data.mul_(blocks ** (-1 / (2 * block.units - 2)))
+    nn.init.zeros_(model.fc.weight)
+    if model.fc.bias is not None:
+        nn.init.zeros_(model.fc.bias)
+
+
+def zero_last_norms(model: ResNet) -> None:
+    """Start the scale of each block's last norm at zero, so that a block begins as its shortcut."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            for norm in getattr(block, f"bn{block.units}"):
+                if isinstance(getattr(norm, "weight", None), nn.Parameter):
+                    nn.init.zeros_(norm.weight)

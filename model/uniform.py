@@ -13,61 +13,84 @@ from model.quant import Integers
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels `step * (low + k)`, k = 0, 1, ..., high - low.
+    """Evenly spaced levels up to a clip value c, as integer codes of the scale c / top.
+
+    Half range: codes 0 .. n for levels in [0, c], n = levels - 1. Full range: levels in [-c, c]; with an
+    even count they lie mid-rise and their codes are the odd integers -n .. n, with an odd count the
+    integers -n / 2 .. n / 2. Mid-tread: the codes -levels / 2 .. levels / 2 - 1, as two's complement has,
+    with a level at zero and one more below it than above.
 
     Attributes:
-        low: lowest level in steps; a half-integer when zero lies midway between two levels
-            (mid-rise with an even count of levels).
-        high: highest level in steps; `step = clip / high`.
+        steps: n, distances between the lowest and the highest level.
+        bottom: lowest code.
+        top: highest code.
+        half_range: levels in [0, c].
+        midtread: a full range with a level at zero and an even count.
     """
 
-    low: float
-    high: float
+    steps: int
+    bottom: int
+    top: int
+    half_range: bool
+    midtread: bool
 
     @classmethod
     def of(cls, levels: int, half_range: bool, *, midtread: bool = False) -> Grid:
-        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range).
-
-        A mid-tread grid has a level at zero and, for an even count, one more level below zero than
-        above, as two's complement has.
-        """
+        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range)."""
         steps = levels - 1
         if half_range:
-            return cls(0.0, float(steps))
+            return cls(steps, 0, steps, True, False)
         if midtread:
-            return cls(float(-(levels // 2)), float(steps // 2))
-        return cls(-steps / 2, steps / 2)
-
-    def round(self, position: Tensor) -> Tensor:
-        """Nearest level of positions (in steps, any shape).
-
-        Ties go to the even k, counted from the lowest level as in the papers' formulas.
-        """
-        level = position.clamp(self.low, self.high)
-        if self.low == int(self.low) and int(self.low) % 2 == 0:
-            return level.round_()
-        return level.sub_(self.low).round_().add_(self.low)
+            return cls(steps, -(levels // 2), steps - levels // 2, False, True)
+        top = steps if steps % 2 else steps // 2
+        return cls(steps, -top, top, False, False)
 
     @property
-    def code_factor(self) -> int:
-        """Codes per step: 2 where levels are half-integers of the step, so that codes are odd integers."""
-        return 1 if self.low == int(self.low) else 2
+    def gap(self) -> int:
+        """Distance of two neighbouring codes."""
+        return (self.top - self.bottom) // self.steps
 
-    def index(self, codes: Tensor) -> Tensor:
-        """Codes of `integers` counted from the lowest level, int64."""
-        return torch.div(codes.long() - round(self.low * self.code_factor), self.code_factor, rounding_mode="floor")
+    @property
+    def qp(self) -> float:
+        """The highest level in steps, Qp of the LSQ paper; a half-integer on a mid-rise grid."""
+        return self.top / self.gap
+
+    def numbers(self, ratio: Tensor) -> Tensor:
+        """The levels nearest to `ratio` = x / c, counted from the lowest, as float32 of any shape.
+
+        Ties go to the even number, on a mid-tread grid to the even code. The arithmetic here and in
+        `ratios` is that of the papers' formulas, step by step, so that values on a threshold, such as those
+        near zero on a mid-rise grid, fall to the side that published code gives them.
+        """
+        if self.half_range:
+            return ratio.clamp(0, 1).mul_(self.steps).round_()
+        if self.midtread:
+            return (ratio * self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
+        return ratio.clamp(-1, 1).add_(1).div_(2).mul_(self.steps).round_()
+
+    def ratios(self, numbers: Tensor) -> Tensor:
+        """The levels of these numbers over c, float32; computed in place."""
+        if self.half_range:
+            return numbers.div_(self.steps)
+        if self.midtread:
+            return numbers.add_(self.bottom).div_(self.top)
+        return numbers.div_(self.steps).mul_(2).sub_(1)
+
+    def inside(self, ratio: Tensor) -> Tensor:
+        """Whether x / c lies within the range, ends included; bool."""
+        return ratio.clamp(self.bottom / self.top, 1) == ratio
 
 
-class LearnedStep(torch.autograd.Function):
-    """q = s * round(clamp(x / s, low, high)) with a gradient to the step s.
+class LearnedClip(torch.autograd.Function):
+    """q = l * c, l the level over c that is nearest to r = x / c, with a gradient to the clip value c.
 
-    Straight-through rounding gives, with r = x / s and l the level in steps,
-    dq/dx = 1 inside [low, high], 0 outside; dq/ds = l - r inside, low or high outside
-    (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, equations 1 to 3).
+    Straight-through rounding gives
+    dq/dx = 1 inside the range, 0 outside; dq/dc = l - r inside, l outside
+    (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, equations 1 to 3, times Qp).
 
     Args:
         x: float32, any shape.
-        step: float32, positive, broadcastable to x.
+        clip: float32, positive, broadcastable to x.
         grid: the levels.
         balance: multiply the gradient of x by sqrt(elements / elements inside) (`STE-scale`).
 
@@ -76,26 +99,26 @@ class LearnedStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, grid: Grid, balance: bool = False) -> Tensor:
-        position = x / step
-        ctx.save_for_backward(position, step)
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
+        ratio = x / clip
+        ctx.save_for_backward(ratio, clip)
         ctx.grid, ctx.balance = grid, balance
-        return grid.round(position).mul_(step)
+        return grid.ratios(grid.numbers(ratio)).mul_(clip)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        position, step = ctx.saved_tensors
-        inside = position.clamp(ctx.grid.low, ctx.grid.high) == position
-        grad_x = grad_step = None
+        ratio, clip = ctx.saved_tensors
+        inside = ctx.grid.inside(ratio)
+        grad_x = grad_clip = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.where(inside, grad, 0.0)
             if ctx.balance:
                 grad_x = grad_x * balance_factor(inside)
         if ctx.needs_input_grad[1]:
-            level = ctx.grid.round(position)  # cheaper to compute again than to keep
-            slope = level.sub_(torch.where(inside, position, 0.0))
-            grad_step = slope.mul_(grad).sum_to_size(step.shape)
-        return grad_x, grad_step, None, None
+            slope = ctx.grid.ratios(ctx.grid.numbers(ratio))  # cheaper to compute again than to keep
+            slope.sub_(torch.where(inside, ratio, 0.0))
+            grad_clip = slope.mul_(grad).sum_to_size(clip.shape)
+        return grad_x, grad_clip, None, None
 
 
 def initial_clip(rows: Tensor, grid: Grid) -> Tensor:
@@ -108,7 +131,7 @@ def initial_clip(rows: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 [g].
     """
-    return 2 * rows.abs().mean(dim=1) * grid.high / max(grid.high, 1.0) ** 0.5
+    return 2 * rows.abs().mean(dim=1) * grid.qp / max(grid.qp, 1.0) ** 0.5
 
 
 def balance_factor(inside: Tensor) -> Tensor:
@@ -116,18 +139,22 @@ def balance_factor(inside: Tensor) -> Tensor:
     return (inside.numel() / inside.sum().clamp_min(1)).sqrt()
 
 
-def integers(x: Tensor, step: Tensor, grid: Grid) -> Integers:
-    """The codes of `round(clamp(x / step))` and their scale; mid-rise levels give odd codes.
+def integers(x: Tensor, clip: Tensor, grid: Grid) -> Integers:
+    """The codes of `x` and their scale.
 
     Args:
         x: float32, any shape.
-        step: float32, broadcastable to x.
+        clip: float32, broadcastable to x.
         grid: the levels.
     """
-    level = grid.round(x / step)
-    # Doubling is exact in floating point, so (2 * level) * (step / 2) equals level * step.
-    factor = grid.code_factor
-    return Integers(codes=(level * factor).to(torch.int32), scale=(step / factor).detach())
+    numbers = grid.numbers(x / clip).long()
+    return Integers(
+        codes=(numbers * grid.gap + grid.bottom).to(torch.int32),
+        scale=(clip / grid.top).detach(),
+        numbers=numbers,
+        codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=x.device)).unsqueeze(0),
+        factor=clip.detach(),
+    )
 
 
 class ScaleGradient(torch.autograd.Function):

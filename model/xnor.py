@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quant import Integers, Quantizer, register
-
-
-def sign(x: Tensor) -> Tensor:
-    """-1 where x < 0, else +1; float32, the shape of x."""
-    return torch.where(x < 0, -1.0, 1.0)
+from model.sign import binary, sign
 
 
 class ScaledSign(torch.autograd.Function):
@@ -52,11 +48,7 @@ class _Binary(Quantizer):
 
     def encode(self, x: Tensor) -> Integers:
         """Codes -1 and +1 and their scale."""
-        return Integers(codes=sign(x).to(torch.int32), scale=self.scale(x))
-
-    def level_index(self, codes: Tensor) -> Tensor:
-        """-1 is level 0, +1 level 1."""
-        return (codes.long() + 1) // 2
+        return binary(x, self.scale(x))
 
 
 @register("xnor", "fm", "ot")

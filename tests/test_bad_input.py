@@ -24,8 +24,9 @@ ENVIRONMENT = {
     "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
 }  # fmt: skip
 
-# Starts programs as processes of their own that find torch loaded already, which is what takes the time. A line of
-# input is a JSON list: the program, its arguments; the answer is its exit status. Its output goes to two files.
+# Starts programs as processes of their own that find torch loaded, and leave without taking it down: these two are
+# what takes the time. A line of input is a JSON list: the program, its arguments; the answer is its exit status. Its
+# output goes to two files.
 STARTER = """
 import json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -37,8 +38,12 @@ for line in sys.stdin:
         for path, number in ((out, 1), (err, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = json.loads(line)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        sys.exit(0)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
 Run = Callable[[Path, str], subprocess.CompletedProcess[str]]  # a program and its arguments, in the folder of `world`

@@ -223,26 +223,27 @@ class Case:
 
 
 def cases(
-    *, levels: Sequence[int] = (4, 3, 2), groups: Sequence[int | None] = (None,), where: Callable[[Method], bool] = bool
-) -> list[Case]:
-    """Every method with each range and group, and the first of `levels` that it takes."""
+    *, levels: Sequence[int] = (4, 3, 2), groups: Sequence[int | None] = (None,), tags: Sequence[str] = ("fm", "wt"),
+    where: Callable[[Method], bool] = bool,
+) -> list[Case]:  # fmt: skip
+    """Every method with each range and group, and the first of `levels` that it takes.
+
+    Outputs are quantized by the classes of the activations: `ot` only where it is asked for.
+    """
     return [
         Case(name, tag, next(count for count in levels if count in method.levels), half, group)
         for name, method in METHODS.items()
         if where(method)
         for tag in method.tags
+        if tag in tags
         for half in method.half_range
         for group in groups
     ]
 
 
-def all_cases() -> list[Case]:
-    """Every method with each of its levels, ranges and some groups."""
-    return [
-        dataclasses.replace(case, levels=levels)
-        for case in cases(groups=(None, 1, 2, CHANNELS))
-        for levels in case.method.levels
-    ]
+def each_level(found: Sequence[Case]) -> list[Case]:
+    """The cases with each of their method's levels."""
+    return [dataclasses.replace(case, levels=levels) for case in found for levels in case.method.levels]
 
 
 def over(found: Sequence[Case]) -> pytest.MarkDecorator:
@@ -375,7 +376,7 @@ def test_every_registered_method_is_in_the_table() -> None:
     assert {(method.method, tag) for method in METHODS.values() for tag in method.tags} == methods().keys()
 
 
-@over(all_cases())
+@over(each_level(cases(groups=(None, 1, 2, CHANNELS), tags=("fm", "wt", "ot"))))
 def test_output_and_gradients_match_the_oracle(case: Case) -> None:
     compare(case)
 
@@ -566,7 +567,7 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
 # The frame -----------------------------------------------------------------------------------------
 
 
-@over(all_cases())
+@over(each_level(cases(groups=(None, 2))))
 def test_at_most_the_allowed_levels_in_training_and_evaluation(case: Case) -> None:
     quantizer = make(case)
     for mode in (True, False):
@@ -696,15 +697,15 @@ def test_an_empty_tensor_is_refused_by_name(case: Case) -> None:
         make(case)(torch.empty(shape))
 
 
-@pytest.mark.parametrize("start", [-0.1, 0.0, -0.0, 1e-12, -1e-12])
-@over(cases(groups=(None, 1), where=lambda method: method.range_name == "clip_val"))
+@pytest.mark.parametrize("start", [-0.1, 0.0, -1e-12])
+@over(cases(where=lambda method: method.range_name == "clip_val"))
 def test_a_clip_value_at_or_below_zero_recovers(case: Case, start: float) -> None:
     quantizer = make(case)
     clip = quantizer.get_parameter("clip_val")
     nn.init.constant_(clip, start)
     x = tensor(case).abs()
-    optimizer = torch.optim.SGD([clip], lr=0.02 * clip.numel())
-    for step in range(200):
+    optimizer = torch.optim.SGD([clip], lr=0.05 * clip.numel())
+    for step in range(100):
         optimizer.zero_grad()
         y = quantizer(x)
         assert y.isfinite().all()
@@ -718,7 +719,7 @@ def test_a_clip_value_at_or_below_zero_recovers(case: Case, start: float) -> Non
     assert functional.mse_loss(quantizer(x), x) < 0.5 * x.square().mean()
 
 
-@over(cases(groups=(None, 1, 2, CHANNELS)))
+@over(cases(groups=(None, 1, 2, CHANNELS), tags=("fm", "wt", "ot")))
 def test_state_names_and_shapes(case: Case) -> None:
     quantizer = build(case.config, case.site)
     default = CHANNELS if case.tag == "wt" else 1
@@ -936,7 +937,7 @@ def test_proxquant_blends_the_quantized_value_in() -> None:
 # Integers ------------------------------------------------------------------------------------------
 
 
-@over(all_cases())
+@over(each_level(cases(groups=(None, 2))))
 def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
     quantizer = make(case).eval()
     x = tensor(case)
@@ -946,7 +947,9 @@ def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
     assert (found.codes.dtype, found.codes.shape) == (torch.int32, x.shape)
     assert max(row_counts(quantizer, found.codes)) <= case.levels
     low, high = int(found.codes.min()), int(found.codes.max())
-    if found.codebook is not None or case.half_range:
+    if case.config.method == "xnor":
+        assert (low, high) == (-1, 1)
+    elif found.codebook is not None or case.half_range:
         assert 0 <= low <= high < case.levels
     elif case.config.grid == "midtread":
         assert -(case.levels // 2) <= low <= high <= (case.levels - 1) // 2
@@ -1087,7 +1090,7 @@ def test_binary_padding_is_plus_one() -> None:
     assert layer(image(1, 4, 3, 3))[0, 0, 0].tolist() == [4.0] * 5
 
 
-@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,)])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
 @pytest.mark.parametrize("groups", [None, 2, 6])
 def test_linear(shape: tuple[int, ...], groups: int | None) -> None:
     fm = QuantizerConfig(tag="fm", half_range=True, quant_group=groups, **LSQ)
@@ -1153,7 +1156,7 @@ def test_convolution_under_autocast_computes_in_the_lower_precision() -> None:
 
 # What a layer is compiled with beside each entry of the table: entry, tag, fields.
 EXTRAS: list[tuple[str, str, dict[str, Any]]] = [
-    *((name, "fm", {"stable": 2}) for name in ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")),
+    *((name, "fm", {"stable": 2}) for name in ("dorefa", "lsq", "lq", "fatnn")),
     ("lsq", "fm", {"quant_group": 2, "gamma": True, "grad_scale": "scale-element"}),
     ("lsq", "fm", {"adaptive": "var-mean", "adaptive_restore": True}),
     ("lsq", "fm", {"proxquant_step": 5}),
@@ -1172,9 +1175,8 @@ def layer_config(case: Case) -> QuantConfig:
     return dataclasses.replace(QuantConfig(), **{case.tag: case.config})
 
 
-LAYERS = [case for case in cases() if case.tag != "ot" and case.half_range == case.method.half_range[0]] + [
-    next(case for case in cases() if (case.name, case.tag) == (name, tag)).with_fields(**fields)
-    for name, tag, fields in EXTRAS
+LAYERS = [case for case in cases() if case.half_range == case.method.half_range[0]] + [
+    next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields) for name, tag, fields in EXTRAS
 ]
 
 
@@ -1207,6 +1209,7 @@ def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore:torch.searchsorted.*non-contiguous")
 @over([case for case in LAYERS if case.name in ("lsq", "lq") or case.config.closed_form])
 def test_compiles_with_the_default_backend(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "inductor", forwards=3)

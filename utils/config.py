@@ -58,6 +58,7 @@ class QuantConfig:
     ot: QuantizerConfig = QuantizerConfig(tag="ot")
     padding_after_quant: bool = False
     re_init: bool = False
+    first_last: bool = False  # quantize the first and the last layer too
 
     @property
     def enabled(self) -> bool:
@@ -74,6 +75,15 @@ class BlockConfig:
     fix: bool = False
     shortcut_pool: bool = True  # average pooling before the shortcut's convolution, not a stride
     shortcut_full_precision: bool = False
+    shortcut_repeat: bool = False  # channels grow by concatenating copies, not by a convolution
+    identity_norm: bool = False  # a norm on identity shortcuts
+    zero_init: bool = False  # the last norm of a block starts at zero
+    fixup: bool = False  # no norms, a multiplier per block and Fixup's initialisation
+    fixup_bias: bool = False  # Fixup's scalar biases
+    prone: bool = False  # 3x3 convolutions through space-to-depth
+    prone_strided: bool = True  # the strided ones too
+    prone_norm_inside: bool = False  # the norm before depth-to-space
+    downsample_order: str = ""  # layers (c, b, a) of a lossless downsampling before strided blocks; empty: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +91,12 @@ class StemConfig:
     """The layers before the first and after the last block."""
 
     kind: str = "imagenet"  # "imagenet": 7x7 stride 2 and pooling; "cifar": 3x3 stride 1
+    space_to_depth: int = 0  # block of a space-to-depth stem; 4: no pooling, 2: pooling follows; 0: none
+    kernel: int = 1  # of the space-to-depth stem's convolution
     norm_before_pool: bool = False
+    activation: bool = True
     pre_norm: bool = False  # no norm in the stem, one norm before the final pooling
+    pre_norm_activation: bool = False  # an activation after that norm; with norm_before_pool the stem has its own too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +108,8 @@ class ModelConfig:
     input_size: int = 32  # pixels, height = width
     width_alpha: float = 1.0
     base: int = 1  # parallel branches of a block (Group-Net)
+    norm: str = "batch"  # batch, static, frozen, reverse, instance or group
+    activation: str = "relu"  # relu, none, prelu, relu6 or leaky
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
     block: BlockConfig = BlockConfig()
     stem: StemConfig = StemConfig()
@@ -324,6 +340,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         **parts,
         padding_after_quant=bool(given["padding_after_quant"]),
         re_init=bool(given["re_init"]),
+        first_last=bool(fields.get("quant.first_last", False)),
     )
     if not quant.enabled:
         for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
@@ -437,6 +454,10 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
         raise UserError(f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}")
     block = _part(BlockConfig, "block", fields)
     stem = _part(StemConfig, "stem", fields)
+    _check_variants(given, block, stem)
+    if given["order"] is not None:
+        block = dataclasses.replace(block, downsample_order=given["order"])
+    stem = dataclasses.replace(stem, kernel=given["stem_kernel"] or 1)
     size = given["input_size"] or fields.get("model.input_size", 32)
     if "stem.kind" not in fields:  # only `fake` comes without a data set's keyword
         stem = dataclasses.replace(stem, kind="imagenet" if size >= 128 else "cifar")
@@ -453,10 +474,32 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
         base=given["base"],
         block=block,
         stem=stem,
+        norm=fields.get("model.norm", "batch"),
+        activation=fields.get("model.activation", "relu"),
         quant=quant,
         extra=_extra(fields),
     )
     return model, tuple(warnings)
+
+
+def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
+    """Combinations of network variants that have no network."""
+    order, kernel = given["order"], given["stem_kernel"]
+    if order is not None:
+        if not block.downsample_order:
+            raise UserError("--order belongs to the keyword ReShapeResolution: add it or leave --order out")
+        if not order or set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order:
+            raise UserError(f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb")
+    if kernel is not None:
+        if not stem.space_to_depth:
+            raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")
+        if kernel not in (1, 3):
+            raise UserError(f"--stem_kernel {kernel}: must be 1 or 3")
+    if block.prone_norm_inside and not block.order.startswith("cb"):
+        raise UserError(f"--keyword: bn_before_restore needs an order in which the norm follows the convolution, "
+                        f"cbas or cbsa, not {block.order}")
+    if block.fixup and block.order.startswith("b"):
+        raise UserError(f"--keyword: fixup has no norms to begin with, so {block.order} cannot be; use cbas or cbsa")
 
 
 def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> DataConfig:

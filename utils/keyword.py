@@ -149,40 +149,56 @@ _declare(
     ("singleconv", "shortcuts stride in their convolution instead of pooling", _sets(block__shortcut_pool=False)),
     ("real_skip", "the shortcuts' convolutions stay in full precision",
      _sets(block__shortcut_full_precision=True)),
-    ("identify_norm", "a norm on identity shortcuts too", {"later": "identity norms are not there yet"}),
-    ("DCHR", "double channels by concatenating pooled copies", {"later": "this shortcut is not there yet"}),
+    ("identify_norm", "a norm on identity shortcuts too", _sets(block__identity_norm=True)),
+    ("DCHR", "shortcuts double channels by concatenating pooled copies", _sets(block__shortcut_repeat=True)),
     families=("resnet",),
 )  # fmt: skip
 _declare(
     "stem and head",
     ("fix_pooling", "norm and activation before the stem's pooling", _sets(stem__norm_before_pool=True)),
     ("preBN", "no norm in the stem, one before the final pooling (for b-first orders)", _sets(stem__pre_norm=True)),
-    ("patch_preBN_stem", "an activation after preBN's norm", {"later": "this stem is not there yet"}),
-    ("group-net", "no activation in the stem", {"later": "this stem is not there yet"}),
-    ("TResNetStem", "space-to-depth by 4, then a convolution", {"later": "this stem is not there yet"}),
-    ("TResNetStemMaxPool", "space-to-depth by 2, then max pooling", {"later": "this stem is not there yet"}),
+    ("patch_preBN_stem", "an activation after preBN's norm; with fix_pooling the stem's norm and activation again",
+     {**_sets(stem__pre_norm_activation=True), "requires": (("preBN",),)}),
+    ("group-net", "no activation in the stem", _sets(stem__activation=False)),
+    ("TResNetStem", "space-to-depth by 4, then a convolution", _sets(stem__space_to_depth=4)),
+    ("TResNetStemMaxPool", "space-to-depth by 2, a convolution, then max pooling", _sets(stem__space_to_depth=2)),
     families=("resnet",),
 )
 _declare(
-    "norm and activation",
-    *((name, help, {"later": "this norm or activation is not there yet"}) for name, help in (
-        ("NReLU", "no activation"), ("PReLU", "learned slope below zero"), ("ReLU6", "clipped at 6"),
-        ("LReLU", "leaky"), ("group-norm", "group normalisation"), ("static-bn", "fixed statistics"),
-        ("freeze-bn", "everything fixed"), ("reverse-bn", "affine before normalising"),
-        ("instance-norm", "instance normalisation"), ("zir", "the last norm of a block starts at zero"),
-    )),
-)  # fmt: skip
+    "activation",
+    ("NReLU", "no activation", _sets(model__activation="none")),
+    ("PReLU", "learned slope below zero", _sets(model__activation="prelu")),
+    ("ReLU6", "clipped at 6", _sets(model__activation="relu6")),
+    ("LReLU", "leaky, slope 0.01 below zero", _sets(model__activation="leaky")),
+    families=("resnet",),
+)
+_declare(
+    "norm",
+    ("group-norm", "group normalisation, --fm_quant_group groups", _sets(model__norm="group")),
+    ("static-bn", "fixed statistics, learned affine part", _sets(model__norm="static")),
+    ("freeze-bn", "fixed statistics and affine part", _sets(model__norm="frozen")),
+    ("reverse-bn", "the affine part before normalising", _sets(model__norm="reverse")),
+    ("instance-norm", "instance normalisation", _sets(model__norm="instance")),
+)
 _declare(
     "network variant",
-    *((name, help, {"later": "this variant is not there yet"}) for name, help in (
-        ("fixup", "no norms, scaled initialisation"), ("bias", "Fixup's scalar biases"),
-        ("prone", "3x3 convolutions through space-to-depth"),
-        ("no_prone_downsample", "prone, not in strided convolutions"),
-        ("bn_before_restore", "prone: norm before depth-to-space"),
-        ("ReShapeResolution", "lossless downsampling before strided blocks"),
-        ("first-last", "the first and the last layer are quantized too"),
-    )),
+    ("zir", "the last norm of each block starts at zero", _sets(block__zero_init=True)),
+    ("fixup", "Fixup: no norms, scaled initialisation", {**_sets(block__fixup=True), "excludes": ("preBN", "zir")}),
+    ("bias", "Fixup's scalar biases", {**_sets(block__fixup_bias=True), "requires": (("fixup",),)}),
+    ("prone", "3x3 convolutions become 1x1 ones through space-to-depth",
+     {**_sets(block__prone=True), "excludes": ("preBN",)}),
+    ("no_prone_downsample", "prone: strided convolutions stay as they are",
+     {**_sets(block__prone_strided=False), "requires": (("prone",),)}),
+    ("bn_before_restore", "prone: the norm before depth-to-space",
+     {**_sets(block__prone_norm_inside=True), "requires": (("prone",),)}),
+    ("ReShapeResolution", "lossless downsampling before strided blocks, its layers by --order",
+     _sets(block__downsample_order="cba")),
+    families=("resnet",),
 )  # fmt: skip
+_declare(
+    "quantized layers",
+    ("first-last", "the first and the last layer are quantized too", _sets(quant__first_last=True)),
+)
 
 _BASES = ("dorefa", "pact", "lq", "xnor")
 _declare(

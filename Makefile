@@ -1,0 +1,69 @@
+# `make` alone lists the targets. Each of them first makes .venv, once: the versions in requirement.lock.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test lint format lock clean
+
+# The interpreter that .venv is made with, and processes of the tests.
+PYTHON3 ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+SETUP := .venv/complete
+SCRIPTS := train.sh start_on_terminate.sh .ci/run
+RUNS := digits-fp-resnet20 digits-lsq-2bit-resnet20
+unexport PYTHON # train.sh would take it instead of .venv's
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(SETUP) ## make .venv, with uv where it is installed, otherwise with pip
+
+# An installation that was broken off may hold half a package, so it is made anew. One made by hand, with the CPU
+# build of torch for instance, is kept and gets what it lacks.
+$(SETUP): requirement.txt requirement.lock
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'make: error: $(PYTHON3) is not Python 3.11 or newer; name one that is: make PYTHON3=python3.12' >&2; \
+	  exit 1; }
+	@if [[ -e .venv/incomplete ]]; then rm -rf .venv; fi; \
+	mkdir -p .venv; \
+	rm -f $@; \
+	touch .venv/incomplete; \
+	pinned='-r requirement.txt -c requirement.lock'; \
+	if command -v uv >/dev/null; then \
+	  [[ -x $(BIN)/python ]] || uv venv --quiet --seed --allow-existing --python '$(PYTHON3)' .venv; \
+	  (set -x; uv pip install --python $(BIN)/python $$pinned); \
+	else \
+	  [[ -x $(BIN)/python ]] || $(PYTHON3) -m venv .venv; \
+	  (set -x; $(BIN)/python -m pip install --disable-pip-version-check $$pinned); \
+	fi; \
+	mv .venv/incomplete $@
+
+quickstart: $(SETUP) ## train a small network, then its 2-bit version, and compare them
+	bash train.sh config/config.dorefa.train-scratch.digits.fp.resnet20
+	bash train.sh config/config.lsq.finetune.digits.2bit.resnet20
+	$(BIN)/python tools.py --keyword compare $(RUNS:%=exp/%)
+
+test: $(SETUP) ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(SETUP) ## check code, types, scripts and configs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/shellcheck $(SCRIPTS)
+	for config in config/*; do bash train.sh --check "$$config"; done
+
+format: $(SETUP) ## sort imports and format the code
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+lock: ## renew requirement.lock from requirement.txt (needs uv)
+	uv pip compile --quiet --universal --upgrade --python-version 3.11 --no-annotate \
+	  --custom-compile-command 'make lock' --output-file requirement.lock requirement.txt
+
+clean: ## remove .venv and caches; trainings in exp/ and weights/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

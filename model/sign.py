@@ -1,0 +1,21 @@
+"""The sign function that the binary methods share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.quant import Integers
+
+
+def sign(x: Tensor) -> Tensor:
+    """-1 where x < 0, else +1; float32, the shape of x."""
+    return torch.where(x < 0, -1.0, 1.0)
+
+
+def binary(x: Tensor, scale: Tensor) -> Integers:
+    """The codes -1 and +1 of `x`, any shape, and their scale, float32, broadcastable to x."""
+    numbers = (x >= 0).long()
+    codebook = torch.tensor([[-1.0, 1.0]], device=x.device)
+    codes = (2 * numbers - 1).to(torch.int32)
+    return Integers(codes=codes, scale=scale, numbers=numbers, codebook=codebook, factor=scale)

@@ -1,0 +1,34 @@
+"""torchvision's own ResNets, converted in place: `--model pytorch-resnet18` and so on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torchvision.models import resnet
+
+from model import layer
+from model.convert import candidates, replace
+from utils.config import ModelConfig
+from utils.errors import UserError
+
+NAMES = {f"pytorch-resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """torchvision's network with its parameter names; the first and the last layer stay in full precision
+    unless they are to be quantized too.
+
+    Raises:
+        UserError: for a width, which these networks do not have.
+    """
+    if config.width_alpha != 1.0:
+        raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; use {NAMES[config.name]}")
+    network = getattr(resnet, NAMES[config.name])(
+        num_classes=config.num_classes, norm_layer=partial(layer.norm, config=config)
+    )
+    if config.quant.enabled:
+        names = candidates(network)
+        keep = () if config.quant.first_last else (names[0], names[-1])
+        replace(network, config.quant, lambda name, _: name not in keep)
+    return network
