@@ -1,7 +1,6 @@
 # `make` alone lists the targets. Each of them first makes .venv, once: the versions in requirement.lock.
 
 SHELL := bash
-.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup quickstart test lint format lock clean
@@ -17,7 +16,7 @@ RUNS := digits-fp-resnet20 digits-lsq-2bit-resnet20
 unexport PYTHON # train.sh would take it instead of .venv's
 
 help: ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## make .venv, with uv where it is installed, otherwise with pip
 
@@ -27,7 +26,8 @@ $(SETUP): requirement.txt requirement.lock
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'make: error: $(PYTHON3) is not Python 3.11 or newer; name one that is: make PYTHON3=python3.12' >&2; \
 	  exit 1; }
-	@if [[ -e .venv/incomplete ]]; then rm -rf .venv; fi; \
+	@set -e; \
+	if [[ -e .venv/incomplete ]]; then rm -rf .venv; fi; \
 	mkdir -p .venv; \
 	rm -f $@; \
 	touch .venv/incomplete; \
@@ -54,7 +54,7 @@ lint: $(SETUP) ## check code, types, scripts and configs
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/shellcheck $(SCRIPTS)
-	for config in config/*; do bash train.sh --check "$$config"; done
+	for config in config/*; do bash train.sh --check "$$config" || exit; done
 
 format: $(SETUP) ## sort imports and format the code
 	$(BIN)/ruff check --select I --fix

@@ -121,7 +121,7 @@ def tanh_normalised_gradient(w: Array, gy: Array) -> Array:
 
 
 def dorefa_weight(w: Array, gy: Array, *, levels: int) -> Result:
-    """2 * round(n * u) / n - 1 with u = tanh(w) / (2 max|tanh(w)|) + 1/2; only the rounding is straight-through."""
+    """2 * round(n * u) / n - 1 with u = tanh(w) / (2 max|tanh(w)|) + 1/2; straight-through rounding alone."""
     n = levels - 1
     t = tanh_normalised(w)
     y = 2 * np.round(n * (t / 2 + 0.5)) / n - 1
@@ -138,7 +138,7 @@ def pact(
     x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool,
     groups: Groups = ONE, factor: float = 1.0, ste_scale: bool = False,
 ) -> Result:  # fmt: skip
-    """DoReFa-Net's activation with c = |clip_val|; the gradient of c is that of the elements at or above c."""
+    """DoReFa-Net's activation with c = |clip_val|, whose gradient is that of the elements at or above c."""
     c = groups.spread(np.abs(clip_val), x)
     low = np.zeros_like(c) if half_range else -c
     inside = (x >= low) & (x < c)
@@ -269,7 +269,7 @@ def _unrows(rows: Array, x: Array, groups: Groups) -> Array:
 
 
 def fatnn_half(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE) -> Result:
-    """The sum over i of round(clamp((x - sum_{j<i} 1/a_j) * a_i, 0, 1)), a_i = |alpha_i|; L = len(alphas) + 1."""
+    """The sum over i of round(clamp((x - sum_{j<i} 1/a_j) * a_i, 0, 1)), a_i = |alpha_i|, L - 1 of them."""
     slopes = [groups.spread(np.abs(alpha), x) for alpha in alphas]
     y, gx = np.zeros_like(x), np.zeros_like(x)
     grads = [np.zeros_like(x) for _ in slopes]

@@ -175,3 +175,26 @@ def test_a_batch_that_fails_leaves_the_network_alone() -> None:
     with pytest.raises(RuntimeError):
         initialise_ranges(net, torch.zeros(1, 4, 8, 8))
     assert all(module.training and not module._forward_pre_hooks for module in net.modules())
+
+
+def test_ranges_fit_training_even_where_running_statistics_do_not() -> None:
+    """Weights normalised to unit deviation are tens of times larger than the ones the statistics belong to.
+
+    Ranges found behind the old running statistics grew from layer to layer until, in training, every
+    activation was zero and the gradients of the norms were not finite.
+    """
+    argv = "--model resnet20 --width_alpha 0.125 --input_size 16 --dataset fake --keyword cifar10,origin,cbsa,fix"
+    quantized = f"{argv},dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --wt_adaptive var-mean"
+    torch.manual_seed(0)
+    model = build(read(quantized.split()).model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data.mul_(0.05)
+    initialise_ranges(model, torch.randn(16, 3, 16, 16))
+    ranges = [float(q.clip_val.detach().max()) for name, q in quantizers(model) if name.endswith("activation")]
+    assert max(ranges) < 20
+    model.train()
+    functional.cross_entropy(model(torch.randn(16, 3, 16, 16)), torch.arange(16) % 10).backward()
+    norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+    assert all(torch.tensor(norms).isfinite())
+    assert all(float(p.grad.norm()) > 0 for n, p in model.named_parameters() if n.endswith("conv1.0.weight"))

@@ -7,6 +7,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,12 @@ class Method:
 
 def dorefa_activation(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.dorefa_activation(
-        x, gy, clip=s.config.boundary, levels=s.config.levels, half_range=s.config.half_range, ste_scale=s.ste_scale
+        x,
+        gy,
+        clip=s.config.boundary,
+        levels=s.config.levels,
+        half_range=s.config.half_range,
+        ste_scale=s.ste_scale,
     )
 
 
@@ -111,7 +117,12 @@ def lsq_midtread(s: Setting, x: Array, gy: Array) -> Result:
 
 def lq(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.lq(
-        x, gy, basis=s.state["basis"], half_range=s.config.half_range, groups=s.groups, activation=not s.weight
+        x,
+        gy,
+        basis=s.state["basis"],
+        half_range=s.config.half_range,
+        groups=s.groups,
+        activation=not s.weight,
     )
 
 
@@ -140,49 +151,89 @@ METHODS = {
     "dorefa": Method(method="dorefa", tags=FM, expected=dorefa_activation, calibrates=True),
     "dorefa-wt": Method(method="dorefa", tags=WT, **TANH),
     "dorefa-bin": Method(
-        method="dorefa", tags=WT, expected=binary_weight, fields={"binary_scale": True}, idempotent=False, **BINARY
+        method="dorefa",
+        tags=WT,
+        expected=binary_weight,
+        fields={"binary_scale": True},
+        idempotent=False,
+        **BINARY,
     ),
     "pact": Method(method="pact", tags=FM, expected=pact, **CLIP),
     "pact-wt": Method(method="pact", tags=WT, **TANH),
     "lsq": Method(method="lsq", tags=(*FM, *WT), expected=lsq, **CLIP),
     "lsq-midtread": Method(
-        method="lsq", tags=(*FM, *WT), expected=lsq_midtread, fields={"grid": "midtread"},
-        levels=(3, 4, 8, 16, 256), half_range=FULL, **CLIP,
-    ),  # fmt: skip
+        method="lsq",
+        tags=(*FM, *WT),
+        expected=lsq_midtread,
+        fields={"grid": "midtread"},
+        levels=(3, 4, 8, 16, 256),
+        half_range=FULL,
+        **CLIP,
+    ),
     "lq": Method(method="lq", tags=FM, expected=lq, levels=POWERS, state=("basis",), calibrates=True),
     "lq-wt": Method(
         method="lq", tags=WT, expected=lq, levels=POWERS, state=("basis",), calibrates=True, spread=0.15
     ),
     "fatnn": Method(
-        method="fatnn", tags=FM, expected=fatnn_half, levels=(2, 3, 4), half_range=HALF,
-        state=("alpha0", "alpha1", "alpha2", "clip_val"), calibrates=True, idempotent=False,
-    ),  # fmt: skip
+        method="fatnn",
+        tags=FM,
+        expected=fatnn_half,
+        levels=(2, 3, 4),
+        half_range=HALF,
+        state=("alpha0", "alpha1", "alpha2", "clip_val"),
+        calibrates=True,
+        idempotent=False,
+    ),
     "fatnn-ternary": Method(
-        method="fatnn", tags=FM, expected=fatnn_ternary, levels=(3,), half_range=FULL,
-        state=("alpha0", "alpha1", "clip_val"), calibrates=True, idempotent=False,
-    ),  # fmt: skip
+        method="fatnn",
+        tags=FM,
+        expected=fatnn_ternary,
+        levels=(3,),
+        half_range=FULL,
+        state=("alpha0", "alpha1", "clip_val"),
+        calibrates=True,
+        idempotent=False,
+    ),
     "fatnn-wt": Method(
-        method="fatnn", tags=WT, expected=fatnn_ternary, levels=(3,), half_range=FULL,
-        state=("alpha0", "alpha1"), calibrates=True, idempotent=False,
-    ),  # fmt: skip
+        method="fatnn",
+        tags=WT,
+        expected=fatnn_ternary,
+        levels=(3,),
+        half_range=FULL,
+        state=("alpha0", "alpha1"),
+        calibrates=True,
+        idempotent=False,
+    ),
     "xnor": Method(method="xnor", tags=FM, expected=xnor_activation, levels=(2,)),
-    "xnor-STE": Method(method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "STE"}, **BINARY),
+    "xnor-STE": Method(
+        method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "STE"}, **BINARY
+    ),
     "xnor-Triangle": Method(
         method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "Triangle"}, **BINARY
     ),
     "xnor-channel": Method(
-        method="xnor", tags=FM, expected=xnor_activation, fields={"custom": "channel"},
-        idempotent=False, monotonic=False, **BINARY,
-    ),  # fmt: skip
+        method="xnor",
+        tags=FM,
+        expected=xnor_activation,
+        fields={"custom": "channel"},
+        idempotent=False,
+        monotonic=False,
+        **BINARY,
+    ),
     "xnor-resolution": Method(
-        method="xnor", tags=FM, expected=xnor_activation, fields={"custom": "resolution", "grad_type": "STE"},
-        idempotent=False, monotonic=False, **BINARY,
-    ),  # fmt: skip
+        method="xnor",
+        tags=FM,
+        expected=xnor_activation,
+        fields={"custom": "resolution", "grad_type": "STE"},
+        idempotent=False,
+        monotonic=False,
+        **BINARY,
+    ),
     "xnor-wt": Method(method="xnor", tags=WT, expected=xnor_weight, idempotent=False, **BINARY),
     "xnor-wt-STE": Method(
         method="xnor", tags=WT, expected=xnor_weight, fields={"grad_type": "STE"}, idempotent=False, **BINARY
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -361,7 +412,9 @@ def compare(case: Case) -> None:
     for name, parameter in learned.items():
         assert parameter.grad is not None
         assert parameter.grad.shape == parameter.shape
-        assert_close(parameter.grad, result.grads[name].reshape(parameter.shape), f"gradient to {name}", terms)
+        assert_close(
+            parameter.grad, result.grads[name].reshape(parameter.shape), f"gradient to {name}", terms
+        )
 
 
 def row_counts(quantizer: Quantizer, y: Tensor) -> list[int]:
@@ -405,7 +458,7 @@ def test_gamma(case: Case) -> None:
 
 @pytest.mark.parametrize("restore", [False, True], ids=["kept", "restored"])
 @pytest.mark.parametrize("kind", ["mean", "var", "mean-var", "var-mean"])
-@over(cases(groups=(None, 2), where=lambda method: method.monotonic and method.expected is not fatnn_half))
+@over(cases(groups=(2,), where=lambda method: method.monotonic and method.expected is not fatnn_half))
 def test_adaptive(case: Case, kind: str, restore: bool) -> None:
     compare(case.with_fields(adaptive=kind, adaptive_restore=restore))
 
@@ -447,7 +500,7 @@ def test_outside_the_range_the_gradient_to_the_clip_value_is_the_slope_of_the_ou
 
 @pytest.mark.parametrize("tag", ["fm", "wt"])
 def test_paper_gradient_scale_moves_the_step_as_the_paper_does(tag: str) -> None:
-    """One gradient step of c moves s = c / Qp by rate * dL/ds / sqrt(N * Qp), N elements of a weight or sample."""
+    """One step of c moves s = c / Qp by rate * dL/ds / sqrt(N * Qp), N elements of a weight or sample."""
     case = Case("lsq-midtread", tag, 16, half_range=False, quant_group=1, fields=(("grad_scale", "paper"),))
     plain = dataclasses.replace(case, fields=())
     quantizer, high, rate = make(case), 7, 0.01
@@ -485,11 +538,11 @@ def test_ties_go_to_the_even_level_number(
     assert make(case, randomised=False)(torch.tensor(x)).tolist() == y
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4, 8, 11, 16, 64, 100, 256, 4096])
+@pytest.mark.parametrize("levels", [2, 3, 8, 11, 64, 100, 256, 4096])
 @pytest.mark.parametrize("name", ["pact", "lsq"])
 def test_an_element_at_the_clip_value(name: str, levels: int) -> None:
     """x = c takes the top level c; PACT's clip value gets its gradient whatever c / (c / n) rounds to."""
-    for boundary in np.linspace(0.3, 7.0, 60, dtype=np.float32):
+    for boundary in np.linspace(0.3, 7.0, 25, dtype=np.float32):
         case = Case(name, "fm", levels, half_range=True, fields=(("boundary", float(boundary)),))
         quantizer = make(case, randomised=False)
         y, gx = backward(quantizer, torch.full((3,), float(boundary)))
@@ -511,7 +564,11 @@ def test_lq_basis_follows_least_squares(case: Case) -> None:
     for step in range(3):
         x = sample(case, step)
         new = oracle.lq_least_squares(
-            x.astype(np.float64), basis=basis, half_range=case.half_range, groups=given.groups, activation=activation
+            x.astype(np.float64),
+            basis=basis,
+            half_range=case.half_range,
+            groups=given.groups,
+            activation=activation,
         )
         basis = oracle.lq_blend(basis, new)
         quantizer(torch.from_numpy(x))
@@ -627,9 +684,10 @@ def test_autocast_changes_nothing(case: Case, dtype: torch.dtype) -> None:
 def test_parameters_in_half_precision_compute_in_float32(case: Case, dtype: torch.dtype) -> None:
     """A network converted as a whole: its values are rounded once, the arithmetic stays float32."""
     halved = make(case).to(dtype)
+    full = copy.deepcopy(halved).float()
     x = tensor(case).to(dtype)
     y, gx = backward(halved, x)
-    full_y, full_gx = backward(copy.deepcopy(halved).float(), x.float())
+    full_y, full_gx = backward(full, x.float())
     assert (y.dtype, gx.dtype) == (dtype, dtype)
     assert torch.equal(y, full_y.to(dtype))
     assert torch.equal(gx, full_gx.to(dtype))
@@ -649,7 +707,9 @@ ADAPTIVES = [(), (("adaptive", "var-mean"),), (("adaptive", "var-mean"), ("adapt
 @pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
 @pytest.mark.parametrize("fields", ADAPTIVES, ids=["plain", "adaptive", "restored"])
 @over(cases(levels=(256, 4, 3, 2)))
-def test_extreme_values_stay_finite(case: Case, fields: tuple[tuple[str, Any], ...], values: list[float]) -> None:
+def test_extreme_values_stay_finite(
+    case: Case, fields: tuple[tuple[str, Any], ...], values: list[float]
+) -> None:
     quantizer = make(dataclasses.replace(case, fields=fields))
     count = int(np.prod(SHAPES[case.tag]))
     x = torch.tensor((values * count)[:count]).reshape(SHAPES[case.tag])
@@ -663,7 +723,7 @@ def test_extreme_values_stay_finite(case: Case, fields: tuple[tuple[str, Any], .
 
 
 @pytest.mark.parametrize("restore", [False, True])
-@pytest.mark.parametrize("kind", ["mean", "var", "mean-var", "var-mean"])
+@pytest.mark.parametrize("kind", ["mean", "var-mean"])
 @pytest.mark.parametrize("size", [1, 9])
 @over(cases(levels=(4, 3, 2), where=lambda method: "wt" in method.tags))
 def test_adaptive_groups_without_variance(case: Case, size: int, kind: str, restore: bool) -> None:
@@ -779,8 +839,12 @@ def test_registering_a_method_twice_is_an_error() -> None:
 
 @pytest.mark.parametrize("tag", ["fm", "wt", "ot"])
 def test_an_unknown_method_lists_the_known_ones(tag: str) -> None:
-    with pytest.raises(UserError, match=f"--{tag}_enable: 'lsqq' has no quantizer for {tag}.*dorefa.*lsq.*pact"):
-        build(QuantizerConfig(tag=tag, enable=True, method="lsqq"), Case("lsq", tag, 4, half_range=False).site)
+    with pytest.raises(
+        UserError, match=f"--{tag}_enable: 'lsqq' has no quantizer for {tag}.*dorefa.*lsq.*pact"
+    ):
+        build(
+            QuantizerConfig(tag=tag, enable=True, method="lsqq"), Case("lsq", tag, 4, half_range=False).site
+        )
 
 
 def test_a_quantizer_that_is_not_enabled_is_the_identity() -> None:
@@ -924,8 +988,11 @@ def test_two_forwards_before_a_backward(case: Case) -> None:
         assert x.grad is not None
 
 
-def test_proxquant_blends_the_quantized_value_in() -> None:
-    case = Case("lsq", "wt", 4, half_range=False)
+@pytest.mark.parametrize(
+    "fields", [{}, {"adaptive": "var-mean", "adaptive_restore": True}], ids=["plain", "restored"]
+)
+def test_proxquant_blends_the_quantized_value_in(fields: dict[str, Any]) -> None:
+    case = Case("lsq", "wt", 4, half_range=False).with_fields(**fields)
     quantizer, plain = make(case.with_fields(proxquant_step=4)), make(case)
     plain.load_state_dict(quantizer.state_dict())
     x = tensor(case)
@@ -985,7 +1052,9 @@ BOTH = QuantConfig(fm=QuantizerConfig(tag="fm", half_range=True, **LSQ), wt=Quan
 FULL_RANGE = dataclasses.replace(BOTH, fm=QuantizerConfig(tag="fm", **LSQ))
 
 
-def conv(config: QuantConfig, channels: tuple[int, int] = (4, 6), kernel: Any = 3, **options: Any) -> QuantConv2d:
+def conv(
+    config: QuantConfig, channels: tuple[int, int] = (4, 6), kernel: Any = 3, **options: Any
+) -> QuantConv2d:
     torch.manual_seed(0)
     layer = QuantConv2d(*channels, kernel, **options)
     layer.build_quantizers(config, "conv1")
@@ -1027,7 +1096,9 @@ RANGES = {
         fm=QuantizerConfig(tag="fm", quant_group=2, **LSQ),
         ot=QuantizerConfig(tag="ot", quant_group=-2, **LSQ),
     ),
-    "adaptive": dataclasses.replace(BOTH, fm=QuantizerConfig(tag="fm", half_range=True, adaptive="var-mean", **LSQ)),
+    "adaptive": dataclasses.replace(
+        BOTH, fm=QuantizerConfig(tag="fm", half_range=True, adaptive="var-mean", **LSQ)
+    ),
     "STE-scale": QuantConfig(
         fm=QuantizerConfig(
             tag="fm", enable=True, method="pact", levels=4, half_range=True, grad_type="STE-scale"
@@ -1064,8 +1135,8 @@ def test_convolution_pads_and_quantizes_in_order(
     y.backward(gy)
     expected.backward(gy)
     torch.testing.assert_close(x.grad, xr.grad)
-    for (name, mine), reference in zip(layer.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, reference.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for mine, reference in zip(layer.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
 
 
 @pytest.mark.parametrize(("after", "border"), [(False, True), (True, False)])
@@ -1085,7 +1156,9 @@ def test_padded_positions_take_a_level_or_exact_zero(method: str, after: bool, b
 
 def test_binary_padding_is_plus_one() -> None:
     layer = QuantConv2d(4, 1, 1, padding=1, bias=False)
-    layer.build_quantizers(QuantConfig(fm=QuantizerConfig(tag="fm", enable=True, method="xnor", levels=2)), "conv1")
+    layer.build_quantizers(
+        QuantConfig(fm=QuantizerConfig(tag="fm", enable=True, method="xnor", levels=2)), "conv1"
+    )
     nn.init.ones_(layer.weight)
     assert layer(image(1, 4, 3, 3))[0, 0, 0].tolist() == [4.0] * 5
 
@@ -1149,34 +1222,44 @@ def test_convolution_under_autocast_computes_in_the_lower_precision() -> None:
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
     y.float().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters()
+    )
 
 
 # Compilation and host synchronisation --------------------------------------------------------------
 
-# What a layer is compiled with beside each entry of the table: entry, tag, fields.
+# What is compiled beside each class of quantizers: entry, tag, fields.
 EXTRAS: list[tuple[str, str, dict[str, Any]]] = [
-    *((name, "fm", {"stable": 2}) for name in ("dorefa", "lsq", "lq", "fatnn")),
+    *((name, "fm", {"stable": 2}) for name in ("dorefa", "lsq", "lq")),
     ("lsq", "fm", {"quant_group": 2, "gamma": True, "grad_scale": "scale-element"}),
-    ("lsq", "fm", {"adaptive": "var-mean", "adaptive_restore": True}),
-    ("lsq", "fm", {"proxquant_step": 5}),
+    ("lsq", "fm", {"adaptive": "var-mean", "adaptive_restore": True, "proxquant_step": 5}),
     ("lsq", "wt", {"stable": 2, "adaptive": "var-mean", "gamma": True, "grad_scale": "fan-scale"}),
-    ("lsq", "wt", {"proxquant_step": 5}),
     ("lsq", "ot", {"quant_group": 4}),
-    ("dorefa", "fm", {"grad_type": "STE-scale"}),
     ("pact", "fm", {"grad_type": "STE-scale", "grad_scale": "element-scale"}),
     ("lq", "fm", {"custom_update": True, "quant_group": 2}),
     ("lq-wt", "wt", {"adaptive": "mean-var", "adaptive_restore": True}),
-    ("fatnn", "fm", {"closed_form": True}),
+    ("fatnn", "fm", {"closed_form": True, "stable": 2}),
 ]
+
+
+def one_of_each_class() -> list[Case]:
+    """A case for each class of quantizers and each of its ranges and fields."""
+    found: dict[object, Case] = {}
+    for case in cases():
+        fields = {name: value for name, value in case.method.fields.items() if name != "grad_type"}
+        key = (methods()[case.method.method, case.tag], case.method.half_range, *fields.items())
+        found.setdefault(key, case)
+    return list(found.values())
 
 
 def layer_config(case: Case) -> QuantConfig:
     return dataclasses.replace(QuantConfig(), **{case.tag: case.config})
 
 
-LAYERS = [case for case in cases() if case.half_range == case.method.half_range[0]] + [
-    next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields) for name, tag, fields in EXTRAS
+LAYERS = one_of_each_class() + [
+    next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields)
+    for name, tag, fields in EXTRAS
 ]
 
 
@@ -1191,16 +1274,17 @@ def compiled_equals_eager(config: QuantConfig, backend: str, forwards: int) -> N
     layer = conv(config, (8, 8), padding=1)
     reference = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # fused kernels round otherwise
     for step in range(forwards):
         x = image(2, 8, 5, 5) + step
         y, gx = backward(compiled, x)
         expected_y, expected_gx = backward(reference, x)
-        torch.testing.assert_close(y, expected_y)
-        torch.testing.assert_close(gx, expected_gx)
-    for (name, value), (_, expected) in zip(layer.state_dict().items(), reference.state_dict().items(), strict=True):
-        torch.testing.assert_close(value, expected, msg=lambda text, name=name: f"{name}: {text}")
-    for (name, mine), (_, other) in zip(layer.named_parameters(), reference.named_parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+        close(y, expected_y)
+        close(gx, expected_gx)
+    for mine, other in zip(layer.state_dict().values(), reference.state_dict().values(), strict=True):
+        close(mine, other)
+    for mine, other in zip(layer.parameters(), reference.parameters(), strict=True):
+        close(mine.grad, other.grad)
 
 
 @over(LAYERS)
@@ -1210,7 +1294,13 @@ def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore:torch.searchsorted.*non-contiguous")
-@over([case for case in LAYERS if case.name in ("lsq", "lq") or case.config.closed_form])
+@over(
+    [
+        case
+        for case in LAYERS
+        if case.config.proxquant_step or case.config.closed_form or case.config.custom_update
+    ]
+)
 def test_compiles_with_the_default_backend(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "inductor", forwards=3)
 
@@ -1220,7 +1310,7 @@ def test_fake_tensors_show_a_host_synchronisation() -> None:
         torch.rand(1).item()
 
 
-@over([case.with_fields(**fields) for case in LAYERS for fields in ({}, {"stable": 1, "gamma": True})])
+@over([*LAYERS, *(case.with_fields(stable=1, gamma=True) for case in one_of_each_class())])
 def test_forward_and_backward_never_wait_for_values(case: Case) -> None:
     """Fake tensors have no values: whatever reads one raises."""
     with FakeTensorMode():

@@ -15,7 +15,7 @@ from model.quant import Quantizer, TensorSite, build
 from tests import oracle
 from tests.test_quant import METHODS, Case, Method, cases, each_level
 
-search = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+search = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 any_float = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 near_range = st.floats(-4.0, 4.0, width=32)
