@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from model.summary import Cost
     from utils.checkpoint import CheckpointFiles, LoadReport
     from utils.data import Loader, Loaders
+    from utils.log import Board
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
@@ -85,17 +86,17 @@ def run(config: Config) -> int:
     if settings.resume_file is not None and not os.path.isfile(settings.resume_file):
         raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
 
-    import torch
-
     from model import audit, build, calibrate, health
     from utils import checkpoint, log, optim
 
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optim.check(config.optim)
-    pretrained = checkpoint.find_pretrained(settings.pretrained or "", settings.weights_dir, config.model.name)
+    pretrained = checkpoint.find_pretrained(
+        settings.pretrained or "", settings.weights_dir, config.model.name
+    )
     resumed = files.newest() if settings.resume else settings.resume_file
     if settings.evaluate and settings.resume and resumed is None and pretrained is None:
-        raise UserError(f"--resume: no whole checkpoint of the case {settings.case} in {files.folder} to evaluate")
+        raise UserError(f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate")
 
     from utils import data
 
@@ -349,8 +350,8 @@ def trial(model: nn.Module, config: Config) -> Cost:
         return summary.cost(model, config.model.input_size)
     except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
         raise UserError(
-            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size ({error}); "
-            "use a multiple of 32, or of 4 for the networks of three stages"
+            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
+            f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
         ) from error
 
 
@@ -407,8 +408,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     changed = differences(payload.get("config", {}), to_dict(config))
     for line in changed:
         field = line.split(" ", 1)[0]
-        if field == "optim.name" or (field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE):
-            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from its weights")
+        network = field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE
+        if network or field == "optim.name":
+            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
     state = checkpoint.state_dict_of(payload, source=str(path))
     checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
     for _, quantizer in quantizers(model):

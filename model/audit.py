@@ -39,6 +39,12 @@ class AuditRow:
         return f"shows {self.seen} values where {self.allowed} are allowed" if self.changed else "passes its input"
 
 
+    @property
+    def note(self) -> str:
+        """What a quantizer without a problem looks like: ok, or constant, which carries no information."""
+        return "constant, carries nothing" if self.seen == 1 else "ok"
+
+
 @dataclass(frozen=True)
 class Audit:
     """The rows of all quantizers."""
@@ -57,11 +63,13 @@ class Audit:
             return "full precision, nothing to audit"
         if self.problems:
             return f"FAILED: {len(self.problems)} of {len(self.rows)} quantizers"
-        return f"passed: {len(self.rows)} quantizers within their levels"
+        constant = sum(row.seen == 1 for row in self.rows)
+        note = f", {constant} of them constant" if constant else ""
+        return f"passed: {len(self.rows)} quantizers within their levels{note}"
 
     def table(self) -> str:
         """The rows as text."""
-        rows = [(row.name, str(row.seen), str(row.allowed), row.problem or "ok") for row in self.rows]
+        rows = [(row.name, str(row.seen), str(row.allowed), row.problem or row.note) for row in self.rows]
         return format_table(("quantizer", "levels seen", "allowed", "verdict"), rows)
 
 

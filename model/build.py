@@ -7,16 +7,23 @@ from collections.abc import Callable
 
 from torch import nn
 
-from model import dorefa, fatnn, lq, lsq, pact, torchvision_resnet, xnor  # noqa: F401  (importing registers methods)
+from model import dorefa, fatnn, library, lq, lsq, pact, torchvision_resnet, xnor  # noqa: F401  (importing registers)
 from model.convert import build_quantizers
+from model.mobilenet import MobileNetV1, MobileNetV2
+from model.nin import NIN
 from model.quant import quantizers
 from model.resnet import DEPTHS, ResNet
+from model.vgg import VGGSmall
 from utils.config import ModelConfig
 from utils.errors import UserError
 
 _MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     **dict.fromkeys(DEPTHS, ResNet),
     **dict.fromkeys(torchvision_resnet.NAMES, torchvision_resnet.build),
+    "mobilenetv1": MobileNetV1,
+    "mobilenetv2": MobileNetV2,
+    "vgg_small": VGGSmall,
+    "nin": NIN,
 }
 
 
@@ -38,11 +45,15 @@ def build(config: ModelConfig) -> nn.Module:
         UserError: when there is no such network, or the configuration has none, naming the layer where
             that helps.
     """
-    if config.name not in _MODELS:
-        close = difflib.get_close_matches(config.name, _MODELS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {', '.join(_MODELS)}"
+    source, colon, _ = config.name.partition(":")
+    make = library.build if colon and source in library.SOURCES else _MODELS.get(config.name)
+    if make is None:
+        names = [*_MODELS, *(f"torchvision:{name}" for name in library.torchvision_names())]
+        close = difflib.get_close_matches(config.name, names, n=3)
+        others = ", ".join([*_MODELS, *(f"{source}:NAME" for source in library.SOURCES)])
+        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {others}"
         raise UserError(f"--model {config.name}: no such network; {hint}")
-    network = _MODELS[config.name](config)
+    network = make(config)
     build_quantizers(network, config.quant)
     return network
 
@@ -54,5 +65,5 @@ def set_stable(model: nn.Module, steps_per_epoch: int) -> None:
 
 
 def models() -> tuple[str, ...]:
-    """The names that `--model` takes."""
+    """The names that `--model` takes, beside those of other packages (`model.library`)."""
     return tuple(_MODELS)

@@ -384,11 +384,20 @@ class QuantLayer(nn.Module):
     quant_activation: nn.Module
     quant_weight: nn.Module
     quant_output: nn.Module
+    signed_input: bool = False  # it goes below zero, so that its levels are symmetric whatever the options say
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, called `name` in messages."""
         for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
-            setattr(self, f"quant_{part}", build(getattr(config, tag), self._site(tag, name)))
+            settings: QuantizerConfig = getattr(config, tag)
+            if tag == "fm" and self.signed_input:
+                settings = dataclasses.replace(settings, half_range=False)
+            try:
+                setattr(self, f"quant_{part}", build(settings, self._site(tag, name)))
+            except UserError as error:
+                if settings is getattr(config, tag):
+                    raise
+                raise UserError(f"{name} has symmetric levels, since its input goes below zero: {error}") from error
 
     def _site(self, tag: str, name: str) -> TensorSite:
         raise NotImplementedError
@@ -405,7 +414,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantizers on its input, weight and output.
 
     By default the input is padded first and then quantized, so that padded positions take a real
-    level; `padding_after_quant` quantizes first and pads with exact zeros.
+    level; `padding_after_quant` quantizes first and pads with exact zeros. Of an empty input, such as a
+    detector's head gets when nothing was found, only the weight is quantized.
     """
 
     def __init__(self, *args: Any, padding_after_quant: bool = False, **kwargs: Any) -> None:
@@ -427,6 +437,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Input [N, in, H, W], output [N, out, H', W'], as `nn.Conv2d`."""
         weight = self.quant_weight(self.weight)
+        if x.numel() == 0:
+            return self._conv_forward(x, weight, self.bias)
         if self._pads_first():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
@@ -438,7 +450,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """`nn.Linear` with quantizers on its input, weight and output."""
+    """`nn.Linear` with quantizers on its input, weight and output; of an empty input, on its weight only."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -454,6 +466,8 @@ class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in], output [..., out], as `nn.Linear`."""
         weight = self.quant_weight(self.weight)
+        if x.numel() == 0:
+            return functional.linear(x, weight, self.bias)
         return self.quant_output(functional.linear(self.quant_activation(x), weight, self.bias))
 
 

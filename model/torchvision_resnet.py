@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from model import layer
-from model.convert import candidates, replace
+from model.convert import Selection, replace
 from utils.config import ModelConfig
 from utils.errors import UserError
 
@@ -23,12 +23,12 @@ def build(config: ModelConfig) -> nn.Module:
         UserError: for a width, which these networks do not have.
     """
     if config.width_alpha != 1.0:
-        raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; use {NAMES[config.name]}")
+        raise UserError(
+            f"--width_alpha {config.width_alpha}: {config.name} has one width; use {NAMES[config.name]}"
+        )
     network = getattr(resnet, NAMES[config.name])(
         num_classes=config.num_classes, norm_layer=partial(layer.norm, config=config)
     )
     if config.quant.enabled:
-        names = candidates(network)
-        keep = () if config.quant.first_last else (names[0], names[-1])
-        replace(network, config.quant, lambda name, _: name not in keep)
+        replace(network, config.quant, Selection())
     return network

@@ -101,7 +101,7 @@ def dorefa_activation(
     inside = (x >= low) & (x <= clip)
     gx = gy * inside * (balance(inside) if ste_scale else 1.0)
     distance = _to_nearest(x / clip, uniform_jumps(levels, half_range))
-    return Result(uniform_round(x, np.float64(clip), levels, half_range), gx, {}, distance)
+    return Result(uniform_round(x, np.full(1, clip), levels, half_range), gx, {}, distance)
 
 
 def tanh_normalised(w: Array) -> Array:
@@ -192,7 +192,7 @@ def lq_initial_basis(bits: int, count: int, *, fan: int | None = None) -> Array:
     """[bits, g]: 2^i * 0.6745 * 2 / 2^(bits-1) for activations, sqrt(2 / fan) for 2 in weights."""
     width = 2.0 if fan is None else np.sqrt(2.0 / fan)
     entry = 2.0 ** np.arange(bits) * 0.6745 * width / 2.0 ** (bits - 1)
-    return np.repeat(entry[:, None], count, axis=1)
+    return np.repeat(entry[:, None], count, axis=1).astype(np.float64)
 
 
 def lq_codes(bits: int, half_range: bool) -> Array:

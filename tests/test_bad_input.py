@@ -1,4 +1,4 @@
-"""What a user can get wrong, on the real command line: one line, exit status 2, no traceback, nothing written."""
+"""What a user can get wrong on the command line: one line, exit status 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ MAIN, TOOLS = ROOT / "main.py", ROOT / "tools.py"
 TRAIN, NEXT = ROOT / "train.sh", ROOT / "start_on_terminate.sh"
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")},
-    "PYTHON": sys.executable, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-}  # fmt: skip
+    "PYTHON": sys.executable,
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
-# Starts programs as processes of their own that find torch loaded, and leave without taking it down: these two are
-# what takes the time. A line of input is a JSON list: the program, its arguments; the answer is its exit status. Its
-# output goes to two files.
+# Starts programs as processes of their own that find torch loaded, and leave without taking it down: these
+# two are what takes the time. A line of input is a JSON list: the program, its arguments; the answer is its
+# exit status. Its output goes to two files.
 STARTER = """
 import json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -46,7 +49,9 @@ for line in sys.stdin:
             os._exit(end.code)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
 """
-Run = Callable[[Path, str], subprocess.CompletedProcess[str]]  # a program and its arguments, in the folder of `world`
+Run = Callable[
+    [Path, str], subprocess.CompletedProcess[str]
+]  # a program and its arguments, in the folder of `world`
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --epochs 1"
 FP = f"{TINY} --keyword cifar10,cbas,origin"
@@ -122,9 +127,14 @@ def plain(world: Path) -> Run:
     def run(program: Path, line: str) -> subprocess.CompletedProcess[str]:
         interpreter = ["bash"] if program.suffix == ".sh" else [sys.executable, "-W", "error"]
         return subprocess.run(
-            [*interpreter, str(program), *line.split()], cwd=world, env=ENVIRONMENT, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
+            [*interpreter, str(program), *line.split()],
+            cwd=world,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
 
     return run
 
@@ -260,7 +270,10 @@ WITH_NETWORK_AND_DATA = [
     (f"{FP} --pretrained evil.pth.tar", "evil.pth.tar refused system"),
     (f"{FP} --pretrained pickled.pth.tar", "pickled.pth.tar not PyTorch"),
     (f"{FP} --width_alpha 0.25 --pretrained fp-checkpoint.pth.tar", "shape --width_alpha conv1.weight"),
-    (f"{FP} --model resnet32 --pretrained weights/resnet20/fp-checkpoint.pth.tar", "missing layer1.3 --model"),
+    (
+        f"{FP} --model resnet32 --pretrained weights/resnet20/fp-checkpoint.pth.tar",
+        "missing layer1.3 --model",
+    ),
     (f"{FP} --pretrained lsq-checkpoint.pth.tar", "lsq-checkpoint.pth.tar unused quant_weight"),
     (f"{FP} --pretrained fp-checkpoint.pth.tar --unresume_scope fcc", "--unresume_scope fcc fc"),
     (f"{LSQ} -e --fm_bit 2 --wt_bit 2 --pretrained lsq-checkpoint.pth.tar", "16 4 levels --fm_level"),
@@ -274,7 +287,7 @@ WITH_NETWORK_AND_DATA = [
 
 @pytest.mark.parametrize(("line", "words"), WITH_NETWORK_AND_DATA, ids=lambda text: text[-60:])
 def test_with_network_and_data(world: Path, started: Run, line: str, words: str) -> None:
-    """Mistakes that only the network, a checkpoint or the data set shows, all of them before anything is written."""
+    """Mistakes that only the network, a checkpoint or the data set shows, all before anything is written."""
     check(world, started, MAIN, line, words)
 
 
@@ -283,7 +296,11 @@ def test_with_network_and_data(world: Path, started: Run, line: str, words: str)
     [
         (TRAIN, "", "config"),
         (TRAIN, "config/config.none", "config.none"),
-        (TRAIN, "config/config.lsq.finetune.digits.2bit.resnet2O", "resnet2O config.lsq.finetune.digits.2bit.resnet20"),
+        (
+            TRAIN,
+            "config/config.lsq.finetune.digits.2bit.resnet2O",
+            "resnet2O config.lsq.finetune.digits.2bit.resnet20",
+        ),
         (TRAIN, "--lr 0.1", "--lr config"),
         (TRAIN, "{world}/config.syntax", "shell config.syntax"),
         (TRAIN, "{world}/config.spaces", "config.spaces epochs ="),
@@ -296,8 +313,16 @@ def test_with_network_and_data(world: Path, started: Run, line: str, words: str)
         (TOOLS, "--keyword verbose --old none.pth.tar", "none.pth.tar"),
         (TOOLS, "--keyword verbose --old cut.pth.tar", "cut.pth.tar damaged"),
         (TOOLS, "--keyword load --old evil.pth.tar", "evil.pth.tar refused"),
-        (TOOLS, "--keyword save --old weights/resnet20/fp-checkpoint.pth.tar --new bare.pth.tar", "bare.pth.tar --force"),
-        (TOOLS, "--keyword update --old bare.pth.tar --new new.pth.tar --mf names.a --mt names.b", "names.a names.b"),
+        (
+            TOOLS,
+            "--keyword save --old weights/resnet20/fp-checkpoint.pth.tar --new bare.pth.tar",
+            "bare.pth.tar --force",
+        ),
+        (
+            TOOLS,
+            "--keyword update --old bare.pth.tar --new new.pth.tar --mf names.a --mt names.b",
+            "names.a names.b",
+        ),
         (TOOLS, "--keyword verify-image --root none", "--root none"),
     ],
     ids=lambda value: value[:60] if isinstance(value, str) else value.name,
@@ -308,8 +333,21 @@ def test_other_programs(world: Path, plain: Run, started: Run, program: Path, li
 
 
 @pytest.mark.parametrize(
-    ("line", "words"), [("--lr nan", "--lr nan"), ("--keyword cifar10,cbos", "cbos cbas"), ("-b 1", "--batch_size 1")]
+    ("line", "words"),
+    [("--lr nan", "--lr nan"), ("--keyword cifar10,cbos", "cbos cbas"), ("-b 1", "--batch_size 1")],
 )
 def test_a_mistake_through_the_launcher(world: Path, plain: Run, line: str, words: str) -> None:
     """The program's own line and status arrive."""
     check(world, plain, TRAIN, f"{world / 'config.good'} {line}", words, speaker="main.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"{FP} --case fp --pretrained evil.pth.tar", "evil.pth.tar refused system"),
+        (f"{LSQ} --case fp --fm_quant_group 5", "layer1.0.conv1.0 --fm_quant_group 5 8"),
+    ],
+)
+def test_a_late_mistake_as_a_user_makes_it(world: Path, plain: Run, line: str, words: str) -> None:
+    """From a cold start, in a case that has files, which are neither moved nor changed."""
+    check(world, plain, MAIN, line, words)

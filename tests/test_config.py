@@ -52,21 +52,24 @@ def test_no_option_at_all() -> None:
         schedule=ScheduleConfig(),
         run=RunConfig(),
         keywords=("digits",),
-        origins={name: "keyword digits" for name in
-                 ("data.dataset", "stem.kind", "model.num_classes", "model.input_size")},
+        origins={
+            name: "keyword digits"
+            for name in ("data.dataset", "stem.kind", "model.num_classes", "model.input_size")
+        },
         warnings=(),
-    )  # fmt: skip
+    )
 
 
 def test_a_typical_line() -> None:
     """ImageNet at two bits: every part of the configuration is what was written."""
     config = config_of(
-        "--dataset imagenet --root /data/imagenet --model resnet18 --epochs 90 -b 256 -v 100 -j 8 --case mine "
-        "--keyword cbsa,origin,fix_pooling,singleconv,fix,real_skip,dorefa,lsq --pretrained fp.pth.tar --seed 3 "
-        "--fm_enable --fm_bit 2 --wt_enable --wt_level 3 --wt_quant_group 1 --fm_boundary 6 --wt_grad_scale fan-scale "
-        "--re_init --lr 0.01 --wd 5e-5 --nesterov --lr_policy sgdr_step --lr_custom_step 30,60 --eta_min 1e-5 "
-        "--custom_decay_list clip_val --custom_decay 1e-4 --custom_lr_list clip_val --custom_lr 1e-3 --grad_clip 5 "
-        "--iter-size 2 --wakeup_epoch 1 --stable 100 -s 10 --tensorboard --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 -g 0"
+        "--dataset imagenet --root /data/imagenet --model resnet18 --epochs 90 -b 256 -v 100 -j 8 "
+        "--case mine --keyword cbsa,origin,fix_pooling,singleconv,fix,real_skip,dorefa,lsq "
+        "--pretrained fp.pth.tar --seed 3 --fm_enable --fm_bit 2 --wt_enable --wt_level 3 --wt_quant_group 1 "
+        "--fm_boundary 6 --wt_grad_scale fan-scale --re_init --lr 0.01 --wd 5e-5 --nesterov "
+        "--lr_policy sgdr_step --lr_custom_step 30,60 --eta_min 1e-5 --custom_decay_list clip_val "
+        "--custom_decay 1e-4 --custom_lr_list clip_val --custom_lr 1e-3 --grad_clip 5 --iter-size 2 "
+        "--wakeup_epoch 1 --stable 100 -s 10 --tensorboard --mean 0.5,0.5,0.5 --std 0.2,0.2,0.2 -g 0"
     )
     assert config.model == ModelConfig(
         name="resnet18",
@@ -82,20 +85,41 @@ def test_a_typical_line() -> None:
                 tag="fm", enable=True, method="lsq", levels=4, half_range=True, boundary=6.0, stable=100
             ),
             wt=QuantizerConfig(
-                tag="wt", enable=True, method="lsq", levels=3, quant_group=1, grad_scale="fan-scale", stable=100
+                tag="wt",
+                enable=True,
+                method="lsq",
+                levels=3,
+                quant_group=1,
+                grad_scale="fan-scale",
+                stable=100,
             ),
             ot=QuantizerConfig(tag="ot", method="lsq", stable=100),
             re_init=True,
         ),
     )
     assert config.data == DataConfig(
-        dataset="imagenet", root=Path("/data/imagenet"), batch_size=256, val_batch_size=100, workers=8, num_classes=1000,
-        input_size=224, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), seed=3,
-    )  # fmt: skip
+        dataset="imagenet",
+        root=Path("/data/imagenet"),
+        batch_size=256,
+        val_batch_size=100,
+        workers=8,
+        num_classes=1000,
+        input_size=224,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        seed=3,
+    )
     assert config.optim == OptimConfig(
-        lr=0.01, nesterov=True, weight_decay=5e-5, custom_decay_list=("clip_val",), custom_decay=1e-4,
-        custom_lr_list=("clip_val",), custom_lr=1e-3, grad_clip=5.0, iter_size=2,
-    )  # fmt: skip
+        lr=0.01,
+        nesterov=True,
+        weight_decay=5e-5,
+        custom_decay_list=("clip_val",),
+        custom_decay=1e-4,
+        custom_lr_list=("clip_val",),
+        custom_lr=1e-3,
+        grad_clip=5.0,
+        iter_size=2,
+    )
     assert config.schedule == ScheduleConfig(
         policy="sgdr_step", epochs=90, eta_min=1e-5, custom_step=(30, 60), wakeup_epoch=1
     )
@@ -116,8 +140,14 @@ def test_a_typical_line() -> None:
     [
         # The half range: activations have it and lose it, weights do not and get it.
         (QUANTIZED, {"model.quant.fm.half_range": True, "model.quant.wt.half_range": False}),
-        (f"{QUANTIZED} --fm_half_range --wt_half_range",
-         {"model.quant.fm.half_range": False, "model.quant.wt.half_range": True, "model.quant.ot.half_range": False}),
+        (
+            f"{QUANTIZED} --fm_half_range --wt_half_range",
+            {
+                "model.quant.fm.half_range": False,
+                "model.quant.wt.half_range": True,
+                "model.quant.ot.half_range": False,
+            },
+        ),
         # Bits and levels.
         (f"{QUANTIZED} --fm_bit 1 --wt_bit 16", {"model.quant.fm.levels": 2, "model.quant.wt.levels": 65536}),
         (f"{QUANTIZED} --fm_level 3", {"model.quant.fm.levels": 3, "model.quant.wt.levels": 4}),
@@ -125,21 +155,39 @@ def test_a_typical_line() -> None:
         ("--keyword cbas,dorefa --wt_enable --wt_level 1000", {"model.quant.wt.levels": 1000}),
         ("--keyword cbas,dorefa --wt_enable", {"model.quant.wt.levels": 256, "model.quant.fm.enable": False}),
         # Data sets and their keywords.
-        ("--keyword cifar100", {"data.dataset": "cifar100", "keywords": ("cifar100",), "data.num_classes": 100}),
-        ("--dataset cifar100", {"data.dataset": "cifar100", "keywords": ("cifar100",), "model.num_classes": 100}),
+        (
+            "--keyword cifar100",
+            {"data.dataset": "cifar100", "keywords": ("cifar100",), "data.num_classes": 100},
+        ),
+        (
+            "--dataset cifar100",
+            {"data.dataset": "cifar100", "keywords": ("cifar100",), "model.num_classes": 100},
+        ),
         ("--dataset cifar10 --keyword cifar10,cbas", {"keywords": ("cifar10", "cbas")}),
         ("--dataset imagenet --root x", {"model.input_size": 224, "model.stem.kind": "imagenet"}),
-        ("--dataset dali --root x", {"keywords": ("imagenet",), "data.dataset": "dali", "data.input_size": 224}),
-        ("--dataset imagenet --root x --num_classes 20 --input_size 64",
-         {"data.num_classes": 20, "model.num_classes": 20, "data.input_size": 64, "model.input_size": 64}),
+        (
+            "--dataset dali --root x",
+            {"keywords": ("imagenet",), "data.dataset": "dali", "data.input_size": 224},
+        ),
+        (
+            "--dataset imagenet --root x --num_classes 20 --input_size 64",
+            {"data.num_classes": 20, "model.num_classes": 20, "data.input_size": 64, "model.input_size": 64},
+        ),
         ("--keyword cbas", {"keywords": ("digits", "cbas"), "data.dataset": "digits"}),
         # `fake` imitates what it is told to.
-        ("--dataset fake --keyword cifar100", {"data.dataset": "fake", "data.num_classes": 100, "data.input_size": 32}),
+        (
+            "--dataset fake --keyword cifar100",
+            {"data.dataset": "fake", "data.num_classes": 100, "data.input_size": 32},
+        ),
         ("--dataset fake --keyword imagenet", {"data.input_size": 224, "model.stem.kind": "imagenet"}),
-        ("--dataset fake --keyword imagenet --input_size 64 --num_classes 7",
-         {"data.input_size": 64, "data.num_classes": 7, "model.stem.kind": "imagenet"}),
-        ("--dataset fake --num_classes 7 --input_size 48",
-         {"keywords": (), "data.num_classes": 7, "data.input_size": 48, "model.stem.kind": "cifar"}),
+        (
+            "--dataset fake --keyword imagenet --input_size 64 --num_classes 7",
+            {"data.input_size": 64, "data.num_classes": 7, "model.stem.kind": "imagenet"},
+        ),
+        (
+            "--dataset fake --num_classes 7 --input_size 48",
+            {"keywords": (), "data.num_classes": 7, "data.input_size": 48, "model.stem.kind": "cifar"},
+        ),
         ("--dataset fake --num_classes 7 --input_size 128", {"model.stem.kind": "imagenet"}),
         ("--dataset fake --keyword cifar10 --fake_size 40", {"data.fake_size": 40}),
         # Validation.
@@ -159,17 +207,30 @@ def test_a_typical_line() -> None:
         ("--width_alpha 0.25", {"model.width_alpha": 0.25}),
         # One seed for data and network; one warm-up for every quantizer.
         ("--seed 7", {"run.seed": 7, "data.seed": 7}),
-        (f"{QUANTIZED} --stable_epoch 2", {"model.quant.fm.stable_epoch": 2, "model.quant.wt.stable_epoch": 2}),
+        (
+            f"{QUANTIZED} --stable_epoch 2",
+            {"model.quant.fm.stable_epoch": 2, "model.quant.wt.stable_epoch": 2},
+        ),
         # Methods per tag.
-        ("--keyword cbas,pact,wt_lsq --fm_enable --wt_enable",
-         {"model.quant.fm.method": "pact", "model.quant.wt.method": "lsq"}),
-        ("--keyword cbas,dorefa,wt_bin,wt_gamma --wt_enable --wt_bit 1",
-         {"model.quant.wt.binary_scale": True, "model.quant.wt.gamma": True, "model.quant.fm.gamma": False}),
+        (
+            "--keyword cbas,pact,wt_lsq --fm_enable --wt_enable",
+            {"model.quant.fm.method": "pact", "model.quant.wt.method": "lsq"},
+        ),
+        (
+            "--keyword cbas,dorefa,wt_bin,wt_gamma --wt_enable --wt_bit 1",
+            {
+                "model.quant.wt.binary_scale": True,
+                "model.quant.wt.gamma": True,
+                "model.quant.fm.gamma": False,
+            },
+        ),
         # Folders are paths.
-        ("--weights_dir w --log_dir l --resume_file r",
-         {"run.weights_dir": Path("w"), "run.log_dir": Path("l"), "run.resume_file": Path("r")}),
+        (
+            "--weights_dir w --log_dir l --resume_file r",
+            {"run.weights_dir": Path("w"), "run.log_dir": Path("l"), "run.resume_file": Path("r")},
+        ),
     ],
-)  # fmt: skip
+)
 def test_meaning(line: str, expected: dict[str, Any]) -> None:
     """A command line and fields it leads to."""
     config = config_of(line)
@@ -183,7 +244,10 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--fm_bit 2", ["--fm_bit has no effect without --fm_enable"]),
         ("--keyword cbas,dorefa", ["stays in full precision"]),
         ("--re_init", ["--re_init has no effect"]),
-        ("--stable 5 --padding_after_quant", ["--padding_after_quant has no effect", "--stable has no effect"]),
+        (
+            "--stable 5 --padding_after_quant",
+            ["--padding_after_quant has no effect", "--stable has no effect"],
+        ),
         ("--keyword bacs", ["bacs without the keyword preBN"]),
         ("--keyword bacs,preBN", []),
         ("--model pytorch-resnet18 --keyword origin", ["the keyword origin has no effect on this network"]),
@@ -200,9 +264,15 @@ def test_warnings(line: str, warnings: list[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--dataset cifar10 --keyword cifar100", "--dataset cifar10 contradicts the keyword cifar100.*cifar10"),
+        (
+            "--dataset cifar10 --keyword cifar100",
+            "--dataset cifar10 contradicts the keyword cifar100.*cifar10",
+        ),
         ("--keyword cifar10,cifar100", "cifar10 contradicts cifar100"),
-        ("--dataset fake", "--dataset fake: .*cifar10, cifar100, digits, imagenet.*--num_classes and --input_size"),
+        (
+            "--dataset fake",
+            "--dataset fake: .*cifar10, cifar100, digits, glyphs, imagenet.*--num_classes and --input_size",
+        ),
         ("--dataset fake --num_classes 5", "--dataset fake: "),
         ("--keyword dali", "unknown keyword 'dali'"),
         ("--dataset cifar10 --num_classes 7", "--num_classes 7: cifar10 has 10 classes"),
@@ -259,7 +329,9 @@ def test_refused(line: str, message: str) -> None:
 
 def test_yaml_round_trip() -> None:
     """The dump holds every field, and comes back through YAML and JSON as it is."""
-    config = config_of(f"{QUANTIZED} --mean 0.1,0.2,0.3 --std 1,1,1 --root some/where --lr_custom_step 3,5 --grad_clip 1")
+    config = config_of(
+        f"{QUANTIZED} --mean 0.1,0.2,0.3 --std 1,1,1 --root some/where --lr_custom_step 3,5 --grad_clip 1"
+    )
     plain = to_dict(config)
     assert yaml.safe_load(yaml.safe_dump(plain, sort_keys=False)) == plain
     assert json.loads(json.dumps(plain)) == plain
@@ -274,17 +346,25 @@ def test_yaml_round_trip() -> None:
 
 def parts(value: Any) -> list[Any]:
     """A dataclass and all that it holds."""
-    return [value, *(part for item in dataclasses.fields(value) if dataclasses.is_dataclass(getattr(value, item.name))
-                     for part in parts(getattr(value, item.name)))]  # fmt: skip
+    inside = [getattr(value, item.name) for item in dataclasses.fields(value)]
+    return [value, *(part for item in inside if dataclasses.is_dataclass(item) for part in parts(item))]
 
 
 def test_frozen() -> None:
     """No field of any part can be set, and none can be added."""
     found = parts(config_of(QUANTIZED))
     assert {type(part).__name__ for part in found} == {
-        "Config", "ModelConfig", "BlockConfig", "StemConfig", "QuantConfig", "QuantizerConfig", "DataConfig",
-        "OptimConfig", "ScheduleConfig", "RunConfig",
-    }  # fmt: skip
+        "Config",
+        "ModelConfig",
+        "BlockConfig",
+        "StemConfig",
+        "QuantConfig",
+        "QuantizerConfig",
+        "DataConfig",
+        "OptimConfig",
+        "ScheduleConfig",
+        "RunConfig",
+    }
     for part in found:
         for name in (*(item.name for item in dataclasses.fields(part)), "another"):
             with pytest.raises(dataclasses.FrozenInstanceError):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from utils import keyword
-from utils.config import Config, ModelConfig, QuantizerConfig, read, to_dict
+from utils.config import FAMILIES, Config, ModelConfig, QuantizerConfig, read, to_dict
 from utils.errors import UserError
 from utils.keyword import Keyword, registry, resolve
 from utils.options import TAGS
@@ -22,12 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS = registry()
 # The first part of a dotted name -> where that part is in `Config`.
 SECTIONS = {
-    "model": "model", "block": "model.block", "stem": "model.stem", "quant": "model.quant", "data": "data", "run": "run",
-}  # fmt: skip
+    "model": "model",
+    "block": "model.block",
+    "stem": "model.stem",
+    "quant": "model.quant",
+    "data": "data",
+    "run": "run",
+}
 # Fields of every quantizer that a word sets for all tags at once -> their name in `QuantizerConfig`.
 OF_ALL_TAGS = {
-    "quant.custom_update": "custom_update", "quant.closed_form": "closed_form", "quant.proxquant": "proxquant_step",
-}  # fmt: skip
+    "quant.custom_update": "custom_update",
+    "quant.closed_form": "closed_form",
+    "quant.proxquant": "proxquant_step",
+}
 
 
 @pytest.fixture
@@ -50,7 +57,9 @@ def field_type(name: str) -> Any:
     for place in places(name):
         cls = Config
         for part in place:
-            assert dataclasses.is_dataclass(cls) and part in {item.name for item in dataclasses.fields(cls)}, name
+            assert dataclasses.is_dataclass(cls) and part in {
+                item.name for item in dataclasses.fields(cls)
+            }, name
             cls = typing.get_type_hints(cls)[part]
     return cls
 
@@ -60,11 +69,11 @@ def field_type(name: str) -> Any:
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
 def test_record(record: Keyword) -> None:
-    """A record names known words and real fields, has one line of help and does something or says it cannot yet."""
+    """A record names known words and real fields, has one line of help and does something or says why not."""
     assert record.help and "\n" not in record.help and record.group
     for other in (*record.excludes, *(word for group in record.requires for word in group)):
         assert other in RECORDS
-    assert set(record.families) <= {"resnet", "pytorch"}
+    assert set(record.families) <= set(FAMILIES)
     assert record.rank in (0, 1, 2)
     assert record.sets or record.later
     assert "yet" in record.later or not record.later
@@ -83,9 +92,10 @@ def test_field_walk_refuses_what_is_no_field() -> None:
 def test_every_word_of_the_specification_is_declared() -> None:
     """Words of networks, quantizers and training."""
     words = """
-    imagenet cifar10 cifar100 digits cbas cbsa cabs bacs bcas origin fix singleconv real_skip identify_norm DCHR
-    fix_pooling preBN patch_preBN_stem group-net TResNetStem TResNetStemMaxPool NReLU PReLU ReLU6 LReLU group-norm
-    static-bn freeze-bn reverse-bn instance-norm zir fixup bias prone no_prone_downsample bn_before_restore
+    imagenet cifar10 cifar100 digits cbas cbsa cabs bacs bcas origin fix singleconv real_skip identify_norm
+    DCHR fix_pooling preBN patch_preBN_stem group-net TResNetStem TResNetStemMaxPool NReLU PReLU ReLU6 LReLU
+    group-norm static-bn
+    freeze-bn reverse-bn instance-norm zir fixup bias prone no_prone_downsample bn_before_restore
     ReShapeResolution first-last dorefa pact lq xnor lsq fm_lsq wt_lsq gamma debug label-smooth proxquant
     custom-update closed_form probe lr-test
     """
@@ -94,7 +104,7 @@ def test_every_word_of_the_specification_is_declared() -> None:
 
 @pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if not record.later])
 def test_a_word_reaches_the_configuration(name: str) -> None:
-    """Each word that is there changes, with what it requires, the resolved configuration in its own fields."""
+    """Each word that is there, with what it requires, sets its own fields of the configuration."""
     needed = [group[0] for group in RECORDS[name].requires]
     config = read(["--model", "resnet18", "--keyword", ",".join([name, *needed])])
     assert config.keywords[-1 - len(needed)] == name
@@ -132,7 +142,10 @@ def test_a_name_is_taken_once(own_registry: None) -> None:
         (["NRelU"], ["'NRelU'", "NReLU"]),
         (["qqqqq"], ["'qqqqq', see --list_keywords"]),
         (["cbas", "bacs"], ["cbas contradicts bacs"]),
-        (["cbas", "cbsa", "bcas"], ["cbas contradicts cbsa", "cbas contradicts bcas", "cbsa contradicts bcas"]),
+        (
+            ["cbas", "cbsa", "bcas"],
+            ["cbas contradicts cbsa", "cbas contradicts bcas", "cbsa contradicts bcas"],
+        ),
         (["lq", "pact"], ["lq contradicts pact"]),
         (["dorefa", "pact"], ["dorefa contradicts pact"]),
         (["pact", "lsq"], ["pact contradicts lsq"]),
@@ -143,13 +156,15 @@ def test_a_name_is_taken_once(own_registry: None) -> None:
         (["imagenet", "cifar100"], ["imagenet contradicts cifar100"]),
         (["wt_lsq"], ["wt_lsq needs dorefa or pact"]),
         (["wt_bin"], ["wt_bin needs dorefa or pact"]),
-        (["cbos", "cbas", "bacs", "gamma", "dorefa", "wt_bni"],
-         ["'cbos'", "cbas contradicts bacs", "gamma contradicts dorefa", "'wt_bni', did you mean wt_bin"]),
+        (
+            ["cbos", "cbas", "bacs", "gamma", "dorefa", "wt_bni"],
+            ["'cbos'", "cbas contradicts bacs", "gamma contradicts dorefa", "'wt_bni', did you mean wt_bin"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_of_a_list(words: list[str], messages: list[str]) -> None:
     """All of them at once, in one line that says which words."""
-    with pytest.raises(UserError, match="^--keyword: ") as caught:
+    with pytest.raises(UserError, match=r"^--keyword: ") as caught:
         resolve(words, "resnet")
     for message in messages:
         assert message in str(caught.value)
@@ -186,8 +201,11 @@ def test_origins_name_the_word_that_won() -> None:
     """Not the one it overrode."""
     origins = resolve(["wt_lsq", "dorefa", "cbsa"], "resnet").origins
     assert origins == {
-        "quant.fm.method": "dorefa", "quant.wt.method": "wt_lsq", "quant.ot.method": "dorefa", "block.order": "cbsa",
-    }  # fmt: skip
+        "quant.fm.method": "dorefa",
+        "quant.wt.method": "wt_lsq",
+        "quant.ot.method": "dorefa",
+        "block.order": "cbsa",
+    }
 
 
 def test_a_word_twice_is_one_word() -> None:
@@ -207,7 +225,10 @@ def test_a_word_without_effect_is_a_warning() -> None:
     words = ["origin", "dorefa", "cbas"]
     assert resolve(words, "resnet").warnings == ()
     warnings = resolve(words, "pytorch").warnings
-    assert [[word for word in words if f" {word} " in warning] for warning in warnings] == [["origin"], ["cbas"]]
+    assert [[word for word in words if f" {word} " in warning] for warning in warnings] == [
+        ["origin"],
+        ["cbas"],
+    ]
     assert all("no effect" in warning for warning in warnings)
 
 
@@ -220,7 +241,7 @@ register(Keyword(
     name="lucky", group="mine", help="a factor of mine", sets={"extra.factor": 7, "extra.names": ("a", "b")},
     excludes=("digits",), requires=(("cifar10", "cifar100"),), families=("resnet",),
 ))
-register(Keyword(name="my-order", group="mine", help="sets a field of the program", sets={"block.order": "cabs"}))
+register(Keyword(name="my-order", group="mine", help="the program's own field", sets={"block.order": "cabs"}))
 """
 
 
@@ -241,7 +262,7 @@ def test_a_users_word_arrives_everywhere(own_registry: None, tmp_path: Path) -> 
     assert config.origins["extra.factor"] == "keyword lucky"
     assert to_dict(config)["model"]["extra"] == {"factor": 7, "names": ["a", "b"]}
     assert "lucky" in keyword.table() and "a factor of mine" in keyword.table()
-    with pytest.raises(UserError, match="lucky contradicts digits.*lucky needs cifar10 or cifar100"):
+    with pytest.raises(UserError, match=r"lucky contradicts digits.*lucky needs cifar10 or cifar100"):
         resolve(["lucky", "digits"], "resnet")
     with pytest.raises(UserError, match="'luky', did you mean lucky"):
         resolve(["luky"], "resnet")
@@ -268,9 +289,18 @@ def test_without_a_users_words_extra_is_empty() -> None:
         ("from utils.keyword import Keyword, register\nregister(Keyword(name='x'))", "TypeError: .*help"),
         (GOOD.replace("lucky", "cbas", 1), "'cbas' is declared already"),
         (GOOD.replace("lucky", "a b", 1), "'a b' cannot be a keyword"),
-        (GOOD.replace("block.order", "block.ordr"), "my-order sets block.ordr, which nothing reads; write block.order"),
-        (GOOD.replace("extra.factor", "factor"), "lucky sets factor, which nothing reads; write extra.factor"),
-        (GOOD.replace(": 7", ": print"), "lucky sets extra.factor to <built-in function print>.*cannot be saved"),
+        (
+            GOOD.replace("block.order", "block.ordr"),
+            "my-order sets block.ordr, which nothing reads; write block.order",
+        ),
+        (
+            GOOD.replace("extra.factor", "factor"),
+            "lucky sets factor, which nothing reads; write extra.factor",
+        ),
+        (
+            GOOD.replace(": 7", ": print"),
+            "lucky sets extra.factor to <built-in function print>.*cannot be saved",
+        ),
         (GOOD.replace(": 7", ": {1: 2}"), "lucky sets extra.factor to .*cannot be saved"),
     ],
 )
@@ -296,10 +326,12 @@ MODEL_FILES = sorted((ROOT / "model").rglob("*.py"))
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_networks_see_no_keywords(path: Path) -> None:
-    """`model/` reads typed fields: no identifier of it names keywords, and no word is looked for in anything."""
+    """`model/` reads typed fields: none of its identifiers names keywords, and no word is looked for."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
-            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+            case (
+                ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.FunctionDef(name=name)
+            ):
                 assert "keyword" not in name.lower(), f"line {node.lineno}: {name}"
             case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                 modules = [alias.name for alias in aliases]
@@ -332,7 +364,11 @@ def test_the_table_lists_every_word_under_its_group() -> None:
 def test_the_documented_table_is_not_stale() -> None:
     """docs/keywords.md is what `python -m utils.keyword` prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "utils.keyword"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-m", "utils.keyword"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     page = (ROOT / "docs" / "keywords.md").read_text(encoding="utf-8")

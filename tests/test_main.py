@@ -125,11 +125,15 @@ def test_files_of_a_run(lsq: Path) -> None:
     """All of them, and no other."""
     found = {name for name in files(lsq) if "tfevents" not in name}
     assert found == {
-        *(f"exp/lsq/{name}" for name in
-          ("metrics.csv", "curves.png", "config.yaml", "summary.json", "audit.txt", "log.txt")),
-        *(f"weights/resnet20/lsq-{name}.pth.tar" for name in
-          ("checkpoint", "model_best", "epoch1-checkpoint", "epoch2-checkpoint")),
-    }  # fmt: skip
+        *(
+            f"exp/lsq/{name}"
+            for name in ("metrics.csv", "curves.png", "config.yaml", "summary.json", "audit.txt", "log.txt")
+        ),
+        *(
+            f"weights/resnet20/lsq-{name}.pth.tar"
+            for name in ("checkpoint", "model_best", "epoch1-checkpoint", "epoch2-checkpoint")
+        ),
+    }
     assert len(list((lsq / "exp" / "lsq" / "tensorboard").glob("*tfevents*"))) == 1
     assert files(lsq)["exp/lsq/curves.png"].startswith(b"\x89PNG")
 
@@ -156,13 +160,19 @@ def test_what_the_files_say(lsq: Path) -> None:
     assert "passed: " in said["audit"] and said["weight_bytes"] < said["float_weight_bytes"]
 
     log = log_of(lsq, "lsq")
-    for text in ("epoch 1/2: loss", "epoch 2/2: loss", "re_init: initialised 40 quantizers", "audit: passed",
-                 "metrics.csv", "small    bn1.0.weight"):  # fmt: skip
+    for text in (
+        "epoch 1/2: loss",
+        "epoch 2/2: loss",
+        "re_init: initialised 40 quantizers",
+        "audit: passed",
+        "metrics.csv",
+        "small    bn1.0.weight",
+    ):
         assert text in log
 
 
 def test_best_and_kept_checkpoints(lsq: Path) -> None:
-    """The best one is of the epoch with the best accuracy, the first among equals; kept ones are of their epochs."""
+    """The best one is of the first epoch with the best accuracy; kept ones are of their epochs."""
     accuracy = [float(row["val_top1"]) for row in metrics(lsq, "lsq")]
     assert checkpoint(lsq, "lsq", "model_best")["epoch"] == accuracy.index(max(accuracy)) + 1
     assert checkpoint(lsq, "lsq", "epoch1-checkpoint")["epoch"] == 1
@@ -174,8 +184,12 @@ def test_the_network_is_quantized(lsq: Path) -> None:
     lines = (lsq / "exp" / "lsq" / "audit.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split() for line in lines[2:-1]]
     assert len(rows) == 2 * 20  # weights and activations of the 18 convolutions in blocks and of 2 shortcuts
-    assert all(2 <= int(seen) <= 4 and (allowed, verdict) == ("4", "ok") for _, seen, allowed, verdict in rows)
-    levels = [value for name, value in checkpoint(lsq, "lsq")["state_dict"].items() if name.endswith("level_num")]
+    assert all(
+        2 <= int(seen) <= 4 and (allowed, verdict) == ("4", "ok") for _, seen, allowed, verdict in rows
+    )
+    levels = [
+        value for name, value in checkpoint(lsq, "lsq")["state_dict"].items() if name.endswith("level_num")
+    ]
     assert [int(value) for value in levels] == [4] * 40
 
 
@@ -194,8 +208,9 @@ def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
     assert call(f"{LSQ} --case again --epochs 2 --re_init") == 0
     assert_same_run((lsq, "lsq"), (tmp_path, "again"))
     assert {path.name for path in (tmp_path / "weights" / "resnet20").iterdir()} == {
-        "again-checkpoint.pth.tar", "again-model_best.pth.tar",
-    }  # fmt: skip
+        "again-checkpoint.pth.tar",
+        "again-model_best.pth.tar",
+    }
     assert not (tmp_path / "exp" / "again" / "tensorboard").exists()
 
 
@@ -204,42 +219,63 @@ def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prints layers, parameter groups, rates and totals, and leaves no file."""
-    line = f"{LSQ} --lr_policy custom_step --lr_custom_step 3 --epochs 5 --custom_decay_list clip_val --custom_decay 0.5"
+    line = f"{LSQ} --lr_policy custom_step --lr_custom_step 3 --epochs 5"
+    line += " --custom_decay_list clip_val --custom_decay 0.5"
     assert call(f"{line} --dry_run") == 0
     text = capsys.readouterr().out
     for expected in (
-        "layer1.0.conv1.0", "conv 3x3/2 8-16", "linear 32-10", "full precision", "lsq 2 bit, 4 levels",  # the layers
-        "total: ", " MACs", " bit operations", "KiB",  # the totals
-        "parameter groups:", "custom_decay_list", "small", "clip_val",  # the groups
+        "layer1.0.conv1.0",
+        "conv 3x3/2 8-16",
+        "linear 32-10",
+        "full precision",
+        "lsq 2 bit, 4 levels",  # the layers
+        "total: ",
+        " MACs",
+        " bit operations",
+        "KiB",  # the totals
+        "parameter groups:",
+        "custom_decay_list",
+        "small",
+        "clip_val",  # the groups
         "0: 0.05, 3: 0.005",  # the rates
-        "levels: 4", "quant.fm.method: keyword lsq", "fm_bit: --fm_bit",  # the configuration and where it is from
+        "levels: 4",
+        "quant.fm.method: keyword lsq",
+        "fm_bit: --fm_bit",  # the configuration and where it is from
         "nothing trained",
-    ):  # fmt: skip
+    ):
         assert expected in text
     assert files(tmp_path) == {} and not any(tmp_path.iterdir())
 
 
 def test_lr_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prints the rate of every epoch and leaves no file."""
-    line = f"{FP},lr-test --lr 0.4 --epochs 4 --extra_epoch 1 --lr_policy fix_step --lr_fix_step 2 --lr_decay 0.5"
-    assert call(line) == 0
+    line = f"{FP},lr-test --lr 0.4 --epochs 4 --extra_epoch 1"
+    assert call(f"{line} --lr_policy fix_step --lr_fix_step 2 --lr_decay 0.5") == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
-    assert [(int(epoch), float(rate)) for epoch, rate in rows] == [(0, 0.4), (1, 0.4), (2, 0.2), (3, 0.2), (4, 0.2)]
+    assert [(int(epoch), float(rate)) for epoch, rate in rows] == [
+        (0, 0.4),
+        (1, 0.4),
+        (2, 0.2),
+        (3, 0.2),
+        (4, 0.2),
+    ]
     assert not any(tmp_path.iterdir())
 
 
 # Evaluation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["--pretrained {} --case eval", "--resume_file {} --case eval", "-r --case lsq"])
+@pytest.mark.parametrize(
+    "source", ["--pretrained {} --case eval", "--resume_file {} --case eval", "-r --case lsq"]
+)
 def test_evaluation(tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
     """Of a checkpoint, at the accuracy and loss of its epoch; nothing but the log is written."""
     shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
     before = files(tmp_path)
     path = tmp_path / "weights" / "resnet20" / "lsq-checkpoint.pth.tar"
     assert call(f"{LSQ} -e {source.format(path)}") == 0
-    row = metrics(lsq, "lsq")[-1]
-    expected = f"top-1 {float(row['val_top1']):.2f}, top-5 {float(row['val_top5']):.2f}, loss {float(row['val_loss']):.4f}"
+    row = {name: float(value) for name, value in metrics(lsq, "lsq")[-1].items()}
+    expected = f"top-1 {row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}, loss {row['val_loss']:.4f}"
     assert expected in capsys.readouterr().out
     changed = {name for name, content in files(tmp_path).items() if content != before.get(name)}
     assert changed == {f"exp/{source.split()[-1]}/log.txt"}
@@ -277,7 +313,7 @@ def test_an_earlier_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_full_precision_to_two_bits(tmp_path: Path) -> None:
-    """The weights are the checkpoint's, only quantizers are new; a bare name is found in the folder of the network."""
+    """The weights are the checkpoint's, only quantizers are new; a bare name is found among the weights."""
     assert call(f"{FP} --case fp --epochs 1") == 0
     assert call(f"{LSQ} --case low --epochs 1 --lr 0 --pretrained fp-checkpoint.pth.tar --re_init") == 0
     fp, low = checkpoint(tmp_path, "fp")["state_dict"], checkpoint(tmp_path, "low")["state_dict"]
@@ -299,7 +335,9 @@ def test_four_bits_to_two_bits(tmp_path: Path, four_bit: Path) -> None:
         elif name.endswith("clip_val"):
             assert torch.equal(value, old[name])
     table = (tmp_path / "exp" / "two" / "audit.txt").read_text(encoding="utf-8")
-    assert "passed: 40 quantizers" in table and {line.split()[2] for line in table.splitlines()[2:-1]} == {"4"}
+    assert "passed: 40 quantizers" in table and {line.split()[2] for line in table.splitlines()[2:-1]} == {
+        "4"
+    }
 
 
 def test_a_quantized_start_warms_up_again(tmp_path: Path, four_bit: Path) -> None:
@@ -338,12 +376,15 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
 
 
 def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start a run of its own process, signal it when it has logged the end of its first epoch, and wait for it."""
+    """Start a process, signal it when it has logged the end of its first epoch, and wait for it."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(ROOT / "main.py"), *line.split()], cwd=folder, text=True,
+        [sys.executable, "-W", "error", str(ROOT / "main.py"), *line.split()],
+        cwd=folder,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     said = []
     for text in process.stdout:
@@ -363,7 +404,7 @@ def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.Com
     ],
 )
 def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Signals, line: str) -> None:
-    """A run that is ended in its second epoch and continued with -r is, bit by bit, the one that was not ended."""
+    """A run that is ended in its second epoch and continued with -r is, bit by bit, one that was not."""
     assert call(f"{line} --case whole --epochs 3") == 0
     done = interrupt(tmp_path, f"{line} --case ended --epochs 3 --delay 0.3", number)
     if number == signal.SIGKILL:
@@ -378,7 +419,7 @@ def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Sig
 
 
 def test_resume_file(tmp_path: Path) -> None:
-    """Any kept checkpoint can be continued under another name; the metrics there begin with the next epoch."""
+    """Any kept checkpoint can be continued under another name; its metrics begin with the next epoch."""
     line = f"{TINY} --keyword digits,bacs,preBN,pact,ot_lsq --optimizer ADAM --lr 1e-3 --epochs 3"
     line += " --fm_enable --wt_enable --ot_enable --fm_bit 3 --wt_bit 3 --ot_bit 6"
     assert call(f"{line} --case whole -s 1") == 0
@@ -403,8 +444,13 @@ def test_changed_options_of_a_resumed_run(tmp_path: Path, lsq: Path) -> None:
     shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
     assert call(f"{LSQ} --case lsq --epochs 3 --wd 0.5 -r") == 0
     log = log_of(tmp_path, "lsq")
-    assert "optim.weight_decay was 0.0001 and is 0.5 now" in log and "schedule.epochs was 2 and is 3 now" in log
-    assert {group["weight_decay"] for group in checkpoint(tmp_path, "lsq")["optimizer"]["param_groups"]} == {0, 0.5}
+    assert (
+        "optim.weight_decay was 0.0001 and is 0.5 now" in log and "schedule.epochs was 2 and is 3 now" in log
+    )
+    assert {group["weight_decay"] for group in checkpoint(tmp_path, "lsq")["optimizer"]["param_groups"]} == {
+        0,
+        0.5,
+    }
     assert [row["epoch"] for row in metrics(tmp_path, "lsq")] == ["1", "2", "3"]
 
 
@@ -445,11 +491,15 @@ class Linear(nn.Module):
 
 def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     """Train a linear classifier for one epoch by the program's own loop."""
-    config = read_config(f"--dataset fake --num_classes 10 --input_size 8 --lr_policy fix -v 0 {line}".split())
+    config = read_config(
+        f"--dataset fake --num_classes 10 --input_size 8 --lr_policy fix -v 0 {line}".split()
+    )
     model = Linear()
     loader = data.build(config.data).train
     optimizer, _ = optim.build(model, config.optim)
-    rates = schedule.Schedule(config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size))
+    rates = schedule.Schedule(
+        config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
+    )
     row = main.train_one_epoch(
         model, loader, optimizer, rates, 0, torch.device("cpu"), config, logging.getLogger("nobody listens")
     )
@@ -540,9 +590,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
 def test_no_validation(tmp_path: Path) -> None:
     """No best checkpoint and no accuracy, but all the rest; epochs after the schedule are trained too."""
     assert call(f"{FP} --case blind -v 0 --epochs 1 --extra_epoch 1") == 0
-    assert [path.name for path in (tmp_path / "weights" / "resnet20").iterdir()] == ["blind-checkpoint.pth.tar"]
+    assert [path.name for path in (tmp_path / "weights" / "resnet20").iterdir()] == [
+        "blind-checkpoint.pth.tar"
+    ]
     rows = metrics(tmp_path, "blind")
-    assert [(row["epoch"], row["val_top1"], row["val_loss"]) for row in rows] == [("1", "nan", "nan"), ("2", "nan", "nan")]
+    assert [(row["epoch"], row["val_top1"], row["val_loss"]) for row in rows] == [
+        ("1", "nan", "nan"),
+        ("2", "nan", "nan"),
+    ]
     said = summary(tmp_path, "blind")
     assert (said["best_top1"], said["last_top1"], said["epochs"]) == (None, None, 2)
     log = log_of(tmp_path, "blind")
@@ -551,11 +606,11 @@ def test_no_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", ["dorefa", "pact", "dorefa,lsq"])
 @pytest.mark.parametrize("stable", ["--stable 4", "--stable_epoch 1"])
-def test_a_warm_up_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, stable: str
-) -> None:
+def test_a_warm_up_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, stable: str) -> None:
     """After it the network quantizes with the ranges it collected, and its checkpoint evaluates as it did."""
-    line = f"{TINY} --keyword cifar10,cbas,origin,{words} --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 {stable}"
+    line = (
+        f"{TINY} --keyword cifar10,cbas,origin,{words} --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 {stable}"
+    )
     assert call(f"{line} --case warm --epochs 2") == 0
     assert summary(tmp_path, "warm")["audit"] == "passed: 40 quantizers within their levels"
     state = checkpoint(tmp_path, "warm")["state_dict"]
@@ -588,6 +643,8 @@ def test_unresume_scope(tmp_path: Path, lsq: Path) -> None:
 
 def test_the_digits(tmp_path: Path) -> None:
     """The data set without options: real images, real labels, above chance after one epoch."""
-    line = "--width_alpha 0.125 --input_size 8 -b 32 --lr 0.1 --epochs 1 --lr_policy sgdr --keyword cbsa,origin"
+    line = (
+        "--width_alpha 0.125 --input_size 8 -b 32 --lr 0.1 --epochs 1 --lr_policy sgdr --keyword cbsa,origin"
+    )
     assert call(f"{line} --case real") == 0
     assert summary(tmp_path, "real")["best_top1"] > 25

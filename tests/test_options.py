@@ -17,16 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The names of the options as the specification lists them.
 COMMON = """
-dataset root model epochs addition_augment workers iter-size batch_size val_batch_size lr lr_policy lr_decay eta_min
-lr_fix_step lr_custom_step momentum weight_decay nesterov no_decay_small decay_small grad_clip save_freq report_freq
-seed optimizer device-ids distributed world_size rank fp16 opt_level sync_bn wakeup wakeup_epoch warmup warmup_epoch
-stable stable_epoch extra_epoch delay evaluate pretrained resume resume_file weights_dir unresume_scope log_dir
-tensorboard verbose distill_teacher distill_loss_alpha distill_loss_temperature distill_loss_type focal_gamma
+dataset root model epochs addition_augment workers iter-size batch_size val_batch_size lr lr_policy lr_decay
+eta_min lr_fix_step lr_custom_step momentum weight_decay nesterov no_decay_small decay_small grad_clip
+save_freq report_freq seed optimizer device-ids distributed world_size rank fp16 opt_level sync_bn wakeup
+wakeup_epoch warmup warmup_epoch stable stable_epoch extra_epoch delay evaluate pretrained resume resume_file
+weights_dir unresume_scope log_dir tensorboard verbose
+distill_teacher distill_loss_alpha distill_loss_temperature distill_loss_type focal_gamma
 focal_alpha case keyword mean std
 """
-QUANTIZER = (
-    "bit level half_range scale ratio correlate enable boundary quant_group adaptive grad_type grad_scale".split()
-)
+QUANTIZER = """
+bit level half_range scale ratio correlate enable boundary quant_group adaptive grad_type grad_scale
+"""
 MODEL = """
 num_classes input_size base width_alpha stem_kernel order policy padding_after_quant re_init proxquant_step
 mixup_enable mixup_alpha label_smooth probe_list probe_index probe_iteration custom_decay_list custom_decay
@@ -35,7 +36,7 @@ custom_lr_list custom_lr fm_custom
 ELSEWHERE = ["amp_dtype", "amp_backend", "keyword_file", "list_keywords"]
 SPECIFIED = [
     *COMMON.split(),
-    *(f"{tag}_{name}" for tag in ("fm", "wt", "ot") for name in QUANTIZER),
+    *(f"{tag}_{name}" for tag in ("fm", "wt", "ot") for name in QUANTIZER.split()),
     *MODEL.split(),
     *ELSEWHERE,
 ]
@@ -66,7 +67,7 @@ def test_no_option_is_declared_twice() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 def test_every_spelling(option: Option) -> None:
-    """With `_`, with `-` and by its aliases: the same value, or the same error where its machinery is missing."""
+    """With `_`, with `-` and by its aliases: the same value, or an error that says what is missing."""
     for spelling in (f"--{option.name}", f"--{option.name.replace('_', '-')}", *option.aliases):
         arguments = written(option, spelling)
         if option.later:
@@ -136,7 +137,10 @@ def test_a_dash_in_a_value_is_kept() -> None:
         ("--dataset mnist", r"--dataset: invalid choice: 'mnist'.*digits"),
         ("--evaluate=1", r"--evaluate"),
         ("-g zero", r"--device_ids"),
-        ("--epo 3", r"unknown option --epo"),  # no abbreviations, which would change meaning with a new option
+        (
+            "--epo 3",
+            r"unknown option --epo",
+        ),  # no abbreviations, which would change meaning with a new option
     ],
 )
 def test_mistakes(arguments: str, message: str) -> None:
@@ -147,7 +151,7 @@ def test_mistakes(arguments: str, message: str) -> None:
 
 
 def test_help_and_parsing_need_no_heavy_module() -> None:
-    """Of what a run imports, nothing but the standard library is loaded by the help, a mistake and a whole parse."""
+    """The help, a mistake and a whole parse load the standard library alone; the help lists every option."""
     code = """
 import contextlib, io, sys
 import main

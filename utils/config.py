@@ -59,6 +59,7 @@ class QuantConfig:
     padding_after_quant: bool = False
     re_init: bool = False
     first_last: bool = False  # quantize the first and the last layer too
+    depthwise: bool = True  # quantize depth-wise convolutions too
 
     @property
     def enabled(self) -> bool:
@@ -209,14 +210,23 @@ class Config:
 
 # From options and keywords to the configuration --------------------------------------------------
 
-DATASETS = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar100", "imagenet": "imagenet",
-            "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}  # of data sets whose classes are fixed
+DATASETS = {"digits": "digits", "glyphs": "glyphs", "cifar10": "cifar10", "cifar100": "cifar100",
+            "imagenet": "imagenet", "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
+CLASSES = {"digits": 10, "glyphs": 62, "cifar10": 10, "cifar100": 100}  # of data sets whose classes are fixed
+
+
+FAMILIES = ("resnet", "pytorch", "torchvision", "timm", "mobilenet", "classic")
+CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small": "classic", "nin": "classic"}
 
 
 def family_of(model: str) -> str:
-    """The family of networks whose keywords `model` understands."""
-    return "pytorch" if model.startswith("pytorch-") else "resnet"
+    """The family of networks whose keywords `model` understands; "own", whose words nobody knows, for a user's."""
+    if model.startswith("pytorch-"):
+        return "pytorch"
+    source, colon, _ = model.partition(":")
+    if colon and source in FAMILIES:
+        return source
+    return "resnet" if model.startswith("resnet") else CLASSICS.get(model, "own")
 
 
 def read(argv: Sequence[str]) -> Config:
@@ -341,6 +351,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         padding_after_quant=bool(given["padding_after_quant"]),
         re_init=bool(given["re_init"]),
         first_last=bool(fields.get("quant.first_last", False)),
+        depthwise=bool(fields.get("quant.depthwise", True)),
     )
     if not quant.enabled:
         for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
@@ -448,7 +459,8 @@ def _part(cls: type[Any], prefix: str, fields: Mapping[str, Any]) -> Any:
 
 def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """The network of options and keyword fields, and warnings."""
-    resnet = family_of(given["model"]) == "resnet"
+    family = family_of(given["model"])
+    resnet = family == "resnet"
     orders = [k.name for k in keywords.registry().values() if "block.order" in k.sets]
     if resnet and quant.enabled and "block.order" not in fields:
         raise UserError(f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}")
@@ -464,7 +476,12 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
     warnings = []
     if resnet and block.order.startswith("b") and not stem.pre_norm:
         warnings.append(f"{block.order} without the keyword preBN leaves the last block's output unnormalised")
-    if given["base"] > 1 and not resnet:
+    if family in ("torchvision", "timm") and quant.fm.enable and quant.fm.half_range and quant.fm.method != "xnor":
+        warnings.append(
+            "the activations' levels start at zero, which suits networks of ReLUs: give --fm_half_range for one whose "
+            "layers get negative inputs (GELU, SiLU, layer norms)"
+        )
+    if given["base"] > 1 and family not in ("resnet", "own"):
         raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")
     model = ModelConfig(
         name=given["model"],
@@ -475,7 +492,7 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
         block=block,
         stem=stem,
         norm=fields.get("model.norm", "batch"),
-        activation=fields.get("model.activation", "relu"),
+        activation=fields.get("model.activation", "relu6" if given["model"] == "mobilenetv2" else "relu"),
         quant=quant,
         extra=_extra(fields),
     )

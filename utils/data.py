@@ -14,6 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,7 @@ from torchvision.transforms import v2
 
 from utils.config import DataConfig
 from utils.errors import UserError
+from utils.glyphs import CHARACTERS, font_files, glyphs
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [N, 3, S, S], normalised per channel; and their classes, int64 [N]."""
@@ -195,14 +197,15 @@ def _resize(images: Tensor, size: int, mode: str) -> Tensor:
     return F.interpolate(images, size=(size, size), mode=mode, align_corners=False, antialias=True)
 
 
-def warp(images: Tensor, draws: Tensor) -> Tensor:
+def warp(images: Tensor, draws: Tensor, padding: str = "zeros") -> Tensor:
     """Turn by up to 10 degrees, zoom by 0.9 to 1.1 and shift by up to 1/16 of the size (2 of 32 pixels).
 
-    What moves in from outside is black. Nothing is flipped.
+    Nothing is flipped.
 
     Args:
         images: [N, C, H, W] in [0, 255].
         draws: uniform in [0, 1), [N, DRAWS].
+        padding: what moves in from outside: "zeros", black, or "border", the outermost pixels.
 
     Returns:
         The changed images, float32 [N, C, H, W].
@@ -214,7 +217,7 @@ def warp(images: Tensor, draws: Tensor) -> Tensor:
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     theta = torch.stack([cos, -sin, shift_x, sin, cos, shift_y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode=padding, align_corners=False)
 
 
 def crop_flip(images: Tensor, draws: Tensor) -> Tensor:
@@ -346,8 +349,10 @@ def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[train], target[train]), (images[val], target[val])
 
 
-def _build_digits(config: DataConfig) -> Loaders:
-    train, val = digits(config.input_size)
+def _grey_loaders(
+    config: DataConfig, train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], augment: Augment
+) -> Loaders:
+    """Loaders over grey images, normalised by the statistics of the training set."""
     std, mean = torch.std_mean(train[0].float() / 255)
     return _tensor_loaders(
         config,
@@ -355,8 +360,24 @@ def _build_digits(config: DataConfig) -> Loaders:
         val if config.val_batch_size else None,
         mean=(mean.item(),) * 3,
         std=(std.item(),) * 3,
-        augment=warp,
+        augment=augment,
     )
+
+
+def _build_digits(config: DataConfig) -> Loaders:
+    return _grey_loaders(config, *digits(config.input_size), warp)
+
+
+# ---- glyphs: characters drawn by `utils.glyphs`
+
+
+def _check_glyphs(config: DataConfig) -> None:
+    _check_classes(config, len(CHARACTERS), "--dataset glyphs")
+    font_files()
+
+
+def _build_glyphs(config: DataConfig) -> Loaders:
+    return _grey_loaders(config, *glyphs(), partial(warp, padding="border"))
 
 
 # ---- fake: images that are computed
@@ -664,6 +685,7 @@ def _build_imagenet(config: DataConfig) -> Loaders:
 SOURCES: dict[str, Source] = {
     "digits": Source(_check_digits, _build_digits),
     "fake": Source(_check_fake, _build_fake),
+    "glyphs": Source(_check_glyphs, _build_glyphs),
     "cifar10": Source(_CIFAR10.check, _CIFAR10.build),
     "cifar100": Source(_CIFAR100.check, _CIFAR100.build),
     "imagenet": Source(_check_imagenet, _build_imagenet),

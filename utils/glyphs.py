@@ -6,6 +6,7 @@ every time. What they look like: docs/data.md.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,19 +44,20 @@ _CAPITAL = 34  # height of a capital H on the canvas, pixels
 class _Distortion:
     """How far random changes go; lengths in pixels of the canvas, brightness from 0 to 1."""
 
-    turn: float = 0.22  # radians, each way
-    shear: float = 0.25  # pixels sideways per pixel up, each way
-    stretch: float = 0.12  # share of width and of height, each way
-    shift: float = 6.0  # each way
+    turn: float = 0.15  # radians, each way
+    shear: float = 0.15  # pixels sideways per pixel up, each way
+    stretch: float = 0.1  # share of width and of height, each way
+    shift: float = 4.0  # each way
     stroke: float = 1.0  # most that outlines grow by
-    blur: float = 1.8  # largest radius
-    lines: int = 2  # most lines that cross the image
-    contrast: float = 0.3  # least difference of glyph and background
+    blur: float = 1.5  # largest radius
+    lines: int = 1  # most lines that cross the image
+    contrast: float = 0.4  # least difference of glyph and background
     gradient: float = 0.3  # largest change of the background over the image
-    noise: float = 0.12  # largest standard deviation
+    noise: float = 0.1  # largest standard deviation
 
 
 _DISTORTION = _Distortion()
+_RAMP = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
 
 
 def font_files() -> dict[str, Path]:
@@ -107,9 +109,8 @@ def _draw_set(split: int, count: int, fonts: Sequence[ImageFont.FreeTypeFont]) -
     """`count` images per class, which take the fonts in turn."""
     images = np.empty((len(CHARACTERS), count, SIZE, SIZE), dtype=np.uint8)
     for label, character in enumerate(CHARACTERS):
+        rng = np.random.default_rng((_SEED, split, label))
         for i in range(count):
-            # A stream of its own, so that no image depends on what others drew.
-            rng = np.random.default_rng((_SEED, split, label, i))
             images[label, i] = _image(character, fonts[i % len(fonts)], rng)
     target = torch.arange(len(CHARACTERS)).repeat_interleave(count)
     return torch.from_numpy(images).view(-1, 1, SIZE, SIZE), target
@@ -125,37 +126,38 @@ def _image(character: str, font: ImageFont.FreeTypeFont, rng: np.random.Generato
     stroke = rng.uniform(0, limit.stroke)
     ImageDraw.Draw(canvas).text(foot, character, fill=255, font=font, anchor="ms", stroke_width=stroke)
     canvas = canvas.transform(
-        canvas.size, Image.Transform.AFFINE, _inverse_map(rng), resample=Image.Resampling.BICUBIC
+        canvas.size, Image.Transform.AFFINE, _inverse_map(rng), resample=Image.Resampling.BILINEAR
     )
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(limit.lines + 1)):
         ends = rng.uniform(0, _CANVAS, 4).tolist()
         draw.line(ends, fill=255 * int(rng.integers(2)), width=int(rng.integers(1, 4)))  # ink, or a gap
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, limit.blur))).reduce(2)
-    return _shaded(np.asarray(canvas, dtype=np.float64) / 255, rng)
+    return _shaded(np.asarray(canvas, dtype=np.float32) / 255, rng)
 
 
-def _inverse_map(rng: np.random.Generator) -> tuple[float, ...]:
+def _inverse_map(rng: np.random.Generator) -> tuple[float, float, float, float, float, float]:
     """A random affine map about the centre, as Pillow takes it: from the result's pixels to the source's."""
     limit = _DISTORTION
-    angle, shear = rng.uniform(-1, 1, 2) * (limit.turn, limit.shear)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    slant = np.array([[1.0, shear], [0.0, 1.0]])
-    inverse = np.linalg.inv(turn @ slant @ np.diag(1 + rng.uniform(-1, 1, 2) * limit.stretch))
-    centre = np.full(2, _CANVAS / 2)
-    offset = centre - inverse @ (centre + rng.uniform(-1, 1, 2) * limit.shift)
-    return (*inverse[0], offset[0], *inverse[1], offset[1])
+    angle = rng.uniform(-limit.turn, limit.turn)
+    shear = rng.uniform(-limit.shear, limit.shear)
+    width, height = 1 + rng.uniform(-limit.stretch, limit.stretch, 2)
+    cos, sin = math.cos(angle), math.sin(angle)
+    # The map stretches, shears and turns, in this order; here are the rows of its inverse.
+    a, b = (cos + shear * sin) / width, (sin - shear * cos) / width
+    c, d = -sin / height, cos / height
+    centre = _CANVAS / 2
+    x, y = centre + rng.uniform(-limit.shift, limit.shift, 2)  # where the centre goes
+    return a, b, centre - a * x - b * y, c, d, centre - c * x - d * y
 
 
-def _shaded(ink: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Give ink, 1 on the glyph and 0 beside it, a brightness, a background and noise."""
+def _shaded(ink: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Make ink, 1 on the glyph and 0 beside it, bright on a darker background, with noise."""
     limit = _DISTORTION
     contrast = rng.uniform(limit.contrast, 1)
-    dark = rng.uniform(0, 1 - contrast)
-    ends = (dark, dark + contrast) if rng.integers(2) else (dark + contrast, dark)
-    background, glyph = ends
-    slope = rng.uniform(-1, 1, 2) * limit.gradient / 2
-    down, right = np.mgrid[:SIZE, :SIZE] / (SIZE - 1) - 0.5
-    field = background + slope[0] * down + slope[1] * right
-    shade = field + (glyph - field) * ink + rng.normal(0, rng.uniform(0, limit.noise), ink.shape)
+    background = rng.uniform(0, 1 - contrast)
+    down, right = rng.uniform(-limit.gradient / 2, limit.gradient / 2, 2).astype(np.float32)
+    field = np.float32(background) + down * _RAMP[:, None] + right * _RAMP
+    noise = rng.standard_normal(ink.shape, dtype=np.float32) * np.float32(rng.uniform(0, limit.noise))
+    shade = field + (np.float32(background + contrast) - field) * ink + noise
     return np.round(255 * shade.clip(0, 1)).astype(np.uint8)

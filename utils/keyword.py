@@ -30,7 +30,7 @@ class Keyword:
         rank: 0 sets defaults, 1 refines them (`lsq` over `dorefa`), 2 refines one tag (`wt_lsq`).
         requires: groups of words; of each group at least one must be given too.
         excludes: words that cannot be given with this one.
-        families: networks it has an effect on ("resnet", "pytorch"); empty: all.
+        families: networks it has an effect on, of `utils.config.FAMILIES`; empty: all.
         later: what it still waits for; using it is an error until then.
     """
 
@@ -89,11 +89,13 @@ def load_file(path: str) -> None:
         for name, value in _REGISTRY[keyword].sets.items():
             if name not in fields and not name.startswith("extra."):
                 close = " or ".join(difflib.get_close_matches(name, fields, n=2)) or f"extra.{name}"
-                raise UserError(f"--keyword_file {path}: {keyword} sets {name}, which nothing reads; write {close}")
+                raise UserError(
+                    f"--keyword_file {path}: {keyword} sets {name}, which nothing reads; write {close}"
+                )
             if not _is_plain(value):
                 raise UserError(
-                    f"--keyword_file {path}: {keyword} sets {name} to {value!r}, which cannot be saved with a run; "
-                    "use numbers, texts, lists and dictionaries"
+                    f"--keyword_file {path}: {keyword} sets {name} to {value!r}, which cannot be saved with "
+                    "a run; use numbers, texts, lists and dictionaries"
                 )
 
 
@@ -131,6 +133,7 @@ _declare(
     ("cifar10", "3x3 stem, 10 classes, 32 px", _dataset("cifar10", "cifar", 10, 32)),
     ("cifar100", "3x3 stem, 100 classes, 32 px", _dataset("cifar100", "cifar", 100, 32)),
     ("digits", "3x3 stem, 10 classes, 32 px", _dataset("digits", "cifar", 10, 32)),
+    ("glyphs", "3x3 stem, 62 classes, 32 px", _dataset("glyphs", "cifar", 62, 32)),
 )
 _declare(
     "order of a unit",
@@ -166,11 +169,12 @@ _declare(
 )
 _declare(
     "activation",
+    ("ReLU", "the default of every network but mobilenetv2", _sets(model__activation="relu")),
     ("NReLU", "no activation", _sets(model__activation="none")),
     ("PReLU", "learned slope below zero", _sets(model__activation="prelu")),
     ("ReLU6", "clipped at 6", _sets(model__activation="relu6")),
     ("LReLU", "leaky, slope 0.01 below zero", _sets(model__activation="leaky")),
-    families=("resnet",),
+    families=("resnet", "mobilenet", "classic"),
 )
 _declare(
     "norm",
@@ -179,6 +183,7 @@ _declare(
     ("freeze-bn", "fixed statistics and affine part", _sets(model__norm="frozen")),
     ("reverse-bn", "the affine part before normalising", _sets(model__norm="reverse")),
     ("instance-norm", "instance normalisation", _sets(model__norm="instance")),
+    families=("resnet", "pytorch", "mobilenet", "classic"),
 )
 _declare(
     "network variant",
@@ -198,7 +203,9 @@ _declare(
 _declare(
     "quantized layers",
     ("first-last", "the first and the last layer are quantized too", _sets(quant__first_last=True)),
-)
+    ("real_depthwise", "depth-wise convolutions stay in full precision",
+     {**_sets(quant__depthwise=False), "families": ("torchvision", "timm", "mobilenet")}),
+)  # fmt: skip
 
 _BASES = ("dorefa", "pact", "lq", "xnor")
 _declare(
@@ -280,7 +287,9 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
         fields.update(keyword.sets)
         origins.update(dict.fromkeys(keyword.sets, keyword.name))
     warnings = tuple(
-        f"the keyword {k.name} has no effect on this network" for k in known if k.families and family not in k.families
+        f"the keyword {k.name} has no effect on this network"
+        for k in known
+        if k.families and family not in (*k.families, "own")
     )
     return Resolution(fields, origins, warnings)
 

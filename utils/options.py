@@ -66,7 +66,7 @@ METHOD = "this training method is not there yet"
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
         _option("dataset", str, None, "data set; default: the keyword's, else digits",
-                choices=("digits", "cifar10", "cifar100", "imagenet", "dali", "fake")),
+                choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "dali", "fake")),
         _option("root", str, None, "folder of the data set (imagenet: holds train/ and val/)"),
         _option("batch_size", int, 128, "images per iteration", aliases=("-b",)),
         _option("val_batch_size", int, None, "images per validation step; 0: no validation; default: batch_size",

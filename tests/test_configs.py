@@ -1,0 +1,153 @@
+"""The example configs: valid shell, named by the pattern, and accepted by a dry run at the bits of their names."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from model import build
+from model.quant import quantizers
+from utils.config import DATASETS, Config, read
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir())
+METHODS = {  # METHOD of a name -> the quantizer that the printed table names
+    "dorefa": "dorefa", "pact": "pact", "lsq": "lsq", "lq": "lq", "fatnn": "fatnn", "xnor": "xnor",
+    "xnor++": "xnor", "bireal": "xnor",
+}  # fmt: skip
+PRECISIONS = {"fp": None, "1bit": (1, 2), "ternary": (2, 3), "2bit": (2, 4), "3bit": (3, 8), "4bit": (4, 16)}
+BEST = "-model_best.pth.tar"
+
+
+def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run train.sh as from a shell that has no settings of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")}
+    return subprocess.run(
+        ["bash", str(ROOT / "train.sh"), *arguments],
+        env={**inherited, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@functools.cache
+def argv(name: str) -> tuple[str, ...]:
+    """The options that train.sh gives main.py for a config."""
+    done = bash("--print", f"config/{name}")
+    assert (done.returncode, done.stderr) == (0, "")
+    python, script, *options = shlex.split(done.stdout)
+    assert (python, script) == (sys.executable, "main.py")
+    return tuple(options)
+
+
+@functools.cache
+def config_of(name: str) -> Config:
+    """A config as the program understands it."""
+    return read(argv(name))
+
+
+@functools.cache
+def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a config's checkpoints, with or without what belongs to quantizers."""
+    with torch.device("meta"):
+        network = build.build(config_of(name).model)
+    prefixes = tuple(f"{prefix}." for prefix, _ in quantizers(network))
+    return {
+        entry: tuple(value.shape)
+        for entry, value in network.state_dict().items()
+        if quantized or not (prefixes and entry.startswith(prefixes))
+    }
+
+
+def imitate_data(name: str) -> list[str]:
+    """Options that stand in for data and weights which need not be there."""
+    there = name.split(".")[3] in ("digits", "fake")
+    return ["--pretrained", "none", "-b", "2", "-v", "2", *([] if there else ["--dataset", "fake"])]
+
+
+def printed_bits(text: str) -> set[tuple[str, int, int]]:
+    """Method, bits and levels of the quantizers in a dry run's table."""
+    return {(m, int(bits), int(levels)) for m, bits, levels in re.findall(r"(\w+) (\d+) bit, (\d+) levels", text)}
+
+
+def expected_bits(name: str) -> set[tuple[str, int, int]]:
+    """What the name of a config says that the table shows."""
+    _, method, _, _, precision, _ = name.split(".")
+    bits = PRECISIONS[precision]
+    return set() if bits is None else {(METHODS[method], *bits)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_name_follows_the_pattern(name: str) -> None:
+    config, method, phase, dataset, precision, network = name.split(".")
+    assert config == "config"
+    assert method in METHODS
+    assert phase in ("eval", "train-scratch", "finetune")
+    assert dataset in (*DATASETS, "fake")
+    assert precision in PRECISIONS
+    assert network in build.models()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_valid_shell(name: str) -> None:
+    done = subprocess.run(["bash", "-n", ROOT / "config" / name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_name_says_what_is_in_it(name: str) -> None:
+    _, _, phase, dataset, _, network = name.split(".")
+    config = config_of(name)
+    assert config.data.dataset == dataset
+    assert config.model.name == network
+    assert config.run.evaluate == (phase == "eval")
+    assert (config.run.pretrained == "none") == (phase == "train-scratch")
+    assert config.warnings == ()
+
+
+def test_every_case_is_another_one() -> None:
+    cases = [config_of(name).run.case for name in CONFIGS]
+    assert len(set(cases)) == len(cases)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".train-scratch." not in name])
+def test_pretrained_weights_are_those_of_another_config(name: str) -> None:
+    pretrained = config_of(name).run.pretrained
+    assert pretrained is not None
+    assert pretrained.endswith(BEST)
+    sources = [other for other in CONFIGS if config_of(other).run.case + BEST == pretrained]
+    assert len(sources) == 1
+    evaluated = ".eval." in name
+    assert evaluated or ".fp." in sources[0]
+    assert config_of(sources[0]).model.name == config_of(name).model.name
+    assert shapes(name, quantized=evaluated) == shapes(sources[0], quantized=evaluated)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = main.main([*argv(name), *imitate_data(name), "--dry_run"])
+    done = capsys.readouterr()
+    assert (status, done.err) == (0, "")
+    assert printed_bits(done.out) == expected_bits(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["config.dorefa.train-scratch.digits.fp.resnet20", "config.lsq.finetune.cifar100.2bit.resnet20"]
+)
+def test_dry_run_through_the_launcher(name: str) -> None:
+    done = bash(f"config/{name}", *imitate_data(name), "--dry_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert printed_bits(done.stdout) == expected_bits(name)
