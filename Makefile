@@ -52,7 +52,7 @@ test: $(SETUP) ## run all tests
 lint: $(SETUP) ## check code, types, scripts and configs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/shellcheck $(SCRIPTS)
 	for config in config/*; do bash train.sh --check "$$config" || exit; done
 

@@ -86,7 +86,7 @@ def run(config: Config) -> int:
     if settings.resume_file is not None and not os.path.isfile(settings.resume_file):
         raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
 
-    from model import audit, build, calibrate, health
+    from model import audit, build, calibrate, convert, health
     from utils import checkpoint, log, optim
 
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
@@ -136,6 +136,8 @@ def run(config: Config) -> int:
             logger.warning("warning: %s", warning)
         logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
         logger.info("%s", cost.totals())
+        if config.model.quant.enabled:
+            logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
         if report is not None:
             logger.info("pretrained %s: %s", pretrained, report.summary())
         if initialised:
@@ -413,8 +415,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
             raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
     state = checkpoint.state_dict_of(payload, source=str(path))
     checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
-    for _, quantizer in quantizers(model):
-        quantizer.set_levels(int(quantizer.level_num))
+    for name, quantizer in quantizers(model):
+        quantizer.set_levels(int(state[f"{name}.level_num"]))
     if config.run.evaluate:
         return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
     missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]

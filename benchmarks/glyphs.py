@@ -27,9 +27,13 @@ def rows(images: Tensor, classes: slice) -> Image.Image:
     return Image.fromarray(part.permute(0, 2, 1, 3).reshape(part.shape[0] * SIZE, -1).numpy())
 
 
-def sheet() -> Image.Image:
-    """A column per class, in two halves of 31; above training images, below those of held-out fonts."""
-    (train, _), (val, _) = glyphs()
+def sheet(train: Tensor, val: Tensor) -> Image.Image:
+    """A column per class, in two halves of 31; above training images, below those of held-out fonts.
+
+    Args:
+        train: training images as `glyphs` draws them.
+        val: validation images, likewise.
+    """
     first = train.view(-1, TRAIN_IMAGES, SIZE, SIZE)[:, :TRAIN_ROWS].transpose(0, 1)
     held_out = val.view(-1, VAL_IMAGES, SIZE, SIZE)[:, len(TRAIN_FONTS) :][:, :VAL_ROWS].transpose(0, 1)
     half = len(CHARACTERS) // 2
@@ -44,7 +48,8 @@ def sheet() -> Image.Image:
 def main() -> int:
     """Write the picture."""
     SHEET.parent.mkdir(parents=True, exist_ok=True)
-    sheet().save(SHEET, optimize=True)
+    (train, _), (val, _) = glyphs()
+    sheet(train, val).quantize(16).save(SHEET, optimize=True)  # greys that suffice for a look
     print(SHEET.relative_to(ROOT))
     return 0
 

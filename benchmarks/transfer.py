@@ -1,4 +1,4 @@
-"""Draw what each quantizer does: docs/images/transfer-METHOD.png, its output and its gradients over its input.
+"""Draw each quantizer's output and gradients over its input: docs/images/transfer-METHOD.png.
 
     python benchmarks/transfer.py             # every method
     python benchmarks/transfer.py lsq pact
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
-import model.build  # noqa: E402, F401  every method is registered
+import model.build  # noqa: E402, F401  (importing registers)
 from model.quant import Quantizer, TensorSite, build  # noqa: E402
 from utils import keyword  # noqa: E402
 from utils.config import quant_config  # noqa: E402
@@ -40,7 +41,7 @@ class Panel:
     Attributes:
         title: above its axes.
         tag: "fm" or "wt".
-        options: of the command line, without the ones that follow from the tag.
+        options: of the command line.
         low: first input.
         high: last input.
         state: values of learned parameters that are not the initial ones.
@@ -73,23 +74,25 @@ class Curves:
     dq_dc: Tensor | None
 
 
-def _activation(title: str, options: str, **rest: object) -> Panel:
-    return Panel(title, "fm", f"--fm_enable {options}", **{"low": -0.6, "high": 1.6, **rest})  # type: ignore[arg-type]
+def _activation(title: str, options: str, *, low: float = -0.6, **rest: Any) -> Panel:
+    return Panel(title, "fm", f"--fm_enable {options}", low=low, **rest)
 
 
-def _weight(title: str, options: str, **rest: object) -> Panel:
-    return Panel(title, "wt", f"--wt_enable {options}", **rest)  # type: ignore[arg-type]
+def _weight(title: str, options: str, **rest: Any) -> Panel:
+    return Panel(title, "wt", f"--wt_enable {options}", **rest)
 
 
-def _bits(make: Callable[..., Panel], tag: str, what: str, keywords: str, **rest: object) -> list[Panel]:
+def _bits(make: Callable[..., Panel], tag: str, what: str, keywords: str, **rest: Any) -> list[Panel]:
     """Panels for 1, 2 and 3 bits."""
     return [
-        make(f"{what}, {bits} bit{'s' if bits > 1 else ''}", f"--keyword {keywords} --{tag}_bit {bits}", **rest)
-        for bits in (1, 2, 3)
+        make(f"{what}, {name}", f"--keyword {keywords} --{tag}_bit {name[0]}", **rest)
+        for name in ("1 bit", "2 bits", "3 bits")
     ]
 
 
 BINARY = "--fm_bit 1 --fm_grad_type"
+MIDTREAD = "--keyword dorefa,lsq --wt_grid midtread"
+FATNN = "--keyword dorefa,non-uniform"
 METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
     "dorefa": [
         _bits(_activation, "fm", "activation", "dorefa"),
@@ -105,25 +108,27 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
     ],
     "lsq-midtread": [
         [
-            _weight(f"weight, {name}", f"--keyword dorefa,lsq --wt_grid midtread {levels}", low=-2.4)
-            for name, levels in (("3 levels", "--wt_level 3"), ("2 bits", "--wt_bit 2"), ("3 bits", "--wt_bit 3"))
+            _weight(f"weight, {name}", f"{MIDTREAD} {levels}", low=-2.4)
+            for name, levels in (
+                ("3 levels", "--wt_level 3"), ("2 bits", "--wt_bit 2"), ("3 bits", "--wt_bit 3")
+            )
         ]
     ],
     "lq": [
-        _bits(_activation, "fm", "activation", "lq", low=-0.6, high=3, fitted=True),
+        _bits(_activation, "fm", "activation", "lq", high=3, fitted=True),
         _bits(_weight, "wt", "weight", "lq", low=-3, high=3, fitted=True),
     ],
     "fatnn": [
         [
-            _activation("activation, 1 bit", "--keyword dorefa,non-uniform --fm_bit 1", high=3, state={"alpha0": 1}),
-            _activation("activation, 3 levels", "--keyword dorefa,non-uniform --fm_level 3", high=3,
+            _activation("activation, 1 bit", f"{FATNN} --fm_bit 1", high=3, state={"alpha0": 1}),
+            _activation("activation, 3 levels", f"{FATNN} --fm_level 3", high=3,
                         state={"alpha0": 1.6, "alpha1": 0.9}),
-            _activation("activation, 2 bits", "--keyword dorefa,non-uniform --fm_bit 2", high=3,
+            _activation("activation, 2 bits", f"{FATNN} --fm_bit 2", high=3,
                         state={"alpha0": 1.8, "alpha1": 1.4, "alpha2": 0.8}),
         ],
         [
-            _weight("weight, 3 levels, as it starts", "--keyword dorefa,non-uniform --wt_level 3 --wt_scale 1"),
-            _weight("weight, 3 levels, slopes learned", "--keyword dorefa,non-uniform --wt_level 3",
+            _weight("weight, 3 levels, slopes 1 and 1", f"{FATNN} --wt_level 3 --wt_scale 1"),
+            _weight("weight, 3 levels, slopes 1.4 and 0.8", f"{FATNN} --wt_level 3",
                     state={"alpha0": 1.4, "alpha1": 0.8}),
         ],
     ],
@@ -188,11 +193,12 @@ def curves(panel: Panel) -> Curves:
 def plot(axes: Axes, panel: Panel) -> None:
     """One panel."""
     found = curves(panel)
+    # The output is broad and pale, so that a gradient that lies on it can be told from it.
     axes.plot(found.x, found.x, color=INPUT, linewidth=1, linestyle=":", label="x")
-    axes.plot(found.x, found.q, color=OUTPUT, linewidth=2, label="q(x)")
-    axes.plot(found.x, found.dq_dx, color=GRADIENT, linewidth=1.6, linestyle="--", label="dq/dx")
+    axes.plot(found.x, found.q, color=OUTPUT, linewidth=4.5, alpha=0.5, label="q(x)")
+    axes.plot(found.x, found.dq_dx, color=GRADIENT, linewidth=1.5, linestyle="--", label="dq/dx")
     if found.dq_dc is not None:
-        axes.plot(found.x, found.dq_dc, color=CLIP_GRADIENT, linewidth=1.4, linestyle="-.", label="dq/dc")
+        axes.plot(found.x, found.dq_dc, color=CLIP_GRADIENT, linewidth=1.5, linestyle="-.", label="dq/dc")
     axes.set_title(panel.title, fontsize=11)
     axes.set_xlabel("x")
     axes.set_xlim(panel.low, panel.high)
@@ -210,19 +216,20 @@ def draw(method: str, folder: Path) -> Path:
             axes.set_axis_off()
         for axes, panel in zip(line, row, strict=False):
             plot(axes, panel)
-    handles = {name: handle for axes in grid.flat for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"transfer-{method}.png"
     figure.savefig(path)
     return path
 
 
-def main() -> int:
-    """Draw the named methods, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the methods named on the command line, or all."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
-    names = parser.parse_args().methods or list(METHODS)
+    names = parser.parse_args(argv).methods or list(METHODS)
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         parser.error(f"{unknown[0]} is no method; choose from {', '.join(METHODS)}")

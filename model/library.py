@@ -53,7 +53,7 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
 SOURCES: dict[str, Callable[[str, ModelConfig], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
 
 # How networks say that an image size does not suit them, some already when they are built.
-_UNSUITABLE = (RuntimeError, ValueError, AssertionError, TypeError, ZeroDivisionError)
+_UNSUITABLE = (RuntimeError, ValueError, AssertionError)
 
 
 def build(config: ModelConfig) -> nn.Module:

@@ -563,7 +563,7 @@ def test_steps_are_those_of_numpy(line: str, groups: list[int]) -> None:
             loss, *gradient = softmax_gradient(weight, bias, x, (1 - smooth) * t + smooth / 10)
             losses.append(loss)
             gradients.append(gradient)
-        g_weight, g_bias = (sum(part) / count for part in zip(*gradients, strict=True))
+        g_weight, g_bias = (np.mean(part, axis=0) for part in zip(*gradients, strict=True))
         norm = math.sqrt((g_weight**2).sum() + (g_bias**2).sum())
         factor = 1.0 if clip is None or norm <= clip else clip / norm
         rate = 0.1 * min(1.0, (step + 1) / sched.wakeup if sched.wakeup else 1.0)
