@@ -6,9 +6,7 @@ and a user's mistake answer at once. `run` then takes the stages of a run in the
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import math
 import os
 import random
@@ -16,10 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils import keyword, schedule
-from utils.config import Config, resolve, to_dict
+from utils.config import Config, resolve
 from utils.errors import UserError
 from utils.options import parse
 
@@ -29,23 +27,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from model.audit import Audit
-    from model.health import HealthRow
     from model.summary import Cost
-    from utils.checkpoint import CheckpointFiles, LoadReport
     from utils.data import Loader, Loaders
-    from utils.log import Board
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
     "seconds", "images_per_second",
 )  # fmt: skip
 AUDIT_BATCHES = 4
-# Fields of the network that matter at its start or in the gradient only: a run may go on with others.
-CHANGEABLE = {
-    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
-    "proxquant_step", "input_size",
-}  # fmt: skip
 
 
 class TrainingError(Exception):
@@ -86,8 +75,10 @@ def run(config: Config) -> int:
     if settings.resume_file is not None and not os.path.isfile(settings.resume_file):
         raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
 
+    import torch
+
     from model import audit, build, calibrate, convert, health
-    from utils import checkpoint, log, optim
+    from utils import checkpoint, log, optim, report, state
 
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optim.check(config.optim)
@@ -96,7 +87,9 @@ def run(config: Config) -> int:
     )
     resumed = files.newest() if settings.resume else settings.resume_file
     if settings.evaluate and settings.resume and resumed is None and pretrained is None:
-        raise UserError(f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate")
+        raise UserError(
+            f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+        )
 
     from utils import data
 
@@ -105,7 +98,7 @@ def run(config: Config) -> int:
     # 2. Build the network and load weights into it.
     seed_generators(settings.seed)
     model = build.build(config.model)
-    report = None if pretrained is None else load_pretrained(model, pretrained, config)
+    loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
     cost = trial(model, config)
 
     # 3. Data, and what depends on its length.
@@ -116,35 +109,35 @@ def run(config: Config) -> int:
 
     # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
     device, device_warnings = choose_device(settings.device_ids)
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
     initialised = 0
     if config.model.quant.re_init and resumed is None:
         images, _ = next(iter(loaders.train))
         initialised = calibrate.initialise_ranges(model, to_device(images, device))
     optimizer, groups = optim.build(model, config.optim)
-    state = RunState() if resumed is None else restore(resumed, model, optimizer, config)
+    progress = state.RunState() if resumed is None else state.restore(resumed, model, optimizer, config)
 
     # 5. Only from here on is anything written, so that a mistake leaves no trace.
     if settings.dry_run or settings.lr_test:
-        print(describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
+        print(report.describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
         return 0
     if resumed is None and not settings.evaluate:
-        keep_earlier_run(folder, files)
+        state.keep_earlier_run(folder, files)
     logger = log.setup(folder / "log.txt", settings.verbose)
     try:
-        for warning in (*config.warnings, *device_warnings, *state.differences):
+        for warning in (*config.warnings, *device_warnings, *progress.differences):
             logger.warning("warning: %s", warning)
         logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
         logger.info("%s", cost.totals())
         if config.model.quant.enabled:
             logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
-        if report is not None:
-            logger.info("pretrained %s: %s", pretrained, report.summary())
+        if loaded is not None:
+            logger.info("pretrained %s: %s", pretrained, loaded.summary())
         if initialised:
             logger.info("re_init: initialised %d quantizers", initialised)
         logger.debug("%s", optim.table(groups))
         if resumed is not None:
-            logger.info("resumed %s: %d epochs are done", resumed, state.epoch)
+            logger.info("resumed %s: %d epochs are done", resumed, progress.epoch)
         elif settings.resume:
             logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
 
@@ -154,12 +147,14 @@ def run(config: Config) -> int:
 
         # 7. Train.
         metrics = log.MetricsFile(folder / "metrics.csv", METRICS)
-        metrics.truncate_after(state.epoch + 1)
-        write_text(folder / "config.yaml", dump_yaml(config))
-        board = log.Board(folder / "tensorboard" if settings.tensorboard else None, purge_step=state.epoch + 1)
+        metrics.truncate_after(progress.epoch + 1)
+        report.write_text(folder / "config.yaml", report.dump_yaml(config))
+        board = log.Board(
+            folder / "tensorboard" if settings.tensorboard else None, purge_step=progress.epoch + 1
+        )
         watched = health.Health(model) if settings.verbose or settings.tensorboard else None
         last = config.schedule.epochs + config.schedule.extra_epoch
-        for epoch in range(state.epoch, last):
+        for epoch in range(progress.epoch, last):
             started = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": rates.at(epoch * rates.steps_per_epoch)}
             row |= train_one_epoch(model, loaders.train, optimizer, rates, epoch, device, config, logger)
@@ -169,34 +164,21 @@ def run(config: Config) -> int:
             metrics.append(row)
             board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
             if watched is not None:
-                report_health(watched.report(audit_batches(loaders, device)[0]), board, epoch + 1, logger)
-            best = loaders.val is not None and row["val_top1"] > state.best_acc
-            state = RunState(epoch + 1, max(state.best_acc, row.get("val_top1", -math.inf)))
-            save(state, model, optimizer, rates, files, config, best=best)
-            logger.info("%s", epoch_line(row, last, state.best_acc))
+                report.report_health(
+                    watched.report(audit_batches(loaders, device)[0]), board, epoch + 1, logger
+                )
+            best = loaders.val is not None and row["val_top1"] > progress.best_acc
+            progress = state.RunState(epoch + 1, max(progress.best_acc, row.get("val_top1", -math.inf)))
+            state.save(progress, model, optimizer, rates, files, config, best=best)
+            logger.info("%s", report.epoch_line(row, last, progress.best_acc))
         board.close()
 
         # 8. What came of it.
         found = audit.audit(model, audit_batches(loaders, device))
-        finish(config, cost, found, state, folder, files, logger)
+        report.finish(config, cost, found, progress, folder, files, logger)
         return 1 if found.problems else 0
     finally:
         log.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class RunState:
-    """How far a run is.
-
-    Attributes:
-        epoch: epochs done.
-        best_acc: best top-1 of a validation so far, percent; -inf before the first.
-        differences: options that changed since the checkpoint that the run continues from.
-    """
-
-    epoch: int = 0
-    best_acc: float = -math.inf
-    differences: tuple[str, ...] = ()
 
 
 def train_one_epoch(
@@ -302,16 +284,6 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
     return 1 if found.problems else 0
 
 
-def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logger) -> None:
-    """Each quantizer's state after an epoch, to the log (`--verbose`) and to TensorBoard."""
-    from model import health
-
-    if rows:
-        logger.debug("%s", health.table(rows))
-    for row in rows:
-        board.scalars({f"health/{name}": value for name, value in row.scalars().items()}, epoch)
-
-
 def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
     """A few batches of real images, of the validation set where there is one."""
     loader = loaders.train if loaders.val is None else loaders.val
@@ -364,207 +336,12 @@ def choose_device(device_ids: tuple[int, ...]) -> tuple[torch.device, tuple[str,
     if torch.cuda.is_available():
         index = device_ids[0] if device_ids else 0
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device_ids {index}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+            raise UserError(
+                f"--device_ids {index}: there are {torch.cuda.device_count()} GPUs, counted from 0"
+            )
         return torch.device("cuda", index), ()
     warnings = tuple(f"--device_ids {index}: no GPU is available, running on the CPU" for index in device_ids)
     return torch.device("cpu"), warnings
-
-
-def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
-    """Load weights into the network; quantizers that the file does not have keep their start values.
-
-    The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
-    2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
-    its iterations from zero, so that a warm-up takes place.
-    """
-    from model.quant import quantizers
-    from utils import checkpoint
-
-    state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
-    own = dict(quantizers(model))
-    for name, quantizer in own.items():
-        levels = state.pop(f"{name}.level_num", None)
-        if not config.run.evaluate:
-            state.pop(f"{name}.iteration", None)
-        if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
-            raise UserError(
-                f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
-                f"give --{quantizer.config.tag}_level {int(levels)} or the bits that mean it"
-            )
-    prefixes = tuple(f"{name}." for name in own)
-    return checkpoint.load_weights(
-        model,
-        state,
-        allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
-        scope=config.run.unresume_scope,
-        source=str(path),
-    )
-
-
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
-    """Everything of a checkpoint that training continues from."""
-    from model.quant import quantizers
-    from utils import checkpoint
-
-    payload = checkpoint.read(path)
-    changed = differences(payload.get("config", {}), to_dict(config))
-    for line in changed:
-        field = line.split(" ", 1)[0]
-        network = field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE
-        if network or field == "optim.name":
-            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
-    state = checkpoint.state_dict_of(payload, source=str(path))
-    checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
-    for name, quantizer in quantizers(model):
-        quantizer.set_levels(int(state[f"{name}.level_num"]))
-    if config.run.evaluate:
-        return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
-    missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
-    if missing:
-        raise UserError(f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained")
-    # The options' hyperparameters count, as far as they differ from the checkpoint's.
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(payload["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
-    for group, option in zip(optimizer.param_groups, options, strict=True):
-        group.update(option)
-    checkpoint.set_random_state(payload["random"])
-    return RunState(payload["epoch"], payload["best_acc"], changed)
-
-
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """Fields of the configuration that changed, of those that change the training."""
-    found: list[str] = []
-    for name in before.keys() & now.keys() - {"run", "keywords", "origins", "warnings"}:
-        old, new = before[name], now[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old} and is {new} now")
-    return tuple(sorted(found))
-
-
-def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: schedule.Schedule, files: CheckpointFiles,
-    config: Config, *, best: bool,
-) -> None:  # fmt: skip
-    """Write the latest checkpoint, and the best and the epoch's where they are due."""
-    from utils import checkpoint
-
-    payload = {
-        "epoch": state.epoch,
-        "state_dict": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": {"step": state.epoch * rates.steps_per_epoch},
-        "best_acc": state.best_acc,
-        "learning_rate": rates.at(state.epoch * rates.steps_per_epoch - 1),
-        "amp": {},
-        "random": checkpoint.random_state(),
-        "config": to_dict(config),
-    }
-    checkpoint.save(files.latest, payload)
-    if best:
-        checkpoint.save(files.best, payload)
-    if config.run.save_freq and state.epoch % config.run.save_freq == 0:
-        checkpoint.save(files.epoch(state.epoch), payload)
-
-
-def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
-    """Rename what an earlier run of the same case left to CASE.N, so that nothing is overwritten."""
-    mine = files.existing()
-    if not mine and not (folder / "metrics.csv").exists():
-        return
-    names = (f"{files.case}.{number}" for number in itertools.count(1))
-    earlier = next(
-        name for name in names
-        if not folder.with_name(name).exists() and not dataclasses.replace(files, case=name).existing()
-    )  # fmt: skip
-    try:
-        if folder.exists():
-            folder.rename(folder.with_name(earlier))
-        for path in mine:
-            path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
-    except OSError as error:
-        raise UserError(f"cannot move the earlier run of {files.case} away: {error}; use another --case") from error
-    print(f"the earlier run of the case {files.case} is kept as {earlier}")
-
-
-def epoch_line(row: dict[str, float], last: int, best: float) -> str:
-    """One epoch for the log."""
-    text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
-    if "val_top1" in row:
-        text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
-    return f"{text}; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
-
-
-def finish(
-    config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles, logger: Logger
-) -> None:  # fmt: skip
-    """Write the run's summary and picture, and name them."""
-    from utils import log
-
-    metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case
-    rows = log.MetricsFile.read(metrics) if metrics.exists() else []
-    log.draw_curves(rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)")
-    write_text(folder / "audit.txt", f"{found.table()}\n{found.verdict}\n")
-    result = {
-        "case": config.run.case,
-        "network": config.model.name,
-        "dataset": config.data.dataset,
-        "bits": cost.bits,
-        "epochs": state.epoch,
-        "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
-        "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
-        "weight_bytes": cost.weight_bytes,
-        "float_weight_bytes": cost.float_weight_bytes,
-        "macs": cost.macs,
-        "bit_operations": cost.bit_operations,
-        "audit": found.verdict,
-        "seed": config.run.seed,
-    }
-    write_text(folder / "summary.json", json.dumps(result, indent=2) + "\n")
-    logger.info("audit: %s", found.verdict)
-    for problem in found.problems:
-        logger.error("audit: %s", problem)
-    best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
-    logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
-    written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
-    logger.info("look at: %s", ", ".join(str(folder / name) for name in written if (folder / name).exists()))
-    if config.run.tensorboard:
-        logger.info("TensorBoard: tensorboard --logdir %s", folder / "tensorboard")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file of a run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another folder with --log_dir") from error
-
-
-def dump_yaml(config: Config) -> str:
-    """The configuration as YAML."""
-    import yaml
-
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def describe(config: Config, network: str, groups: str, rates: schedule.Schedule, schedule_only: bool) -> str:
-    """What `--dry_run` and the keyword `lr-test` print."""
-    if schedule_only:
-        steps = range(config.schedule.epochs + config.schedule.extra_epoch)
-        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in steps]
-        return "\n".join(["epoch  learning rate at its first step", *lines])
-    changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
-    origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
-    warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
-    return (
-        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
-        f"learning rate at the epochs where it changes: {changes}\n{warnings}dry run: everything checked, nothing trained"
-    )
 
 
 if __name__ == "__main__":

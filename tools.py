@@ -69,7 +69,9 @@ def compare(options: Options) -> int:
         ))  # fmt: skip
     head = ("run", "network", "bits w/a", "top-1 %", "gap", "weights KiB", "float32 KiB", "smaller", "audit")
     print(format_table(head, rows))
-    print("top-1: validation images, after the last epoch. Weights: convolutions and linear layers at their bits.")
+    print(
+        "top-1: validation images, after the last epoch. Weights: convolutions and linear layers at their bits."
+    )
     print("\nlook at:")
     for folder in folders:
         for name in ("curves.png", "metrics.csv", "audit.txt", "tensorboard"):
@@ -86,7 +88,9 @@ def _summary(folder: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name the folders of finished runs, such as exp/CASE") from error
+        raise UserError(
+            f"{path}: {error.strerror}; name the folders of finished runs, such as exp/CASE"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     needed = {"case", "network", "bits", "last_top1", "weight_bytes", "float_weight_bytes", "audit"}
@@ -471,7 +475,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--verbose_list", metavar="LIST", help="details of names with these endings, or of all"
     )
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE"
+    )
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
 

@@ -130,7 +130,9 @@ def run(case: str, argv: Sequence[str], fresh: bool) -> dict[str, Any]:
     return summary
 
 
-def outcomes(setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool) -> list[Outcome]:
+def outcomes(
+    setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool
+) -> list[Outcome]:
     """Full precision first, then every method from it, for each seed."""
     full_cases = {seed: f"bench-{setup}-fp-{seed}" for seed in seeds}
     found: list[Outcome] = []
@@ -140,7 +142,9 @@ def outcomes(setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: 
             argv = command(setup, case, seed, m.block, m.keywords, f"{options} {m.options}")
             summary = run(case, argv, fresh)
             text = shlex.join(["python", *argv[1:]])
-            return Outcome(m.name, m.bits, seed, summary["last_top1"], summary["best_top1"], summary["audit"], text)
+            return Outcome(
+                m.name, m.bits, seed, summary["last_top1"], summary["best_top1"], summary["audit"], text
+            )
 
         full = Method("full precision", "32/32", "", "", 0.0)
         found += pool.map(lambda seed: outcome(full, seed, full_cases[seed], FULL), seeds)
@@ -208,7 +212,9 @@ def section(text: str, name: str, lines: Sequence[str]) -> str:
 
 def main() -> int:
     """Run, then write the table, the plot and the raw figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", choices=("digits", "glyphs"), default="digits")
     parser.add_argument("--all", action="store_true", help="every method instead of 2-bit LSQ alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -224,7 +230,9 @@ def main() -> int:
     print("\n".join(lines))
     if options.print:
         return 0
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
     folder = RESULTS.parent / "results"
     draw(found, methods, folder / f"{name}.png", f"{options.dataset}, {len(options.seeds)} seeds")
     raw = {"commit": commit.stdout.strip(), "runs": [asdict(o) for o in found]}

@@ -36,8 +36,11 @@ class AuditRow:
             return "was never reached"
         if self.seen <= self.allowed:
             return ""
-        return f"shows {self.seen} values where {self.allowed} are allowed" if self.changed else "passes its input"
-
+        return (
+            f"shows {self.seen} values where {self.allowed} are allowed"
+            if self.changed
+            else "passes its input"
+        )
 
     @property
     def note(self) -> str:

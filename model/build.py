@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from model import dorefa, fatnn, library, lq, lsq, pact, torchvision_resnet, xnor  # noqa: F401  (importing registers)
+from model import library, torchvision_resnet
 from model.convert import build_quantizers
 from model.mobilenet import MobileNetV1, MobileNetV2
 from model.nin import NIN

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
+from model import methods  # noqa: F401  (registers what a configuration can name)
 from model.observe import observing
-from model.quant import QuantConv2d, QuantLayer, QuantLinear
+from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear
 from model.summary import format_table
 from utils.config import QuantConfig
 from utils.errors import UserError
@@ -156,6 +157,29 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
             for name, layer in _layers(module)
         ]
         return module(*inputs), tuple(names)
+
+
+def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
+    """How far the input of each layer goes below zero in a forward pass: -min / max|x|, from 0 to 1.
+
+    For `Selection.signed`: sums and normalised tensors come near 1; activations do not go below zero (ReLU)
+    or, in a trained network, not far (SiLU, GELU), and lose little to levels that start at zero.
+    """
+    shares: dict[str, float] = {}
+
+    def watch(name: str, x: Tensor) -> None:
+        if x.numel():
+            share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
+            shares[name] = max(shares.get(name, 0.0), share)
+
+    with observing(module) as hooks:
+        hooks += [
+            layer.register_forward_pre_hook(lambda m, args, name=name: watch(name, args[0]))
+            for name, layer in _layers(module)
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        ]
+        module(*inputs)
+    return shares
 
 
 def replace(

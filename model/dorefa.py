@@ -25,8 +25,12 @@ class DoReFaActivation(Quantizer):
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
-        self.register_buffer("clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates)
-        self.zero_to_zero = config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+        self.register_buffer(
+            "clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates
+        )
+        self.zero_to_zero = (
+            config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+        )
 
     def grid(self) -> Grid:
         """The levels."""

@@ -64,7 +64,9 @@ class _FATNN(Quantizer):
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
         for i in range(self.ramps):
-            self.register_parameter(f"alpha{i}", nn.Parameter(torch.full(self.range_shape(), self.initial_slope)))
+            self.register_parameter(
+                f"alpha{i}", nn.Parameter(torch.full(self.range_shape(), self.initial_slope))
+            )
         if config.closed_form:
             self.register_buffer("output_scale", torch.ones(self.range_shape()))
 
@@ -112,7 +114,9 @@ class _FATNN(Quantizer):
         lowest = 0 if self.config.half_range else -1
         codes = RoundedRamps.apply(x, *self.thresholds()).long()
         scale = self.per_channel(self.output_scale) if self.config.closed_form else x.new_ones(1)
-        codebook = torch.arange(lowest, lowest + self.levels, device=x.device, dtype=torch.float32).unsqueeze(0)
+        codebook = torch.arange(lowest, lowest + self.levels, device=x.device, dtype=torch.float32).unsqueeze(
+            0
+        )
         return Integers(
             codes=codes.to(torch.int32), scale=scale, numbers=codes - lowest, codebook=codebook, factor=scale
         )
@@ -126,8 +130,11 @@ class _FATNN(Quantizer):
     def current_range(self) -> Tensor:
         """The end of the last ramp."""
         slopes, shifts, _ = self.thresholds()
-        return (shifts[-1] + 1 / slopes[-1]).detach().reshape(-1)[:: self._channels_per_group()].reshape(
-            self.range_shape()
+        return (
+            (shifts[-1] + 1 / slopes[-1])
+            .detach()
+            .reshape(-1)[:: self._channels_per_group()]
+            .reshape(self.range_shape())
         )
 
     def _channels_per_group(self) -> int:
@@ -181,5 +188,6 @@ def _check_ternary(config: QuantizerConfig) -> None:
     if not config.half_range and config.levels != 3:
         raise UserError(
             f"--{config.tag}_level {config.levels}: FATNN's values below and above zero are ternary; "
-            f"give --{config.tag}_level 3" + ("" if config.tag == "wt" else f" or leave --{config.tag}_half_range out")
+            f"give --{config.tag}_level 3"
+            + ("" if config.tag == "wt" else f" or leave --{config.tag}_half_range out")
         )

@@ -84,7 +84,9 @@ class Health:
                     if part != "quant_weight":
                         full = f"{name}.{part}"
                         hooks.append(
-                            quantizer.register_forward_pre_hook(lambda m, inputs, full=full: watch(full, m, inputs[0]))
+                            quantizer.register_forward_pre_hook(
+                                lambda m, inputs, full=full: watch(full, m, inputs[0])
+                            )
                         )
             self._model(images)
         for name, layer in self.layers.items():
@@ -147,7 +149,9 @@ def first_nonfinite(model: nn.Module, images: Tensor) -> str:
     def watch(name: str, module: nn.Module, output: Tensor) -> None:
         if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
             return
-        bad = [key for key, value in module.named_parameters(recurse=False) if not bool(value.isfinite().all())]
+        bad = [
+            key for key, value in module.named_parameters(recurse=False) if not bool(value.isfinite().all())
+        ]
         found.append(f"{name} (its {', '.join(bad)} is not finite)" if bad else name)
 
     hooks = [

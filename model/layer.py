@@ -106,7 +106,9 @@ def width(channels: int, config: ModelConfig) -> int:
     """
     scaled = round(channels * config.width_alpha)
     if scaled < 1:
-        raise UserError(f"--width_alpha {config.width_alpha} leaves no channel of {channels}; use a larger one")
+        raise UserError(
+            f"--width_alpha {config.width_alpha} leaves no channel of {channels}; use a larger one"
+        )
     return scaled
 
 
@@ -136,7 +138,14 @@ def unit(
     """A convolution `conv` (see there), a norm `bn` and, where `activated`, an activation `relu`."""
     parts: dict[str, nn.Module] = {
         "conv": conv(
-            channels_in, channels_out, kernel, stride, config, groups=groups, full_precision=full_precision, signed=signed
+            channels_in,
+            channels_out,
+            kernel,
+            stride,
+            config,
+            groups=groups,
+            full_precision=full_precision,
+            signed=signed,
         ),
         "bn": norm(channels_out, config),
     }
@@ -158,11 +167,20 @@ class SpaceToDepthConv(nn.Module):
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, block: int, kernel: int, config: ModelConfig, *, full_precision: bool
+        self,
+        channels_in: int,
+        channels_out: int,
+        block: int,
+        kernel: int,
+        config: ModelConfig,
+        *,
+        full_precision: bool,
     ) -> None:
         super().__init__()
         self.block = block
-        self.conv = conv(channels_in * block**2, channels_out, kernel, 1, config, full_precision=full_precision)
+        self.conv = conv(
+            channels_in * block**2, channels_out, kernel, 1, config, full_precision=full_precision
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

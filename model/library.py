@@ -68,7 +68,7 @@ def build(config: ModelConfig) -> nn.Module:
     """
     source, _, name = config.name.partition(":")
     if config.width_alpha != 1.0:
-        raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; use mobilenetv2")
+        raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; leave it out")
     try:
         network = SOURCES[source](name, config)
         output, order = called(network, torch.zeros(1, 3, config.input_size, config.input_size))

@@ -135,7 +135,12 @@ class _LQ(Quantizer):
         rows = self.per_channel(torch.arange(self.groups, device=x.device).reshape(self.range_shape()))
         numbers = self.ungrouped(positions, x)
         return Integers(
-            codes=numbers.to(torch.int32), scale=None, numbers=numbers, codebook=levels, factor=x.new_ones(1), rows=rows
+            codes=numbers.to(torch.int32),
+            scale=None,
+            numbers=numbers,
+            codebook=levels,
+            factor=x.new_ones(1),
+            rows=rows,
         )
 
     def set_range(self, value: Tensor) -> None:

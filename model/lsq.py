@@ -30,7 +30,8 @@ class LSQ(Quantizer):
         super().__init__(config, site)
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
         self.zero_to_zero = (
-            config.half_range and config.adaptive == "none"
+            config.half_range
+            and config.adaptive == "none"
             and config.grad_scale not in ("element-scale", "scale-element", "paper")
         )
 

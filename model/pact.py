@@ -49,7 +49,9 @@ class PACT(Quantizer):
         super().__init__(config, site)
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
         self.zero_to_zero = (
-            config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+            config.half_range
+            and config.adaptive == "none"
+            and config.grad_type != "STE-scale"
             and config.grad_scale not in ("element-scale", "scale-element", "paper")
         )
 

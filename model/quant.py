@@ -298,7 +298,11 @@ class Quantizer(nn.Module):
 
     def over_ranks(self, statistic: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
         """A statistic of this rank's tensor reduced over all ranks; weights are the same on each already."""
-        if self.config.tag != "wt" and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if (
+            self.config.tag != "wt"
+            and torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+        ):
             statistic = statistic.contiguous()
             torch.distributed.all_reduce(statistic, op=operation)
         return statistic
@@ -384,7 +388,9 @@ class QuantLayer(nn.Module):
     quant_activation: nn.Module
     quant_weight: nn.Module
     quant_output: nn.Module
-    signed_input: bool = False  # it goes below zero, so that its levels are symmetric whatever the options say
+    signed_input: bool = (
+        False  # it goes below zero, so that its levels are symmetric whatever the options say
+    )
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, called `name` in messages."""
@@ -397,7 +403,9 @@ class QuantLayer(nn.Module):
             except UserError as error:
                 if settings is getattr(config, tag):
                     raise
-                raise UserError(f"{name} has symmetric levels, since its input goes below zero: {error}") from error
+                raise UserError(
+                    f"{name} has symmetric levels, since its input goes below zero: {error}"
+                ) from error
 
     def _site(self, tag: str, name: str) -> TensorSite:
         raise NotImplementedError

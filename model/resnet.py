@@ -74,10 +74,16 @@ def shortcut(channels_in: int, channels_out: int, stride: int, config: ModelConf
     if stride == 1 and channels_in == channels_out:
         parts = [nn.Identity(), layer.norm(channels_in, config)] if block.identity_norm else []
         return nn.Sequential(*parts)
-    pool = nn.AvgPool2d(stride) if stride != 1 and (block.shortcut_pool or block.shortcut_repeat) else nn.Identity()
+    pool = (
+        nn.AvgPool2d(stride)
+        if stride != 1 and (block.shortcut_pool or block.shortcut_repeat)
+        else nn.Identity()
+    )
     if block.shortcut_repeat:
         if channels_out % channels_in:
-            raise UserError(f"the keyword DCHR cannot repeat {channels_in} channels to {channels_out}; leave it out")
+            raise UserError(
+                f"the keyword DCHR cannot repeat {channels_in} channels to {channels_out}; leave it out"
+            )
         return nn.Sequential(pool, layer.RepeatChannels(channels_out // channels_in))
     parts = [pool]
     if channels_in != channels_out:
@@ -105,7 +111,9 @@ def downsample(channels_in: int, channels_out: int, stride: int, config: ModelCo
     order = config.block.downsample_order
     norm_width = channels_in if "b" in order and order.index("b") < order.index("c") else channels_out
     parts: dict[str, Callable[[], nn.Module]] = {
-        "c": lambda: layer.SpaceToDepthConv(channels_in, channels_out, stride, 1, config, full_precision=False),
+        "c": lambda: layer.SpaceToDepthConv(
+            channels_in, channels_out, stride, 1, config, full_precision=False
+        ),
         "b": lambda: layer.norm(norm_width, config),
         "a": lambda: layer.activation(config),
     }
@@ -159,7 +167,9 @@ class Block(nn.Module):
         if block.fixup:
             self.fixup_scale = nn.Parameter(torch.ones(1))
         if self.base > 1:
-            self.scales = nn.ParameterList([nn.Parameter(torch.full((1,), 1 / self.base)) for _ in range(self.base)])
+            self.scales = nn.ParameterList(
+                [nn.Parameter(torch.full((1,), 1 / self.base)) for _ in range(self.base)]
+            )
 
     def _branch(self, x: Tensor, branch: int) -> Tensor:
         """One branch: the units in order; layer-wise skips are added where the order says."""
@@ -195,7 +205,9 @@ class Block(nn.Module):
         if self.base == 1:
             result = self._branch(x, 0)
         else:
-            result = torch.stack([self._branch(x, j) * scale for j, scale in enumerate(self.scales)]).sum(dim=0)
+            result = torch.stack([self._branch(x, j) * scale for j, scale in enumerate(self.scales)]).sum(
+                dim=0
+            )
         if self.block_skip:
             result = self.fix_bn(result) + self._shortcut(x)
         return self.fix_relu(result)
@@ -235,7 +247,11 @@ class ResNet(nn.Module):
         stem = config.stem
         self.conv1, self.maxpool = stem_layers(width, config)
         has_norm = not stem.pre_norm or (stem.pre_norm_activation and stem.norm_before_pool)
-        self.bn1 = nn.Sequential(*self._norm_activation(width, config, stem.activation)) if has_norm else nn.Sequential()
+        self.bn1 = (
+            nn.Sequential(*self._norm_activation(width, config, stem.activation))
+            if has_norm
+            else nn.Sequential()
+        )
         self.norm_before_pool = stem.norm_before_pool
         channels = width
         for i, blocks in enumerate(depth.stages):

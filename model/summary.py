@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.observe import observing
-from model.quant import QuantLayer, Quantizer
+from model.quant import Quantizer, QuantLayer
 
 FULL_BITS = 32  # of a value in full precision
 
@@ -118,7 +118,9 @@ def format_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     right = [bool(rows) and all(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
     lines = [
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
         for row in [head, *rows]
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -143,8 +145,12 @@ def cost(model: nn.Module, input_size: int) -> Cost:
     layers: list[LayerCost] = []
 
     def count(name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
-        weight, weight_bits = describe(module.quant_weight) if isinstance(module, QuantLayer) else ("", FULL_BITS)
-        activation, bits = describe(module.quant_activation) if isinstance(module, QuantLayer) else ("", FULL_BITS)
+        weight, weight_bits = (
+            describe(module.quant_weight) if isinstance(module, QuantLayer) else ("", FULL_BITS)
+        )
+        activation, bits = (
+            describe(module.quant_activation) if isinstance(module, QuantLayer) else ("", FULL_BITS)
+        )
         layers.append(
             LayerCost(
                 name=name,

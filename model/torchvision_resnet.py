@@ -16,7 +16,7 @@ NAMES = {f"pytorch-resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 10
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """torchvision's network with its parameter names; the first and the last layer stay in full precision
+    """Torchvision's network with its parameter names; the first and the last layer stay in full precision
     unless they are to be quantized too.
 
     Raises:

@@ -191,7 +191,9 @@ def test_ranges_fit_training_even_where_running_statistics_do_not() -> None:
         if isinstance(module, nn.Conv2d):
             module.weight.data.mul_(0.05)
     initialise_ranges(model, torch.randn(16, 3, 16, 16))
-    ranges = [float(q.clip_val.detach().max()) for name, q in quantizers(model) if name.endswith("activation")]
+    ranges = [
+        float(q.clip_val.detach().max()) for name, q in quantizers(model) if name.endswith("activation")
+    ]
     assert max(ranges) < 20
     model.train()
     functional.cross_entropy(model(torch.randn(16, 3, 16, 16)), torch.arange(16) % 10).backward()

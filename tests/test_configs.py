@@ -1,4 +1,4 @@
-"""The example configs: valid shell, named by the pattern, and accepted by a dry run at the bits of their names."""
+"""The example configs: valid shell, named by a pattern, accepted by a dry run at the bits of their names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ BEST = "-model_best.pth.tar"
 
 def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run train.sh as from a shell that has no settings of its own."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")
+    }
     return subprocess.run(
         ["bash", str(ROOT / "train.sh"), *arguments],
         env={**inherited, "PYTHON": sys.executable},
@@ -78,7 +80,9 @@ def imitate_data(name: str) -> list[str]:
 
 def printed_bits(text: str) -> set[tuple[str, int, int]]:
     """Method, bits and levels of the quantizers in a dry run's table."""
-    return {(m, int(bits), int(levels)) for m, bits, levels in re.findall(r"(\w+) (\d+) bit, (\d+) levels", text)}
+    return {
+        (m, int(bits), int(levels)) for m, bits, levels in re.findall(r"(\w+) (\d+) bit, (\d+) levels", text)
+    }
 
 
 def expected_bits(name: str) -> set[tuple[str, int, int]]:
@@ -116,6 +120,11 @@ def test_name_says_what_is_in_it(name: str) -> None:
     assert config.warnings == ()
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".1bit." in name])
+def test_signs_are_not_taken_behind_a_relu(name: str) -> None:
+    assert config_of(name).model.activation == "none"
+
+
 def test_every_case_is_another_one() -> None:
     cases = [config_of(name).run.case for name in CONFIGS]
     assert len(set(cases)) == len(cases)
@@ -135,7 +144,9 @@ def test_pretrained_weights_are_those_of_another_config(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dry_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     status = main.main([*argv(name), *imitate_data(name), "--dry_run"])
     done = capsys.readouterr()

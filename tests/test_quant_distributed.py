@@ -16,7 +16,9 @@ RANKS = 2
 STEPS = 4
 CASES = {
     "lq": QuantizerConfig(tag="fm", enable=True, method="lq", levels=4, half_range=True),
-    "lq-groups": QuantizerConfig(tag="fm", enable=True, method="lq", levels=4, half_range=True, quant_group=4),
+    "lq-groups": QuantizerConfig(
+        tag="fm", enable=True, method="lq", levels=4, half_range=True, quant_group=4
+    ),
     "lq-custom-update": QuantizerConfig(
         tag="fm", enable=True, method="lq", levels=4, half_range=True, custom_update=True
     ),
@@ -35,7 +37,9 @@ def images(step: int) -> Tensor:
 
 
 def make(config: QuantizerConfig) -> Quantizer:
-    quantizer = build(config, TensorSite(name="layer", channels=4, channel_dim=int(config.tag != "wt"), ndim=4, fan=36))
+    quantizer = build(
+        config, TensorSite(name="layer", channels=4, channel_dim=int(config.tag != "wt"), ndim=4, fan=36)
+    )
     assert isinstance(quantizer, Quantizer)
     return quantizer.train()
 

@@ -59,7 +59,9 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_every_parameter(name: str, quantized: bool) -> None:
     options = "--fm_quant_group 2" if name == "group-norm" else ""
-    model = network(VARIANTS[name] + (",dorefa,lsq" if quantized else ""), f"{options} {QUANTIZED if quantized else ''}")
+    model = network(
+        VARIANTS[name] + (",dorefa,lsq" if quantized else ""), f"{options} {QUANTIZED if quantized else ''}"
+    )
     # Zero-initialised last convolutions and norms let nothing pass to what is before them.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.ndim > 1 and not parameter.any():
@@ -189,7 +191,10 @@ def test_first_and_last_layer_are_quantized_on_request() -> None:
 
 BAD = {
     "bottleneck": ("--model resnet50 --keyword imagenet,cbsa", "origin"),
-    "group-norm": ("--model resnet20 --width_alpha 0.25 --keyword cifar10,cbsa,group-norm --fm_quant_group 3", "divide"),
+    "group-norm": (
+        "--model resnet20 --width_alpha 0.25 --keyword cifar10,cbsa,group-norm --fm_quant_group 3",
+        "divide",
+    ),
     "prone preBN": ("--keyword cifar10,bacs,preBN,prone", "preBN contradicts prone"),
     "inside": ("--keyword cifar10,cabs,prone,bn_before_restore", "cbas or cbsa"),
     "fixup bacs": ("--keyword cifar10,bacs,fixup", "cbas or cbsa"),

@@ -1,0 +1,1 @@
+"""Everything around the networks: options, data, training state, reports."""

@@ -84,7 +84,9 @@ class BlockConfig:
     prone: bool = False  # 3x3 convolutions through space-to-depth
     prone_strided: bool = True  # the strided ones too
     prone_norm_inside: bool = False  # the norm before depth-to-space
-    downsample_order: str = ""  # layers (c, b, a) of a lossless downsampling before strided blocks; empty: none
+    downsample_order: str = (
+        ""  # layers (c, b, a) of a lossless downsampling before strided blocks; empty: none
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,9 @@ class StemConfig:
     norm_before_pool: bool = False
     activation: bool = True
     pre_norm: bool = False  # no norm in the stem, one norm before the final pooling
-    pre_norm_activation: bool = False  # an activation after that norm; with norm_before_pool the stem has its own too
+    pre_norm_activation: bool = (
+        False  # an activation after that norm; with norm_before_pool the stem has its own too
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +281,9 @@ def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return words, ()
     wanted = DATASETS[dataset]
     if len(present) == 1 and present != [wanted]:
-        raise UserError(f"--dataset {dataset} contradicts the keyword {present[0]}: write {wanted} or leave it out")
+        raise UserError(
+            f"--dataset {dataset} contradicts the keyword {present[0]}: write {wanted} or leave it out"
+        )
     return (words if present else (wanted, *words)), ()
 
 
@@ -356,13 +362,19 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
     if not quant.enabled:
         for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
             if name in given.explicit:
-                warnings.append(f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable")
+                warnings.append(
+                    f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable"
+                )
         if any(part.method != "none" for part in parts.values()):
-            warnings.append("the network stays in full precision: add --fm_enable and --wt_enable to quantize it")
+            warnings.append(
+                "the network stays in full precision: add --fm_enable and --wt_enable to quantize it"
+            )
     return quant, tuple(warnings)
 
 
-def _quantizer_config(tag: str, given: Given, fields: Mapping[str, Any], warnings: list[str]) -> QuantizerConfig:
+def _quantizer_config(
+    tag: str, given: Given, fields: Mapping[str, Any], warnings: list[str]
+) -> QuantizerConfig:
     bit, level = given[f"{tag}_bit"], given[f"{tag}_level"]
     if not 1 <= bit <= 16:
         raise UserError(f"--{tag}_bit {bit}: must be from 1 to 16")
@@ -427,7 +439,9 @@ def _check_method(
     if method == "xnor" and levels != 2:
         raise UserError(f"the keyword xnor is binary: give --{tag}_bit 1, not {levels} levels")
     if kind == "Triangle" and (method != "xnor" or tag == "wt"):
-        raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write none, STE or STE-scale")
+        raise UserError(
+            f"--{tag}_grad_type Triangle belongs to binary activations; write none, STE or STE-scale"
+        )
     if kind == "STE-scale" and method not in ("dorefa", "pact", "lsq"):
         raise UserError(f"--{tag}_grad_type STE-scale does not go with {method}; write none or STE")
     if kind == "STE-scale" and method == "lsq":
@@ -457,13 +471,17 @@ def _part(cls: type[Any], prefix: str, fields: Mapping[str, Any]) -> Any:
     return cls(**{name: fields[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in fields})
 
 
-def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+def model_config(
+    given: Given, fields: Mapping[str, Any], quant: QuantConfig
+) -> tuple[ModelConfig, tuple[str, ...]]:
     """The network of options and keyword fields, and warnings."""
     family = family_of(given["model"])
     resnet = family == "resnet"
     orders = [k.name for k in keywords.registry().values() if "block.order" in k.sets]
     if resnet and quant.enabled and "block.order" not in fields:
-        raise UserError(f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}")
+        raise UserError(
+            f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}"
+        )
     block = _part(BlockConfig, "block", fields)
     stem = _part(StemConfig, "stem", fields)
     _check_variants(given, block, stem)
@@ -475,8 +493,15 @@ def model_config(given: Given, fields: Mapping[str, Any], quant: QuantConfig) ->
         stem = dataclasses.replace(stem, kind="imagenet" if size >= 128 else "cifar")
     warnings = []
     if resnet and block.order.startswith("b") and not stem.pre_norm:
-        warnings.append(f"{block.order} without the keyword preBN leaves the last block's output unnormalised")
-    if family in ("torchvision", "timm") and quant.fm.enable and quant.fm.half_range and quant.fm.method != "xnor":
+        warnings.append(
+            f"{block.order} without the keyword preBN leaves the last block's output unnormalised"
+        )
+    if (
+        family in ("torchvision", "timm")
+        and quant.fm.enable
+        and quant.fm.half_range
+        and quant.fm.method != "xnor"
+    ):
         warnings.append(
             "the activations' levels start at zero, which suits networks of ReLUs: give --fm_half_range for one whose "
             "layers get negative inputs (GELU, SiLU, layer norms)"
@@ -506,17 +531,23 @@ def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
         if not block.downsample_order:
             raise UserError("--order belongs to the keyword ReShapeResolution: add it or leave --order out")
         if not order or set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order:
-            raise UserError(f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb")
+            raise UserError(
+                f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
+            )
     if kernel is not None:
         if not stem.space_to_depth:
             raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")
         if kernel not in (1, 3):
             raise UserError(f"--stem_kernel {kernel}: must be 1 or 3")
     if block.prone_norm_inside and not block.order.startswith("cb"):
-        raise UserError(f"--keyword: bn_before_restore needs an order in which the norm follows the convolution, "
-                        f"cbas or cbsa, not {block.order}")
+        raise UserError(
+            f"--keyword: bn_before_restore needs an order in which the norm follows the convolution, "
+            f"cbas or cbsa, not {block.order}"
+        )
     if block.fixup and block.order.startswith("b"):
-        raise UserError(f"--keyword: fixup has no norms to begin with, so {block.order} cannot be; use cbas or cbsa")
+        raise UserError(
+            f"--keyword: fixup has no norms to begin with, so {block.order} cannot be; use cbas or cbsa"
+        )
 
 
 def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> DataConfig:
@@ -579,7 +610,9 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
     if any(device < 0 for device in devices):
         raise UserError(f"--device_ids {' '.join(map(str, devices))}: GPUs are counted from 0")
     if len(devices) > 1:
-        raise UserError(f"--device_ids {' '.join(map(str, devices))}: several GPUs are not there yet; give one")
+        raise UserError(
+            f"--device_ids {' '.join(map(str, devices))}: several GPUs are not there yet; give one"
+        )
     return RunConfig(
         case=given["case"],
         seed=given["seed"],

@@ -129,7 +129,11 @@ def _dataset(name: str, stem: str, classes: int, size: int) -> dict[str, Any]:
 
 _declare(
     "data set",
-    ("imagenet", "7x7 stem with stride 2 and pooling, 1000 classes, 224 px", _dataset("imagenet", "imagenet", 1000, 224)),
+    (
+        "imagenet",
+        "7x7 stem with stride 2 and pooling, 1000 classes, 224 px",
+        _dataset("imagenet", "imagenet", 1000, 224),
+    ),
     ("cifar10", "3x3 stem, 10 classes, 32 px", _dataset("cifar10", "cifar", 10, 32)),
     ("cifar100", "3x3 stem, 100 classes, 32 px", _dataset("cifar100", "cifar", 100, 32)),
     ("digits", "3x3 stem, 10 classes, 32 px", _dataset("digits", "cifar", 10, 32)),
@@ -159,12 +163,23 @@ _declare(
 _declare(
     "stem and head",
     ("fix_pooling", "norm and activation before the stem's pooling", _sets(stem__norm_before_pool=True)),
-    ("preBN", "no norm in the stem, one before the final pooling (for b-first orders)", _sets(stem__pre_norm=True)),
-    ("patch_preBN_stem", "an activation after preBN's norm; with fix_pooling the stem's norm and activation again",
-     {**_sets(stem__pre_norm_activation=True), "requires": (("preBN",),)}),
+    (
+        "preBN",
+        "no norm in the stem, one before the final pooling (for b-first orders)",
+        _sets(stem__pre_norm=True),
+    ),
+    (
+        "patch_preBN_stem",
+        "an activation after preBN's norm; with fix_pooling the stem's norm and activation again",
+        {**_sets(stem__pre_norm_activation=True), "requires": (("preBN",),)},
+    ),
     ("group-net", "no activation in the stem", _sets(stem__activation=False)),
     ("TResNetStem", "space-to-depth by 4, then a convolution", _sets(stem__space_to_depth=4)),
-    ("TResNetStemMaxPool", "space-to-depth by 2, a convolution, then max pooling", _sets(stem__space_to_depth=2)),
+    (
+        "TResNetStemMaxPool",
+        "space-to-depth by 2, a convolution, then max pooling",
+        _sets(stem__space_to_depth=2),
+    ),
     families=("resnet",),
 )
 _declare(
@@ -237,7 +252,11 @@ _declare(
 )  # fmt: skip
 _declare(
     "training",
-    ("label-smooth", "smooth the labels by --label_smooth, 0.1 when it is not given", _sets(run__label_smooth=0.1)),
+    (
+        "label-smooth",
+        "smooth the labels by --label_smooth, 0.1 when it is not given",
+        _sets(run__label_smooth=0.1),
+    ),
     ("lr-test", "print the learning rates of the whole schedule and train nothing", _sets(run__lr_test=True)),
     ("debug", "log the details of every quantizer", {"later": "this log is not there yet"}),
     ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),

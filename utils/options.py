@@ -65,15 +65,31 @@ METHOD = "this training method is not there yet"
 
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
-        _option("dataset", str, None, "data set; default: the keyword's, else digits",
-                choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "dali", "fake")),
+        _option(
+            "dataset",
+            str,
+            None,
+            "data set; default: the keyword's, else digits",
+            choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "dali", "fake"),
+        ),
         _option("root", str, None, "folder of the data set (imagenet: holds train/ and val/)"),
         _option("batch_size", int, 128, "images per iteration", aliases=("-b",)),
-        _option("val_batch_size", int, None, "images per validation step; 0: no validation; default: batch_size",
-                aliases=("-v",)),
+        _option(
+            "val_batch_size",
+            int,
+            None,
+            "images per validation step; 0: no validation; default: batch_size",
+            aliases=("-v",),
+        ),
         _option("workers", int, 2, "processes that decode images", aliases=("-j",)),
-        _option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",),
-                later="the additional augmentation is not there yet; leave --aa out"),
+        _option(
+            "addition_augment",
+            bool,
+            False,
+            "colour jitter and PCA lighting",
+            aliases=("--aa",),
+            later="the additional augmentation is not there yet; leave --aa out",
+        ),
         _option("mean", floats, None, "mean per channel, of images in [0, 1]; default: the data set's"),
         _option("std", floats, None, "standard deviation per channel; default: the data set's"),
         _option("fake_size", int, 256, "training images of the data set fake"),
@@ -96,7 +112,9 @@ COMMON: dict[str, tuple[Option, ...]] = {
     "schedule": (
         _option("epochs", int, 10, "epochs of the schedule"),
         _option("extra_epoch", int, 0, "epochs after the schedule, at its last rate"),
-        _option("lr_policy", str, "custom_step", "custom_step, fix_step, decay, fix, poly, sgdr, sgdr_step or cos"),
+        _option(
+            "lr_policy", str, "custom_step", "custom_step, fix_step, decay, fix, poly, sgdr, sgdr_step or cos"
+        ),
         _option("lr_decay", float, 0.1, "factor of the step policies and of decay; the power of poly"),
         _option("eta_min", float, 0.0, "lowest learning rate of poly, sgdr and cos"),
         _option("lr_fix_step", int, 30, "fix_step: epochs between two decays"),
@@ -113,8 +131,14 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("amp_backend", str, None, "torch or apex", choices=("torch", "apex"), later=HALF),
     ),
     "devices": (
-        _option("device_ids", int, None, "GPUs; default: the first one, the CPU where there is none",
-                aliases=("-g",), many=True),
+        _option(
+            "device_ids",
+            int,
+            None,
+            "GPUs; default: the first one, the CPU where there is none",
+            aliases=("-g",),
+            many=True,
+        ),
         _option("distributed", bool, False, "one process per GPU", later=MANY),
         _option("world_size", int, None, "number of processes", later=MANY),
         _option("rank", int, None, "number of this process", later=MANY),
@@ -124,20 +148,33 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
         _option("seed", int, 0, "seed of everything random"),
         _option("evaluate", bool, False, "validate only; nothing is written but the log", aliases=("-e",)),
-        _option("audit", bool, False, "check on real data that every quantizer quantizes (always after training)"),
-        _option("dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"),
+        _option(
+            "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
+        ),
+        _option(
+            "dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"
+        ),
         _option("delay", float, 0.0, "seconds to wait in each iteration"),
-        _option("label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"),
+        _option(
+            "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
+        ),
     ),
     "checkpoints and logs": (
-        _option("pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"),
+        _option(
+            "pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"
+        ),
         _option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
         _option("resume_file", str, None, "continue from this checkpoint"),
         _option("unresume_scope", words, (), "parts of parameter names that --pretrained leaves alone"),
         _option("weights_dir", str, "weights", "folder of the checkpoints"),
         _option("log_dir", str, "exp", "folder of logs, metrics and TensorBoard files"),
-        _option("save_freq", int, 0, "epochs between checkpoints that are kept; 0: the latest and the best only",
-                aliases=("-s",)),
+        _option(
+            "save_freq",
+            int,
+            0,
+            "epochs between checkpoints that are kept; 0: the latest and the best only",
+            aliases=("-s",),
+        ),
         _option("report_freq", int, 50, "iterations between two lines of the log"),
         _option("tensorboard", bool, False, "write TensorBoard files"),
         _option("verbose", bool, False, "log parameter groups and the details of loading"),
@@ -156,31 +193,69 @@ TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
 
 
 def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
-    half = "levels symmetric in [-c, c] instead of [0, c]" if tag == "fm" else "levels in [0, c] instead of [-c, c]"
+    half = (
+        "levels symmetric in [-c, c] instead of [0, c]"
+        if tag == "fm"
+        else "levels in [0, c] instead of [-c, c]"
+    )
     group = "1" if tag != "wt" else "one per output channel"
     options = [
         _option(f"{tag}_enable", bool, False, f"quantize every {what}"),
         _option(f"{tag}_bit", int, 8, f"bits of the {what} quantizer, 2^bit levels"),
         _option(f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit"),
         _option(f"{tag}_half_range", bool, False, half),
-        _option(f"{tag}_quant_group", int, None, f"groups that share parameters, -k: groups of k; default: {group}"),
+        _option(
+            f"{tag}_quant_group",
+            int,
+            None,
+            f"groups that share parameters, -k: groups of k; default: {group}",
+        ),
         _option(f"{tag}_boundary", float, 1.0, "initial clipping value"),
-        _option(f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"),
+        _option(
+            f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"
+        ),
         _option(f"{tag}_ratio", float, None, "share of a method's own", later="no method reads it yet"),
         _option(f"{tag}_correlate", float, -1.0, "factor on the calibrated clip value; not used when <= 0"),
-        _option(f"{tag}_adaptive", str, "none", "normalise before quantizing",
-                choices=("none", "mean", "var", "mean-var", "var-mean")),
+        _option(
+            f"{tag}_adaptive",
+            str,
+            "none",
+            "normalise before quantizing",
+            choices=("none", "mean", "var", "mean-var", "var-mean"),
+        ),
         _option(f"{tag}_adaptive_restore", bool, False, "undo the normalisation after quantizing"),
-        _option(f"{tag}_grad_type", str, "none", "gradient through the rounding",
-                choices=("none", "STE", "Triangle", "STE-scale")),
-        _option(f"{tag}_grad_scale", str, "none", "factor on the clip value's gradient",
-                choices=("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")),
-        _option(f"{tag}_grid", str, "midrise", "levels of a full range: midtread has one at zero (lsq)",
-                choices=("midrise", "midtread")),
+        _option(
+            f"{tag}_grad_type",
+            str,
+            "none",
+            "gradient through the rounding",
+            choices=("none", "STE", "Triangle", "STE-scale"),
+        ),
+        _option(
+            f"{tag}_grad_scale",
+            str,
+            "none",
+            "factor on the clip value's gradient",
+            choices=("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper"),
+        ),
+        _option(
+            f"{tag}_grid",
+            str,
+            "midrise",
+            "levels of a full range: midtread has one at zero (lsq)",
+            choices=("midrise", "midtread"),
+        ),
     ]
     if tag == "fm":
-        options.append(_option("fm_custom", str, "none", "XNOR-Net's activation scale: mean |x| over ...",
-                               choices=("none", "channel", "resolution")))
+        options.append(
+            _option(
+                "fm_custom",
+                str,
+                "none",
+                "XNOR-Net's activation scale: mean |x| over ...",
+                choices=("none", "channel", "resolution"),
+            )
+        )
     return tuple(options)
 
 
@@ -198,19 +273,28 @@ MODEL: dict[str, tuple[Option, ...]] = {
         _option("order", str, None, "keyword ReShapeResolution: its layers, of c, b and a; default: cba"),
         _option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
         _option("re_init", bool, False, "initialise the quantizers from the loaded weights and one batch"),
-        _option("stable", int, 0, "first training iterations in full precision, which calibrate the clip values"),
+        _option(
+            "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
+        ),
         _option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
     ),
     **{f"{what} quantizer": _quantizer_options(tag, what) for tag, what in TAGS.items()},
     "steering": (
-        _option("policy", str, None, "YAML file that changes the run as it goes",
-                later="policy files are not there yet"),
+        _option(
+            "policy",
+            str,
+            None,
+            "YAML file that changes the run as it goes",
+            later="policy files are not there yet",
+        ),
         _option("proxquant_step", int, 1000, "keyword proxquant: training iterations until all is quantized"),
         _option("mixup_enable", bool, False, "mixup", later=METHOD),
         _option("mixup_alpha", float, None, "parameter of mixup's beta distribution", later=METHOD),
         _option("probe_list", words, None, "layers to look into", later="probing is not there yet"),
         _option("probe_index", integers, None, "images to look into", later="probing is not there yet"),
-        _option("probe_iteration", integers, None, "iterations to look into", later="probing is not there yet"),
+        _option(
+            "probe_iteration", integers, None, "iterations to look into", later="probing is not there yet"
+        ),
     ),
 }
 
@@ -237,8 +321,9 @@ def _parser() -> argparse.ArgumentParser:
             spellings = [*option.aliases, f"--{option.name}"]
             note = " (not there yet)" if option.later else ""
             if option.kind is bool:
-                section.add_argument(*spellings, dest=option.name, action="store_true", default=None,
-                                     help=option.help + note)
+                section.add_argument(
+                    *spellings, dest=option.name, action="store_true", default=None, help=option.help + note
+                )
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
             section.add_argument(

@@ -1,0 +1,104 @@
+"""What a run tells about itself: the plan before it, lines while it goes, files and a picture at its end."""
+
+from __future__ import annotations
+
+import json
+import math
+from logging import Logger
+from pathlib import Path
+
+import yaml
+
+from model import health
+from model.audit import Audit
+from model.health import HealthRow
+from model.summary import Cost
+from utils import log
+from utils.checkpoint import CheckpointFiles
+from utils.config import Config, to_dict
+from utils.errors import UserError
+from utils.log import Board
+from utils.schedule import Schedule
+from utils.state import RunState
+
+
+def describe(config: Config, network: str, groups: str, rates: Schedule, schedule_only: bool) -> str:
+    """What `--dry_run` and the keyword `lr-test` print."""
+    if schedule_only:
+        steps = range(config.schedule.epochs + config.schedule.extra_epoch)
+        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in steps]
+        return "\n".join(["epoch  learning rate at its first step", *lines])
+    changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
+    origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
+    warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
+    return (
+        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
+        f"learning rate at the epochs where it changes: {changes}\n{warnings}dry run: everything checked, nothing trained"
+    )
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def epoch_line(row: dict[str, float], last: int, best: float) -> str:
+    """One epoch for the log."""
+    text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
+    if "val_top1" in row:
+        text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
+    return f"{text}; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
+
+
+def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logger) -> None:
+    """Each quantizer's state after an epoch, to the log (`--verbose`) and to TensorBoard."""
+    if rows:
+        logger.debug("%s", health.table(rows))
+    for row in rows:
+        board.scalars({f"health/{name}": value for name, value in row.scalars().items()}, epoch)
+
+
+def finish(
+    config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles, logger: Logger
+) -> None:  # fmt: skip
+    """Write the run's summary and picture, and name them."""
+    metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case
+    rows = log.MetricsFile.read(metrics) if metrics.exists() else []
+    log.draw_curves(rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)")
+    write_text(folder / "audit.txt", f"{found.table()}\n{found.verdict}\n")
+    result = {
+        "case": config.run.case,
+        "network": config.model.name,
+        "dataset": config.data.dataset,
+        "bits": cost.bits,
+        "epochs": state.epoch,
+        "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
+        "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
+        "weight_bytes": cost.weight_bytes,
+        "float_weight_bytes": cost.float_weight_bytes,
+        "macs": cost.macs,
+        "bit_operations": cost.bit_operations,
+        "audit": found.verdict,
+        "seed": config.run.seed,
+    }
+    write_text(folder / "summary.json", json.dumps(result, indent=2) + "\n")
+    logger.info("audit: %s", found.verdict)
+    for problem in found.problems:
+        logger.error("audit: %s", problem)
+    best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
+    logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
+    written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
+    logger.info("look at: %s", ", ".join(str(folder / name) for name in written if (folder / name).exists()))
+    if config.run.tensorboard:
+        logger.info("TensorBoard: tensorboard --logdir %s", folder / "tensorboard")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file of a run."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): choose another folder with --log_dir"
+        ) from error

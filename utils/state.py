@@ -1,0 +1,160 @@
+"""What a run continues from and what it leaves behind: its weights, its state and its earlier namesakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.quant import quantizers
+from utils import checkpoint
+from utils.checkpoint import CheckpointFiles, LoadReport
+from utils.config import Config, to_dict
+from utils.errors import UserError
+from utils.schedule import Schedule
+
+# Fields of the network that matter at its start or in the gradient only: a run may go on with others.
+CHANGEABLE = {
+    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
+    "proxquant_step", "input_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        epoch: epochs done.
+        best_acc: best top-1 of a validation so far, percent; -inf before the first.
+        differences: options that changed since the checkpoint that the run continues from.
+    """
+
+    epoch: int = 0
+    best_acc: float = -math.inf
+    differences: tuple[str, ...] = ()
+
+
+def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
+    """Load weights into the network; quantizers that the file does not have keep their start values.
+
+    The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
+    2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
+    its iterations from zero, so that a warm-up takes place.
+    """
+    state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
+    own = dict(quantizers(model))
+    for name, quantizer in own.items():
+        levels = state.pop(f"{name}.level_num", None)
+        if not config.run.evaluate:
+            state.pop(f"{name}.iteration", None)
+        if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
+            raise UserError(
+                f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
+                f"give --{quantizer.config.tag}_level {int(levels)} or the bits that mean it"
+            )
+    prefixes = tuple(f"{name}." for name in own)
+    return checkpoint.load_weights(
+        model,
+        state,
+        allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
+        scope=config.run.unresume_scope,
+        source=str(path),
+    )
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
+    """Everything of a checkpoint that training continues from."""
+    payload = checkpoint.read(path)
+    changed = differences(payload.get("config", {}), to_dict(config))
+    for line in changed:
+        field = line.split(" ", 1)[0]
+        network = field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE
+        if network or field == "optim.name":
+            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
+    state = checkpoint.state_dict_of(payload, source=str(path))
+    checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
+    for name, quantizer in quantizers(model):
+        quantizer.set_levels(int(state[f"{name}.level_num"]))
+    if config.run.evaluate:
+        return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
+    missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
+    if missing:
+        raise UserError(
+            f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained"
+        )
+    # The options' hyperparameters count, as far as they differ from the checkpoint's.
+    options = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(payload["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
+    checkpoint.set_random_state(payload["random"])
+    return RunState(payload["epoch"], payload["best_acc"], changed)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """Fields of the configuration that changed, of those that change the training."""
+    found: list[str] = []
+    for name in before.keys() & now.keys() - {"run", "keywords", "origins", "warnings"}:
+        old, new = before[name], now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old} and is {new} now")
+    return tuple(sorted(found))
+
+
+def save(
+    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule, files: CheckpointFiles,
+    config: Config, *, best: bool,
+) -> None:  # fmt: skip
+    """Write the latest checkpoint, and the best and the epoch's where they are due."""
+    payload = {
+        "epoch": state.epoch,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"step": state.epoch * rates.steps_per_epoch},
+        "best_acc": state.best_acc,
+        "learning_rate": rates.at(state.epoch * rates.steps_per_epoch - 1),
+        "amp": {},
+        "random": checkpoint.random_state(),
+        "config": to_dict(config),
+    }
+    checkpoint.save(files.latest, payload)
+    if best:
+        checkpoint.save(files.best, payload)
+    if config.run.save_freq and state.epoch % config.run.save_freq == 0:
+        checkpoint.save(files.epoch(state.epoch), payload)
+
+
+def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
+    """Rename what an earlier run of the same case left to CASE.N, so that nothing is overwritten."""
+    mine = files.existing()
+    if not mine and not (folder / "metrics.csv").exists():
+        return
+    names = (f"{files.case}.{number}" for number in itertools.count(1))
+    earlier = next(
+        name for name in names
+        if not folder.with_name(name).exists() and not dataclasses.replace(files, case=name).existing()
+    )  # fmt: skip
+    try:
+        if folder.exists():
+            folder.rename(folder.with_name(earlier))
+        for path in mine:
+            path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
+    except OSError as error:
+        raise UserError(
+            f"cannot move the earlier run of {files.case} away: {error}; use another --case"
+        ) from error
+    print(f"the earlier run of the case {files.case} is kept as {earlier}")
