@@ -246,7 +246,8 @@ def check_finite(loss: torch.Tensor, model: nn.Module, images: torch.Tensor, whe
     if not math.isfinite(float(loss.detach())):
         raise TrainingError(
             f"the loss is not finite in {where}; the first layer with such an output is "
-            f"{first_nonfinite(model, images)}; the last checkpoint is whole; try a lower --lr, --grad_clip or --re_init"
+            f"{first_nonfinite(model, images)}; the last checkpoint is whole; "
+            "try a lower --lr, --grad_clip or --re_init"
         )
 
 

@@ -69,9 +69,7 @@ def compare(options: Options) -> int:
         ))  # fmt: skip
     head = ("run", "network", "bits w/a", "top-1 %", "gap", "weights KiB", "float32 KiB", "smaller", "audit")
     print(format_table(head, rows))
-    print(
-        "top-1: validation images, after the last epoch. Weights: convolutions and linear layers at their bits."
-    )
+    print("top-1: validation images, after the last epoch; weights: those of convolutions and linear layers")
     print("\nlook at:")
     for folder in folders:
         for name in ("curves.png", "metrics.csv", "audit.txt", "tensorboard"):

@@ -163,7 +163,7 @@ def table(found: Sequence[Outcome], methods: Sequence[Method]) -> list[str]:
     """The rows in Markdown: mean and spread over the seeds, the gap to the seed's own full precision."""
     full = {o.seed: o.top1 for o in found if o.method == "full precision"}
     lines = [
-        "| method | bits w/a | top-1 % (mean of seeds) | lowest - highest | gap, points | target | reached | audit |",
+        "| method | bits w/a | top-1 %, mean | lowest - highest | gap, points | target | reached | audit |",
         "|---|---|---|---|---|---|---|---|",
         f"| full precision | 32/32 | {statistics.mean(full.values()):.2f} | "
         f"{min(full.values()):.2f} - {max(full.values()):.2f} | | | | |",
@@ -174,7 +174,8 @@ def table(found: Sequence[Outcome], methods: Sequence[Method]) -> list[str]:
         gap = statistics.mean(o.top1 - full[o.seed] for o in mine)
         audit = "passed" if all(o.audit.startswith("passed") for o in mine) else "FAILED"
         lines.append(
-            f"| {m.name} | {m.bits} | {statistics.mean(values):.2f} | {min(values):.2f} - {max(values):.2f} | "
+            f"| {m.name} | {m.bits} | {statistics.mean(values):.2f} | "
+            f"{min(values):.2f} - {max(values):.2f} | "
             f"{gap:+.2f} | {-m.most:+.1f} | {'yes' if gap >= -m.most else 'no'} | {audit} |"
         )
     return lines

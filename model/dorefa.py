@@ -38,7 +38,7 @@ class DoReFaActivation(Quantizer):
 
     def positive_clip(self) -> Tensor:
         """The clipping value, float32 > 0, broadcastable to the tensor."""
-        return self.per_channel(self.clip.clamp_min(SMALLEST))
+        return self.per_channel(self.clip.float().clamp_min(SMALLEST))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
@@ -86,7 +86,8 @@ class DoReFaWeight(Quantizer):
     @staticmethod
     def _squashed(x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
-        return squashed / squashed.abs().amax().clamp_min(SMALLEST)
+        largest = squashed.abs().amax()
+        return squashed / torch.where(largest < 1e-12, 1.0, largest)
 
 
 class SignTimesMean(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import PositiveClip
+from model.uniform import FLOOR, PositiveClip
 from utils.config import QuantizerConfig
 from utils.errors import UserError
 
@@ -98,7 +98,7 @@ class _FATNN(Quantizer):
             return codes
         if self.training:
             self._update_scale(x.detach(), codes.detach())
-        return codes * self.per_channel(self.output_scale)
+        return codes * self.per_channel(self.output_scale.float())
 
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
@@ -113,7 +113,7 @@ class _FATNN(Quantizer):
         """Integer codes; the scale is 1 without `closed_form`."""
         lowest = 0 if self.config.half_range else -1
         codes = RoundedRamps.apply(x, *self.thresholds()).long()
-        scale = self.per_channel(self.output_scale) if self.config.closed_form else x.new_ones(1)
+        scale = self.per_channel(self.output_scale.float()) if self.config.closed_form else x.new_ones(1)
         codebook = torch.arange(lowest, lowest + self.levels, device=x.device, dtype=torch.float32).unsqueeze(
             0
         )
@@ -123,7 +123,7 @@ class _FATNN(Quantizer):
 
     def set_range(self, value: Tensor) -> None:
         """Spread the ramps evenly over [0, value], or each over [0, value] in full range."""
-        widths = value.clamp_min(PositiveClip.FLOOR) / (self.ramps if self.config.half_range else 1)
+        widths = value.clamp_min(FLOOR) / (self.ramps if self.config.half_range else 1)
         for i in range(self.ramps):
             getattr(self, f"alpha{i}").copy_(1 / widths)
 

@@ -18,9 +18,9 @@ from utils.errors import UserError
 
 
 class StaticBatchNorm2d(nn.Module):
-    """Batch normalisation with fixed statistics: (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias.
+    """Batch normalisation with fixed statistics.
 
-    Input and output [N, C, H, W]. The statistics are buffers that nothing updates; the affine part learns
+    (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias; input and output [N, C, H, W]. The statistics are buffers that nothing updates; the affine part learns
     unless `frozen`.
     """
 
@@ -72,8 +72,8 @@ def norm(channels: int, config: ModelConfig) -> nn.Module:
         groups = config.quant.fm.quant_group or 1
         if channels % groups:
             raise UserError(
-                f"the keyword group-norm takes its groups from --fm_quant_group {groups}, which does not divide "
-                f"{channels} channels"
+                f"the keyword group-norm takes its groups from --fm_quant_group {groups}, which does not "
+                f"divide {channels} channels"
             )
         return nn.GroupNorm(groups, channels)
     return NORMS[config.norm](channels)
@@ -188,8 +188,9 @@ class SpaceToDepthConv(nn.Module):
 
 
 class ProneConv(nn.Module):
-    """A 3x3 convolution as a 1x1 one on larger pixels: space-to-depth by 2 * stride, 1x1 convolution to
-    4 * out channels, depth-to-space by 2.
+    """A 3x3 convolution as a 1x1 one on larger pixels.
+
+    Space-to-depth by 2 * stride, 1x1 convolution to 4 * out channels, depth-to-space by 2.
 
     Input [N, in, H, W], output [N, out, ceil(H / stride), ceil(W / stride)]. A size that 2 * stride does
     not divide is padded with zeros, half of the remainder on each side, and the surplus cut off again.

@@ -52,8 +52,8 @@ class _LQ(Quantizer):
         self.bits = (self.levels - 1).bit_length()
         if self.levels != 2**self.bits:
             raise UserError(
-                f"--{config.tag}_level {self.levels}: LQ-Nets' levels are the sums of a basis, 2^bits of them; "
-                f"give --{config.tag}_bit instead"
+                f"--{config.tag}_level {self.levels}: LQ-Nets' levels are the sums of a basis, "
+                f"2^bits of them; give --{config.tag}_bit instead"
             )
         start = self.initial_scale() * 2.0 ** torch.arange(self.bits) / 2 ** (self.bits - 1)
         self.register_buffer("basis", start.unsqueeze(1).repeat(1, self.groups))
@@ -72,7 +72,7 @@ class _LQ(Quantizer):
 
     def sorted_levels(self) -> tuple[Tensor, Tensor]:
         """Levels [g, levels] in ascending order, and the number of the code of each, int64."""
-        return torch.sort((self.codes @ self.basis).T.contiguous(), dim=1, stable=True)
+        return torch.sort((self.codes.float() @ self.basis.float()).T.contiguous(), dim=1, stable=True)
 
     def assign(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [g, n] to levels; returns the positions int64 [g, n], the sorted levels and their codes."""
@@ -123,7 +123,7 @@ class _LQ(Quantizer):
         regular = torch.linalg.det(gram).abs() > SINGULAR * diagonal
         solution = solution.squeeze(2).T
         good = regular & solution.isfinite().all(dim=0)
-        return torch.where(good, solution.float(), self.basis)
+        return torch.where(good, solution.float(), self.basis.float())
 
     def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """B^T B [g, bits, bits] and B^T x [g, bits, 1], so that the system can be solved."""
@@ -145,8 +145,9 @@ class _LQ(Quantizer):
 
     def set_range(self, value: Tensor) -> None:
         """Scale the basis so that its top level is `value`."""
-        top = self.sorted_levels()[0][:, -1].clamp_min(torch.finfo(torch.float32).tiny)
-        self.basis.mul_(value.reshape(-1) / top)
+        first = 2.0 ** torch.arange(self.bits, device=value.device).unsqueeze(1).expand_as(self.basis)
+        shape = torch.where(self.sorted_levels()[0][:, -1] > 0, self.basis, first)
+        self.basis.copy_(shape * (value.reshape(-1) / (self.codes @ shape).amax(dim=0)))
 
     def current_range(self) -> Tensor:
         """The top level."""

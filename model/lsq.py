@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from model.quant import Integers, Quantizer, TensorSite, register
 from model.uniform import Grid, LearnedClip, PositiveClip, ScaleGradient, initial_clip, integers
 from utils.config import QuantizerConfig
+from utils.errors import UserError
 
 
 @register("lsq", "fm", "wt", "ot")
@@ -28,6 +29,8 @@ class LSQ(Quantizer):
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
+        if config.grid == "midtread" and config.levels < 3:
+            raise UserError(f"--{config.tag}_grid midtread has no level above zero at {config.levels} levels")
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
         self.zero_to_zero = (
             config.half_range

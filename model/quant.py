@@ -20,6 +20,20 @@ from utils.config import QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
 
+@torch.library.custom_op("quant::snapshot", mutates_args=())
+def snapshot(value: Tensor) -> Tensor:
+    """A copy that a compiled graph keeps for its backward pass.
+
+    From a buffer, the compiler would compute the value anew there, when forward has already changed it.
+    """
+    return value.clone()
+
+
+@snapshot.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorSite:
     """Where a quantizer sits: what it needs to know of its layer.
@@ -166,7 +180,7 @@ class Quantizer(nn.Module):
             if self.config.adaptive_restore and mean is not None and deviation is not None:
                 extra = {"mean": mean, "deviation": deviation}
             if self.config.gamma:
-                extra["gamma"] = self.per_channel(self.gamma)
+                extra["gamma"] = self.per_channel(self.gamma.float())
             return dataclasses.replace(self.encode(normed), **extra)
 
     def _transform(self, x: Tensor) -> Tensor:
@@ -175,9 +189,9 @@ class Quantizer(nn.Module):
         if self.config.adaptive_restore and mean is not None and deviation is not None:
             result = result * deviation + mean
         if self.training and self.config.proxquant_step > 0:
-            share = (1 - self.iteration / self.config.proxquant_step).clamp_min(0)
-            result = share * normed + (1 - share) * result
-        return result * self.per_channel(self.gamma) if self.config.gamma else result
+            share = (1 - snapshot(self.iteration) / self.config.proxquant_step).clamp_min(0)
+            result = share * (x if self.config.adaptive_restore else normed) + (1 - share) * result
+        return result * self.per_channel(self.gamma.float()) if self.config.gamma else result
 
     def normalise(self, x: Tensor) -> Tensor:
         """Float32 `x` as the method sees it, after `adaptive`."""
@@ -336,7 +350,7 @@ class Quantizer(nn.Module):
         return f"{self.config.tag}, {self.config.method}, levels={self.levels}, groups={self.groups}"
 
 
-MIN_DIVISOR = math.sqrt(torch.finfo(torch.float32).tiny)
+MIN_DIVISOR = 1e-5
 
 
 # The registry of methods -----------------------------------------------------------------------

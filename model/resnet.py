@@ -294,7 +294,7 @@ class ResNet(nn.Module):
 
 
 def stem_layers(width: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
-    """The first convolution and the pooling after it; full precision unless the first layer is quantized too."""
+    """The first convolution and the pooling after it; quantized where the first and last layers are."""
     stem = config.stem
     full = not config.quant.first_last
     if stem.space_to_depth:

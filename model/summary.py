@@ -108,8 +108,9 @@ class Cost:
     def totals(self) -> str:
         """One line of totals."""
         return (
-            f"total: {self.parameters:,} parameters, {self.macs:,} MACs, {self.bit_operations:,} bit operations, "
-            f"weights {self.weight_bytes / 1024:.1f} KiB ({self.float_weight_bytes / 1024:.1f} KiB in float32)"
+            f"total: {self.parameters:,} parameters, {self.macs:,} MACs, {self.bit_operations:,} bit "
+            f"operations, weights {self.weight_bytes / 1024:.1f} KiB "
+            f"({self.float_weight_bytes / 1024:.1f} KiB in float32)"
         )
 
 

@@ -16,8 +16,9 @@ NAMES = {f"pytorch-resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 10
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """Torchvision's network with its parameter names; the first and the last layer stay in full precision
-    unless they are to be quantized too.
+    """Torchvision's network with its parameter names.
+
+    The first and the last layer stay in full precision unless they are to be quantized too.
 
     Raises:
         UserError: for a width, which these networks do not have.

@@ -170,6 +170,9 @@ class ScaleGradient(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
+FLOOR = 1e-6  # smallest clip value; not an attribute of the Function, which Dynamo cannot trace
+
+
 class PositiveClip(torch.autograd.Function):
     """max(|c|, floor) whose gradient is sign(c) everywhere, with sign(0) = +1.
 
@@ -177,14 +180,14 @@ class PositiveClip(torch.autograd.Function):
     reached zero, or crossed it, grow again.
     """
 
-    FLOOR = 1e-6
-
     @staticmethod
     def forward(ctx: Any, clip: Tensor) -> Tensor:
-        ctx.save_for_backward(clip)
-        return clip.abs().clamp_min(PositiveClip.FLOOR)
+        ctx.save_for_backward(
+            clip < 0
+        )  # not the parameter, which a warm-up may change before the backward pass
+        return clip.float().abs().clamp_min(FLOOR)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (clip,) = ctx.saved_tensors
-        return torch.where(clip < 0, -grad, grad)
+        (negative,) = ctx.saved_tensors
+        return torch.where(negative, -grad, grad)

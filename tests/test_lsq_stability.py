@@ -39,7 +39,10 @@ def train(quantizer: nn.Module, learning_rate: float) -> tuple[list[float], floa
     target = (x.mean(dim=(1, 2, 3)) * 20).long().clamp(-1, 2) + 1
     model = nn.ModuleList([first, quantizer, last])
     optimizer = torch.optim.SGD(
-        [{"params": [*first.parameters(), *last.parameters()]}, {"params": quantizer.parameters(), "lr": learning_rate}],
+        [
+            {"params": [*first.parameters(), *last.parameters()]},
+            {"params": quantizer.parameters(), "lr": learning_rate},
+        ],
         lr=0.1, momentum=0.9,
     )  # fmt: skip
     losses = []

@@ -96,7 +96,7 @@ def test_zero_initialised_norms_make_blocks_shortcuts() -> None:
 
 
 def test_fixup_starts_as_published() -> None:
-    """First convolutions: std sqrt(2 / (out * 9)) * B^(-1/2), B = 9 blocks; last convolutions and fc: zero."""
+    """First convolutions: std sqrt(2 / (out * 9)) * B^(-1/2), B = 9 blocks; the last and fc: zero."""
     model = network("cifar10,cbsa,origin,fix,fixup,bias", "--width_alpha 1")
     stds = []
     for block in model.modules():

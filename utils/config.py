@@ -308,13 +308,13 @@ def _share(given: Given, *names: str) -> None:
 def _check_numbers(given: Given) -> None:
     """Values that make no sense whatever else is given."""
     _positive(
-        given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base", "report_freq",
-        "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
+        given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
+        "report_freq", "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
         *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
     )  # fmt: skip
     _not_negative(
-        given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min", "wakeup",
-        "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
+        given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min",
+        "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
     )  # fmt: skip
     _share(given, "momentum", "label_smooth")
     if given["batch_size"] == 1 and not given["evaluate"]:

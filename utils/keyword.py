@@ -153,7 +153,8 @@ _declare(
     ("origin", "one skip around the whole block, not around every convolution", _sets(block__skip="block")),
     ("fix", "the sum of a block is activated (c-first orders) or its output normalised (b-first)",
      _sets(block__fix=True)),
-    ("singleconv", "shortcuts stride in their convolution instead of pooling", _sets(block__shortcut_pool=False)),
+    ("singleconv", "shortcuts stride in their convolution instead of pooling",
+     _sets(block__shortcut_pool=False)),
     ("real_skip", "the shortcuts' convolutions stay in full precision",
      _sets(block__shortcut_full_precision=True)),
     ("identify_norm", "a norm on identity shortcuts too", _sets(block__identity_norm=True)),
@@ -203,7 +204,8 @@ _declare(
 _declare(
     "network variant",
     ("zir", "the last norm of each block starts at zero", _sets(block__zero_init=True)),
-    ("fixup", "Fixup: no norms, scaled initialisation", {**_sets(block__fixup=True), "excludes": ("preBN", "zir")}),
+    ("fixup", "Fixup: no norms, scaled initialisation",
+     {**_sets(block__fixup=True), "excludes": ("preBN", "zir")}),
     ("bias", "Fixup's scalar biases", {**_sets(block__fixup_bias=True), "requires": (("fixup",),)}),
     ("prone", "3x3 convolutions become 1x1 ones through space-to-depth",
      {**_sets(block__prone=True), "excludes": ("preBN",)}),
@@ -233,12 +235,14 @@ _declare(
      {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
     ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
      {**_method("fatnn"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
-    *((f"{tag}_{word}", f"{name} for {what}s alone", {**_method(method, tag), "rank": 2, "requires": (_BASES,)})
+    *((f"{tag}_{word}", f"{name} for {what}s alone",
+       {**_method(method, tag), "rank": 2, "requires": (_BASES,)})
       for word, method, name in (("lsq", "lsq", "LSQ"), ("non-uniform", "fatnn", "FATNN"))
       for tag, what in TAGS.items()),
     ("gamma", "a learned scale per group on quantized weights (XNOR-Net++)",
      {**_sets(quant__wt__gamma=True), "excludes": ("dorefa",)}),
-    ("wt_gamma", "a learned scale per group on quantized weights, for any method", _sets(quant__wt__gamma=True)),
+    ("wt_gamma", "a learned scale per group on quantized weights, for any method",
+     _sets(quant__wt__gamma=True)),
     ("ot_gamma", "a learned scale per group on quantized outputs", _sets(quant__ot__gamma=True)),
     ("wt_bin", "one-bit weights sign(w) * mean|w|",
      {**_sets(quant__wt__binary_scale=True), "requires": (("dorefa", "pact"),)}),

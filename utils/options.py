@@ -311,9 +311,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="main.py", usage="python main.py [options]", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="main.py", usage="python main.py [options]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train image classifiers with low-bit weights and activations.",
-        epilog="Usually started as: bash train.sh config/config.NAME [options]. Guide: docs/classification.md",
+        epilog="Usually: bash train.sh config/config.NAME [options]. Guide: docs/classification.md",
     )  # fmt: skip
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title)

@@ -33,7 +33,8 @@ def describe(config: Config, network: str, groups: str, rates: Schedule, schedul
     warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
     return (
         f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
-        f"learning rate at the epochs where it changes: {changes}\n{warnings}dry run: everything checked, nothing trained"
+        f"learning rate at the epochs where it changes: {changes}\n{warnings}"
+        "dry run: everything checked, nothing trained"
     )
 
 
@@ -59,7 +60,8 @@ def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logge
 
 
 def finish(
-    config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles, logger: Logger
+    config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles,
+    logger: Logger,
 ) -> None:  # fmt: skip
     """Write the run's summary and picture, and name them."""
     metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case

@@ -116,8 +116,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule, files: CheckpointFiles,
-    config: Config, *, best: bool,
+    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule,
+    files: CheckpointFiles, config: Config, *, best: bool,
 ) -> None:  # fmt: skip
     """Write the latest checkpoint, and the best and the epoch's where they are due."""
     payload = {
