@@ -20,8 +20,8 @@ from utils.errors import UserError
 class StaticBatchNorm2d(nn.Module):
     """Batch normalisation with fixed statistics.
 
-    (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias; input and output [N, C, H, W]. The statistics are buffers that nothing updates; the affine part learns
-    unless `frozen`.
+    (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias; input and output [N, C, H, W]. The
+    statistics are buffers that nothing updates; the affine part learns unless `frozen`.
     """
 
     def __init__(self, channels: int, *, frozen: bool = False) -> None:

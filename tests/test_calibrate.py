@@ -184,7 +184,8 @@ def test_ranges_fit_training_even_where_running_statistics_do_not() -> None:
     activation was zero and the gradients of the norms were not finite.
     """
     network = "--model resnet20 --width_alpha 0.125 --input_size 16 --dataset fake"
-    quantized = f"{network} --keyword cifar10,origin,cbsa,fix,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --wt_adaptive var-mean"
+    quantizers_of = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --wt_adaptive var-mean"
+    quantized = f"{network} --keyword cifar10,origin,cbsa,fix,dorefa,lsq {quantizers_of}"
     torch.manual_seed(0)
     model = build(read(quantized.split()).model)
     for module in model.modules():

@@ -246,7 +246,7 @@ def test_depthwise_words_have_no_effect_without_such_convolutions() -> None:
 
 @pytest.mark.parametrize("model", ["mobilenet_v2", "mobilenetV2", "mobilenet2"])
 def test_unknown_names_are_answered_with_close_ones(model: str) -> None:
-    with pytest.raises(UserError, match="no such network; did you mean .*mobilenetv2"):
+    with pytest.raises(UserError, match=r"no such network; did you mean .*mobilenetv2"):
         network(model, "cifar10")
 
 
