@@ -34,8 +34,8 @@ def images(size: int, count: int = 4) -> Tensor:
 
 # Structure -----------------------------------------------------------------------------------------
 
-# Parameters and multiply-accumulates, added up by hand from the papers' tables; the papers say 4.2 M and 569 M, 3.4 M
-# and 300 M.
+# Parameters and multiply-accumulates, counted from the papers' tables. The MobileNets' papers round them to
+# 4.2 M and 569 M, and to 3.4 M and 300 M.
 SIZES = {
     ("mobilenetv1", "imagenet"): (4_231_976, 568_740_352),
     ("mobilenetv2", "imagenet"): (3_504_872, 300_774_272),
@@ -147,14 +147,9 @@ def test_norm(model: str) -> None:
 @pytest.mark.parametrize("stem", ["cifar10", "imagenet"])
 @pytest.mark.parametrize("model", NAMES)
 def test_every_parameter_learns_and_every_level_is_allowed(model: str, stem: str) -> None:
-    net = network(model, f"{stem},dorefa,lsq", f"{QUANTIZED} --width_alpha 0.25 --num_classes 10").train()
     size = 16 if stem == "cifar10" else 64
-    if model == "vgg_small":
-        net = network(
-            model,
-            f"{stem},dorefa,lsq",
-            f"{QUANTIZED} --width_alpha 0.25 --num_classes 10 --input_size {size}",
-        )
+    options = f"{QUANTIZED} --width_alpha 0.25 --num_classes 10 --input_size {size}"
+    net = network(model, f"{stem},dorefa,lsq", options).train()
     x = images(size, count=8)
     functional.cross_entropy(net(x), torch.arange(8)).backward()
     for name, parameter in net.named_parameters():

@@ -123,10 +123,9 @@ class Loader(ABC):
 
     def _batches(self) -> Sequence[Tensor]:
         """All batches of the current epoch as indices, int64 [N] each."""
-        if self._train:
-            order = epoch_order(self.samples, self._seed, self._epoch)
-        else:
-            order = torch.arange(self.samples)
+        order = (
+            epoch_order(self.samples, self._seed, self._epoch) if self._train else torch.arange(self.samples)
+        )
         return order.split(self._batch_size)[: len(self)]
 
     @abstractmethod

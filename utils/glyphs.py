@@ -133,7 +133,7 @@ def _image(character: str, font: ImageFont.FreeTypeFont, rng: np.random.Generato
         ends = rng.uniform(0, _CANVAS, 4).tolist()
         draw.line(ends, fill=255 * int(rng.integers(2)), width=int(rng.integers(1, 4)))  # ink, or a gap
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, limit.blur))).reduce(2)
-    return _shaded(np.asarray(canvas, dtype=np.float32) / 255, rng)
+    return _shaded(np.asarray(canvas, dtype=np.float32) / np.float32(255), rng)
 
 
 def _inverse_map(rng: np.random.Generator) -> tuple[float, float, float, float, float, float]:
