@@ -272,6 +272,8 @@ def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = tuple(dict.fromkeys(given["keyword"]))
     present = [word for word in words if word in DATASETS.values()]
     dataset = given["dataset"] or (present[0] if present else "digits")
+    if dataset == "dali":
+        raise UserError("--dataset dali: that loader is not there yet; --dataset imagenet reads the same folders")
     if dataset == "fake":
         if not present and (given["num_classes"] is None or given["input_size"] is None):
             raise UserError(
@@ -455,6 +457,16 @@ def _check_method(
             raise UserError(f"--{tag}_grid midtread has no level above zero at {levels} levels; use midrise")
     if tag == "fm" and "fm_custom" in given.explicit and method != "xnor":
         raise UserError(f"--fm_custom belongs to the keyword xnor, not to {method}")
+    if f"{tag}_half_range" in given.explicit:
+        if tag == "wt" and method == "fatnn":
+            raise UserError("--wt_half_range: FATNN's weights are ternary, -1, 0 and 1; leave it out")
+        if method == "xnor" or (tag == "wt" and method in ("dorefa", "pact")):
+            warnings.append(f"--{tag}_half_range has no effect with {method}, whose levels are symmetric")
+    learned = {"lsq", "pact", "dorefa", "fatnn"} if tag != "wt" else {"lsq"}
+    if f"{tag}_boundary" in given.explicit and method not in learned:
+        warnings.append(f"--{tag}_boundary has no effect with {method}, which has no clipping value")
+    if given[f"{tag}_grad_scale"] != "none" and (method not in ("lsq", "pact") or (tag, method) == ("wt", "pact")):
+        warnings.append(f"--{tag}_grad_scale has no effect with {method}, which learns no clipping value")
     if "quant.custom_update" in fields and method != "lq":
         warnings.append(f"the keyword custom-update has no effect on {tag}, which is not quantized by lq")
     if "quant.closed_form" in fields and method != "fatnn":
