@@ -160,6 +160,7 @@ def run(config: Config) -> int:
             row |= train_one_epoch(model, loaders.train, optimizer, rates, epoch, device, config, logger)
             if loaders.val is not None:
                 row |= {f"val_{name}": value for name, value in validate(model, loaders.val, device).items()}
+            check_epoch(model, row, loaders, device)
             row["seconds"] = time.perf_counter() - started
             metrics.append(row)
             board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
@@ -246,7 +247,21 @@ def check_finite(loss: torch.Tensor, model: nn.Module, images: torch.Tensor, whe
     if not math.isfinite(float(loss.detach())):
         raise TrainingError(
             f"the loss is not finite in {where}; the first layer with such an output is "
-            f"{first_nonfinite(model, images)}; the last checkpoint is whole; "
+            f"{first_nonfinite(model, images)}; nothing of this epoch is saved; "
+            "try a lower --lr, --grad_clip or --re_init"
+        )
+
+
+def check_epoch(model: nn.Module, row: dict[str, float], loaders: Loaders, device: torch.device) -> None:
+    """Stop the run before it saves weights that the last step of the epoch has ruined."""
+    from model.health import first_nonfinite
+
+    bad = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if bad or not math.isfinite(row.get("val_loss", 0.0)):
+        where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
+        raise TrainingError(
+            f"{where} after epoch {row['epoch']:.0f}; the first layer with such an output is "
+            f"{first_nonfinite(model, audit_batches(loaders, device)[0])}; nothing of this epoch is saved; "
             "try a lower --lr, --grad_clip or --re_init"
         )
 

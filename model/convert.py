@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Selection:
 
 
 class Left(NamedTuple):
-    """A layer that stays in full precision, and why."""
+    """A layer that stays as it was, and why."""
 
     name: str
     reason: str
@@ -70,8 +71,8 @@ class Report:
     """What became of a network's layers.
 
     Attributes:
-        replaced: names of the layers that are quantized now, in the order of definition.
-        left: the other layers with weights that are multiplied, in the order of definition.
+        replaced: names of the layers that were made quantized ones, in the order of definition.
+        left: the other layers that multiply by weights, in the order of definition.
     """
 
     replaced: tuple[str, ...]
@@ -79,8 +80,8 @@ class Report:
 
     def table(self) -> str:
         """A line for each layer that was left, and one of totals."""
-        total = f"quantized {len(self.replaced)} layers, left {len(self.left)} in full precision"
-        rows = format_table(("layer", "full precision because it"), [*self.left])
+        total = f"quantized {len(self.replaced)} layers, left {len(self.left)} as they were"
+        rows = format_table(("layer", "left because it"), [*self.left])
         return f"{rows}\n{total}" if self.left else total
 
 
@@ -167,14 +168,15 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
 
-    def watch(name: str, x: Tensor) -> None:
+    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
         if x.numel():
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)
 
     with observing(module) as hooks:
         hooks += [
-            layer.register_forward_pre_hook(lambda m, args, name=name: watch(name, args[0]))
+            layer.register_forward_pre_hook(partial(watch, name))
             for name, layer in _layers(module)
             if isinstance(layer, nn.Conv2d | nn.Linear)
         ]

@@ -52,6 +52,11 @@ class DoReFaActivation(Quantizer):
         """Take `value` as the clipping value."""
         self.clip.copy_(value)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the grid."""
+        clip, grid = self.clip, self.grid()
+        return clip * (grid.bottom / grid.top), clip
+
     def current_range(self) -> Tensor:
         """The clipping value."""
         return self.clip

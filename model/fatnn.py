@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.quant import Integers, Quantizer, TensorSite, register
+from model.quant import Integers, Quantizer, TensorSite, register, snapshot
 from model.uniform import FLOOR, PositiveClip
 from utils.config import QuantizerConfig
 from utils.errors import UserError
@@ -98,7 +98,7 @@ class _FATNN(Quantizer):
             return codes
         if self.training:
             self._update_scale(x.detach(), codes.detach())
-        return codes * self.per_channel(self.output_scale.float())
+        return codes * self.per_channel(snapshot(self.output_scale).float())
 
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
@@ -126,6 +126,13 @@ class _FATNN(Quantizer):
         widths = value.clamp_min(FLOOR) / (self.ramps if self.config.half_range else 1)
         for i in range(self.ramps):
             getattr(self, f"alpha{i}").copy_(1 / widths)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the first and of the last ramp."""
+        widths = [1 / getattr(self, f"alpha{i}").detach().abs().clamp_min(FLOOR) for i in range(self.ramps)]
+        if self.config.half_range:
+            return torch.zeros_like(widths[0]), torch.stack(widths).sum(dim=0)
+        return -widths[0], widths[1]
 
     def current_range(self) -> Tensor:
         """The end of the last ramp."""
@@ -159,8 +166,8 @@ class FATNNActivation(_FATNN):
     """
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
-        super().__init__(config, site)
         _check_ternary(config)
+        super().__init__(config, site)
         self.zero_to_zero = config.adaptive == "none"
         self.register_buffer("clip_val", torch.full(self.range_shape(), config.boundary))
 
@@ -175,8 +182,8 @@ class FATNNWeight(_FATNN):
     """Ternary: round(clamp(w * a_0, -1, 0)) + round(clamp(w * a_1, 0, 1))."""
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
-        super().__init__(config, site)
         _check_ternary(config)
+        super().__init__(config, site)
 
     @property
     def initial_slope(self) -> float:
@@ -185,6 +192,8 @@ class FATNNWeight(_FATNN):
 
 
 def _check_ternary(config: QuantizerConfig) -> None:
+    if config.tag == "wt" and config.half_range:
+        raise UserError("--wt_half_range: FATNN's weights are ternary, -1, 0 and 1; leave it out")
     if not config.half_range and config.levels != 3:
         raise UserError(
             f"--{config.tag}_level {config.levels}: FATNN's values below and above zero are ternary; "

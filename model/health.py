@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.lq import LQ
 from model.observe import observing
 from model.quant import Quantizer, QuantLayer, quantized_layers
 from model.summary import format_table
@@ -20,17 +21,19 @@ class HealthRow:
 
     Attributes:
         name: the quantizer, in the network.
-        range: mean over the groups of the clip value (or top level).
-        clipped: share of values beyond the range.
+        range: mean over the groups of the clip value (or top level); None where a method has none.
+        clipped: share of values below the lowest or above the highest value of the range; likewise.
+        basis: LQ-Nets' basis, mean over the groups; empty for other methods.
         levels: share of each level, from the lowest.
         changed: share of weights whose level is another than an epoch ago; None for activations.
         update: |w - w before| / |w before| over the epoch, in L2 norm; None for activations.
     """
 
     name: str
-    range: float
-    clipped: float
+    range: float | None
+    clipped: float | None
     levels: tuple[float, ...]
+    basis: tuple[float, ...] = ()
     changed: float | None = None
     update: float | None = None
 
@@ -41,9 +44,15 @@ class HealthRow:
 
     def scalars(self) -> dict[str, float]:
         """The row as curves: `NAME/range` and so on."""
-        values = {"range": self.range, "clipped": self.clipped, "dead_levels": float(self.dead)}
-        values |= {} if self.changed is None else {"changed": self.changed}
-        values |= {} if self.update is None else {"update": self.update}
+        optional = {
+            "range": self.range,
+            "clipped": self.clipped,
+            "changed": self.changed,
+            "update": self.update,
+        }
+        values = {"dead_levels": float(self.dead)}
+        values |= {key: value for key, value in optional.items() if value is not None}
+        values |= {f"basis{i}": value for i, value in enumerate(self.basis)}
         if len(self.levels) <= SHOWN_LEVELS:
             values |= {f"level{i}": share for i, share in enumerate(self.levels)}
         return {f"{self.name}/{key}": value for key, value in values.items()}
@@ -105,15 +114,23 @@ class Health:
 
 def _row(name: str, quantizer: Quantizer, x: Tensor, numbers: Tensor, **weight: float) -> HealthRow:
     with torch.no_grad():
-        normed = quantizer.normalise(x.float())
-        limit = quantizer.per_channel(quantizer.current_range().abs())
-        beyond = normed > limit if quantizer.config.half_range else normed.abs() > limit
         counts = torch.bincount(numbers.flatten(), minlength=quantizer.levels)
+        bounds = quantizer.bounds()
+        high = clipped = None
+        if bounds is not None:
+            normed = quantizer.normalise(x.float())
+            lowest, highest = (quantizer.per_channel(bound) for bound in bounds)
+            high, clipped = (
+                float(bounds[1].mean()),
+                float(((normed < lowest) | (normed > highest)).float().mean()),
+            )
+        basis = quantizer.basis.mean(dim=1).tolist() if isinstance(quantizer, LQ) else []
     return HealthRow(
         name=name,
-        range=float(quantizer.current_range().abs().mean()),
-        clipped=float(beyond.float().mean()),
+        range=high,
+        clipped=clipped,
         levels=tuple((counts / counts.sum()).tolist()),
+        basis=tuple(basis),
         **weight,
     )
 
@@ -127,7 +144,8 @@ def table(rows: list[HealthRow]) -> str:
     cells = [
         (
             row.name,
-            f"{row.range:.4g}",
+            " ".join(f"{value:.3g}" for value in row.basis)
+            or ("" if row.range is None else f"{row.range:.4g}"),
             percent(row.clipped),
             str(row.dead),
             " ".join(percent(share) for share in row.levels) if len(row.levels) <= SHOWN_LEVELS else "",
@@ -136,7 +154,9 @@ def table(rows: list[HealthRow]) -> str:
         )
         for row in rows
     ]
-    return format_table(("quantizer", "range", "clipped %", "dead", "levels %", "changed %", "update"), cells)
+    return format_table(
+        ("quantizer", "range or basis", "clipped %", "dead", "levels %", "changed %", "update"), cells
+    )
 
 
 def first_nonfinite(model: nn.Module, images: Tensor) -> str:

@@ -32,7 +32,7 @@ class BelowTop(torch.autograd.Function):
         return grad if ctx.passes is None else torch.where(ctx.passes, grad, 0.0), None, None
 
 
-class _LQ(Quantizer):
+class LQ(Quantizer):
     """The levels are all sums of a basis v with codes b: {0, 1} in half range, {-1, +1} in full range.
 
     x takes the level whose thresholds enclose it; thresholds lie between neighbouring sorted levels, at
@@ -86,6 +86,7 @@ class _LQ(Quantizer):
         rows = self.grouped(x.detach())
         positions, levels, order = self.assign(rows)
         quantized = self.ungrouped(levels.gather(1, positions), x)
+        quantized = torch.where(x.isnan(), x.detach(), quantized)  # so that it is noticed
         top = self.per_channel(levels[:, -1].reshape(self.range_shape())) if self.config.tag != "wt" else None
         if self.training:
             self._update(rows, order.gather(1, positions))
@@ -149,6 +150,11 @@ class _LQ(Quantizer):
         shape = torch.where(self.sorted_levels()[0][:, -1] > 0, self.basis, first)
         self.basis.copy_(shape * (value.reshape(-1) / (self.codes @ shape).amax(dim=0)))
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level."""
+        levels, _ = self.sorted_levels()
+        return levels[:, 0].reshape(self.range_shape()), levels[:, -1].reshape(self.range_shape())
+
     def current_range(self) -> Tensor:
         """The top level."""
         return self.sorted_levels()[0][:, -1].reshape(self.range_shape())
@@ -168,8 +174,8 @@ class _LQ(Quantizer):
 
 
 @register("lq", "fm", "ot")
-class LQActivation(_LQ):
-    """LQ-Nets on activations; see `_LQ`. Gradient: 1 below the top level, 0 at or above it."""
+class LQActivation(LQ):
+    """LQ-Nets on activations; see `LQ`. Gradient: 1 below the top level, 0 at or above it."""
 
     def initial_scale(self) -> float:
         """0.6745 * 2: the quartile of a unit normal distribution."""
@@ -182,8 +188,8 @@ class LQActivation(_LQ):
 
 
 @register("lq", "wt")
-class LQWeight(_LQ):
-    """LQ-Nets on weights; see `_LQ`. Gradient: straight-through."""
+class LQWeight(LQ):
+    """LQ-Nets on weights; see `LQ`. Gradient: straight-through."""
 
     def initial_scale(self) -> float:
         """0.6745 * sqrt(2 / fan)."""

@@ -61,6 +61,11 @@ class LSQ(Quantizer):
         """Take `value` as the clip value."""
         self.clip_val.copy_(value)
 
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the grid."""
+        clip, grid = self.clip_val.detach().abs(), self.grid()
+        return clip * (grid.bottom / grid.top), clip
+
     def current_range(self) -> Tensor:
         """The clip value."""
         return self.clip_val.detach()

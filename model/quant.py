@@ -321,6 +321,13 @@ class Quantizer(nn.Module):
             torch.distributed.all_reduce(statistic, op=operation)
         return statistic
 
+    def bounds(self) -> tuple[Tensor, Tensor] | None:
+        """The lowest and the highest value that is not clipped (`range_shape`), in units of `normalise`.
+
+        None for methods whose levels do not depend on a range.
+        """
+        return None
+
     def current_range(self) -> Tensor:
         """The clip value now (`range_shape`); the configured boundary where there is none."""
         return torch.full(self.range_shape(), self.config.boundary, device=self.iteration.device)

@@ -9,8 +9,8 @@ from model.quant import Integers
 
 
 def sign(x: Tensor) -> Tensor:
-    """-1 where x < 0, else +1; float32, the shape of x."""
-    return torch.where(x < 0, -1.0, 1.0)
+    """-1 where x < 0, +1 where x >= 0, NaN stays, so that it is noticed; float32, the shape of x."""
+    return torch.where(x < 0, -1.0, torch.where(x >= 0, 1.0, x))
 
 
 def binary(x: Tensor, scale: Tensor) -> Integers:

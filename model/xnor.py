@@ -62,10 +62,11 @@ class XNORActivation(_Binary):
     def scale(self, x: Tensor) -> Tensor:
         """See the class."""
         dim = self.site.channel_dim % x.ndim
-        if self.config.custom == "channel":
+        positions = [d for d in range(1, x.ndim) if d != dim]
+        if self.config.custom == "resolution" and positions:
+            return x.abs().mean(dim=positions, keepdim=True)
+        if self.config.custom != "none":  # a linear layer has no positions: one factor per sample
             return x.abs().mean(dim=dim, keepdim=True)
-        if self.config.custom == "resolution":
-            return x.abs().mean(dim=[d for d in range(1, x.ndim) if d != dim] or [0], keepdim=True)
         return x.new_ones(1)
 
     @property
@@ -76,10 +77,10 @@ class XNORActivation(_Binary):
     def level_rows(self, output: Tensor) -> Tensor:
         """Values that share a factor as rows."""
         dim = self.site.channel_dim % output.ndim
-        if self.config.custom == "channel":
-            return output.movedim(dim, -1).flatten(0, -2)
-        if self.config.custom == "resolution":
+        if self.config.custom == "resolution" and output.ndim > 2:
             return output.movedim(dim, 1).flatten(0, 1).flatten(1)
+        if self.config.custom != "none":
+            return output.movedim(dim, -1).flatten(0, -2)
         return super().level_rows(output)
 
 

@@ -273,7 +273,9 @@ def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
     present = [word for word in words if word in DATASETS.values()]
     dataset = given["dataset"] or (present[0] if present else "digits")
     if dataset == "dali":
-        raise UserError("--dataset dali: that loader is not there yet; --dataset imagenet reads the same folders")
+        raise UserError(
+            "--dataset dali: that loader is not there yet; --dataset imagenet reads the same folders"
+        )
     if dataset == "fake":
         if not present and (given["num_classes"] is None or given["input_size"] is None):
             raise UserError(
@@ -465,7 +467,9 @@ def _check_method(
     learned = {"lsq", "pact", "dorefa", "fatnn"} if tag != "wt" else {"lsq"}
     if f"{tag}_boundary" in given.explicit and method not in learned:
         warnings.append(f"--{tag}_boundary has no effect with {method}, which has no clipping value")
-    if given[f"{tag}_grad_scale"] != "none" and (method not in ("lsq", "pact") or (tag, method) == ("wt", "pact")):
+    if given[f"{tag}_grad_scale"] != "none" and (
+        method not in ("lsq", "pact") or (tag, method) == ("wt", "pact")
+    ):
         warnings.append(f"--{tag}_grad_scale has no effect with {method}, which learns no clipping value")
     if "quant.custom_update" in fields and method != "lq":
         warnings.append(f"the keyword custom-update has no effect on {tag}, which is not quantized by lq")

@@ -54,6 +54,12 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         levels = state.pop(f"{name}.level_num", None)
         if not config.run.evaluate:
             state.pop(f"{name}.iteration", None)
+        if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
+            state.pop(f"{name}.range_mean", None)
+            clip = state.pop(f"{name}.clip", None)
+            if clip is not None:
+                with torch.no_grad():
+                    quantizer.set_range(clip)
         if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
             raise UserError(
                 f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
