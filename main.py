@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status: 0 done, 1 failed, 2 the user's mistake."""
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("distributed training is not there yet: start one process (NPROC, nproc, -g)")
         if given["keyword_file"] is not None:
             keyword.load_file(given["keyword_file"])
         if given["list_keywords"]:
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
+        print(f"main.py: failed: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that went away
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -107,6 +112,8 @@ def run(config: Config) -> int:
     steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
     rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
 
+    check_lengths(model, config, len(loaders.train), rates)
+
     # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
     device, device_warnings = choose_device(settings.device_ids)
     model.to(device, memory_format=torch.channels_last)
@@ -121,7 +128,8 @@ def run(config: Config) -> int:
     if settings.dry_run or settings.lr_test:
         print(report.describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
         return 0
-    if resumed is None and not settings.evaluate:
+    own = {path.resolve() for path in files.existing()}
+    if not settings.evaluate and (resumed is None or resumed.resolve() not in own):
         state.keep_earlier_run(folder, files)
     logger = log.setup(folder / "log.txt", settings.verbose)
     try:
@@ -168,14 +176,16 @@ def run(config: Config) -> int:
                 report.report_health(
                     watched.report(audit_batches(loaders, device)[0]), board, epoch + 1, logger
                 )
-            best = loaders.val is not None and row["val_top1"] > progress.best_acc
-            progress = state.RunState(epoch + 1, max(progress.best_acc, row.get("val_top1", -math.inf)))
+            # A network whose quantizers still let everything pass is not the best low-bit network.
+            candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
+            best = candidate > progress.best_acc
+            progress = state.RunState(epoch + 1, max(progress.best_acc, candidate))
             state.save(progress, model, optimizer, rates, files, config, best=best)
             logger.info("%s", report.epoch_line(row, last, progress.best_acc))
         board.close()
 
         # 8. What came of it.
-        found = audit.audit(model, audit_batches(loaders, device))
+        found = audit.audit(model, audit_batches(loaders, device), config.model.quant)
         report.finish(config, cost, found, progress, folder, files, logger)
         return 1 if found.problems else 0
     finally:
@@ -295,7 +305,7 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
     logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
     if not config.run.audit:
         return 0
-    found = audit.audit(model, audit_batches(loaders, device))
+    found = audit.audit(model, audit_batches(loaders, device), config.model.quant)
     logger.info("%s\naudit: %s", found.table(), found.verdict)
     return 1 if found.problems else 0
 
@@ -330,6 +340,24 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # NumPy's limit
     torch.manual_seed(seed)
+
+
+def check_lengths(model: nn.Module, config: Config, batches: int, rates: schedule.Schedule) -> None:
+    """Refuse warm-ups that a whole run never leaves."""
+    from model.quant import quantizers
+
+    total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
+    longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
+    if config.run.evaluate:
+        return
+    if longest >= total:
+        raise UserError(
+            f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+        )
+    if rates.skip_update(rates.total_steps - 1):
+        raise UserError(
+            f"--warmup: no iteration of {rates.total_steps} is left for the optimizer; shorten it"
+        )
 
 
 def trial(model: nn.Module, config: Config) -> Cost:

@@ -55,7 +55,17 @@ def build(config: ModelConfig) -> nn.Module:
         raise UserError(f"--model {config.name}: no such network; {hint}")
     network = make(config)
     build_quantizers(network, config.quant)
+    if config.quant.enabled and not any(True for _ in quantizers(network)):
+        raise UserError(
+            f"--model {config.name} has no layer that can be quantized: build it with model.layer or "
+            "model.convert.quantize, or leave --fm_enable and --wt_enable out"
+        )
     return network
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether no quantizer still lets its input pass (`--stable`); true in full precision."""
+    return not any(bool(quantizer.iteration < quantizer.stable) for _, quantizer in quantizers(model))
 
 
 def set_stable(model: nn.Module, steps_per_epoch: int) -> None:

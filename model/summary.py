@@ -26,6 +26,7 @@ class LayerCost:
         macs: multiply-accumulate operations.
         weight: how the weight is quantized, for people; empty in full precision.
         activation: the same of the input.
+        result: how its output is quantized; empty in full precision.
         weight_bits: bits of a stored weight.
         activation_bits: bits of an input value.
     """
@@ -39,6 +40,7 @@ class LayerCost:
     activation: str
     weight_bits: int
     activation_bits: int
+    result: str = ""
 
     @property
     def bit_operations(self) -> int:
@@ -81,7 +83,7 @@ class Cost:
     @property
     def bits(self) -> str:
         """The quantized layers' weight and activation bits, such as 2/2; 32/32 in full precision."""
-        low = [layer for layer in self.layers if layer.weight or layer.activation]
+        low = [layer for layer in self.layers if layer.weight or layer.activation or layer.result]
         if not low:
             return f"{FULL_BITS}/{FULL_BITS}"
         weight = sorted({layer.weight_bits for layer in low})
@@ -103,6 +105,9 @@ class Cost:
             )
             for layer in self.layers
         ]
+        if any(layer.result for layer in self.layers):
+            head += ("result",)
+            rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
         return f"{format_table(head, rows)}\n{self.totals()}"
 
     def totals(self) -> str:
@@ -133,8 +138,8 @@ def stored_bits(levels: int) -> int:
     return math.ceil(math.log2(levels))
 
 
-def describe(quantizer: nn.Module) -> tuple[str, int]:
-    """A quantizer for people, and its bits; ("", 32) for the identity."""
+def describe(quantizer: nn.Module | None) -> tuple[str, int]:
+    """A quantizer for people, and its bits; ("", 32) for the identity or none."""
     if not isinstance(quantizer, Quantizer):
         return "", FULL_BITS
     bits = stored_bits(quantizer.levels)
@@ -146,12 +151,10 @@ def cost(model: nn.Module, input_size: int) -> Cost:
     layers: list[LayerCost] = []
 
     def count(name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
-        weight, weight_bits = (
-            describe(module.quant_weight) if isinstance(module, QuantLayer) else ("", FULL_BITS)
-        )
-        activation, bits = (
-            describe(module.quant_activation) if isinstance(module, QuantLayer) else ("", FULL_BITS)
-        )
+        quantized = isinstance(module, QuantLayer)
+        weight, weight_bits = describe(module.quant_weight if quantized else None)
+        activation, bits = describe(module.quant_activation if quantized else None)
+        result, _ = describe(module.quant_output if quantized else None)
         layers.append(
             LayerCost(
                 name=name,
@@ -164,6 +167,7 @@ def cost(model: nn.Module, input_size: int) -> Cost:
                 activation=activation,
                 weight_bits=weight_bits,
                 activation_bits=bits,
+                result=result,
             )
         )
 

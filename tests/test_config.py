@@ -131,7 +131,7 @@ def test_a_typical_line() -> None:
     assert config.origins["quant.wt.method"] == "keyword lsq"
     assert config.origins["block.order"] == "keyword cbsa"
     assert config.origins["weight_decay"] == "--weight_decay"
-    assert config.origins["data.dataset"] == "keyword imagenet"
+    assert config.origins["data.dataset"] == "--dataset"
     assert "momentum" not in config.origins
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import main
 from utils import data, optim, schedule
 from utils.checkpoint import read as read_checkpoint
+from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
 from utils.config import read as read_config
 
@@ -622,12 +623,67 @@ def test_a_warm_up_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str], word
     assert f"loss {float(metrics(tmp_path, 'warm')[-1]['val_loss']):.4f}" in capsys.readouterr().out
 
 
-def test_a_warm_up_longer_than_the_run_fails_the_audit(tmp_path: Path) -> None:
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(f"{LSQ} --case warm --epochs 1 --stable 5") == 2
+    assert "a warm-up of 5 iterations is the whole run of 4" in capsys.readouterr().err
+    assert call(f"{LSQ} --case warm --epochs 1 --warmup 4") == 2
+    assert not (tmp_path / "weights").exists()
+
+
+SLACKER = """
+from model.quant import Quantizer, register
+from utils.keyword import Keyword
+from utils.keyword import register as declare
+
+@register("slacker", "fm", "wt")
+class Slacker(Quantizer):
+    def quantize(self, x):
+        return x
+
+declare(Keyword(name="slacker", group="mine", help="forgets to quantize",
+                sets={"quant.fm.method": "slacker", "quant.wt.method": "slacker"}))
+"""
+
+
+def test_a_run_that_does_not_quantize_fails_the_audit(tmp_path: Path) -> None:
     """Exit status 1: what was trained is not the quantized network that was asked for."""
-    assert call(f"{LSQ} --case warm --epochs 1 --stable 5") == 1
-    assert summary(tmp_path, "warm")["audit"] == "FAILED: 40 of 40 quantizers"
-    assert "layer1.0.conv1.0.quant_weight passes its input" in log_of(tmp_path, "warm")
-    assert (tmp_path / "weights" / "resnet20" / "warm-checkpoint.pth.tar").exists()
+    (tmp_path / "mine.py").write_text(SLACKER)
+    argv = LSQ.replace("dorefa,lsq", "slacker") + " --keyword_file mine.py --case slack --epochs 1"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *argv.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert summary(tmp_path, "slack")["audit"] == "FAILED: 40 of 40 quantizers"
+    assert "layer1.0.conv1.0.quant_weight passes its input" in log_of(tmp_path, "slack")
+
+
+def test_the_best_network_is_a_quantized_one(tmp_path: Path) -> None:
+    """Epochs of the warm-up do not count, however good the unquantized network is."""
+    assert call(f"{LSQ} --case best --epochs 3 --stable_epoch 2") == 0
+    assert checkpoint(tmp_path, "best", "model_best")["epoch"] >= 2
+
+
+def test_another_cases_checkpoint_does_not_overwrite_this_case(tmp_path: Path) -> None:
+    assert call(f"{LSQ} --case src --epochs 2 --save_freq 1") == 0
+    assert call(f"{LSQ} --case dst --epochs 2 --seed 2") == 0
+    before = (tmp_path / "weights" / "resnet20" / "dst-checkpoint.pth.tar").read_bytes()
+    source = "weights/resnet20/src-epoch1-checkpoint.pth.tar"
+    assert call(f"{LSQ} --case dst --epochs 2 --resume_file {source}") == 0
+    assert (tmp_path / "weights" / "resnet20" / "dst.1-checkpoint.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("config", 5), ("optimizer", 5), ("epoch", "x"), ("epoch", -3), ("best_acc", "q"), ("random", [])],
+)
+def test_a_checkpoint_with_a_wrong_entry_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    assert call(f"{LSQ} --case bad --epochs 1") == 0
+    path = tmp_path / "weights" / "resnet20" / "bad-checkpoint.pth.tar"
+    save_checkpoint(path, {**read_checkpoint(path), name: value})
+    assert call(f"{LSQ} --case bad --epochs 2 --resume_file {path}") == 2
+    assert f"is damaged: {name} is" in capsys.readouterr().err
 
 
 def test_unresume_scope(tmp_path: Path, lsq: Path) -> None:

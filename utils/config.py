@@ -223,6 +223,16 @@ FAMILIES = ("resnet", "pytorch", "torchvision", "timm", "mobilenet", "classic")
 CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small": "classic", "nin": "classic"}
 
 
+# Fields that keywords set and options override, so that the option is named as what set them.
+FIELDS = {
+    "num_classes": "model.num_classes",
+    "input_size": "model.input_size",
+    "label_smooth": "run.label_smooth",
+    "dataset": "data.dataset",
+    "order": "block.downsample_order",
+}
+
+
 def family_of(model: str) -> str:
     """The family of networks whose keywords `model` understands; "own", whose words nobody knows, for a user's."""
     if model.startswith("pytorch-"):
@@ -262,7 +272,7 @@ def resolve(given: Given) -> Config:
         run=_run_config(given, fields),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
-        | {name: f"--{name}" for name in sorted(given.explicit)},
+        | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
         warnings=(*warnings, *resolution.warnings, *quant_warnings, *model_warnings),
     )
 

@@ -60,10 +60,11 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        if config.run.evaluate and levels is not None and int(levels) != quantizer.levels:
+        trained = None if levels is None else _levels(levels, path)
+        if config.run.evaluate and trained is not None and trained != quantizer.levels:
             raise UserError(
-                f"{path}: {name} was trained with {int(levels)} levels, the options say {quantizer.levels}: "
-                f"give --{quantizer.config.tag}_level {int(levels)} or the bits that mean it"
+                f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
+                f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
             )
     prefixes = tuple(f"{name}." for name in own)
     return checkpoint.load_weights(
@@ -78,6 +79,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
     """Everything of a checkpoint that training continues from."""
     payload = checkpoint.read(path)
+    _check_kinds(payload, path)
     changed = differences(payload.get("config", {}), to_dict(config))
     for line in changed:
         field = line.split(" ", 1)[0]
@@ -87,7 +89,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     state = checkpoint.state_dict_of(payload, source=str(path))
     checkpoint.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
     for name, quantizer in quantizers(model):
-        quantizer.set_levels(int(state[f"{name}.level_num"]))
+        quantizer.set_levels(_levels(state[f"{name}.level_num"], path))
     if config.run.evaluate:
         return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
     missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
@@ -101,12 +103,33 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     ]
     try:
         optimizer.load_state_dict(payload["optimizer"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
     checkpoint.set_random_state(payload["random"])
     return RunState(payload["epoch"], payload["best_acc"], changed)
+
+
+def _check_kinds(payload: dict[str, Any], path: Path) -> None:
+    """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if name in payload and not isinstance(payload[name], kind):
+            raise UserError(
+                f"{path} is damaged: {name} is {payload[name]!r}; use --pretrained or another file"
+            )
+    if payload.get("epoch", 0) < 0:
+        raise UserError(f"{path} is damaged: epoch is {payload['epoch']}; use --pretrained or another file")
+
+
+def _levels(value: torch.Tensor, path: Path) -> int:
+    """A `level_num` of a checkpoint."""
+    if value.numel() != 1 or not 2 <= float(value) <= 2**16:
+        raise UserError(f"{path} is damaged: a level_num is {value.tolist()}; use another file")
+    return int(value)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
@@ -137,11 +160,12 @@ def save(
         "random": checkpoint.random_state(),
         "config": to_dict(config),
     }
-    checkpoint.save(files.latest, payload)
     if best:
         checkpoint.save(files.best, payload)
     if config.run.save_freq and state.epoch % config.run.save_freq == 0:
         checkpoint.save(files.epoch(state.epoch), payload)
+    # Last, because it is what a killed run continues from: then the others are there already.
+    checkpoint.save(files.latest, payload)
 
 
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
