@@ -151,6 +151,8 @@ def run(config: Config) -> int:
 
         # 6. Evaluate only.
         if settings.evaluate:
+            if loaded is None and resumed is None:
+                logger.warning("warning: no checkpoint is given, so this evaluates random weights")
             return evaluate(model, loaders, device, config, logger)
 
         # 7. Train.

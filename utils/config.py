@@ -273,8 +273,40 @@ def resolve(given: Given) -> Config:
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
-        warnings=(*warnings, *resolution.warnings, *quant_warnings, *model_warnings),
+        warnings=(
+            *warnings,
+            *resolution.warnings,
+            *quant_warnings,
+            *model_warnings,
+            *_without_effect(given, fields),
+        ),
     )
+
+
+def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
+    """Warnings for options that were written and that nothing of this run reads."""
+    policy = given["lr_policy"]
+    dataset = given["dataset"] or fields.get("data.dataset", "digits")
+    calibrates = bool(given["stable"] or given["stable_epoch"])
+    idle = {
+        "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
+        "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
+        "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
+        "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
+        "fake_size": (dataset != "fake", f"with the data set {dataset}"),
+        "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
+        **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
+        **{
+            f"{tag}_adaptive_restore": (given[f"{tag}_adaptive"] == "none", f"without --{tag}_adaptive")
+            for tag in TAGS
+        },
+    }
+    return [
+        f"--{name} has no effect {when}"
+        for name, (vain, when) in idle.items()
+        if vain and name in given.explicit
+    ]
 
 
 def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
