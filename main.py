@@ -116,7 +116,7 @@ def run(config: Config) -> int:
 
     # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
     device, device_warnings = choose_device(settings.device_ids)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device=device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     initialised = 0
     if config.model.quant.re_init and resumed is None:
         images, _ = next(iter(loaders.train))

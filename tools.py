@@ -76,7 +76,7 @@ def compare(options: Options) -> int:
             if (folder / name).exists():
                 print(f"  {folder / name}")
     if any((folder / "tensorboard").exists() for folder in folders):
-        print(f"  tensorboard --logdir {os.path.commonpath(folders) if len(folders) > 1 else folders[0]}")
+        print(f"  tensorboard --logdir {os.path.commonpath([str(folder) for folder in folders])}")
     return 0
 
 

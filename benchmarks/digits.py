@@ -148,14 +148,13 @@ def outcomes(
 
         full = Method("full precision", "32/32", "", "", 0.0)
         found += pool.map(lambda seed: outcome(full, seed, full_cases[seed], FULL), seeds)
-        found += pool.map(
-            lambda job: outcome(
-                *job,
-                f"bench-{setup}-{slug(job[0].name)}-{slug(job[0].bits)}-{job[1]}",
-                f"{TUNE} --pretrained {full_cases[job[1]]}-checkpoint.pth.tar",
-            ),
-            [(m, seed) for m in methods for seed in seeds],
-        )
+
+        def tuned(job: tuple[Method, int]) -> Outcome:
+            m, seed = job
+            case = f"bench-{setup}-{slug(m.name)}-{slug(m.bits)}-{seed}"
+            return outcome(m, seed, case, f"{TUNE} --pretrained {full_cases[seed]}-checkpoint.pth.tar")
+
+        found += pool.map(tuned, [(m, seed) for m in methods for seed in seeds])
     return found
 
 

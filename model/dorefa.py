@@ -23,6 +23,8 @@ class DoReFaActivation(Quantizer):
     Gradient: straight-through inside the clamp, zero outside (paper, equation 5 and section 2.3).
     """
 
+    clip: Tensor
+
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
         self.register_buffer(

@@ -59,6 +59,7 @@ class _FATNN(Quantizer):
         output_scale: float32, `range_shape`; the running scale (only with `closed_form`).
     """
 
+    output_scale: Tensor
     level_limit: ClassVar[int | None] = 4
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,19 +85,15 @@ class Health:
         """
         rows: dict[str, HealthRow] = {}
 
-        def watch(name: str, quantizer: Quantizer, x: Tensor) -> None:
-            rows[name] = _row(name, quantizer, x, quantizer.integers(x).numbers)
+        def watch(name: str, quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if isinstance(quantizer, Quantizer):
+                rows[name] = _row(name, quantizer, inputs[0], quantizer.integers(inputs[0]).numbers)
 
         with observing(self._model) as hooks:
             for name, layer in self.layers.items():
                 for part, quantizer in layer.quantizers():
                     if part != "quant_weight":
-                        full = f"{name}.{part}"
-                        hooks.append(
-                            quantizer.register_forward_pre_hook(
-                                lambda m, inputs, full=full: watch(full, m, inputs[0])
-                            )
-                        )
+                        hooks.append(quantizer.register_forward_pre_hook(partial(watch, f"{name}.{part}")))
             self._model(images)
         for name, layer in self.layers.items():
             weight, numbers = self._snapshot(layer)

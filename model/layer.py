@@ -24,6 +24,9 @@ class StaticBatchNorm2d(nn.Module):
     statistics are buffers that nothing updates; the affine part learns unless `frozen`.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, *, frozen: bool = False) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(channels))

@@ -45,6 +45,8 @@ class LQ(Quantizer):
         basis: float32 [bits, g] (buffer).
     """
 
+    basis: Tensor
+    codes: Tensor
     level_limit: ClassVar[int | None] = 256
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:

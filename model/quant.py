@@ -113,6 +113,9 @@ class Quantizer(nn.Module):
         UserError: when the number of groups does not divide the channels.
     """
 
+    iteration: Tensor
+    level_num: Tensor
+    range_mean: Tensor
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
     zero_to_zero: bool = False  # maps 0 to exactly 0, so that padding may come before or after
 
@@ -406,12 +409,11 @@ def build(config: QuantizerConfig, site: TensorSite) -> nn.Module:
 class QuantLayer(nn.Module):
     """What quantized layers share: three quantizers, absent (identity) until `build_quantizers`."""
 
+    weight: nn.Parameter
     quant_activation: nn.Module
     quant_weight: nn.Module
     quant_output: nn.Module
-    signed_input: bool = (
-        False  # it goes below zero, so that its levels are symmetric whatever the options say
-    )
+    signed_input: bool = False  # it goes below zero: its levels are symmetric whatever the options say
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, called `name` in messages."""

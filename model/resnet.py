@@ -147,6 +147,7 @@ class Block(nn.Module):
         sum_norm = self.block_skip and block.fix and block.order.startswith("b")
 
         self.skip = shortcut(channels_in, out, stride, config)
+        self.identity_skip = not any(True for _ in self.skip.children())
         for k, unit in enumerate(units, start=1):
             norm_first = block.order.index("b") < block.order.index("c")
             norm_width = unit.channels_in if norm_first else unit.channels_out
@@ -195,7 +196,7 @@ class Block(nn.Module):
 
     def _shortcut(self, x: Tensor) -> Tensor:
         """The skip connection; a convolving one sees Fixup's first bias."""
-        if self.fixup_bias and len(self.skip) > 0:
+        if self.fixup_bias and not self.identity_skip:
             x = x + self.get_parameter("fixup_bias1a")
         return self.skip(x)
 

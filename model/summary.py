@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,9 @@ def cost(model: nn.Module, input_size: int) -> Cost:
     """Run one black image of `input_size` pixels through `model` and count; its mode is restored."""
     layers: list[LayerCost] = []
 
-    def count(name: str, module: nn.Conv2d | nn.Linear, output: Tensor) -> None:
+    def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            return
         quantized = isinstance(module, QuantLayer)
         weight, weight_bits = describe(module.quant_weight if quantized else None)
         activation, bits = describe(module.quant_activation if quantized else None)
@@ -174,7 +177,7 @@ def cost(model: nn.Module, input_size: int) -> Cost:
     device = next(model.parameters()).device
     with observing(model) as hooks:
         hooks += [
-            module.register_forward_hook(lambda m, _, out, name=name: count(name, m, out))
+            module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
