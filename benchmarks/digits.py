@@ -103,7 +103,8 @@ class Outcome:
 
 def slug(text: str) -> str:
     """A method's name as part of a case."""
-    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
+    text = text.lower().replace("+", "p")  # XNOR-Net++ is not XNOR-Net
+    return "".join(c if c.isalnum() else "-" for c in text).strip("-")
 
 
 def command(setup: str, case: str, seed: int, block: str, keywords: str, options: str) -> list[str]:
