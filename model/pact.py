@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.dorefa import DoReFaWeight
-from model.quant import Integers, Quantizer, TensorSite, register
-from model.uniform import Grid, PositiveClip, ScaleGradient, balance_factor, initial_clip, integers
+from model.quant import TensorSite, register
+from model.uniform import Grid, LearnedRange, balance_factor
 from utils.config import QuantizerConfig
 
 
@@ -38,8 +38,11 @@ class ClippedRound(torch.autograd.Function):
 
 
 @register("pact", "fm", "ot")
-class PACT(Quantizer):
+class PACT(LearnedRange):
     """round(clamp(x, 0, c) * n / c) * c / n with a learned c = |clip_val|, n = levels - 1.
+
+    `--re_init` takes the clip value of LSQ's initial step; the paper starts from a large constant and
+    decays it.
 
     State:
         clip_val: float32, `range_shape`; starts at `boundary`.
@@ -47,51 +50,11 @@ class PACT(Quantizer):
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
-        self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
-        self.zero_to_zero = (
-            config.half_range
-            and config.adaptive == "none"
-            and config.grad_type != "STE-scale"
-            and config.grad_scale not in ("element-scale", "scale-element", "paper")
-        )
-
-    def grid(self) -> Grid:
-        """The levels."""
-        return Grid.of(self.levels, self.config.half_range)
-
-    def clip(self, x: Tensor) -> Tensor:
-        """The clip value, float32 > 0, broadcastable to x."""
-        clip = self.per_channel(PositiveClip.apply(self.clip_val))
-        if self.config.grad_scale == "none":
-            return clip
-        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
+        self.zero_to_zero = self.zero_to_zero and config.grad_type != "STE-scale"
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
         return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")
-
-    def encode(self, x: Tensor) -> Integers:
-        """Codes and scale of `x`."""
-        return integers(x, self.clip(x), self.grid())
-
-    def set_range(self, value: Tensor) -> None:
-        """Take `value` as the clip value."""
-        self.clip_val.copy_(value)
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """The ends of the grid."""
-        clip, grid = self.clip_val.detach().abs(), self.grid()
-        return clip * (grid.bottom / grid.top), clip
-
-    def current_range(self) -> Tensor:
-        """The clip value."""
-        return self.clip_val.detach()
-
-    def initialise_from(self, x: Tensor) -> None:
-        """The clip value of LSQ's initial step; the paper starts from a large constant and decays it."""
-        with torch.no_grad():
-            rows = self.grouped(self.normalise(x.float()))
-            self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))
 
 
 register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

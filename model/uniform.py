@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.quant import Integers
+from model.quant import Integers, Quantizer, TensorSite
+from utils.config import QuantizerConfig
 
 
 @dataclass(frozen=True)
@@ -191,3 +192,54 @@ class PositiveClip(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (negative,) = ctx.saved_tensors
         return torch.where(negative, -grad, grad)
+
+
+class LearnedRange(Quantizer):
+    """What methods with a learned clip value c = |clip_val| share; each brings its `quantize`.
+
+    State:
+        clip_val: float32, `range_shape`; starts at `boundary`.
+    """
+
+    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
+        super().__init__(config, site)
+        self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
+        self.zero_to_zero = (
+            config.half_range
+            and config.adaptive == "none"
+            and config.grad_scale not in ("element-scale", "scale-element", "paper")
+        )
+
+    def grid(self) -> Grid:
+        """The levels."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The clip value, float32 > 0, broadcastable to x."""
+        clip = self.per_channel(PositiveClip.apply(self.clip_val))
+        if self.config.grad_scale == "none":
+            return clip
+        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
+
+    def encode(self, x: Tensor) -> Integers:
+        """Codes and scale of `x`; mid-rise grids have odd codes."""
+        return integers(x, self.clip(x), self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clip value."""
+        self.clip_val.copy_(value)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the grid."""
+        clip, grid = self.clip_val.detach().abs(), self.grid()
+        return clip * (grid.bottom / grid.top), clip
+
+    def current_range(self) -> Tensor:
+        """The clip value."""
+        return self.clip_val.detach()
+
+    def initialise_from(self, x: Tensor) -> None:
+        """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group."""
+        with torch.no_grad():
+            rows = self.grouped(self.normalise(x.float()))
+            self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))
