@@ -176,7 +176,7 @@ def run(config: Config) -> int:
             board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
             if watched is not None:
                 report.report_health(
-                    watched.report(audit_batches(loaders, device)[0]), board, epoch + 1, logger
+                    watched.report(audit_batches(loaders, device, 1)[0]), board, epoch + 1, logger
                 )
             # A network whose quantizers still let everything pass is not the best low-bit network.
             candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
@@ -273,7 +273,7 @@ def check_epoch(model: nn.Module, row: dict[str, float], loaders: Loaders, devic
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
         raise TrainingError(
             f"{where} after epoch {row['epoch']:.0f}; the first layer with such an output is "
-            f"{first_nonfinite(model, audit_batches(loaders, device)[0])}; nothing of this epoch is saved; "
+            f"{first_nonfinite(model, audit_batches(loaders, device, 1)[0])}; nothing of this epoch is saved; "
             "try a lower --lr, --grad_clip or --re_init"
         )
 
@@ -312,10 +312,10 @@ def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: C
     return 1 if found.problems else 0
 
 
-def audit_batches(loaders: Loaders, device: torch.device) -> list[torch.Tensor]:
+def audit_batches(loaders: Loaders, device: torch.device, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:
     """A few batches of real images, of the validation set where there is one."""
     loader = loaders.train if loaders.val is None else loaders.val
-    return [to_device(images, device) for images, _ in itertools.islice(loader, AUDIT_BATCHES)]
+    return [to_device(images, device) for images, _ in itertools.islice(loader, count)]
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
