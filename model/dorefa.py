@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quant import Integers, Quantizer, TensorSite, register
-from model.sign import binary, sign
+from model.sign import binary, mean_magnitude, sign
 from model.uniform import Grid, LearnedClip, integers
 from utils.config import QuantizerConfig
 
@@ -83,7 +83,7 @@ class DoReFaWeight(Quantizer):
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; an even count of levels has odd codes."""
         if self.config.binary_scale:
-            return binary(x, x.detach().abs().mean())
+            return binary(x, mean_magnitude(x.detach()))
         return integers(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
 
     def normalise(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class SignTimesMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sign(x) * x.abs().mean()
+        return sign(x) * mean_magnitude(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

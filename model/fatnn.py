@@ -71,6 +71,19 @@ class _FATNN(Quantizer):
         if config.closed_form:
             self.register_buffer("output_scale", torch.ones(self.range_shape()))
 
+    def check_levels(self, levels: int) -> None:
+        """Fewer levels leave the last slopes out; more would need slopes that are not there."""
+        super().check_levels(levels)
+        slopes = sum(name.startswith("alpha") for name, _ in self.named_parameters())
+        if levels - 1 > slopes or (levels != self.levels and not self.config.half_range):
+            raise UserError(
+                f"{self.site.name}: FATNN has {slopes} slopes and cannot change from {self.levels} to {levels} levels"
+            )
+
+    def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without the slopes that fewer levels do not have."""
+        return {name: value for name, value in entries.items() if name in self.state_dict()}
+
     @property
     def ramps(self) -> int:
         """Number of slopes."""
@@ -152,7 +165,8 @@ class _FATNN(Quantizer):
         """Ramps over twice the mean |x| per level."""
         with torch.no_grad():
             mean = self.grouped(self.normalise(x.float())).abs().mean(dim=1).reshape(self.range_shape())
-            self.set_range(2 * mean * (self.ramps if self.config.half_range else 1) ** 0.5)
+            width = 2 * mean * (self.ramps if self.config.half_range else 1) ** 0.5
+            self.set_range(torch.where(mean > 0, width, self.current_range()))
 
 
 @register("fatnn", "fm", "ot")

@@ -67,10 +67,21 @@ class LQ(Quantizer):
         """The largest entry of the first basis."""
         raise NotImplementedError
 
-    def set_levels(self, levels: int) -> None:
-        """Refused: the basis has one vector per bit."""
+    def check_levels(self, levels: int) -> None:
+        """The basis has one vector per bit, so that the number stays."""
         if levels != self.levels:
-            raise ValueError(f"{self.site.name}: the number of levels of LQ-Nets is fixed, {self.levels}")
+            raise UserError(
+                f"{self.site.name}: LQ-Nets' {self.levels} levels are fixed; start another run with --pretrained"
+            )
+
+    def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A basis of another number of bits as this number's first basis, scaled to the same top level."""
+        basis = entries.get("basis")
+        if basis is None or basis.ndim != 2 or basis.shape[1] != self.groups or len(basis) == self.bits:
+            return entries
+        top = basis.to(self.basis).abs().sum(dim=0)
+        start = 2.0 ** torch.arange(self.bits, device=top.device).unsqueeze(1)
+        return entries | {"basis": start * top / start.sum()}
 
     def sorted_levels(self) -> tuple[Tensor, Tensor]:
         """Levels [g, levels] in ascending order, and the number of the code of each, int64."""
@@ -115,9 +126,7 @@ class LQ(Quantizer):
 
         Solved in float64; groups whose system is singular keep their basis.
         """
-        codes = self.codes[numbers].double()  # [g, n, bits]
-        gram = codes.transpose(1, 2) @ codes
-        target = codes.transpose(1, 2) @ rows.double().unsqueeze(2)
+        gram, target = self.normal_equations(rows, numbers)
         gram = self.over_ranks(gram, torch.distributed.ReduceOp.SUM)
         target = self.over_ranks(target, torch.distributed.ReduceOp.SUM)
         gram, target = self.regularised(gram, target)
@@ -127,6 +136,23 @@ class LQ(Quantizer):
         solution = solution.squeeze(2).T
         good = regular & solution.isfinite().all(dim=0)
         return torch.where(good, solution.float(), self.basis.float())
+
+    def normal_equations(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """B^T B [g, bits, bits] and B^T x [g, bits, 1], float64, for codes B of these numbers.
+
+        A code's entries are the bits u of its number, or 2u - 1 in full range, so that counts and sums over
+        one bit at a time are enough and B, [g, n, bits], is never held.
+        """
+        ones = [(numbers >> i & 1).bool() for i in range(self.bits)]
+        pairs = [[(a & b).sum(dim=1) for b in ones] for a in ones]
+        gram = torch.stack([torch.stack(row, dim=-1) for row in pairs], dim=-2).double()
+        sums = [torch.where(one, rows, 0.0).sum(dim=1, dtype=torch.float64) for one in ones]
+        target = torch.stack(sums, dim=-1).unsqueeze(2)
+        if self.config.half_range:
+            return gram, target
+        count = gram.diagonal(dim1=1, dim2=2)
+        gram = 4 * gram - 2 * count.unsqueeze(1) - 2 * count.unsqueeze(2) + numbers.shape[1]
+        return gram, 2 * target - rows.sum(dim=1, dtype=torch.float64).reshape(-1, 1, 1)
 
     def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """B^T B [g, bits, bits] and B^T x [g, bits, 1], so that the system can be solved."""
@@ -165,7 +191,8 @@ class LQ(Quantizer):
         """Alternate codes and least-squares basis on `x`, from a basis that covers it (algorithm 1)."""
         with torch.no_grad():
             rows = self.grouped(self.normalise(x.float()))
-            self.set_range((3 * rows.square().mean(dim=1).sqrt()).reshape(self.range_shape()))
+            spread = 3 * rows.square().mean(dim=1).sqrt().reshape(self.range_shape())
+            self.set_range(torch.where(spread > 0, spread, self.current_range()))
             for _ in range(REFINEMENTS):
                 positions, _, order = self.assign(rows)
                 self.basis.copy_(self.least_squares(rows, order.gather(1, positions)))

@@ -31,6 +31,12 @@ class LSQ(LearnedRange):
         if config.grid == "midtread" and config.levels < 3:
             raise UserError(f"--{config.tag}_grid midtread has no level above zero at {config.levels} levels")
 
+    def check_levels(self, levels: int) -> None:
+        """A mid-tread grid has a level above zero."""
+        super().check_levels(levels)
+        if self.config.grid == "midtread" and levels < 3:
+            raise UserError(f"{self.site.name}: a mid-tread grid needs at least 3 levels, not {levels}")
+
     def grid(self) -> Grid:
         """The levels."""
         return Grid.of(self.levels, self.config.half_range, midtread=self.config.grid == "midtread")

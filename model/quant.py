@@ -215,10 +215,42 @@ class Quantizer(nn.Module):
         """Fix the length of the warm-up: the longer of `stable` and `stable_epoch` epochs."""
         self.stable = max(self.config.stable, self.config.stable_epoch * steps_per_epoch)
 
-    def set_levels(self, levels: int) -> None:
-        """Change the number of levels; the range stays."""
+    def set_levels(self, levels: int, *, keep_step: bool = False) -> tuple[nn.Parameter, ...]:
+        """Change the number of levels; the range stays.
+
+        Args:
+            levels: the new number.
+            keep_step: where the method learns a clip value, move it instead, so that neighbouring levels stay
+                as far apart as they are (`progressive`).
+
+        Returns:
+            The parameters that were changed; an optimizer's momentum of them is out of date.
+
+        Raises:
+            UserError: the method does not take this number.
+        """
+        self.check_levels(levels)
+        changed = self.rescale(levels) if keep_step and levels != self.levels else ()
         self.levels = levels
         self.level_num.fill_(levels)
+        return changed
+
+    def check_levels(self, levels: int) -> None:
+        """Refuse, with a `UserError`, a number of levels that the method does not take."""
+        if levels < 2:
+            raise UserError(f"{self.site.name}: a quantizer needs at least 2 levels, not {levels}")
+        if self.level_limit is not None and levels > self.level_limit:
+            raise UserError(
+                f"{self.site.name}: {self.config.method} takes at most {self.level_limit} levels, not {levels}"
+            )
+
+    def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
+        """Change the range so that `levels` levels are as far apart as now; default: no parameter does that."""
+        return ()
+
+    def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The entries of this quantizer in a checkpoint of another number of levels, as they fit this one."""
+        return entries
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -466,7 +498,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return isinstance(quantizer, Quantizer) and not (self.padding_after_quant or quantizer.zero_to_zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Input [N, in, H, W], output [N, out, H', W'], as `nn.Conv2d`."""
+        """Input [N, in, H, W], output [N, out, H', W'], or both without N, as `nn.Conv2d`."""
+        if x.ndim == 3:  # one image; quantizers tell samples and channels apart by position
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
             return self._conv_forward(x, weight, self.bias)
@@ -496,6 +530,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [..., in], output [..., out], as `nn.Linear`."""
+        if x.ndim == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
             return functional.linear(x, weight, self.bias)

@@ -13,6 +13,22 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x < 0, -1.0, torch.where(x >= 0, 1.0, x))
 
 
+def mean_magnitude(x: Tensor, dim: int | list[int] | None = None) -> Tensor:
+    """The mean |x| of all elements, or over `dim`, which is kept; also where their sum overflows.
+
+    Args:
+        x: float32, any shape.
+        dim: dimensions to reduce; None for all.
+
+    Returns:
+        float32, a scalar without `dim`.
+    """
+    size = x.abs()
+    mean = size.mean(dim=dim, keepdim=dim is not None)
+    small = (size * 2.0**-40).mean(dim=dim, keepdim=dim is not None)
+    return torch.where(mean.isinf(), small * 2.0**40, mean)
+
+
 def binary(x: Tensor, scale: Tensor) -> Integers:
     """The codes -1 and +1 of `x`, any shape, and their scale, float32, broadcastable to x."""
     numbers = (x >= 0).long()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quant import Integers, Quantizer, TensorSite
+from model.sign import mean_magnitude
 from utils.config import QuantizerConfig
 
 
@@ -132,7 +133,7 @@ def initial_clip(rows: Tensor, grid: Grid) -> Tensor:
     Returns:
         float32 [g].
     """
-    return 2 * rows.abs().mean(dim=1) * grid.qp / max(grid.qp, 1.0) ** 0.5
+    return 2 * mean_magnitude(rows, 1).squeeze(1) * grid.qp / max(grid.qp, 1.0) ** 0.5
 
 
 def balance_factor(inside: Tensor) -> Tensor:
@@ -229,6 +230,13 @@ class LearnedRange(Quantizer):
         """Take `value` as the clip value."""
         self.clip_val.copy_(value)
 
+    def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
+        """The clip value times (levels - 1) / (levels now - 1); on a mid-tread grid times the ratio of Qp."""
+        before, self.levels = self.grid().qp, levels
+        with torch.no_grad():
+            self.clip_val.mul_(self.grid().qp / before)
+        return (self.clip_val,)
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The ends of the grid."""
         clip, grid = self.clip_val.detach().abs(), self.grid()
@@ -239,7 +247,8 @@ class LearnedRange(Quantizer):
         return self.clip_val.detach()
 
     def initialise_from(self, x: Tensor) -> None:
-        """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group."""
+        """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group; a group of zeros keeps its own."""
         with torch.no_grad():
-            rows = self.grouped(self.normalise(x.float()))
-            self.set_range(initial_clip(rows, self.grid()).reshape(self.range_shape()))
+            found = initial_clip(self.grouped(self.normalise(x.float())), self.grid())
+            found = found.reshape(self.range_shape())
+            self.set_range(torch.where(found > 0, found, self.clip_val))

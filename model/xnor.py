@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quant import Integers, Quantizer, register
-from model.sign import binary, sign
+from model.sign import binary, mean_magnitude, sign
 
 
 class ScaledSign(torch.autograd.Function):
@@ -64,9 +64,9 @@ class XNORActivation(_Binary):
         dim = self.site.channel_dim % x.ndim
         positions = [d for d in range(1, x.ndim) if d != dim]
         if self.config.custom == "resolution" and positions:
-            return x.abs().mean(dim=positions, keepdim=True)
+            return mean_magnitude(x, positions)
         if self.config.custom != "none":  # a linear layer has no positions: one factor per sample
-            return x.abs().mean(dim=dim, keepdim=True)
+            return mean_magnitude(x, dim)
         return x.new_ones(1)
 
     @property
@@ -90,4 +90,4 @@ class XNORWeight(_Binary):
 
     def scale(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.per_channel(self.grouped(x).abs().mean(dim=1).reshape(self.range_shape()))
+        return self.per_channel(mean_magnitude(self.grouped(x), 1).reshape(self.range_shape()))

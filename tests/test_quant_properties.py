@@ -19,7 +19,7 @@ search = settings(max_examples=150, deadline=None, derandomize=True, database=No
 
 any_float = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True)
 near_range = st.floats(-4.0, 4.0, width=32)
-summable = any_float.filter(lambda value: abs(value) < 1e30)  # a mean over a tensor stays finite
+below_top = any_float.filter(lambda value: abs(value) < 1e38)  # sums of two basis vectors stay finite
 clips = st.floats(2.0**-10, 2.0**10, width=32)
 
 
@@ -75,7 +75,7 @@ def test_bounds_count_and_gradients(case: Case, x: Tensor, clip: float) -> None:
 
 
 @search
-@given(case=any_case(), x=tensors(summable, near_range))
+@given(case=any_case(), x=tensors(any_float, near_range))
 def test_output_and_gradients_are_finite(case: Case, x: Tensor) -> None:
     quantizer = per_tensor(case, x).train()
     x.requires_grad_()
@@ -110,7 +110,7 @@ def test_lq_takes_the_nearest_of_its_levels(case: Case, x: Tensor) -> None:
 
 
 @search
-@given(case=any_case(lambda method: method.monotonic), x=tensors(summable, near_range))
+@given(case=any_case(lambda method: method.monotonic), x=tensors(any_float, near_range))
 def test_larger_inputs_never_get_smaller_levels(case: Case, x: Tensor) -> None:
     x = x.sort(dim=0).values
     assert (per_tensor(case, x)(x).diff(dim=0) >= 0).all()
@@ -143,14 +143,14 @@ def test_a_full_range_is_symmetric(case: Case, x: Tensor, clip: float) -> None:
 
 
 @search
-@given(case=any_case(), x=tensors(summable, near_range))
+@given(case=any_case(), x=tensors(any_float, near_range))
 def test_integers_stand_for_the_quantized_tensor(case: Case, x: Tensor) -> None:
     quantizer = per_tensor(case, x)
     assert torch.equal(quantizer.integers(x).dequantize(), quantizer(x))
 
 
 @search
-@given(case=any_case(lambda method: method.calibrates), x=tensors(summable, near_range))
+@given(case=any_case(lambda method: method.calibrates), x=tensors(below_top, near_range))
 def test_any_first_batch_calibrates(case: Case, x: Tensor) -> None:
     quantizer = per_tensor(case.with_fields(stable=1), x).train()
     assert torch.equal(quantizer(x), x)

@@ -52,6 +52,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     own = dict(quantizers(model))
     for name, quantizer in own.items():
         levels = state.pop(f"{name}.level_num", None)
+        trained = None if levels is None else _levels(levels, path)
         if not config.run.evaluate:
             state.pop(f"{name}.iteration", None)
         if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
@@ -60,12 +61,17 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        trained = None if levels is None else _levels(levels, path)
         if config.run.evaluate and trained is not None and trained != quantizer.levels:
             raise UserError(
                 f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
                 f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
             )
+        if trained is not None and trained != quantizer.levels:
+            prefix = f"{name}."
+            theirs = {
+                key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
+            }
+            state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
     prefixes = tuple(f"{name}." for name in own)
     return checkpoint.load_weights(
         model,
