@@ -10,7 +10,7 @@ from model.quant import Quantizer, quantized_layers
 
 
 def initialise_ranges(model: nn.Module, images: Tensor) -> int:
-    """Initialise every quantizer from what it will quantize; returns how many there are.
+    """Initialise every quantizer from what it will quantize; returns how many of them learn a range.
 
     Weights are taken as they are; activations and outputs are those of one pass of `images`
     [N, 3, S, S], in the order they are reached, so that each sees its predecessors quantized (unless a
@@ -25,7 +25,7 @@ def initialise_ranges(model: nn.Module, images: Tensor) -> int:
     with observing(model) as hooks:
         for _, layer in quantized_layers(model):
             for part, quantizer in layer.quantizers():
-                count += 1
+                count += type(quantizer).initialise_from is not Quantizer.initialise_from
                 if part == "quant_weight":
                     quantizer.initialise_from(layer.weight)
                 else:

@@ -191,11 +191,14 @@ class LQ(Quantizer):
         """Alternate codes and least-squares basis on `x`, from a basis that covers it (algorithm 1)."""
         with torch.no_grad():
             rows = self.grouped(self.normalise(x.float()))
-            spread = 3 * rows.square().mean(dim=1).sqrt().reshape(self.range_shape())
-            self.set_range(torch.where(spread > 0, spread, self.current_range()))
+            spread = 3 * rows.square().mean(dim=1).sqrt()
+            alive = spread > 0  # a group of zeros keeps its basis
+            start = torch.where(alive, spread, self.current_range().reshape(-1))
+            self.set_range(start.reshape(self.range_shape()))
             for _ in range(REFINEMENTS):
                 positions, _, order = self.assign(rows)
-                self.basis.copy_(self.least_squares(rows, order.gather(1, positions)))
+                best = self.least_squares(rows, order.gather(1, positions))
+                self.basis.copy_(torch.where(alive, best, self.basis))
 
     def safe_divisor(self, value: Tensor) -> Tensor:
         """A statistic plus 1e-5, as published."""

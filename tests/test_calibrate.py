@@ -119,16 +119,24 @@ def test_outputs_are_initialised_from_the_quantized_convolution() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keywords", "changed"),
-    [("dorefa,lsq", {"clip_val"}), ("pact", {"clip_val"}), ("dorefa", set()), ("lq", {"basis"})],
+    ("keywords", "changed", "count"),
+    [
+        ("dorefa,lsq", {"clip_val"}, 40),
+        ("pact", {"clip_val"}, 20),
+        ("dorefa", set(), 0),
+        ("lq", {"basis"}, 40),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_only_quantizer_parameters_change(keywords: str, changed: set[str], training: bool) -> None:
+def test_only_quantizer_parameters_change(
+    keywords: str, changed: set[str], count: int, training: bool
+) -> None:
     torch.manual_seed(0)
     argv = ["--model", "resnet20", "--width_alpha", "0.0625", "--keyword", f"digits,cbsa,origin,{keywords}"]
     net = build(read([*argv, *BOTH, "--fm_bit", "2", "--wt_bit", "2", "--stable", "3"]).model).train(training)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert initialise_ranges(net, images()) == len(list(quantizers(net))) == 40
+    assert len(list(quantizers(net))) == 40
+    assert initialise_ranges(net, images()) == count
     after = net.state_dict()
     assert {
         name.rpartition(".")[2] for name in after if not torch.equal(after[name], before[name])
@@ -201,3 +209,19 @@ def test_ranges_fit_training_even_where_running_statistics_do_not() -> None:
     norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
     assert all(torch.tensor(norms).isfinite())
     assert all(float(p.grad.norm()) > 0 for n, p in model.named_parameters() if n.endswith("conv1.0.weight"))
+
+
+@pytest.mark.parametrize("keywords", ["dorefa,lsq", "lq", "dorefa,non-uniform"])
+def test_a_group_of_zeros_keeps_its_range(keywords: str) -> None:
+    """A pruned channel or a dead activation says nothing; zero would be a range that levels cannot have."""
+    levels = ("--fm_bit", "2", "--wt_bit", "2", *(("--wt_level", "3") if "uniform" in keywords else ()))
+    net = chain(quant(*BOTH, *levels, keywords=keywords))
+    with torch.no_grad():
+        net[0].weight[1] = 0
+    dead = dict(quantizers(net))["0.quant_weight"]
+    before = dead.current_range().clone()
+    initialise_ranges(net, images())
+    after = dead.current_range()
+    torch.testing.assert_close(after[1], before[1])
+    assert (after[[0, 2, 3]] != before[[0, 2, 3]]).all()
+    assert all(value.isfinite().all() for value in net(images()))

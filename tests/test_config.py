@@ -247,6 +247,15 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--keyword bacs", ["bacs without the keyword preBN"]),
         ("--keyword bacs,preBN", []),
         ("--model pytorch-resnet18 --keyword origin", ["the keyword origin has no effect on this network"]),
+        (f"{QUANTIZED} --wt_scale 2", ["--wt_scale has no effect with lsq"]),
+        (f"{QUANTIZED} --wt_scale 2 --wt_grad_scale fan-scale", []),
+        (
+            "--keyword cbas,dorefa --wt_enable --wt_quant_group 1",
+            ["--wt_quant_group has no effect with dorefa"],
+        ),
+        ("--keyword cbas,pact,wt_gamma --wt_enable --wt_quant_group 1", []),
+        ("--keyword cbas,pact --wt_enable --re_init", ["--re_init has no effect: no quantizer"]),
+        ("--keyword cbas,pact --fm_enable --re_init", []),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
     ],
 )

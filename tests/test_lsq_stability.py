@@ -57,6 +57,16 @@ def train(quantizer: nn.Module, learning_rate: float) -> tuple[list[float], floa
     return losses, float(next(iter(quantizer.parameters())).detach())
 
 
+def test_a_run_that_throws_its_clip_value_across_zero_by_itself() -> None:
+    """From an ordinary start, large steps cross zero; the formula alone never learns again from there."""
+    naive, naive_clip = train(NaiveLSQ(0.5), 5.0)
+    losses, clip = train(robust(0.5), 5.0)
+    assert naive_clip < 0 and clip < 0  # both did
+    chance = naive[-1]  # what the last layer's biases alone can reach
+    assert naive[-20:] == [chance] * 20 or max(naive[-20:]) - min(naive[-20:]) < 1e-3
+    assert losses[-1] < 0.5 * chance
+
+
 def test_a_run_whose_clip_value_starts_at_zero() -> None:
     """Written straight from the formula it is NaN at once (0 / 0); here it grows and the loss falls."""
     naive, _ = train(NaiveLSQ(0.0), 0.1)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional
 
 import model.build  # noqa: F401  (registers every method)
+from model.lq import LQ
 from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build, methods, quantizers, register
 from tests import oracle
 from tests.oracle import Array, Groups, Result
@@ -875,6 +876,80 @@ def test_set_levels(case: Case) -> None:
     assert max(row_counts(quantizer, quantizer(tensor(case)))) <= 4
 
 
+@over(cases(levels=(8,), where=lambda method: method.method in ("lsq", "pact") and 4 in method.levels))
+def test_keeping_the_step_scales_the_clip_value(case: Case) -> None:
+    """Lower and higher number: the levels that both grids have stay where they are."""
+    quantizer = make(case)
+    if quantizer.config.method != "lsq" and case.tag == "wt":
+        pytest.skip("DoReFa-Net's weight, which has no clip value")
+    before = quantizer.current_range().clone()
+    changed = quantizer.set_levels(4, keep_step=True)
+    assert [name for name, value in quantizer.named_parameters() if any(value is c for c in changed)] == [
+        "clip_val"
+    ]
+    ratio = (4 // 2 - 1) / (8 // 2 - 1) if quantizer.config.grid == "midtread" else (4 - 1) / (8 - 1)
+    torch.testing.assert_close(quantizer.current_range(), before * ratio)
+    assert quantizer.set_levels(4, keep_step=True) == ()
+    quantizer.set_levels(8, keep_step=True)
+    torch.testing.assert_close(quantizer.current_range(), before)
+
+
+@pytest.mark.parametrize(
+    ("case", "levels", "message"),
+    [
+        (Case("lsq", "fm", 4, half_range=True), 1, "at least 2 levels"),
+        (Case("xnor", "fm", 2, half_range=True), 4, "takes at most 2 levels"),
+        (Case("fatnn", "fm", 3, half_range=True), 4, "has 2 slopes"),
+        (Case("fatnn", "wt", 3, half_range=False), 2, "cannot change from 3 to 2"),
+        (Case("lq", "wt", 4, half_range=False), 8, "4 levels are fixed"),
+        (Case("lsq-midtread", "wt", 4, half_range=False), 2, "mid-tread grid needs at least 3"),
+    ],
+    ids=str,
+)
+def test_levels_that_a_method_does_not_take(case: Case, levels: int, message: str) -> None:
+    quantizer = make(case)
+    before = quantizer.state_dict()
+    with pytest.raises(UserError, match=f"conv1: .*{message}"):
+        quantizer.set_levels(levels)
+    assert quantizer.levels == case.levels
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("tag", ["fm", "wt"])
+@pytest.mark.parametrize(("theirs", "ours"), [(16, 4), (4, 16)])
+def test_a_basis_of_other_bits_gives_its_range(tag: str, theirs: int, ours: int) -> None:
+    half = tag == "fm"
+    trained, quantizer = (
+        make(Case("lq", tag, levels, half_range=half, quant_group=2)) for levels in (theirs, ours)
+    )
+    entries = quantizer.adapted(trained.state_dict())
+    basis = entries["basis"]
+    assert basis.shape == (quantizer.get_buffer("basis").shape)
+    top = trained.get_buffer("basis").abs().sum(dim=0)
+    torch.testing.assert_close(basis.sum(dim=0), top)
+    torch.testing.assert_close(basis[1:], 2 * basis[:-1])  # evenly spaced levels
+
+
+def test_fewer_levels_leave_the_last_slopes_out() -> None:
+    trained, quantizer = (make(Case("fatnn", "fm", levels, half_range=True)) for levels in (4, 3))
+    entries = quantizer.adapted(trained.state_dict())
+    assert "alpha2" in trained.state_dict() and entries.keys() == quantizer.state_dict().keys()
+
+
+@over(cases(levels=(2, 4, 16), groups=(None, 2, 1), where=lambda method: method.method == "lq"))
+def test_least_squares_from_counts_is_that_of_the_codes(case: Case) -> None:
+    """One bit at a time gives B^T B and B^T x of the written-out codes."""
+    quantizer = make(case)
+    assert isinstance(quantizer, LQ)
+    rows = quantizer.grouped(tensor(case).float())
+    positions, _, order = quantizer.assign(rows)
+    numbers = order.gather(1, positions)
+    codes = quantizer.codes[numbers].double()
+    gram, target = quantizer.normal_equations(rows, numbers)
+    torch.testing.assert_close(gram, codes.transpose(1, 2) @ codes)
+    torch.testing.assert_close(target, codes.transpose(1, 2) @ rows.double().unsqueeze(2))
+
+
 @over(cases(levels=(4,), where=lambda method: {4, 8} <= set(method.levels) and method.method != "lq"))
 def test_the_state_brings_the_number_of_levels(case: Case) -> None:
     trained = make(dataclasses.replace(case, levels=8))
@@ -1205,6 +1280,19 @@ def test_linear(shape: tuple[int, ...], groups: int | None) -> None:
     y.sum().backward()
     assert activation.grad is not None
     assert activation.grad.shape == activation.shape
+
+
+@pytest.mark.parametrize("fields", [{}, {"adaptive": "mean-var"}, {"quant_group": 2}], ids=str)
+def test_one_sample_without_a_batch(fields: dict[str, Any]) -> None:
+    """As the base classes take it; channels and samples are told apart all the same."""
+    config = QuantConfig(
+        fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True, **fields),
+        wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4),
+        ot=QuantizerConfig(tag="ot", enable=True, method="lsq", levels=8, **fields),
+    )
+    for layer, x in ((QuantConv2d(4, 6, 3), torch.randn(4, 5, 7)), (QuantLinear(4, 6), torch.randn(4))):
+        layer.build_quantizers(config, "layer")
+        assert torch.equal(layer(x), layer(x.unsqueeze(0)).squeeze(0))
 
 
 @pytest.mark.parametrize("layer", [QuantConv2d(4, 6, 3), QuantLinear(4, 6)], ids=["conv", "linear"])

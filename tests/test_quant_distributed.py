@@ -24,6 +24,13 @@ CASES = {
     ),
     "lsq-stable": QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True, stable=3),
     "pact-stable": QuantizerConfig(tag="fm", enable=True, method="pact", levels=4, half_range=True, stable=3),
+    "dorefa-stable": QuantizerConfig(
+        tag="fm", enable=True, method="dorefa", levels=4, half_range=True, stable=3, quant_group=2
+    ),
+    "lq-stable": QuantizerConfig(tag="fm", enable=True, method="lq", levels=4, half_range=True, stable=2),
+    "fatnn-stable": QuantizerConfig(
+        tag="fm", enable=True, method="fatnn", levels=4, half_range=True, stable=3
+    ),
     "fatnn-closed-form": QuantizerConfig(
         tag="fm", enable=True, method="fatnn", levels=4, half_range=True, closed_form=True
     ),

@@ -18,6 +18,8 @@ from utils import keyword as keywords
 from utils.errors import UserError
 from utils.options import TAGS, Given, parse
 
+LEARNING = frozenset({"lsq", "pact", "lq", "fatnn"})  # methods that learn a range; PACT's weights do not
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
@@ -405,6 +407,10 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         first_last=bool(fields.get("quant.first_last", False)),
         depthwise=bool(fields.get("quant.depthwise", True)),
     )
+    learns = {"fm": LEARNING, "wt": LEARNING - {"pact"}, "ot": LEARNING}
+    learning = any(part.enable and part.method in learns[tag] for tag, part in parts.items())
+    if quant.re_init and quant.enabled and not learning:
+        warnings.append("--re_init has no effect: no quantizer of this network learns its range")
     if not quant.enabled:
         for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
             if name in given.explicit:
@@ -513,6 +519,13 @@ def _check_method(
         method not in ("lsq", "pact") or (tag, method) == ("wt", "pact")
     ):
         warnings.append(f"--{tag}_grad_scale has no effect with {method}, which learns no clipping value")
+    whole_weight = tag == "wt" and method in ("dorefa", "pact")  # one maximum or mean of the tensor
+    by_group = "quant.wt.gamma" in fields or given["wt_adaptive"] != "none"
+    if whole_weight and "wt_quant_group" in given.explicit and not by_group:
+        warnings.append(f"--wt_quant_group has no effect with {method}, whose weights share one range")
+    scaled = given[f"{tag}_grad_scale"] not in ("none", "paper")
+    if f"{tag}_scale" in given.explicit and method not in ("fatnn", "lq") and not scaled:
+        warnings.append(f"--{tag}_scale has no effect with {method} without --{tag}_grad_scale")
     if "quant.custom_update" in fields and method != "lq":
         warnings.append(f"the keyword custom-update has no effect on {tag}, which is not quantized by lq")
     if "quant.closed_form" in fields and method != "fatnn":

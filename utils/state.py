@@ -51,10 +51,12 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
     own = dict(quantizers(model))
     for name, quantizer in own.items():
-        levels = state.pop(f"{name}.level_num", None)
+        levels = state.get(f"{name}.level_num")
         trained = None if levels is None else _levels(levels, path)
+        own_counters = {f"{name}.level_num": quantizer.level_num}
         if not config.run.evaluate:
-            state.pop(f"{name}.iteration", None)
+            own_counters[f"{name}.iteration"] = quantizer.iteration
+        state.update({key: value for key, value in own_counters.items() if key in state})
         if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
             state.pop(f"{name}.range_mean", None)
             clip = state.pop(f"{name}.clip", None)
