@@ -160,11 +160,8 @@ def run(config: Config) -> int:
             if place.first:
                 print(report.describe(config, cost.table(), optim.table(groups), rates, folder))
             return 0
-        if place.first:
-            own = {path.resolve() for path in files.existing()}
-            if not settings.evaluate and (found.path is None or found.path.resolve() not in own):
-                state.keep_earlier_run(folder, files)
-            files.remove_leftovers()
+        if place.first and not settings.evaluate:
+            state.prepare_files(folder, files, found, chosen=settings.resume_file)
         logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent()
         try:
             for warning in (*config.warnings, *device_warnings, *found.passed_over, *progress.differences):

@@ -434,6 +434,13 @@ class CheckpointFiles:
         for path in list(surplus):
             path.unlink()
 
+    def promote(self, path: Path) -> None:
+        """Make a whole checkpoint the latest one, in place of one that is damaged or gone.
+
+        Otherwise the next save would keep the damaged file as the backup and give up a whole one.
+        """
+        write_atomic(self.latest, path.read_bytes())
+
     def remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote has left of the file."""
         ours = re.compile(

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.quant import quantizers
 from utils import checkpoint, distributed, log
-from utils.checkpoint import CheckpointFiles, LoadReport
+from utils.checkpoint import CheckpointFiles, Found, LoadReport
 from utils.config import Config, to_dict
 from utils.errors import TrainingError, UserError
 from utils.precision import Precision
@@ -267,6 +267,23 @@ def _refuse_nonfinite(weights: Mapping[str, torch.Tensor], state: RunState) -> N
             f"{bad[0]} is not finite after {state.epoch} epochs and {state.position} images, which is not saved; "
             "try a lower --lr, --grad_clip or --re_init"
         )
+
+
+def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen: Path | None) -> None:
+    """Make the files of the case those that the run goes on from: its own, or none.
+
+    Args:
+        folder: of the log and the metrics.
+        files: the checkpoints.
+        found: what the run goes on from.
+        chosen: the file that the user named.
+    """
+    own = {path.resolve() for path in files.existing()}
+    if found.path is None or found.path.resolve() not in own:
+        keep_earlier_run(folder, files)
+    elif found.path not in (chosen, files.latest):
+        files.promote(found.path)
+    files.remove_leftovers()
 
 
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
