@@ -6,6 +6,7 @@ process that failed first, and only what no process can say of itself is said: t
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.disable(logging.CRITICAL)  # what torchrun says of this is said here, in one line
     # Several processes that use all cores each are slower than one; torchrun would say so in a long warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:

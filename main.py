@@ -257,9 +257,9 @@ def run(config: Config) -> int:
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
             report.finish(config, cost, result, progress, folder, files, logger)
             return 1 if result.problems else 0
-        except (TrainingError, UserError, OSError) as error:
+        except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
-                logger.error("failed: %s", error, extra={"to_file_only": True})
+                logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
             raise
         finally:
             log.close()

@@ -64,7 +64,7 @@ TIMES = ("seconds", "images_per_second")
 LIMIT = 8192  # bytes that a file may have on a full disk: a line of the log, but no checkpoint
 
 
-def start(folder: Path, line: str) -> int:
+def start(folder: Path, line: str, said_in: str = "said.txt") -> int:
     """Fork a process that trains in a folder; returns its PID."""
     sys.stdout.flush()
     pid = os.fork()
@@ -72,7 +72,7 @@ def start(folder: Path, line: str) -> int:
         status = 70
         try:
             os.chdir(folder)
-            said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            said = os.open(said_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1), os.dup2(said, 2)
             status = main.main(line.split())
             sys.stdout.flush(), sys.stderr.flush()

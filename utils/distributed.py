@@ -5,6 +5,7 @@ The functions do nothing in a run of one process, so that the stages of a run ne
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -198,7 +199,11 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # Buffers: quantizers reduce theirs themselves, batch statistics are shared before they are used.
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its old name
+    return DistributedDataParallel(model, device_ids=ids, **{option: False})
 
 
 def reduction(network: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
