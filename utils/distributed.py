@@ -203,7 +203,8 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     option = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its old name
-    return DistributedDataParallel(model, device_ids=ids, **{option: False})
+    buffers: dict[str, Any] = {option: False}
+    return DistributedDataParallel(model, device_ids=ids, **buffers)
 
 
 def reduction(network: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
