@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import logging
@@ -619,6 +620,100 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
     assert error.startswith("main.py: failed: the loss is not finite in epoch 1, iteration ")
     assert error.count("\n") == 1
     assert not (tmp_path / "weights").exists()
+
+
+RUINS = """
+import torch
+from torch import nn
+from model.build import register_model
+
+class Ruin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (float("nan") if ctx.count == 6 else 1), None
+
+class Net(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(192, 10)
+        self.count = 0
+
+    def forward(self, x):
+        self.count += self.training
+        return Ruin.apply(self.fc(x.flatten(1)), self.count)
+
+register_model("ruins", Net)
+"""
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the loss is finite: before the step, named in the log; the last checkpoint is one from before."""
+    (tmp_path / "mine.py").write_text(RUINS)
+    line = "--dataset fake --num_classes 10 --input_size 8 -b 8 --fake_size 32 --epochs 3 --save_every 1"
+    assert call(f"{line} --model ruins --keyword_file mine.py --case ruined") == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "main.py: failed: the gradient of fc.weight is not finite in epoch 2, iteration 2, though the loss is; "
+        "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init\n"
+    )
+    assert error.partition("failed: ")[2].strip() in log_of(tmp_path, "ruined")
+    saved = read_checkpoint(tmp_path / "weights" / "ruins" / "ruined-checkpoint.pth.tar")
+    assert saved["epoch"] == 1 and saved["position"] == 8
+    assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+class Malice:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch stolen",)
+
+
+@pytest.mark.parametrize(
+    "how", ["--pretrained {}", "--resume_file {}", "-e --pretrained {}", "-r --case evil"]
+)
+def test_a_malicious_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """Nothing of it runs; -r passes it over and says so."""
+    path = tmp_path / "weights" / "resnet20" / "evil-checkpoint.pth.tar"
+    path.parent.mkdir(parents=True)
+    torch.save({"epoch": 1, "state_dict": {"w": torch.ones(1)}, "malice": Malice()}, path)
+    status = call(f"{FP} --epochs 1 {how.format(path)}")
+    shown = capsys.readouterr()
+    assert "refused, because it holds" in shown.out + shown.err
+    assert status == (0 if how.startswith("-r") else 2)
+    assert not (tmp_path / "stolen").exists()
+
+
+def test_no_code_of_ours_runs_what_a_file_says() -> None:
+    """Every `torch.load` is of weights only, and text is neither evaluated nor given to a shell."""
+    forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"}
+    loads = 0
+    for path in (
+        *ROOT.glob("*.py"),
+        *ROOT.glob("model/*.py"),
+        *ROOT.glob("utils/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert name not in forbidden, path
+            assert "shell" not in options, path
+            if name == "torch.load":
+                loads += 1
+                assert options.get("weights_only") == "True", path
+    assert loads > 0
 
 
 def test_no_validation(tmp_path: Path) -> None:

@@ -109,9 +109,11 @@ def restore(
         raise UserError(
             f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained"
         )
-    # The options' hyperparameters count, as far as they differ from the checkpoint's.
+    # The options' hyperparameters count, as far as they differ from the checkpoint's; the rate is set before
+    # each step.
     options = [
-        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
     ]
     try:
         optimizer.load_state_dict(payload["optimizer"])
