@@ -6,19 +6,24 @@ and a user's mistake answer at once. `run` then takes the stages of a run in the
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import leave_status
 from utils import keyword, schedule
 from utils.config import Config, resolve
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
+from utils.interrupt import SAVED, Stop
 from utils.options import parse
 
 if TYPE_CHECKING:
@@ -29,38 +34,48 @@ if TYPE_CHECKING:
 
     from model.summary import Cost
     from utils.data import Loader, Loaders
+    from utils.precision import Precision
+    from utils.state import RunState
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
     "seconds", "images_per_second",
 )  # fmt: skip
 AUDIT_BATCHES = 4
-
-
-class TrainingError(Exception):
-    """Training cannot go on, through no mistake in the options."""
+PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit status: 0 done, 1 failed, 2 the user's mistake."""
+    """Run the program; returns the exit status.
+
+    0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
+    anything to save.
+    """
+    status = answer(argv)
+    leave_status(status)
+    return status
+
+
+def answer(argv: Sequence[str] | None) -> int:
+    """Run the program with its errors as one line each; returns the exit status."""
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("distributed training is not there yet: start one process (NPROC, nproc, -g)")
         if given["keyword_file"] is not None:
             keyword.load_file(given["keyword_file"])
         if given["list_keywords"]:
             print(keyword.table())
             return 0
         config = resolve(given)
+        start_processes(config, argv)
         return run(config)
     except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(
+                PATIENCE
+            )  # the first process says it too, nearly always, and the launcher ends this one
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
-        print(f"main.py: failed: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a folder that went away
+    except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -77,252 +92,401 @@ def run(config: Config) -> int:
     check_folder(folder, "log_dir")
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
-    if settings.resume_file is not None and not os.path.isfile(settings.resume_file):
-        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
 
     import torch
 
-    from model import audit, build, calibrate, convert, health
-    from utils import checkpoint, log, optim, report, state
+    from model import audit, build, calibrate, convert, health, sync_norm
+    from utils import checkpoint, distributed, log, optim, precision, report, state
 
+    place = distributed.place(config.devices, os.environ)
+    if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
+        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
+    shard = dataclasses.replace(config.data, rank=place.rank, world_size=place.world_size)
+    config = dataclasses.replace(config, data=shard)
+    device, device_warnings = distributed.device_of(place, config.devices)
+    device_warnings += precision.check(config.precision, device)
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optim.check(config.optim)
     pretrained = checkpoint.find_pretrained(
         settings.pretrained or "", settings.weights_dir, config.model.name
     )
-    resumed = files.newest() if settings.resume else settings.resume_file
-    if settings.evaluate and settings.resume and resumed is None and pretrained is None:
-        raise UserError(
-            f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
-        )
 
     from utils import data
 
     data.check(config.data)
+    with distributed.joined(place, device):
+        restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
+        found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
+        if settings.evaluate and settings.resume and found.path is None and pretrained is None:
+            raise UserError(
+                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+            )
 
-    # 2. Build the network and load weights into it.
-    seed_generators(settings.seed)
-    model = build.build(config.model)
-    loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
-    cost = trial(model, config)
+        # 2. Build the network and load weights into it.
+        seed_generators(settings.seed)
+        model = build.build(config.model)
+        loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
+        cost = trial(model, config)
 
-    # 3. Data, and what depends on its length.
-    loaders = data.build(config.data)
-    build.set_stable(model, len(loaders.train))
-    steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
-    rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
+        # 3. Data, and what depends on its length.
+        loaders = data.build(config.data)
+        build.set_stable(model, len(loaders.train))
+        steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
+        rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
+        check_lengths(model, config, len(loaders.train), rates)
 
-    check_lengths(model, config, len(loaders.train), rates)
+        # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
+        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        initialised = 0
+        if config.model.quant.re_init and found.path is None:
+            images, _ = next(iter(loaders.train))
+            initialised = calibrate.initialise_ranges(model, images.to(device, memory_format=layout))
+        distributed.share_state(model)
+        if place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
+            seed_generators((settings.seed + place.rank * 1_000_003) % 2**63)
+        if config.devices.sync_bn and place.world_size > 1:
+            sync_norm.synchronise(model, device)
+        precision.prepare(model, config.precision)
+        optimizer, groups = optim.build(model, config.optim)
+        progress = state.RunState()
+        if found.path is not None:
+            progress = state.restore(found.payload, found.path, model, optimizer, config)
+        arithmetic = precision.build(model, optimizer, config.precision, device)
+        arithmetic.load_state_dict(progress.amp)
 
-    # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-    device, device_warnings = choose_device(settings.device_ids)
-    model.to(device=device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    initialised = 0
-    if config.model.quant.re_init and resumed is None:
-        images, _ = next(iter(loaders.train))
-        initialised = calibrate.initialise_ranges(model, to_device(images, device))
-    optimizer, groups = optim.build(model, config.optim)
-    progress = state.RunState() if resumed is None else state.restore(resumed, model, optimizer, config)
+        # 5. Only from here on is anything written, so that a mistake leaves no trace.
+        if settings.dry_run or settings.lr_test:
+            if place.first:
+                print(report.describe(config, cost.table(), optim.table(groups), rates, folder))
+            return 0
+        if place.first and not settings.evaluate:
+            state.prepare_files(folder, files, found, chosen=settings.resume_file)
+        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent()
+        try:
+            for warning in (*config.warnings, *device_warnings, *found.passed_over, *progress.differences):
+                logger.warning("warning: %s", warning)
+            logger.info(
+                "%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords)
+            )
+            if place.world_size > 1:
+                logger.info("%d processes, this one on %s", place.world_size, device)
+            logger.info("%s", cost.totals())
+            if config.model.quant.enabled:
+                logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
+            if loaded is not None:
+                logger.info("pretrained %s: %s", pretrained, loaded.summary())
+            if initialised:
+                logger.info("re_init: initialised %d quantizers", initialised)
+            logger.debug("%s", optim.table(groups))
+            if found.path is not None:
+                part = f" and {progress.position} images of the next" if progress.position else ""
+                logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
+            elif settings.resume:
+                logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            parts = Parts(
+                model, distributed.parallel(model, device), optimizer, arithmetic, rates, device, layout,
+                config, logger,
+            )  # fmt: skip
 
-    # 5. Only from here on is anything written, so that a mistake leaves no trace.
-    if settings.dry_run or settings.lr_test:
-        print(report.describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
-        return 0
-    own = {path.resolve() for path in files.existing()}
-    if not settings.evaluate and (resumed is None or resumed.resolve() not in own):
-        state.keep_earlier_run(folder, files)
-    logger = log.setup(folder / "log.txt", settings.verbose)
-    try:
-        for warning in (*config.warnings, *device_warnings, *progress.differences):
-            logger.warning("warning: %s", warning)
-        logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
-        logger.info("%s", cost.totals())
-        if config.model.quant.enabled:
-            logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
-        if loaded is not None:
-            logger.info("pretrained %s: %s", pretrained, loaded.summary())
-        if initialised:
-            logger.info("re_init: initialised %d quantizers", initialised)
-        logger.debug("%s", optim.table(groups))
-        if resumed is not None:
-            logger.info("resumed %s: %d epochs are done", resumed, progress.epoch)
-        elif settings.resume:
-            logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            # 6. Evaluate only.
+            if settings.evaluate:
+                if loaded is None and found.path is None:
+                    logger.warning("warning: no checkpoint is given, so this evaluates random weights")
+                return evaluate(parts, loaders)
 
-        # 6. Evaluate only.
-        if settings.evaluate:
-            if loaded is None and resumed is None:
-                logger.warning("warning: no checkpoint is given, so this evaluates random weights")
-            return evaluate(model, loaders, device, config, logger)
+            # 7. Train.
+            metrics = log.MetricsFile(folder / "metrics.csv", METRICS)
+            if place.first:
+                metrics.truncate_after(progress.epoch + 1)
+                report.write_text(folder / "config.yaml", report.dump_yaml(config))
+            board = log.Board(
+                folder / "tensorboard" if settings.tensorboard and place.first else None,
+                purge_step=progress.epoch + 1,
+            )
+            watched = None
+            if place.first and (settings.verbose or settings.tensorboard):
+                watched = health.Health(model)
+            last = config.schedule.epochs + config.schedule.extra_epoch
+            if found.path is not None:
+                state.set_random(found.payload, place.rank)
+            with Stop() as stop, checkpoint.Writer() as writer:
 
-        # 7. Train.
-        metrics = log.MetricsFile(folder / "metrics.csv", METRICS)
-        metrics.truncate_after(progress.epoch + 1)
-        report.write_text(folder / "config.yaml", report.dump_yaml(config))
-        board = log.Board(
-            folder / "tensorboard" if settings.tensorboard else None, purge_step=progress.epoch + 1
-        )
-        watched = health.Health(model) if settings.verbose or settings.tensorboard else None
-        last = config.schedule.epochs + config.schedule.extra_epoch
-        for epoch in range(progress.epoch, last):
-            started = time.perf_counter()
-            row = {"epoch": epoch + 1, "lr": rates.at(epoch * rates.steps_per_epoch)}
-            row |= train_one_epoch(model, loaders.train, optimizer, rates, epoch, device, config, logger)
-            if loaders.val is not None:
-                row |= {f"val_{name}": value for name, value in validate(model, loaders.val, device).items()}
-            check_epoch(model, row, loaders, device)
-            row["seconds"] = time.perf_counter() - started
-            metrics.append(row)
-            board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
-            if watched is not None:
-                report.report_health(
-                    watched.report(audit_batches(loaders, device, 1)[0]), board, epoch + 1, logger
-                )
-            # A network whose quantizers still let everything pass is not the best low-bit network.
-            candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
-            best = candidate > progress.best_acc
-            progress = state.RunState(epoch + 1, max(progress.best_acc, candidate))
-            state.save(progress, model, optimizer, rates, files, config, best=best)
-            logger.info("%s", report.epoch_line(row, last, progress.best_acc))
-        board.close()
+                def save(reached: RunState, best: bool = False) -> None:
+                    state.save(reached, model, optimizer, arithmetic, rates, files, config, writer, best=best)
 
-        # 8. What came of it.
-        found = audit.audit(model, audit_batches(loaders, device), config.model.quant)
-        report.finish(config, cost, found, progress, folder, files, logger)
-        return 1 if found.problems else 0
-    finally:
-        log.close()
+                for epoch in range(progress.epoch, last):
+                    progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
+                    row = train_row(parts, progress)
+                    if loaders.val is not None and not stopped:
+                        began = time.perf_counter()
+                        distributed.share_state(model)
+                        row |= {
+                            f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()
+                        }
+                        row["seconds"] += time.perf_counter() - began
+                        stopped = distributed.anyone(stop.asked != "")
+                    if stopped:
+                        save(progress)
+                        writer.wait()
+                        logger.info(
+                            "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
+                        )
+                        return SAVED
+                    check_epoch(parts, row, loaders)
+                    # A network whose quantizers still let everything pass is not the best low-bit network.
+                    candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
+                    best = candidate > progress.best_acc
+                    progress = state.RunState(epoch=epoch + 1, best_acc=max(progress.best_acc, candidate))
+                    if place.first:
+                        metrics.append(row)
+                    board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
+                    if watched is not None:
+                        with arithmetic.autocast():
+                            rows = watched.report(audit_batches(parts, loaders, 1)[0])
+                        report.report_health(rows, board, epoch + 1, logger)
+                    save(progress, best)
+                    logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+                writer.wait()
+            board.close()
+
+            # 8. What came of it.
+            if not place.first:
+                return 0
+            with arithmetic.autocast():
+                result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
+            report.finish(config, cost, result, progress, folder, files, logger)
+            return 1 if result.problems else 0
+        except (TrainingError, UserError, OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):  # a full disk takes no log either
+                logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
+            raise
+        finally:
+            log.close()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training consists of.
+
+    Attributes:
+        model: the network.
+        network: the same as it is trained: with several processes, its gradients are their mean.
+        optimizer: of the network's parameters, or of its master weights.
+        precision: how both compute.
+        rates: the learning rates.
+        device: where all of it is.
+        layout: memory format of images.
+        config: the configuration.
+        logger: the log.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    rates: schedule.Schedule
+    device: torch.device
+    layout: torch.memory_format
+    config: Config
+    logger: Logger
+
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, S, S] where and how the network takes them."""
+        dtype = self.precision.image_dtype
+        return images.to(self.device, dtype, non_blocking=True, memory_format=self.layout)
 
 
 def train_one_epoch(
-    model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, rates: schedule.Schedule, epoch: int,
-    device: torch.device, config: Config, logger: Logger,
-) -> dict[str, float]:  # fmt: skip
-    """Train one epoch; returns the row `train_loss`, `train_top1`, `train_top5`, `images_per_second`."""
-    import torch
+    parts: Parts, loader: Loader, start: RunState, stop: Stop, save: Callable[[RunState], None]
+) -> tuple[RunState, bool]:
+    """Train from `start` to the end of its epoch, or until a process was asked to stop.
+
+    Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
+    """
     from torch.nn import functional
 
-    from utils import log
+    from utils import distributed, log, state
 
-    model.train()
-    loader.set_epoch(epoch)
-    loss_mean, top1, top5 = log.Mean(), log.Mean(), log.Mean()
-    passes = config.optim.iter_size
-    batches = len(loader)
-    images_seen, started = 0, time.perf_counter()
-    optimizer.zero_grad()
-    bar = log.progress(loader, batches, f"epoch {epoch + 1}", enabled=True)
-    for i, (images, target) in enumerate(bar):
-        images, target = to_device(images, device), target.to(device, non_blocking=True)
-        output = model(images)
-        loss = functional.cross_entropy(output, target, label_smoothing=config.run.label_smooth)
+    config, precision, settings = parts.config, parts.precision, parts.config.run
+    passes, batches = config.optim.iter_size, len(loader)
+    together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
+    first = state.first_batch(start.position, together, passes, batches)
+    totals = log.Totals(parts.device, start.sums)
+    stopped, vote, saved, reached = False, distributed.Vote(), first, start
+    parts.model.train()
+    loader.set_epoch(start.epoch)
+    loader.set_position(first)
+    precision.zero_grad()
+    began = time.perf_counter()
+    bar = log.progress(loader, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    for i, (images, target) in enumerate(bar, first):
+        where = f"epoch {start.epoch + 1}, iteration {i + 1}"
+        report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
         # Looking costs nothing on the CPU; elsewhere it would wait for the device, so only reports look.
-        if device.type == "cpu" or (i + 1) % config.run.report_freq == 0 or i + 1 == batches:
-            check_finite(loss, model, images, f"epoch {epoch + 1}, iteration {i + 1}")
-        # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
-        group = min(passes, batches - i // passes * passes)
-        (loss / group).backward()
-        if (i + 1) % passes == 0 or i + 1 == batches:
-            step = epoch * rates.steps_per_epoch + i // passes
-            rates.apply(optimizer, step)
-            if config.optim.grad_clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-            if not rates.skip_update(step):
-                optimizer.step()
-            optimizer.zero_grad()
-
-        hits1, hits5 = log.top_k(output.detach(), target)
-        loss_mean.update(loss.detach(), len(target))
-        top1.update(100 * hits1 / len(target), len(target))
-        top5.update(100 * hits5 / len(target), len(target))
-        images_seen += len(target)
-        if config.run.delay > 0:
-            time.sleep(config.run.delay)
-        if (i + 1) % config.run.report_freq == 0 and i + 1 < batches:  # the epoch has a line of its own
-            logger.info(
+        look = parts.device.type == "cpu" or report or i + 1 == batches
+        images, target = parts.images(images), target.to(parts.device, non_blocking=True)
+        group_ends = (i + 1) % passes == 0 or i + 1 == batches
+        with distributed.reduction(parts.network, now=group_ends):
+            with precision.autocast():
+                output = parts.network(images)
+                loss = functional.cross_entropy(output.float(), target, label_smoothing=settings.label_smooth)
+            if look:
+                check_loss(parts, loss, images, where)
+            # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
+            precision.backward(loss / min(passes, batches - i // passes * passes))
+        totals.update(loss, output, target)
+        if settings.delay > 0:
+            time.sleep(settings.delay)
+        if report:
+            means = log.Totals.means(distributed.summed(totals.sums))
+            parts.logger.info(
                 "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
-                epoch + 1, i + 1, batches, loss_mean.value, top1.value, optimizer.param_groups[0]["lr"],
+                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], parts.optimizer.param_groups[0]["lr"],
             )  # fmt: skip
-    speed = images_seen / (time.perf_counter() - started)
+        if not group_ends:
+            continue
+        step = start.epoch * parts.rates.steps_per_epoch + i // passes
+        parts.rates.apply(parts.optimizer, step)
+        norm = precision.gradient_norm(config.optim.grad_clip)
+        if look and not precision.scaling:
+            check_gradients(parts, norm, where)
+        skipped = precision.step(update=not parts.rates.skip_update(step))
+        if skipped:
+            parts.logger.info("%s: %s", where, skipped)
+        precision.zero_grad()
+
+        stopped = vote(stop.asked != "")
+        due = 0 < settings.save_every <= i + 1 - saved
+        if stopped or due or i + 1 == batches:
+            reached = dataclasses.replace(
+                start,
+                position=(i + 1) * together,
+                sums=totals.values,
+                seconds=start.seconds + time.perf_counter() - began,
+            )
+        if stopped:
+            break
+        if due:
+            save(reached)
+            saved = i + 1
+    return reached, stopped
+
+
+def train_row(parts: Parts, state: RunState) -> dict[str, float]:
+    """The training's columns of the metrics, of an epoch that is at its end."""
+    import torch
+
+    from utils import distributed, log
+
+    sums = distributed.summed(torch.tensor(state.sums, dtype=torch.float64))
     return {
-        "train_loss": loss_mean.value,
-        "train_top1": top1.value,
-        "train_top5": top5.value,
-        "images_per_second": speed,
+        "epoch": state.epoch + 1,
+        "lr": parts.rates.at(state.epoch * parts.rates.steps_per_epoch),
+        **{f"train_{name}": value for name, value in log.Totals.means(sums).items()},
+        "seconds": state.seconds,
+        "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
     }
 
 
-def check_finite(loss: torch.Tensor, model: nn.Module, images: torch.Tensor, where: str) -> None:
+def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
     """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
-    from model.health import first_nonfinite
-
     if not math.isfinite(float(loss.detach())):
+        raise TrainingError(f"the loss is not finite in {where}; {advice(parts, images)}")
+
+
+def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
+    """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
+    if not math.isfinite(float(norm)):
+        bad = [
+            name
+            for name, parameter in parts.model.named_parameters()
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+        ]
         raise TrainingError(
-            f"the loss is not finite in {where}; the first layer with such an output is "
-            f"{first_nonfinite(model, images)}; nothing of this epoch is saved; "
-            "try a lower --lr, --grad_clip or --re_init"
+            f"the gradient of {bad[0] if bad else 'the network'} is not finite in {where}, though the loss is; "
+            "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init"
         )
 
 
-def check_epoch(model: nn.Module, row: dict[str, float], loaders: Loaders, device: torch.device) -> None:
-    """Stop the run before it saves weights that the last step of the epoch has ruined."""
-    from model.health import first_nonfinite
-
-    bad = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
+    """Stop the run before it notes an epoch whose last step has ruined the weights."""
+    weights = parts.precision.weights(parts.model)
+    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if bad or not math.isfinite(row.get("val_loss", 0.0)):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
-        raise TrainingError(
-            f"{where} after epoch {row['epoch']:.0f}; the first layer with such an output is "
-            f"{first_nonfinite(model, audit_batches(loaders, device, 1)[0])}; nothing of this epoch is saved; "
-            "try a lower --lr, --grad_clip or --re_init"
-        )
+        images = audit_batches(parts, loaders, 1)[0]
+        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
 
 
-def validate(model: nn.Module, loader: Loader, device: torch.device) -> dict[str, float]:
-    """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`."""
+def advice(parts: Parts, images: torch.Tensor) -> str:
+    """Where numbers that are not finite came from, and what may help."""
+    from model.health import first_nonfinite
+
+    layer = ""
+    if parts.config.data.world_size == 1:  # a pass of one process alone would wait for the others
+        with parts.precision.autocast():
+            layer = f"the first layer with such an output is {first_nonfinite(parts.model, images)}; "
+    return f"{layer}these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+
+
+def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
+    """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
+
+    A process that is asked to stop leaves it early; the result then means nothing.
+    """
     import torch
     from torch.nn import functional
 
-    from utils import log
+    from utils import distributed, log
 
-    model.eval()
-    loss_mean, top1, top5 = log.Mean(), log.Mean(), log.Mean()
-    with torch.no_grad():
-        for images, target in log.progress(loader, len(loader), "validation", enabled=True):
-            images, target = to_device(images, device), target.to(device, non_blocking=True)
-            output = model(images)
-            hits1, hits5 = log.top_k(output, target)
-            loss_mean.update(functional.cross_entropy(output, target), len(target))
-            top1.update(100 * hits1 / len(target), len(target))
-            top5.update(100 * hits5 / len(target), len(target))
-    return {"loss": loss_mean.value, "top1": top1.value, "top5": top5.value}
+    parts.model.eval()
+    totals = log.Totals(parts.device)
+    with torch.no_grad(), parts.precision.autocast():
+        enabled = parts.config.data.rank == 0
+        for images, target in log.progress(loader, len(loader), "validation", enabled=enabled):
+            if stop.asked:
+                break
+            target = target.to(parts.device, non_blocking=True)
+            output = parts.model(parts.images(images)).float()
+            totals.update(functional.cross_entropy(output, target), output, target)
+    return log.Totals.means(distributed.summed(totals.sums))
 
 
-def evaluate(model: nn.Module, loaders: Loaders, device: torch.device, config: Config, logger: Logger) -> int:
+def evaluate(parts: Parts, loaders: Loaders) -> int:
     """Validate, and audit when asked to; returns the exit status."""
     from model import audit
 
     assert loaders.val is not None  # checked with the options
-    row = validate(model, loaders.val, device)
-    logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
-    if not config.run.audit:
+    row = validate(parts, loaders.val, Stop())
+    parts.logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
+    if not parts.config.run.audit or parts.config.data.rank != 0:
         return 0
-    found = audit.audit(model, audit_batches(loaders, device), config.model.quant)
-    logger.info("%s\naudit: %s", found.table(), found.verdict)
+    with parts.precision.autocast():
+        found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
+    parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
     return 1 if found.problems else 0
 
 
-def audit_batches(loaders: Loaders, device: torch.device, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:
+def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:
     """A few batches of real images, of the validation set where there is one."""
     loader = loaders.train if loaders.val is None else loaders.val
-    return [to_device(images, device) for images, _ in itertools.islice(loader, count)]
+    return [parts.images(images) for images, _ in itertools.islice(loader, count)]
 
 
-def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Images [N, 3, S, S] where and how the network takes them: channels last, the faster layout."""
-    import torch
-
-    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+def start_processes(config: Config, argv: Sequence[str] | None) -> None:
+    """Become the launcher of a process per GPU when several are asked for and this one stands alone."""
+    ids = config.devices.ids
+    if len(ids) < 2 or "WORLD_SIZE" in os.environ or config.devices.distributed or config.run.dry_run:
+        return
+    if argv is not None:
+        raise UserError(
+            f"--device_ids {' '.join(map(str, ids))}: several GPUs take a process each; start main.py by itself"
+        )
+    launcher = str(Path(__file__).with_name("launch.py"))
+    options = ["--standalone", "--nproc_per_node", str(len(ids))]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, launcher, *options, *sys.argv])
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -373,21 +537,6 @@ def trial(model: nn.Module, config: Config) -> Cost:
             f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
             f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
         ) from error
-
-
-def choose_device(device_ids: tuple[int, ...]) -> tuple[torch.device, tuple[str, ...]]:
-    """The GPU that was asked for, else the first one, else the CPU; and warnings."""
-    import torch
-
-    if torch.cuda.is_available():
-        index = device_ids[0] if device_ids else 0
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"--device_ids {index}: there are {torch.cuda.device_count()} GPUs, counted from 0"
-            )
-        return torch.device("cuda", index), ()
-    warnings = tuple(f"--device_ids {index}: no GPU is available, running on the CPU" for index in device_ids)
-    return torch.device("cpu"), warnings
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import random
@@ -491,7 +490,7 @@ def test_the_files_of_a_case() -> None:
     assert str(files.epoch(12)) == "weights/resnet20/lsq-2bit_a.1+-epoch12-checkpoint.pth.tar"
 
 
-@pytest.mark.parametrize("case", ["", ".a", "..", "a/b", "/a", "a b", "a\n", "ä", "a-epoch3"])
+@pytest.mark.parametrize("case", ["", ".a", "..", "a/b", "/a", "a b", "a\n", "ä", "a-epoch3", "a-backup1"])
 def test_a_case_is_a_plain_name(case: str) -> None:
     """No separators, no hidden files, nothing that reads as another case's epoch file."""
     with pytest.raises(UserError, match="--case"):
@@ -514,11 +513,10 @@ def cut(path: Path) -> None:
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     """Neither without a folder nor with other cases' files in it."""
     files = CheckpointFiles(tmp_path / "weights", "resnet20", "a")
-    assert files.newest() is None
+    assert files.newest().path is None
     fill(CheckpointFiles(tmp_path / "weights", "resnet20", "a-b"), latest=5, e2=2)
     fill(CheckpointFiles(tmp_path / "weights", "resnet20", "ba"), latest=5)
-    checkpoint.save(files.best, {"epoch": 9, "state_dict": {}})
-    assert files.newest() is None
+    assert files.newest().path is None
 
 
 @pytest.mark.parametrize(
@@ -537,11 +535,11 @@ def test_the_newest_is_the_one_with_the_highest_epoch_inside(
     """Not by name, not by time; the latest among equals."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")
     fill(files, **epochs)
-    assert files.newest() == (files.latest if newest == "latest" else files.epoch(int(newest[1:])))
+    assert files.newest().path == (files.latest if newest == "latest" else files.epoch(int(newest[1:])))
 
 
-def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Cut short, a changed weight, no epoch: each is named in the log and the one before is taken."""
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    """Cut short, a changed weight, no epoch: each is named and the one before is taken."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")
     fill(files, latest=9, e9=9, e8=8, e7=7, e6=6)
     cut(files.latest)
@@ -550,14 +548,88 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogC
     assert weights in content
     files.epoch(9).write_bytes(content.replace(weights, bytes(200)))
     checkpoint.save(files.epoch(8), {"state_dict": {}})
-    with caplog.at_level(logging.WARNING, logger="checkpoint"):
-        assert files.newest() == files.epoch(7)
-    assert [record.name for record in caplog.records] == ["checkpoint"] * 3
+    found = files.newest()
+    assert found.path == files.epoch(7) and found.payload["epoch"] == 7
+    assert len(found.passed_over) == 3
     for path in (files.latest, files.epoch(9), files.epoch(8)):
-        assert sum(f"{path}: " in text for text in caplog.messages) == 1
+        assert sum(text.startswith(f"passed over {path}: ") for text in found.passed_over) == 1
     cut(files.epoch(7))
     cut(files.epoch(6))
-    assert files.newest() is None
+    assert files.newest().path is None
+
+
+def test_the_position_within_an_epoch_counts(tmp_path: Path) -> None:
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    checkpoint.save(files.latest, {"epoch": 3, "position": 16})
+    checkpoint.save(files.backup(1), {"epoch": 3, "position": 64})
+    checkpoint.save(files.best, {"epoch": 3})
+    assert files.newest().path == files.backup(1)
+    cut(files.backup(1))
+    assert files.newest().path == files.latest
+    cut(files.latest)
+    assert files.newest().path == files.best
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, links: bool) -> None:
+    """The latest and those before it, in order, and no more; also where the disk knows no links."""
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    for epoch in range(1, 7):
+        files.keep_latest(keep)
+        checkpoint.save(files.latest, {"epoch": epoch})
+    kept = [files.latest, *(files.backup(number) for number in range(1, keep))]
+    assert set(files.existing()) == set(kept)
+    assert [checkpoint.read(path)["epoch"] for path in kept] == [6, 5, 4, 3][:keep]
+    files.keep_latest(1)
+    assert files.existing() == [files.latest]
+
+
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    """Temporary files of this case, and no other file."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    checkpoint.save(files.latest, {"epoch": 1})
+    others = [
+        files.folder / name
+        for name in (".b-checkpoint.pth.tar.7.tmp", "a.tmp", ".a-b-checkpoint.pth.tar.7.tmp")
+    ]
+    mine = [
+        files.folder / f".a-{name}.pth.tar.17.tmp"
+        for name in ("checkpoint", "model_best", "backup1-checkpoint")
+    ]
+    for path in (*others, *mine):
+        path.touch()
+    files.remove_leftovers()
+    assert set(files.folder.iterdir()) == {files.latest, *others}
+
+
+def test_a_model_cannot_leave_the_folder(tmp_path: Path) -> None:
+    for name in ("../x", "a/../../x", "/x", ""):
+        with pytest.raises(UserError, match="--model"):
+            CheckpointFiles(tmp_path, name, "a")
+    assert CheckpointFiles(tmp_path, "timm:hf-hub:a/b", "a").folder == tmp_path / "timm:hf-hub:a" / "b"
+
+
+def test_a_writer_works_in_order_and_reports_errors() -> None:
+    done: list[int] = []
+    with checkpoint.Writer() as writer:
+        for number in range(5):
+            writer.start(lambda number=number: done.append(number))
+        writer.wait()
+        assert done == [0, 1, 2, 3, 4]
+        writer.start(lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.wait()
+        writer.wait()
+
+
+def test_a_snapshot_does_not_change() -> None:
+    tensor = torch.zeros(3)
+    copy = checkpoint.snapshot({"a": [tensor, 1], "b": {"c": tensor}})
+    tensor += 1
+    assert torch.equal(copy["a"][0], torch.zeros(3)) and torch.equal(copy["b"]["c"], torch.zeros(3))
 
 
 # --- random state ----------------------------------------------------------------------------

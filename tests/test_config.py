@@ -15,6 +15,7 @@ from utils.config import (
     BlockConfig,
     Config,
     DataConfig,
+    DeviceConfig,
     ModelConfig,
     OptimConfig,
     QuantizerConfig,
@@ -124,8 +125,9 @@ def test_a_typical_line() -> None:
         policy="sgdr_step", epochs=90, eta_min=1e-5, custom_step=(30, 60), wakeup_epoch=1
     )
     assert config.run == RunConfig(
-        case="mine", seed=3, pretrained="fp.pth.tar", save_freq=10, tensorboard=True, device_ids=(0,)
+        case="mine", seed=3, pretrained="fp.pth.tar", save_freq=10, tensorboard=True
     )
+    assert config.devices == DeviceConfig(ids=(0,))
     assert config.keywords[0] == "imagenet"
     assert config.warnings == ()
     assert config.origins["quant.wt.method"] == "keyword lsq"
@@ -308,7 +310,16 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ("--seed -1", "--seed -1: must be from 0"),
         ("--seed 99999999999999999999", "--seed 9+: must be from 0"),
         ("-g -1", "--device_ids -1: GPUs are counted from 0"),
-        ("-g 0 1", "--device_ids 0 1: several GPUs"),
+        ("-g 0 1 0", "--device_ids 0 1 0: each GPU takes one process"),
+        ("--opt_level O1", "--opt_level O1 needs --fp16"),
+        ("--amp_dtype float16", "--amp_dtype float16 needs --fp16"),
+        ("--amp_backend apex", "--amp_backend apex needs --fp16"),
+        ("--world_size 2", "--world_size 2 belongs to --distributed"),
+        ("--rank 0", "--rank 0 belongs to --distributed"),
+        ("--distributed --world_size 2 --rank 2", "--rank 2: processes are counted from 0 to world_size - 1"),
+        ("--distributed --world_size 0 --rank 0", "--world_size 0: must be at least 1"),
+        ("--save_every -1", "--save_every -1: must be a number that is not negative"),
+        ("--keep 0", "--keep 0: must be a number greater than 0"),
         ("--mean 0.5,0.5,0.5", "--mean and --std belong together"),
         ("--mean 0.5,0.5 --std 0.5,0.5", "--mean: give three numbers"),
         ("--mean nan,0,0 --std 1,1,1", "--mean: give finite numbers"),
@@ -369,6 +380,8 @@ def test_frozen() -> None:
         "DataConfig",
         "OptimConfig",
         "ScheduleConfig",
+        "PrecisionConfig",
+        "DeviceConfig",
         "RunConfig",
     }
     for part in found:

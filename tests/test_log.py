@@ -74,33 +74,42 @@ def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     assert logging.getLogger("train").handlers == []
 
 
-def test_mean_is_weighted() -> None:
-    mean = log.Mean()
-    assert math.isnan(mean.value)
-    values, weights = [2.5, -1.0, 7.25], [3, 1, 4]
-    for value, weight in zip(values, weights, strict=True):
-        mean.update(value, weight)
-    assert mean.value == np.average(values, weights=weights)
-    mean.update(torch.tensor(4.0, requires_grad=True), torch.tensor(2))
-    assert mean.value == np.average([*values, 4.0], weights=[*weights, 2])
-    assert isinstance(mean.total, torch.Tensor)
-    assert not mean.total.requires_grad
-    unweighted = log.Mean()
-    for value in values:
-        unweighted.update(value)
-    assert unweighted.value == np.mean(values)
+def batch(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of 7 classes and the right ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 7, generator=generator), torch.randint(7, (count,), generator=generator)
 
 
-def test_mean_does_not_lose_small_parts() -> None:
+def test_totals_are_those_of_all_images() -> None:
+    """Batches of any size, summed in parts, give what one pass of NumPy gives."""
+    totals = log.Totals()
+    assert all(math.isnan(value) for value in log.Totals.means(totals.sums).values())
+    outputs, targets, losses = [], [], []
+    for seed, count in enumerate((3, 1, 8)):
+        output, target = batch(seed, count)
+        loss = torch.nn.functional.cross_entropy(output, target, reduction="none")
+        if seed == 2:  # go on from the sums so far, as a resumed run does
+            totals = log.Totals(start=totals.values)
+        totals.update(loss.mean().requires_grad_(), output, target)
+        outputs.append(output), targets.append(target), losses.append(loss)
+    assert not totals.sums.requires_grad
+    ranks = np.argsort(-torch.cat(outputs).numpy(), axis=1) == torch.cat(targets).numpy()[:, None]
+    means = log.Totals.means(totals.sums)
+    assert means["loss"] == pytest.approx(np.mean(torch.cat(losses).double().numpy()), rel=1e-6)
+    assert means["top1"] == 100 * ranks[:, 0].sum() / 12 and means["top5"] == 100 * ranks[:, :5].sum() / 12
+
+
+def test_totals_do_not_lose_small_parts() -> None:
     """In float32 the sum would stop growing at 2^24; half precision would overflow."""
-    mean = log.Mean()
-    mean.update(torch.tensor(1.0), 2**24)
-    mean.update(torch.tensor(3.0), 1)
-    assert mean.value == (2**24 + 3) / (2**24 + 1)
-    half = log.Mean()
+    output, target = batch(0, 1)
+    totals = log.Totals(start=(2.0**24, 0, 0, 2.0**24))
+    totals.update(torch.tensor(3.0), output, target)
+    assert log.Totals.means(totals.sums)["loss"] == (2**24 + 3) / (2**24 + 1)
+    output, target = batch(0, 256)
+    half = log.Totals()
     for _ in range(3):
-        half.update(torch.tensor(60000.0, dtype=torch.float16), 256)
-    assert half.value == torch.tensor(60000.0, dtype=torch.float16).item()
+        half.update(torch.tensor(60000.0, dtype=torch.float16), output, target)
+    assert log.Totals.means(half.sums)["loss"] == torch.tensor(60000.0, dtype=torch.float16).item()
 
 
 class _Reads(TorchDispatchMode):
@@ -121,14 +130,14 @@ class _Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_mean_reads_tensors_only_for_the_value() -> None:
-    mean = log.Mean()
+def test_totals_read_tensors_only_for_their_values() -> None:
+    totals = log.Totals()
+    output, target = batch(0, 8)
     with _Reads() as reads:
         for _ in range(3):
-            mean.update(torch.tensor(2.0), torch.tensor(8))
+            totals.update(torch.tensor(2.0), output, target)
         assert reads.count == 0
-        assert mean.value == 2.0
-        assert reads.count > 0
+        assert log.Totals.means(totals.sums)["loss"] == 2.0
 
 
 def test_top_k_by_hand() -> None:

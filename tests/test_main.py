@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,12 @@ import yaml
 from torch import Tensor, nn
 
 import main
-from utils import data, optim, schedule
+from utils import data, optim, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
 from utils.config import read as read_config
+from utils.interrupt import SAVED, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
@@ -91,7 +95,16 @@ def assert_same(one: Any, two: Any, where: str = "") -> None:
 def assert_same_run(one: tuple[Path, str], two: tuple[Path, str]) -> None:
     """Two runs ended with the same bits and wrote the same metrics but for the times."""
     first, second = checkpoint(*one), checkpoint(*two)
-    for name in ("state_dict", "optimizer", "epoch", "best_acc", "learning_rate", "scheduler", "random"):
+    for name in (
+        "state_dict",
+        "optimizer",
+        "epoch",
+        "best_acc",
+        "learning_rate",
+        "scheduler",
+        "random",
+        "sums",
+    ):
         assert_same(first[name], second[name], name)
     rows, others = metrics(*one), metrics(*two)
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in rows] == [
@@ -132,7 +145,13 @@ def test_files_of_a_run(lsq: Path) -> None:
         ),
         *(
             f"weights/resnet20/lsq-{name}.pth.tar"
-            for name in ("checkpoint", "model_best", "epoch1-checkpoint", "epoch2-checkpoint")
+            for name in (
+                "checkpoint",
+                "backup1-checkpoint",
+                "model_best",
+                "epoch1-checkpoint",
+                "epoch2-checkpoint",
+            )
         ),
     }
     assert len(list((lsq / "exp" / "lsq" / "tensorboard").glob("*tfevents*"))) == 1
@@ -210,6 +229,7 @@ def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
     assert_same_run((lsq, "lsq"), (tmp_path, "again"))
     assert {path.name for path in (tmp_path / "weights" / "resnet20").iterdir()} == {
         "again-checkpoint.pth.tar",
+        "again-backup1-checkpoint.pth.tar",
         "again-model_best.pth.tar",
     }
     assert not (tmp_path / "exp" / "again" / "tensorboard").exists()
@@ -249,10 +269,10 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lr_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the rate of every epoch and leaves no file."""
+    """Prints the rate of every epoch, draws those of all steps into a file and leaves no other."""
     line = f"{FP},lr-test --lr 0.4 --epochs 4 --extra_epoch 1"
     assert call(f"{line} --lr_policy fix_step --lr_fix_step 2 --lr_decay 0.5") == 0
-    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:]]
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[1:-1]]
     assert [(int(epoch), float(rate)) for epoch, rate in rows] == [
         (0, 0.4),
         (1, 0.4),
@@ -260,7 +280,8 @@ def test_lr_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (3, 0.2),
         (4, 0.2),
     ]
-    assert not any(tmp_path.iterdir())
+    assert set(files(tmp_path)) == {"exp/default/schedule.png"}
+    assert files(tmp_path)["exp/default/schedule.png"].startswith(b"\x89PNG")
 
 
 # Evaluation --------------------------------------------------------------------------------------
@@ -393,6 +414,10 @@ def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.Com
     for text in process.stdout:
         said.append(text)
         if text.startswith("epoch 1/"):
+            while not list(
+                folder.glob("weights/*/ended-checkpoint.pth.tar")
+            ):  # written in a thread of its own
+                time.sleep(0.01)
             process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, "".join(said), errors)
@@ -413,11 +438,12 @@ def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Sig
     if number == signal.SIGKILL:
         assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
     else:
-        assert (done.returncode, done.stderr) == (130, "main.py: interrupted\n")
+        assert (done.returncode, done.stderr) == (SAVED, "")
+        assert checkpoint(tmp_path, "ended")["position"] > 0
     assert len(metrics(tmp_path, "ended")) == 1 and checkpoint(tmp_path, "ended")["epoch"] == 1
     assert call(f"{line} --case ended --epochs 3 -r") == 0
     assert_same_run((tmp_path, "whole"), (tmp_path, "ended"))
-    assert "1 epochs are done" in log_of(tmp_path, "ended")
+    assert re.search(r"1 epochs( and \d+ images of the next)? are done", log_of(tmp_path, "ended"))
     assert "warning" not in log_of(tmp_path, "ended")
 
 
@@ -503,10 +529,16 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     rates = schedule.Schedule(
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
-    row = main.train_one_epoch(
-        model, loader, optimizer, rates, 0, torch.device("cpu"), config, logging.getLogger("nobody listens")
+    parts = main.Parts(
+        model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")), rates,
+        torch.device("cpu"), torch.channels_last, config, logging.getLogger("nobody listens"),
+    )  # fmt: skip
+    start = state.RunState()
+    reached, stopped = main.train_one_epoch(
+        parts, loader, start, Stop(), lambda _: pytest.fail("not asked to save")
     )
-    return model, row, config
+    assert not stopped and reached.position == len(loader) * config.data.batch_size
+    return model, main.train_row(parts, reached), config
 
 
 def batches_of(config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -590,12 +622,107 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "weights").exists()
 
 
+RUINS = """
+import torch
+from torch import nn
+from model.build import register_model
+
+class Ruin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (float("nan") if ctx.count == 6 else 1), None
+
+class Net(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(192, 10)
+        self.count = 0
+
+    def forward(self, x):
+        self.count += self.training
+        return Ruin.apply(self.fc(x.flatten(1)), self.count)
+
+register_model("ruins", Net)
+"""
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the loss is finite: before the step, named in the log; the last checkpoint is one from before."""
+    (tmp_path / "mine.py").write_text(RUINS)
+    line = "--dataset fake --num_classes 10 --input_size 8 -b 8 --fake_size 32 --epochs 3 --save_every 1"
+    assert call(f"{line} --model ruins --keyword_file mine.py --case ruined") == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "main.py: failed: the gradient of fc.weight is not finite in epoch 2, iteration 2, though the loss is; "
+        "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init\n"
+    )
+    assert error.partition("failed: ")[2].strip() in log_of(tmp_path, "ruined")
+    saved = read_checkpoint(tmp_path / "weights" / "ruins" / "ruined-checkpoint.pth.tar")
+    assert saved["epoch"] == 1 and saved["position"] == 8
+    assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
+
+
+class Malice:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch stolen",)
+
+
+@pytest.mark.parametrize(
+    "how", ["--pretrained {}", "--resume_file {}", "-e --pretrained {}", "-r --case evil"]
+)
+def test_a_malicious_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """Nothing of it runs; -r passes it over and says so."""
+    path = tmp_path / "weights" / "resnet20" / "evil-checkpoint.pth.tar"
+    path.parent.mkdir(parents=True)
+    torch.save({"epoch": 1, "state_dict": {"w": torch.ones(1)}, "malice": Malice()}, path)
+    status = call(f"{FP} --epochs 1 {how.format(path)}")
+    shown = capsys.readouterr()
+    assert "refused, because it holds" in shown.out + shown.err
+    assert status == (0 if how.startswith("-r") else 2)
+    assert not (tmp_path / "stolen").exists()
+
+
+def test_no_code_of_ours_runs_what_a_file_says() -> None:
+    """Every `torch.load` is of weights only, and text is neither evaluated nor given to a shell."""
+    forbidden = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads"}
+    loads = 0
+    for path in (
+        *ROOT.glob("*.py"),
+        *ROOT.glob("model/*.py"),
+        *ROOT.glob("utils/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert name not in forbidden, path
+            assert "shell" not in options, path
+            if name == "torch.load":
+                loads += 1
+                assert options.get("weights_only") == "True", path
+    assert loads > 0
+
+
 def test_no_validation(tmp_path: Path) -> None:
     """No best checkpoint and no accuracy, but all the rest; epochs after the schedule are trained too."""
     assert call(f"{FP} --case blind -v 0 --epochs 1 --extra_epoch 1") == 0
-    assert [path.name for path in (tmp_path / "weights" / "resnet20").iterdir()] == [
-        "blind-checkpoint.pth.tar"
-    ]
+    assert {path.name for path in (tmp_path / "weights" / "resnet20").iterdir()} == {
+        "blind-checkpoint.pth.tar",
+        "blind-backup1-checkpoint.pth.tar",
+    }
     rows = metrics(tmp_path, "blind")
     assert [(row["epoch"], row["val_top1"], row["val_loss"]) for row in rows] == [
         ("1", "nan", "nan"),

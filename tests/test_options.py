@@ -85,7 +85,7 @@ def test_every_spelling(option: Option) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("-j4 -g0", {"workers": 4, "device_ids": [0]}),
+        ("-j4 -g0", {"workers": 4, "device_ids": [(0,)]}),
         ("-b 32 -v 16 -s 5", {"batch_size": 32, "val_batch_size": 16, "save_freq": 5}),
         ("-v0", {"val_batch_size": 0}),
         ("-e -r", {"evaluate": True, "resume": True}),
@@ -95,7 +95,8 @@ def test_every_spelling(option: Option) -> None:
         ("--arch=resnet18", {"model": "resnet18"}),
         ("--wd 5e-4", {"weight_decay": 5e-4}),
         ("--learning-rate 0.2", {"lr": 0.2}),
-        ("-g 0 1 2", {"device_ids": [0, 1, 2]}),
+        ("-g 0 1 2", {"device_ids": [(0,), (1,), (2,)]}),
+        ("-g 0,1", {"device_ids": [(0, 1)]}),
         ("--fm-quant-group=-4", {"fm_quant_group": -4}),
         ("--fm-quant-group -4", {"fm_quant_group": -4}),
         ("--lr 0.1 --lr 0.3", {"lr": 0.3}),  # the last one counts

@@ -20,7 +20,7 @@ world = os.environ.get("WORLD_SIZE")
 print(json.dumps({"argv": sys.argv, "directory": os.getcwd(), "pid": os.getpid(), "world": world}))
 sys.exit(int(os.environ.get("STUB_STATUS", "0")))
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = [sys.executable, "launch.py"]
 
 
 class Repository:
@@ -29,7 +29,8 @@ class Repository:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "config").mkdir(parents=True)
-        shutil.copy(ROOT / "train.sh", folder)
+        for name in ("train.sh", "launch.py"):
+            shutil.copy(ROOT / name, folder)
         (folder / "main.py").write_text(STUB)
 
     def config(self, text: str, name: str = "config.test") -> str:

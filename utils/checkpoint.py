@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-import logging
+import itertools
 import os
 import pickle
 import random
@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-
-LOG = logging.getLogger("checkpoint")
 
 # Tables that published LQ-Nets files store beside the basis; they are recomputed from it here.
 OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
@@ -85,9 +84,13 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 def save(path: Path, payload: dict[str, Any]) -> None:
     """Write `payload` (tensors, numbers, text, lists, dicts) atomically, see `write_atomic`.
 
-    Raises UserError when the disk refuses, and TypeError, before anything is written, when the
-    payload holds an object that `read` would refuse.
+    Raises UserError when the disk refuses, and TypeError as `serialise`, before anything is written.
     """
+    write_atomic(path, serialise(payload))
+
+
+def serialise(payload: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint file; raises TypeError when `read` would refuse an object in it."""
     # Serialised in memory first: an object that cannot be pickled never reaches the disk, and every
     # error of the disk arrives as a plain OSError rather than from inside torch's archive writer.
     buffer = io.BytesIO()
@@ -96,7 +99,46 @@ def save(path: Path, payload: dict[str, Any]) -> None:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
     if refused:
         raise TypeError(f"a checkpoint of {', '.join(refused)} would not load with weights_only")
-    write_atomic(path, buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a payload, tensors on the CPU, that does not change when training goes on."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: snapshot(item) for name, item in value.items()}
+    return [snapshot(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Writer:
+    """Runs the jobs that write, one after another, in a thread beside the training.
+
+    At most one job waits or runs: giving the next one waits for it. An error of a job is raised then, or by
+    `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._job: Future[None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Run a job when the former one is done."""
+        self.wait()
+        self._job = self._thread.submit(job)
+
+    def wait(self) -> None:
+        """Return when the last job is done."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish the last job, whatever becomes of it, and end the thread."""
+        self._thread.shutdown(wait=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -339,8 +381,13 @@ class CheckpointFiles:
         """Check that the case is a plain file name that cannot be taken for another case's files."""
         if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", self.case):
             raise UserError(f"--case {self.case!r}: use letters, digits and . _ + - only, no dot in front")
-        if re.search(r"-epoch\d+$", self.case):
-            raise UserError(f"--case {self.case!r}: the ending -epochN marks files of single epochs; drop it")
+        if re.search(r"-(epoch|backup)\d+$", self.case):
+            raise UserError(
+                f"--case {self.case!r}: the endings -epochN and -backupN mark files of other moments; drop it"
+            )
+        parts = Path(self.model).parts
+        if not parts or ".." in parts or Path(self.model).is_absolute():
+            raise UserError(f"--model {self.model!r}: no name of a network leaves {self.weights_dir}")
 
     @property
     def folder(self) -> Path:
@@ -349,8 +396,12 @@ class CheckpointFiles:
 
     @property
     def latest(self) -> Path:
-        """The checkpoint that every epoch overwrites."""
+        """The checkpoint that every save replaces."""
         return self.folder / f"{self.case}-checkpoint.pth.tar"
+
+    def backup(self, number: int) -> Path:
+        """The latest checkpoint of `number` saves ago, from 1."""
+        return self.folder / f"{self.case}-backup{number}-checkpoint.pth.tar"
 
     @property
     def best(self) -> Path:
@@ -365,35 +416,98 @@ class CheckpointFiles:
         """Every checkpoint file of the case that is there, by name."""
         if not self.folder.is_dir():
             return []
-        ours = re.compile(re.escape(self.case) + r"-(model_best|(epoch\d+-)?checkpoint)\.pth\.tar")
+        ours = re.compile(re.escape(self.case) + r"-(model_best|((epoch|backup)\d+-)?checkpoint)\.pth\.tar")
         return sorted(path for path in self.folder.iterdir() if ours.fullmatch(path.name))
 
-    def newest(self) -> Path | None:
-        """The whole checkpoint with the highest `epoch` inside (`latest` among equals); None without one.
+    def keep_latest(self, count: int) -> None:
+        """Make room for a new latest checkpoint: it and `count` - 1 before it stay, under `backup`'s names.
 
-        A damaged file is passed over with a warning in the log.
+        There is a whole checkpoint under one of the names at every moment.
         """
-        found: list[tuple[int, bool, Path]] = []
+        if self.latest.exists():
+            for number in range(count - 1, 1, -1):
+                if self.backup(number - 1).exists():
+                    os.replace(self.backup(number - 1), self.backup(number))
+            if count > 1:
+                _link(self.latest, self.backup(1))
+        surplus = itertools.takewhile(Path.exists, map(self.backup, itertools.count(count)))
+        for path in list(surplus):
+            path.unlink()
+
+    def promote(self, path: Path) -> None:
+        """Make a whole checkpoint the latest one, in place of one that is damaged or gone.
+
+        Otherwise the next save would keep the damaged file as the backup and give up a whole one.
+        """
+        write_atomic(self.latest, path.read_bytes())
+
+    def remove_leftovers(self) -> None:
+        """Remove what a run that was killed while it wrote has left of the file."""
+        ours = re.compile(
+            r"\."
+            + re.escape(self.case)
+            + r"-(model_best|((epoch|backup)\d+-)?checkpoint)\.pth\.tar\.\d+\.tmp"
+        )
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if ours.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def find(self, newest: bool, file: Path | None) -> Found:
+        """The checkpoint to continue from: the `newest` of the case, else `file`, else none."""
+        found = self.newest() if newest else Found(None, {})
+        if found.path is None and file is not None:
+            return Found(file, read(file), found.passed_over)
+        return found
+
+    def newest(self) -> Found:
+        """The whole checkpoint that is furthest inside; the latest of equals. Damaged files are passed over."""
+        found: list[tuple[int, int, bool, Path]] = []
+        passed: list[str] = []
         for path in self.existing():
-            if path == self.best:
-                continue
             try:
-                epoch = _load(path, mapped=True).get("epoch")
+                payload = _load(path, mapped=True)
             except UserError as error:
-                LOG.warning("passed over: %s", error)
+                passed.append(f"passed over {error}")
                 continue
-            if isinstance(epoch, int):
-                found.append((epoch, path == self.latest, path))
+            epoch, position = payload.get("epoch"), payload.get("position", 0)
+            if isinstance(epoch, int) and isinstance(position, int):
+                found.append((epoch, position, path == self.latest, path))
             else:
-                LOG.warning("passed over: %s: no checkpoint of a run, it has no epoch", path)
-        for _, _, path in sorted(found, reverse=True):
+                passed.append(f"passed over {path}: no checkpoint of a run, it has no epoch")
+        for _, _, _, path in sorted(found, reverse=True):
             try:
-                read(path)
+                return Found(path, read(path), tuple(passed))
             except UserError as error:
-                LOG.warning("passed over: %s", error)
-            else:
-                return path
-        return None
+                passed.append(f"passed over {error}")
+        return Found(None, {}, tuple(passed))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to continue from.
+
+    Attributes:
+        path: the file; None when there is none that is whole.
+        payload: what is in it.
+        passed_over: a line for each file that is damaged.
+    """
+
+    path: Path | None
+    payload: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Let `target` name the file `source` too, whatever it named before; only it, where there are no links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+    except OSError:
+        os.replace(source, target)
+    else:
+        os.replace(temporary, target)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -138,6 +138,8 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
     seed: int = 0
+    rank: int = 0  # this process's number among `world_size`, which share each batch
+    world_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,28 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """The floating types of a run; see `utils.precision`."""
+
+    level: str = "O0"  # O0 float32, O1 autocast, O2 half weights with float32 masters, O3 all half
+    dtype: str = "bfloat16"  # or float16
+    backend: str = "torch"  # or apex
+    tf32: bool = False
+    channels_last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The devices and processes of a run; None is what the environment says."""
+
+    ids: tuple[int, ...] = ()
+    distributed: bool = False
+    world_size: int | None = None
+    rank: int | None = None
+    sync_bn: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What is done, where results go."""
 
@@ -192,12 +216,13 @@ class RunConfig:
     weights_dir: Path = Path("weights")
     log_dir: Path = Path("exp")
     save_freq: int = 0  # epochs between checkpoints that are kept; 0: only the latest and the best
+    save_every: int = 0  # iterations between saves of the latest checkpoint; 0: after epochs only
+    keep: int = 2  # the latest checkpoint and those before it that stay
     report_freq: int = 50  # iterations between two lines of the log
     tensorboard: bool = False
     verbose: bool = False
     label_smooth: float = 0.0
     delay: float = 0.0  # seconds per iteration
-    device_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +233,8 @@ class Config:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    devices: DeviceConfig = DeviceConfig()
     run: RunConfig = RunConfig()
     keywords: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
@@ -271,6 +298,8 @@ def resolve(given: Given) -> Config:
         data=_data_config(given, fields, model),
         optim=_optim_config(given),
         schedule=_schedule_config(given),
+        precision=_precision_config(given),
+        devices=_device_config(given),
         run=_run_config(given, fields),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
@@ -357,12 +386,13 @@ def _check_numbers(given: Given) -> None:
     """Values that make no sense whatever else is given."""
     _positive(
         given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
-        "report_freq", "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
+        "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
         *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
     )  # fmt: skip
     _not_negative(
         given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min",
         "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
+        "save_every",
     )  # fmt: skip
     _share(given, "momentum", "label_smooth")
     if given["batch_size"] == 1 and not given["evaluate"]:
@@ -675,15 +705,46 @@ def _schedule_config(given: Given) -> ScheduleConfig:
     )
 
 
+def _precision_config(given: Given) -> PrecisionConfig:
+    for name in ("opt_level", "amp_dtype", "amp_backend"):
+        if given[name] is not None and not given["fp16"]:
+            raise UserError(f"--{name} {given[name]} needs --fp16: without it everything is float32")
+    level = given["opt_level"] or ("O1" if given["fp16"] else "O0")
+    return PrecisionConfig(
+        level=level,
+        dtype=given["amp_dtype"] or "bfloat16",
+        backend=given["amp_backend"] or "torch",
+        tf32=bool(given["tf32"]),
+        channels_last=given["memory_format"] == "channels_last",
+    )
+
+
+def _device_config(given: Given) -> DeviceConfig:
+    ids = tuple(index for part in given["device_ids"] or () for index in part)
+    written = " ".join(map(str, ids))
+    if any(index < 0 for index in ids):
+        raise UserError(f"--device_ids {written}: GPUs are counted from 0")
+    if len(set(ids)) < len(ids):
+        raise UserError(f"--device_ids {written}: each GPU takes one process, name it once")
+    for name in ("world_size", "rank"):
+        if given[name] is not None and not given["distributed"]:
+            raise UserError(f"--{name} {given[name]} belongs to --distributed: add it or leave --{name} out")
+    world, rank = given["world_size"], given["rank"]
+    if world is not None and world < 1:
+        raise UserError(f"--world_size {world}: must be at least 1")
+    if rank is not None and not 0 <= rank < (world or rank + 1):
+        raise UserError(f"--rank {rank}: processes are counted from 0 to world_size - 1")
+    return DeviceConfig(
+        ids=ids,
+        distributed=bool(given["distributed"]),
+        world_size=world,
+        rank=rank,
+        sync_bn=bool(given["sync_bn"]),
+    )
+
+
 def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
     smooth = given["label_smooth"]
-    devices = tuple(given["device_ids"] or ())
-    if any(device < 0 for device in devices):
-        raise UserError(f"--device_ids {' '.join(map(str, devices))}: GPUs are counted from 0")
-    if len(devices) > 1:
-        raise UserError(
-            f"--device_ids {' '.join(map(str, devices))}: several GPUs are not there yet; give one"
-        )
     return RunConfig(
         case=given["case"],
         seed=given["seed"],
@@ -698,12 +759,13 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         weights_dir=Path(given["weights_dir"]),
         log_dir=Path(given["log_dir"]),
         save_freq=given["save_freq"],
+        save_every=given["save_every"],
+        keep=given["keep"],
         report_freq=given["report_freq"],
         tensorboard=bool(given["tensorboard"]),
         verbose=bool(given["verbose"]),
         label_smooth=fields.get("run.label_smooth", 0.0) if smooth is None else smooth,
         delay=given["delay"],
-        device_ids=devices,
     )
 
 

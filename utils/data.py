@@ -11,6 +11,7 @@ import http.client
 import math
 import multiprocessing
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ class Loader(ABC):
     `len(loader)` is the number of batches of an epoch and iterating yields them. Training visits the samples
     in the order of `epoch_order` and leaves out the last batch when it is incomplete, unless it is the only
     one (a batch of a single image would break batch normalisation). Validation visits every sample once, in
-    the order of the set.
+    the order of the set. Among `world_size` processes a batch of training is that many times larger and each
+    takes its part of it, in the order of ranks; of validation each takes every `world_size`-th sample.
 
     A subclass only says how batches of indices become batches of images. At most one iteration of a loader
     runs at a time: the next one ends it.
@@ -86,17 +88,28 @@ class Loader(ABC):
         samples: number of images of the set.
     """
 
-    def __init__(self, samples: int, *, batch_size: int, train: bool, seed: int) -> None:
+    def __init__(
+        self, samples: int, *, batch_size: int, train: bool, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if train and world_size > 1 and samples < batch_size * world_size:
+            raise UserError(
+                f"--batch_size {batch_size}: {samples} training images are no batch of {world_size} processes; "
+                f"write at most {samples // world_size}"
+            )
         self.samples = samples
         self._batch_size = batch_size
         self._train = train
         self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
         self._epoch = 0
         self._position = 0
 
     def __len__(self) -> int:
-        full, rest = divmod(self.samples, self._batch_size)
-        return full if self._train and full else full + bool(rest)
+        if self._train:
+            full, rest = divmod(self.samples, self._batch_size * self._world_size)
+            return full if full else int(bool(rest))
+        return -(-len(range(self._rank, self.samples, self._world_size)) // self._batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0, that the next iteration delivers; it stays until it is set again."""
@@ -123,10 +136,13 @@ class Loader(ABC):
 
     def _batches(self) -> Sequence[Tensor]:
         """All batches of the current epoch as indices, int64 [N] each."""
-        order = (
-            epoch_order(self.samples, self._seed, self._epoch) if self._train else torch.arange(self.samples)
-        )
-        return order.split(self._batch_size)[: len(self)]
+        if not self._train:
+            return torch.arange(self._rank, self.samples, self._world_size).split(self._batch_size)[
+                : len(self)
+            ]
+        order = epoch_order(self.samples, self._seed, self._epoch)
+        whole = order.split(self._batch_size * self._world_size)[: len(self)]
+        return [batch.tensor_split(self._world_size)[self._rank] for batch in whole]
 
     @abstractmethod
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Batch]:
@@ -154,6 +170,8 @@ class TensorLoader(Loader):
         batch_size: images per batch.
         train: whether to shuffle, augment and leave out an incomplete batch.
         seed: the run's seed.
+        rank: this process among `world_size`.
+        world_size: processes that share each batch.
     """
 
     def __init__(
@@ -168,8 +186,12 @@ class TensorLoader(Loader):
         batch_size: int,
         train: bool,
         seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        super().__init__(len(target), batch_size=batch_size, train=train, seed=seed)
+        super().__init__(
+            len(target), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size
+        )
         self._store = store
         self._target = target
         self._size = size
@@ -307,6 +329,8 @@ def _tensor_loaders(
             batch_size=batch_size,
             train=train,
             seed=config.seed,
+            rank=config.rank,
+            world_size=config.world_size,
         )
 
     return Loaders(
@@ -549,6 +573,11 @@ def _collate(samples: list[_Sample]) -> Batch | _Unreadable:
     return images, target
 
 
+def _leave_signals(_: int) -> None:
+    """Ctrl-C reaches workers too, but it is the training that ends them, when it has saved its state."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Keys(Sampler[list[tuple[int, int]]]):
     """The batches of keys (epoch, index) of the coming iteration; the only way an epoch reaches a worker."""
 
@@ -574,16 +603,21 @@ class FolderLoader(Loader):
         batch_size: images per batch.
         train: whether to shuffle and leave out an incomplete batch.
         seed: the run's seed.
+        rank: this process among `world_size`.
+        world_size: processes that share each batch.
 
     Raises:
         UserError: while iterating, when an image cannot be decoded; names its path.
     """
 
     def __init__(
-        self, folder: Path, transform: v2.Transform, *, workers: int, batch_size: int, train: bool, seed: int
-    ) -> None:
+        self, folder: Path, transform: v2.Transform, *, workers: int, batch_size: int, train: bool, seed: int,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
         files = _ImageFiles(folder, transform, seed=seed)
-        super().__init__(len(files), batch_size=batch_size, train=train, seed=seed)
+        super().__init__(
+            len(files), batch_size=batch_size, train=train, seed=seed, rank=rank, world_size=world_size
+        )
         context = None
         if workers:
             # Forking this process, which has threads, may deadlock. The server has one; what it has imported
@@ -599,6 +633,7 @@ class FolderLoader(Loader):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             multiprocessing_context=context,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # else each iteration draws from the global one
         )
 
@@ -667,6 +702,8 @@ def _build_imagenet(config: DataConfig) -> Loaders:
         batch_size=config.batch_size,
         train=True,
         seed=config.seed,
+        rank=config.rank,
+        world_size=config.world_size,
     )
     val = None
     if config.val_batch_size:
@@ -677,6 +714,8 @@ def _build_imagenet(config: DataConfig) -> Loaders:
             batch_size=config.val_batch_size,
             train=False,
             seed=config.seed,
+            rank=config.rank,
+            world_size=config.world_size,
         )
     return Loaders(train=train, val=val, num_classes=config.num_classes, mean=mean, std=std)
 

@@ -1,4 +1,4 @@
-"""The one error type for a user's mistake."""
+"""The two errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
 
 
 class UserError(Exception):
@@ -7,6 +7,13 @@ class UserError(Exception):
     The message is one line that says what is wrong and what to write instead. Entry points
     (`main.py`, `tools.py`) print it and exit with status 2; no traceback is shown.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class TrainingError(Exception):
+    """Training cannot go on, through no mistake in the options; `main.py` exits with status 1."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.utils.tensorboard.writer import SummaryWriter
 
+    from utils.schedule import Schedule
+
 T = TypeVar("T")
 
 _LOGGER = logging.getLogger("train")
@@ -32,8 +34,29 @@ class _Console(logging.Handler):
     """Write messages to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "to_file_only", False):  # how a run ends is said on standard error
+            return
         tqdm.write(self.format(record))
         sys.stdout.flush()
+
+
+class _File(logging.FileHandler):
+    """Append messages to a file; one that cannot be written ends the run instead of being lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror}: {self.baseFilename}") from error
+        super().handleError(record)
+
+
+def silent() -> logging.Logger:
+    """The logger `train` of a process that is not the first one of its run: nothing is shown but errors."""
+    close()
+    _LOGGER.addHandler(logging.NullHandler())
+    _LOGGER.setLevel(logging.ERROR)
+    _LOGGER.propagate = False
+    return _LOGGER
 
 
 def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
@@ -53,7 +76,7 @@ def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            file_handler = logging.FileHandler(log_file, encoding="utf-8")
+            file_handler = _File(log_file, encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot write the log {log_file} ({error.strerror}): choose another folder with --log_dir"
@@ -75,37 +98,46 @@ def close() -> None:
     _LOGGER.propagate = True
 
 
-class Mean:
-    """A weighted mean, summed in float64, that makes no host wait for its device.
+class Totals:
+    """Sums over the images of a pass, kept on the device, so that no host waits for it.
 
-    Tensors are summed where they are; only reading `value` brings a number to the host.
+    Counts are exact and the loss is summed in float64, so that the sums of several processes, or of a pass
+    that was interrupted, are those of one.
 
     Attributes:
-        total: the weighted sum so far, a number or a 0-d float64 tensor.
-        weight: the sum of the weights, a number or a 0-d tensor.
+        sums: float64 [4]: loss, images whose class is the best, is among the best 5, and all images.
     """
 
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.weight: Tensor | float = 0.0
+    EMPTY = (0.0, 0.0, 0.0, 0.0)
 
-    def update(self, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
-        """Add a value.
+    def __init__(self, device: torch.device | str = "cpu", start: Sequence[float] = EMPTY) -> None:
+        self.sums = torch.tensor(start, dtype=torch.float64, device=device)
+
+    def update(self, loss: Tensor, output: Tensor, target: Tensor) -> None:
+        """Add a batch.
 
         Args:
-            value: a number or a 0-d tensor, such as the mean loss of a batch.
-            weight: a number or a 0-d tensor, such as the batch's number of images.
+            loss: mean over the batch, [].
+            output: scores, float [N, C].
+            target: classes, int64 [N].
         """
-        if isinstance(value, Tensor):
-            value = value.detach().to(torch.float64)
-        self.total = self.total + value * weight
-        self.weight = self.weight + weight
+        count = len(target)
+        hits = [hit.double() for hit in top_k(output.detach(), target)]
+        total = loss.detach().double() * count
+        self.sums += torch.stack([total, *hits, torch.full_like(total, count)])
 
     @property
-    def value(self) -> float:
-        """The mean; NaN before the first update. Waits for the device."""
-        weight = float(self.weight)
-        return float(self.total) / weight if weight else math.nan
+    def values(self) -> tuple[float, ...]:
+        """The sums as numbers. Waits for the device."""
+        return tuple(self.sums.tolist())
+
+    @staticmethod
+    def means(sums: Tensor) -> dict[str, float]:
+        """`loss`, and `top1` and `top5` in percent, of such sums; NaN without an image. Waits for the device."""
+        loss, hits1, hits5, images = sums.tolist()
+        if not images:
+            return dict.fromkeys(("loss", "top1", "top5"), math.nan)
+        return {"loss": loss / images, "top1": 100 * hits1 / images, "top5": 100 * hits5 / images}
 
 
 def top_k(output: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> tuple[Tensor, ...]:
@@ -150,6 +182,8 @@ class MetricsFile:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that knows of the row must not outlive it
 
     def truncate_after(self, epoch: int) -> None:
         """Drop the rows from `epoch` on, so that training can go on (or, with 0, start) with that epoch.
@@ -273,6 +307,27 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
     for axes in (loss, top1):
         if axes.lines:
             axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_schedule(rates: Schedule, path: Path, title: str) -> None:
+    """Draw the learning rate of every step of a run into a picture; the name's ending says the format."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    steps = range(rates.total_steps)
+    axes.plot(
+        [step / rates.steps_per_epoch for step in steps], [rates.at(step) for step in steps],
+        color=_GREEN, linewidth=1.6, drawstyle="steps-post",
+    )  # fmt: skip
+    axes.set_title(title, fontsize=13, fontweight="bold", parse_math=False)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -59,8 +59,6 @@ def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **re
     return Option(name=name, kind=kind, default=default, help=help, **rest)
 
 
-HALF = "mixed precision is not there yet; train in float32"
-MANY = "distributed training is not there yet; train in one process"
 METHOD = "this training method is not there yet"
 
 COMMON: dict[str, tuple[Option, ...]] = {
@@ -125,24 +123,52 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("warmup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
     ),
     "precision": (
-        _option("fp16", bool, False, "mixed precision", later=HALF),
-        _option("opt_level", str, None, "O0 to O3", choices=("O0", "O1", "O2", "O3"), later=HALF),
-        _option("amp_dtype", str, None, "bfloat16 or float16", choices=("bfloat16", "float16"), later=HALF),
-        _option("amp_backend", str, None, "torch or apex", choices=("torch", "apex"), later=HALF),
+        _option("fp16", bool, False, "train in half precision, as opt_level says"),
+        _option(
+            "opt_level",
+            str,
+            None,
+            "O0: float32; O1: autocast; O2: half weights, float32 norms and master weights; O3: all half [O1]",
+            choices=("O0", "O1", "O2", "O3"),
+        ),
+        _option(
+            "amp_dtype",
+            str,
+            None,
+            "the half precision; gradients of float16 are scaled [bfloat16]",
+            choices=("bfloat16", "float16"),
+        ),
+        _option(
+            "amp_backend",
+            str,
+            None,
+            "torch, or an installed apex that still has amp [torch]",
+            choices=("torch", "apex"),
+        ),
+        _option("tf32", bool, False, "let NVIDIA GPUs multiply float32 in TF32, faster and less exact"),
+        _option(
+            "memory_format",
+            str,
+            "channels_last",
+            "order of an image's numbers in memory",
+            choices=("channels_last", "contiguous"),
+        ),
     ),
     "devices": (
         _option(
             "device_ids",
-            int,
+            integers,
             None,
-            "GPUs; default: the first one, the CPU where there is none",
+            "GPUs, a process each; default: the first one, the CPU where there is none",
             aliases=("-g",),
             many=True,
         ),
-        _option("distributed", bool, False, "one process per GPU", later=MANY),
-        _option("world_size", int, None, "number of processes", later=MANY),
-        _option("rank", int, None, "number of this process", later=MANY),
-        _option("sync_bn", bool, False, "batch statistics over all processes", later=MANY),
+        _option(
+            "distributed", bool, False, "join the processes of world_size and rank; torchrun needs no option"
+        ),
+        _option("world_size", int, None, "number of processes; default: the variable WORLD_SIZE"),
+        _option("rank", int, None, "number of this process, from 0; default: the variable RANK"),
+        _option("sync_bn", bool, False, "batch statistics over the images of all processes"),
     ),
     "run": (
         _option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
@@ -175,6 +201,10 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "epochs between checkpoints that are kept; 0: the latest and the best only",
             aliases=("-s",),
         ),
+        _option(
+            "save_every", int, 0, "iterations between saves of the latest checkpoint; 0: after epochs only"
+        ),
+        _option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
         _option("report_freq", int, 50, "iterations between two lines of the log"),
         _option("tensorboard", bool, False, "write TensorBoard files"),
         _option("verbose", bool, False, "log parameter groups and the details of loading"),

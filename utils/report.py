@@ -22,12 +22,14 @@ from utils.schedule import Schedule
 from utils.state import RunState
 
 
-def describe(config: Config, network: str, groups: str, rates: Schedule, schedule_only: bool) -> str:
-    """What `--dry_run` and the keyword `lr-test` print."""
-    if schedule_only:
-        steps = range(config.schedule.epochs + config.schedule.extra_epoch)
-        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in steps]
-        return "\n".join(["epoch  learning rate at its first step", *lines])
+def describe(config: Config, network: str, groups: str, rates: Schedule, folder: Path) -> str:
+    """What `--dry_run` prints; and the keyword `lr-test`, which also draws its rates into a file in `folder`."""
+    if config.run.lr_test:
+        epochs = range(config.schedule.epochs + config.schedule.extra_epoch)
+        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in epochs]
+        path = folder / "schedule.png"
+        log.draw_schedule(rates, path, f"{config.run.case}: --lr_policy {config.schedule.policy}")
+        return "\n".join(["epoch  learning rate at its first step", *lines, f"drawn: {path}"])
     changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
     origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
     warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)

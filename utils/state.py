@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import nn
 
 from model.quant import quantizers
-from utils import checkpoint
-from utils.checkpoint import CheckpointFiles, LoadReport
+from utils import checkpoint, distributed, log
+from utils.checkpoint import CheckpointFiles, Found, LoadReport
 from utils.config import Config, to_dict
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
+from utils.precision import Precision
 from utils.schedule import Schedule
 
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
@@ -26,18 +29,26 @@ CHANGEABLE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunState:
     """How far a run is.
 
     Attributes:
         epoch: epochs done.
+        position: images of the next epoch that all processes together have seen, in whole batches.
+        sums: what this process's `log.Totals` of that epoch holds.
+        seconds: how long that epoch took so far.
         best_acc: best top-1 of a validation so far, percent; -inf before the first.
+        amp: `Precision.state_dict` to go on with.
         differences: options that changed since the checkpoint that the run continues from.
     """
 
     epoch: int = 0
+    position: int = 0
+    sums: tuple[float, ...] = log.Totals.EMPTY
+    seconds: float = 0.0
     best_acc: float = -math.inf
+    amp: Mapping[str, Any] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
 
 
@@ -84,9 +95,10 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     )
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
-    """Everything of a checkpoint that training continues from."""
-    payload = checkpoint.read(path)
+def restore(
+    payload: dict[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
+) -> RunState:
+    """Everything of a checkpoint that training continues from, but for `set_random`."""
     _check_kinds(payload, path)
     changed = differences(payload.get("config", {}), to_dict(config))
     for line in changed:
@@ -99,15 +111,17 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
     for name, quantizer in quantizers(model):
         quantizer.set_levels(_levels(state[f"{name}.level_num"], path))
     if config.run.evaluate:
-        return RunState(payload.get("epoch", 0), payload.get("best_acc", -math.inf))
+        return RunState(epoch=payload.get("epoch", 0), best_acc=payload.get("best_acc", -math.inf))
     missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
     if missing:
         raise UserError(
             f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained"
         )
-    # The options' hyperparameters count, as far as they differ from the checkpoint's.
+    # The options' hyperparameters count, as far as they differ from the checkpoint's; the rate is set before
+    # each step.
     options = [
-        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
     ]
     try:
         optimizer.load_state_dict(payload["optimizer"])
@@ -115,22 +129,58 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, conf
         raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
-    checkpoint.set_random_state(payload["random"])
-    return RunState(payload["epoch"], payload["best_acc"], changed)
+    return RunState(
+        epoch=payload["epoch"],
+        position=payload.get("position", 0),
+        sums=_own_sums(payload.get("sums", []), config.data.rank, config.data.world_size),
+        seconds=payload.get("seconds", 0.0),
+        best_acc=payload["best_acc"],
+        amp=payload.get("amp", {}),
+        differences=changed,
+    )
+
+
+def _own_sums(of_ranks: list[list[float]], rank: int, world_size: int) -> tuple[float, ...]:
+    """This process's part of the sums; among another number of processes the first one takes them all."""
+    if len(of_ranks) == world_size:
+        return tuple(of_ranks[rank])
+    return tuple(map(sum, zip(*of_ranks, strict=True))) if rank == 0 and of_ranks else log.Totals.EMPTY
+
+
+def set_random(payload: dict[str, Any], rank: int) -> None:
+    """Continue this process's random numbers; one that was not there goes on with those it has."""
+    states = [payload["random"], *payload.get("random_of_others", [])]
+    if rank < len(states):
+        checkpoint.set_random_state(states[rank])
+
+
+def first_batch(position: int, images: int, passes: int, batches: int) -> int:
+    """The batch of an epoch to go on with, after `position` images of it.
+
+    With the batches of the run that saved it is the next one. With others it is the last whole group of
+    `passes` batches of `images` before it, so that no image is left out and some are seen twice.
+    """
+    batch = min(position // images, batches)
+    return batch if batch == batches else batch - batch % passes
 
 
 def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
+        "position": (int,), "sums": (list,), "seconds": (int, float), "amp": (dict,), "random_of_others": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
             raise UserError(
                 f"{path} is damaged: {name} is {payload[name]!r}; use --pretrained or another file"
             )
-    if payload.get("epoch", 0) < 0:
-        raise UserError(f"{path} is damaged: epoch is {payload['epoch']}; use --pretrained or another file")
+    for name in ("epoch", "position"):
+        if payload.get(name, 0) < 0:
+            raise UserError(f"{path} is damaged: {name} is {payload[name]}; use --pretrained or another file")
+    rows = payload.get("sums", [])
+    if not all(isinstance(row, list) and len(row) == len(log.Totals.EMPTY) for row in rows):
+        raise UserError(f"{path} is damaged: sums is {rows!r}; use --pretrained or another file")
 
 
 def _levels(value: torch.Tensor, path: Path) -> int:
@@ -140,40 +190,110 @@ def _levels(value: torch.Tensor, path: Path) -> int:
     return int(value)
 
 
+# Parts of the configuration that say where and how often, not what is trained.
+_ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
+              "devices.world_size", "devices.rank"}  # fmt: skip
+_OF_RUN = {"run.label_smooth"}  # of the part `run`, only these change the training
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
     """Fields of the configuration that changed, of those that change the training."""
     found: list[str] = []
-    for name in before.keys() & now.keys() - {"run", "keywords", "origins", "warnings"}:
-        old, new = before[name], now[name]
+    for name in before.keys() & now.keys():
+        old, new, field = before[name], now[name], f"{prefix}{name}"
+        if field in _ELSEWHERE or (prefix == "run." and field not in _OF_RUN):
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, f"{field}.")
         elif old != new:
-            found.append(f"{prefix}{name} was {old} and is {new} now")
+            found.append(f"{field} was {old} and is {new} now")
     return tuple(sorted(found))
 
 
 def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, rates: Schedule,
-    files: CheckpointFiles, config: Config, *, best: bool,
+    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
+    rates: Schedule, files: CheckpointFiles, config: Config, writer: checkpoint.Writer, *, best: bool,
 ) -> None:  # fmt: skip
-    """Write the latest checkpoint, and the best and the epoch's where they are due."""
+    """Start writing the latest checkpoint, and the best and the epoch's where they are due.
+
+    All processes take part; the first one writes. What is written stands when this returns; that it is on
+    the disk is certain after the writer's next job, or its `wait`.
+
+    Raises:
+        TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
+    """
+    _refuse_nonfinite(precision.weights(model), state)
+    of_ranks = distributed.gathered((list(state.sums), checkpoint.random_state()))
+    if config.data.rank != 0:
+        return
+    batch = state.position // (config.data.batch_size * config.data.world_size)
+    step = state.epoch * rates.steps_per_epoch + math.ceil(batch / config.optim.iter_size)
     payload = {
         "epoch": state.epoch,
-        "state_dict": model.state_dict(),
+        "position": state.position,
+        "sums": [sums for sums, _ in of_ranks],
+        "seconds": state.seconds,
+        "state_dict": precision.weights(model),
         "optimizer": optimizer.state_dict(),
-        "scheduler": {"step": state.epoch * rates.steps_per_epoch},
+        "scheduler": {"step": step},
         "best_acc": state.best_acc,
-        "learning_rate": rates.at(state.epoch * rates.steps_per_epoch - 1),
-        "amp": {},
-        "random": checkpoint.random_state(),
+        "learning_rate": rates.at(max(step - 1, 0)),
+        "amp": precision.state_dict(),
+        "random": of_ranks[0][1],
+        "random_of_others": [random for _, random in of_ranks[1:]],
         "config": to_dict(config),
     }
-    if best:
-        checkpoint.save(files.best, payload)
-    if config.run.save_freq and state.epoch % config.run.save_freq == 0:
-        checkpoint.save(files.epoch(state.epoch), payload)
-    # Last, because it is what a killed run continues from: then the others are there already.
-    checkpoint.save(files.latest, payload)
+    kept = config.run.save_freq and state.position == 0 and state.epoch % config.run.save_freq == 0
+    writer.start(
+        partial(
+            _write, files, checkpoint.snapshot(payload), keep=config.run.keep, best=best,
+            epoch=state.epoch if kept else None,
+        )
+    )  # fmt: skip
+
+
+def _write(
+    files: CheckpointFiles, payload: dict[str, Any], *, keep: int, best: bool, epoch: int | None
+) -> None:
+    """Write a payload to all files that are due."""
+    try:
+        data = checkpoint.serialise(payload)
+        if best:
+            checkpoint.write_atomic(files.best, data)
+        if epoch is not None:
+            checkpoint.write_atomic(files.epoch(epoch), data)
+        # Last, because it is what a killed run continues from: then the others are there already.
+        files.keep_latest(keep)
+        checkpoint.write_atomic(files.latest, data)
+    except (UserError, OSError) as error:  # the options were right when the run began
+        raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
+
+
+def _refuse_nonfinite(weights: Mapping[str, torch.Tensor], state: RunState) -> None:
+    """Never replace a good checkpoint by ruined weights."""
+    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise TrainingError(
+            f"{bad[0]} is not finite after {state.epoch} epochs and {state.position} images, which is not saved; "
+            "try a lower --lr, --grad_clip or --re_init"
+        )
+
+
+def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen: Path | None) -> None:
+    """Make the files of the case those that the run goes on from: its own, or none.
+
+    Args:
+        folder: of the log and the metrics.
+        files: the checkpoints.
+        found: what the run goes on from.
+        chosen: the file that the user named.
+    """
+    own = {path.resolve() for path in files.existing()}
+    if found.path is None or found.path.resolve() not in own:
+        keep_earlier_run(folder, files)
+    elif found.path not in (chosen, files.latest):
+        files.promote(found.path)
+    files.remove_leftovers()
 
 
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:

@@ -1,0 +1,281 @@
+"""Several real processes over gloo: they train what one trains, resume each other, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from model.layer import ReverseBatchNorm2d
+from model.sync_norm import synchronise
+from tests.kill import NETWORK
+from utils.checkpoint import read
+from utils.config import DeviceConfig
+from utils.distributed import Place, device_of, int_of, place
+from utils.errors import UserError
+from utils.interrupt import SAVED
+from utils.log import MetricsFile
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = (
+    "--model tiny --keyword_file network.py --dataset fake --keyword cifar10,dorefa,lsq --input_size 8 -v 7 "
+    "--fake_size 100 --epochs 3 --lr 0.05 --lr_policy sgdr --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 "
+    "--sync_bn --stable 5 -s 1"
+)
+WEIGHTS = "weights/tiny"
+GO_ON = f"--resume_file {WEIGHTS}"
+SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.05"
+RUNS: dict[str, dict[str, Any]] = {
+    "one": {"world": 1, "line": f"{LINE} -b 16 --case one"},
+    "two": {"world": 2, "line": f"{LINE} -b 8 --case two"},
+    "one-two": {"world": 2, "line": f"{LINE} -b 8 --case one-two {GO_ON}/one-epoch1-checkpoint.pth.tar"},
+    "two-one": {"world": 1, "line": f"{LINE} -b 16 --case two-one {GO_ON}/two-epoch1-checkpoint.pth.tar"},
+    "ended": {"world": 2, "line": f"{SLOW} --case ended", "signal": "SIGTERM", "whom": [1],
+              "when": f"{WEIGHTS}/ended-backup1-checkpoint.pth.tar"},
+    "mid-one": {"world": 1, "line": f"{LINE} -b 16 --case mid-one {GO_ON}/ended-checkpoint.pth.tar"},
+    "continued": {"world": 2, "line": f"{LINE} -b 8 --case ended -r"},
+    "killed": {"world": 2, "line": f"{SLOW} --case killed", "signal": "SIGKILL", "whom": [1],
+               "when": f"{WEIGHTS}/killed-checkpoint.pth.tar"},
+    "evaluated": {"world": 2, "line": f"{LINE} -b 8 -e --case eval --pretrained {WEIGHTS}/one-checkpoint.pth.tar"},
+    "init-one": {"world": 1, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 16 --case init-one --epochs 1"},
+    "init-two": {"world": 2, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 8 --case init-two --epochs 1"},
+    "iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --case iter"},
+    "half": {"world": 2, "line": f"{LINE} -b 8 --case half --epochs 1 --fp16 --opt_level O2 --amp_dtype float16"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What came of each run, and under `folder` where they ran."""
+    folder = tmp_path_factory.mktemp("together")
+    network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
+    (folder / "network.py").write_text(network)
+    process = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
+        input=json.dumps(list(RUNS.values())), capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return {**dict(zip(RUNS, json.loads(process.stdout), strict=True)), "folder": folder}
+
+
+def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
+    """The latest checkpoint of a case."""
+    return read(done["folder"] / WEIGHTS / f"{case}-checkpoint.pth.tar")
+
+
+def metrics(done: dict[str, Any], case: str) -> list[dict[str, float]]:
+    """The rows of a case but for the times."""
+    rows = MetricsFile.read(done["folder"] / "exp" / case / "metrics.csv")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(
+    "case", ["one", "two", "one-two", "two-one", "continued", "evaluated", "init-two", "iter", "half"]
+)
+def test_status(done: dict[str, Any], case: str) -> None:
+    assert set(done[case]["status"]) == {0}, done[case]["said"]
+
+
+@pytest.mark.parametrize("case", ["two", "one-two", "two-one", "mid-one", "iter"])
+def test_two_processes_are_one_with_the_doubled_batch(done: dict[str, Any], case: str) -> None:
+    """Weights, statistics, ranges and momentum; so are runs that go on in another number of processes."""
+    one, other = payload(done, "one"), payload(done, case)
+    if case == "iter":  # the warm-up counts passes, of which there are twice as many
+        assert other["epoch"] == 3
+        return
+    assert_close(one["state_dict"], other["state_dict"])
+    for index, state in one["optimizer"]["state"].items():
+        torch.testing.assert_close(
+            other["optimizer"]["state"][index]["momentum_buffer"],
+            state["momentum_buffer"],
+            rtol=1e-3,
+            atol=1e-3,
+        )
+    rows = metrics(done, "one")[-len(metrics(done, case)) :]
+    for row, expected in zip(metrics(done, case), rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3)
+        assert row["val_top1"] == expected["val_top1"]  # 25 images, an odd number: each counts once
+
+
+def test_re_init_agrees(done: dict[str, Any]) -> None:
+    """Ranges come from the first process's images, for all: its half of the batch of one process."""
+    one, two = payload(done, "init-one")["state_dict"], payload(done, "init-two")["state_dict"]
+    for name in one:
+        if name.endswith("clip_val"):
+            assert bool((two[name] > 0).all())
+            torch.testing.assert_close(two[name], one[name], rtol=0.5, atol=0)
+
+
+def test_only_the_first_process_speaks(done: dict[str, Any]) -> None:
+    first, second = done["two"]["said"]
+    assert "2 processes" in first and "epoch 3/3" in first
+    assert second == ""
+
+
+def test_a_signal_to_one_ends_and_saves_all(done: dict[str, Any]) -> None:
+    assert done["ended"]["status"] == [SAVED, SAVED], done["ended"]["said"]
+    assert "asked to end by" in done["ended"]["said"][0]
+
+
+def test_resumed_processes_end_with_the_same_bits(done: dict[str, Any]) -> None:
+    one, two = payload(done, "two"), payload(done, "ended")
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+    assert one["random_of_others"][0]["torch"].equal(two["random_of_others"][0]["torch"])
+    assert len(two["random_of_others"]) == 1
+    assert metrics(done, "two") == metrics(done, "ended")
+
+
+def test_a_process_that_dies_ends_the_others(done: dict[str, Any]) -> None:
+    status, said = done["killed"]["status"], done["killed"]["said"]
+    assert status == [1, -signal.SIGKILL]
+    assert "main.py: failed: process 0 lost the others" in said[0] and "Traceback" not in said[0]
+    assert "ERROR failed: " in (done["folder"] / "exp" / "killed" / "log.txt").read_text()
+
+
+# The launcher ------------------------------------------------------------------------------------
+
+
+def launch(folder: Path, line: str) -> subprocess.Popen[str]:
+    """Two processes by way of torchrun."""
+    (folder / "network.py").write_text(NETWORK)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), "--standalone", "--nproc_per_node", "2", str(ROOT / "main.py"),
+         *line.split()],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    process = launch(tmp_path, f"{LINE} --fm_bit 99")
+    assert process.communicate(timeout=120) == ("", "main.py: error: --fm_bit 99: must be from 1 to 16\n")
+    assert process.returncode == 2
+
+
+def test_the_launcher_passes_signals_and_statuses_on(tmp_path: Path) -> None:
+    process = launch(tmp_path, f"{SLOW} --case mine")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / WEIGHTS / "mine-checkpoint.pth.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == SAVED, errors
+    assert "asked to end by SIGTERM: saved" in said
+    assert errors == ""
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Any:
+    """A group of this one process."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, ReverseBatchNorm2d])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronised_norms_are_the_norms_of_all_images(
+    alone: None, kind: type[nn.BatchNorm2d], momentum: float | None
+) -> None:
+    """Output, gradients and running statistics are torch's, also for a large mean; names stay."""
+    if kind is ReverseBatchNorm2d and momentum is None:
+        pytest.skip("it takes 0.1 then")
+    torch.manual_seed(0)
+    norm, other = (nn.Sequential(kind(4, momentum=momentum)) for _ in range(2))
+    nn.init.uniform_(norm[0].weight), nn.init.normal_(norm[0].bias)
+    other.load_state_dict(norm.state_dict())
+    assert synchronise(other, torch.device("cpu")) == 1
+    for _ in range(2):
+        x = torch.randn(6, 4, 3, 3).mul_(3).add_(100).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        weight = torch.randn(6, 4, 3, 3)
+        (norm(x) * weight).sum().backward()
+        (other(y) * weight).sum().backward()
+        torch.testing.assert_close(other(y), norm(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-3, atol=1e-5)
+    for (name, one), two in zip(norm.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5, msg=name)
+    norm.eval(), other.eval()
+    torch.testing.assert_close(other(x), norm(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_cannot_be_synchronised(alone: None) -> None:
+    with pytest.raises(UserError, match="--sync_bn: 0 is a BatchNorm1d"):
+        synchronise(nn.Sequential(nn.BatchNorm1d(3)), torch.device("cpu"))
+    with pytest.raises(UserError, match="has no batch norm"):
+        synchronise(nn.Sequential(nn.GroupNorm(1, 3)), torch.device("cpu"))
+
+
+ADDRESS = {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "expected"),
+    [
+        (DeviceConfig(), {}, Place()),
+        (DeviceConfig(), {"WORLD_SIZE": "1", "RANK": "0"}, Place()),
+        (DeviceConfig(), {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", **ADDRESS}, Place(3, 1, 4)),
+        (DeviceConfig(distributed=True, world_size=2, rank=1), ADDRESS, Place(1, 0, 2)),
+        (DeviceConfig(distributed=True), {"WORLD_SIZE": "2", "RANK": "1", **ADDRESS}, Place(1, 0, 2)),
+        (DeviceConfig(distributed=True, world_size=1, rank=0), {}, Place()),
+    ],
+)
+def test_place(config: DeviceConfig, environment: dict[str, str], expected: Place) -> None:
+    assert place(config, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "message"),
+    [
+        (DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
+        (DeviceConfig(), {"WORLD_SIZE": "2", **ADDRESS}, "needs --rank"),
+        (DeviceConfig(), {"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'"),
+        (DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "2", **ADDRESS}, "rank 2 of 2"),
+        (DeviceConfig(distributed=True), {}, "--distributed needs --world_size"),
+        (
+            DeviceConfig(distributed=True, world_size=3, rank=0),
+            {"WORLD_SIZE": "2", **ADDRESS},
+            "--world_size 3 contradicts",
+        ),
+    ],
+)
+def test_places_that_cannot_be(config: DeviceConfig, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        place(config, environment)
+
+
+def test_numbers_of_the_environment() -> None:
+    assert int_of({}, "A", 3) == 3 and int_of({"A": "7"}, "A", 3) == 7
+    with pytest.raises(UserError, match="A is '-1'"):
+        int_of({"A": "-1"}, "A", 3)
+
+
+def test_the_cpu_is_taken_with_a_warning() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    device, warnings = device_of(Place(), DeviceConfig(ids=(0, 1)))
+    assert device.type == "cpu" and warnings == ("--device_ids 0 1: no GPU is available, running on the CPU",)
+    assert device_of(Place(), DeviceConfig())[1] == ()
