@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-    "seconds", "images_per_second",
+    "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
 
@@ -106,16 +106,16 @@ def run(config: Config) -> int:
     loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
     cost = trial(model, config)
 
-    # 3. Data, and what depends on its length.
-    loaders = data.build(config.data)
+    # 3. Device and data, and what depends on its length.
+    device, device_warnings = choose_device(settings.device_ids)
+    loaders = data.build(config.data, device)
     build.set_stable(model, len(loaders.train))
     steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
     rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
 
     check_lengths(model, config, len(loaders.train), rates)
 
-    # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-    device, device_warnings = choose_device(settings.device_ids)
+    # 4. The quantizers' ranges, the optimizer; then the state of the run that goes on.
     model.to(device=device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     initialised = 0
     if config.model.quant.re_init and resumed is None:
@@ -198,7 +198,7 @@ def train_one_epoch(
     model: nn.Module, loader: Loader, optimizer: torch.optim.Optimizer, rates: schedule.Schedule, epoch: int,
     device: torch.device, config: Config, logger: Logger,
 ) -> dict[str, float]:  # fmt: skip
-    """Train one epoch; returns the row `train_loss`, `train_top1`, `train_top5`, `images_per_second`."""
+    """Train one epoch; returns `train_loss`, `train_top1`, `train_top5`, `images_per_second`, `data_wait` (%)."""
     import torch
     from torch.nn import functional
 
@@ -211,7 +211,8 @@ def train_one_epoch(
     batches = len(loader)
     images_seen, started = 0, time.perf_counter()
     optimizer.zero_grad()
-    bar = log.progress(loader, batches, f"epoch {epoch + 1}", enabled=True)
+    waited = log.Waiting(loader)
+    bar = log.progress(waited, batches, f"epoch {epoch + 1}", enabled=True)
     for i, (images, target) in enumerate(bar):
         images, target = to_device(images, device), target.to(device, non_blocking=True)
         output = model(images)
@@ -243,12 +244,13 @@ def train_one_epoch(
                 "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
                 epoch + 1, i + 1, batches, loss_mean.value, top1.value, optimizer.param_groups[0]["lr"],
             )  # fmt: skip
-    speed = images_seen / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     return {
         "train_loss": loss_mean.value,
         "train_top1": top1.value,
         "train_top5": top5.value,
-        "images_per_second": speed,
+        "images_per_second": images_seen / seconds,
+        "data_wait": 100 * waited.seconds / seconds,
     }
 
 

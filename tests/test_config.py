@@ -271,7 +271,6 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ),
         ("--dataset fake --num_classes 5", "--dataset fake: "),
         ("--keyword dali", "unknown keyword 'dali'"),
-        ("--dataset dali --root x", "--dataset dali: that loader is not there yet"),
         ("--dataset cifar10 --num_classes 7", "--num_classes 7: cifar10 has 10 classes"),
         (f"{QUANTIZED} --fm_bit 0", "--fm_bit 0: must be from 1 to 16"),
         (f"{QUANTIZED} --wt_bit 17", "--wt_bit 17: must be from 1 to 16"),

@@ -19,22 +19,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from utils.augment import crop_flip, warp
 from utils.config import DataConfig
-from utils.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batch,
-    FakeImages,
-    Loader,
-    Loaders,
-    build,
-    check,
-    crop_flip,
-    digits,
-    epoch_order,
-    warp,
-)
+from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
 from utils.errors import UserError
+from utils.fake import FakeImages
+from utils.loader import Batch, Loader, epoch_order
 
 # torch advises against more workers than cores; two are wanted here on any machine.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -123,7 +113,7 @@ def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
         for images, target in batches:
             assert images.shape == (len(target), 3, config.input_size, config.input_size)
             assert images.dtype == torch.float32
-            assert images.is_contiguous()
+            assert images.is_contiguous(memory_format=torch.channels_last)
             assert target.dtype == torch.int64
             assert set(target.tolist()) <= set(range(config.num_classes))
     assert loaders.num_classes == config.num_classes
@@ -541,7 +531,8 @@ def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig
         size = (int(image.width * factor + 1e-6), int(image.height * factor + 1e-6))
         left, top = (round((side - 16) / 2) for side in size)
         expected = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + 16, top + 16))
-        np.testing.assert_allclose(actual.transpose(1, 2, 0), np.asarray(expected), atol=1e-3)
+        # torchvision rounds the sums of its two passes elsewhere than Pillow.
+        np.testing.assert_allclose(actual.transpose(1, 2, 0), np.asarray(expected), atol=1.01)
 
 
 def test_imagenet_training_is_augmented_anew_each_epoch(imagenet: DataConfig) -> None:

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
 FP = f"{TINY} --keyword cifar10,cbas,origin"
 LSQ = f"{TINY} --keyword cifar10,cbas,origin,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
-TIMES = {"seconds", "images_per_second"}  # columns that no two runs share
+TIMES = {"seconds", "images_per_second", "data_wait"}  # columns that no two runs share
 
 
 @pytest.fixture(autouse=True)
