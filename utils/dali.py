@@ -24,7 +24,16 @@ from utils.augment import centre_crop
 from utils.folder import DECODE_ERRORS, ImageNames, Unreadable, crop_and_flip, decode, note, reason_of
 from utils.loader import Delivery, Loader, Raw
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000")  # Pillow's names of what DALI decodes
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "JPEG2000",
+)  # Pillow's names of what DALI decodes
 _AHEAD = 2  # batches that DALI has, and batches whose files are being read
 
 
