@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 
 from utils.augment import COLOUR_DRAWS, CROP_DRAWS, centre_crop, colour, mixing, random_crop
 from utils.config import DataConfig
-from utils.data import build
+from utils.data import build, check
 from utils.errors import UserError
 from utils.loader import Batch, Loader
 
@@ -191,7 +191,7 @@ def test_rand_augment_changes_training_images_by_seed_and_epoch() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_rand_augment_is_not_for_dali() -> None:
-    pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
-    with pytest.raises(UserError, match="--rand_augment is not for --dataset dali: use --dataset imagenet"):
-        build(replace(CONFIG, dataset="dali", rand_augment=9))
+@pytest.mark.parametrize("dataset", ["dali", "digits", "glyphs"])
+def test_rand_augment_is_not_for_all_sets(dataset: str) -> None:
+    with pytest.raises(UserError, match=f"--rand_augment is not for --dataset {dataset}: use imagenet"):
+        check(replace(CONFIG, dataset=dataset, rand_augment=9))

@@ -772,3 +772,34 @@ def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> 
 def test_check_accepts_every_good_source(config: DataConfig) -> None:
     check(config)
     check(DataConfig(dataset="cifar10"))  # files that are missing will be downloaded
+
+
+# ---- on the GPU
+
+
+@pytest.mark.gpu
+def test_batches_of_the_gpu_are_those_of_the_cpu(config: DataConfig) -> None:
+    config = replace(config, colour=True, mixup_alpha=0.4, workers=2)
+    here, there = build(config), build(config, torch.device("cuda", 0))
+    for left, right in ((here.train, there.train), (validation(here), validation(there))):
+        for (images, target), (other, labels) in zip(read(left, 1), read(right, 1), strict=True):
+            assert other.is_cuda and labels.is_cuda
+            assert other.is_contiguous(memory_format=torch.channels_last)
+            # DALI decodes on the GPU there, with rounding of its own.
+            tolerance = (
+                {"atol": 0.2, "rtol": 0.0} if config.dataset == "dali" else {"atol": 1e-3, "rtol": 1e-3}
+            )
+            torch.testing.assert_close(other.cpu(), images, **tolerance)
+            torch.testing.assert_close(labels.cpu(), target)
+
+
+@pytest.mark.gpu
+def test_a_batch_stays_whole_while_the_next_ones_are_prepared() -> None:
+    device = torch.device("cuda", 0)
+    config = replace(FAKE, fake_size=400)
+    expected = [images.sum().item() for images, _ in build(config).train]
+    sums = []
+    for images, _ in build(config, device).train:
+        torch.cuda._sleep(10_000_000)  # the device is behind the host, as in training
+        sums.append(images.sum())
+    assert [value.item() for value in sums] == pytest.approx(expected, rel=1e-3, abs=1)

@@ -509,6 +509,18 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     return model, row, config
 
 
+@pytest.mark.parametrize("line", ["--mixup_enable", "--cutmix_enable", "--aa", "--rand_augment 9"])
+def test_augmentation_reaches_training(line: str) -> None:
+    """The network sees other images, mixed ones with shares of classes; how often it waits is measured."""
+    plain, _, _ = epoch_of("--fake_size 32 -b 8")
+    augmented, row, config = epoch_of(f"--fake_size 32 -b 8 {line}")
+    assert not torch.equal(plain.fc.weight, augmented.fc.weight)
+    assert math.isfinite(row["train_loss"])
+    assert 0 < row["data_wait"] < 100
+    shapes = {target.shape for _, target in data.build(config.data).train}
+    assert shapes == {torch.Size([8, 10] if "enable" in line else [8])}
+
+
 def batches_of(config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first epoch's images [n, 192] and one-hot classes [n, 10] in float64."""
     for images, target in data.build(config.data).train:

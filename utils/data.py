@@ -309,8 +309,6 @@ def _check_dali(config: DataConfig) -> None:
             "--dataset dali needs NVIDIA's DALI: pip install nvidia-dali-cuda130 (or the one of your CUDA "
             "version); --dataset imagenet reads the same folders without it"
         )
-    if config.rand_augment is not None:
-        raise UserError("--rand_augment is not for --dataset dali: use --dataset imagenet")
     _check_imagenet(config)
 
 
@@ -351,10 +349,15 @@ def check(config: DataConfig) -> None:
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
-            validation; a mean or std that is not of three channels.
+            validation; a mean or std that is not of three channels; RandAugment where it is not;
+            DALI that is not installed.
     """
     if config.dataset not in SOURCES:
         raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
+    if config.rand_augment is not None and config.dataset in ("dali", "digits", "glyphs"):
+        raise UserError(
+            f"--rand_augment is not for --dataset {config.dataset}: use imagenet, cifar10, cifar100 or fake"
+        )
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != 3:
             raise UserError(f"--{name} has {len(values)} values: write three, for red, green and blue")

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -133,21 +133,23 @@ class Waiting(Generic[T]):
 
     Args:
         items: what is iterated over.
+        clock: the time in seconds.
 
     Attributes:
         seconds: the waiting so far.
     """
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> None:
         self._items = items
+        self._clock = clock
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[T]:
-        started = time.perf_counter()
+        started = self._clock()
         for item in self._items:
-            self.seconds += time.perf_counter() - started
+            self.seconds += self._clock() - started
             yield item
-            started = time.perf_counter()
+            started = self._clock()
 
 
 class MetricsFile:
