@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-    "seconds", "images_per_second",
+    "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
 PATIENCE = 5  # seconds
@@ -129,7 +129,7 @@ def run(config: Config) -> int:
         cost = trial(model, config)
 
         # 3. Data, and what depends on its length.
-        loaders = data.build(config.data)
+        loaders = data.build(config.data, device)
         build.set_stable(model, len(loaders.train))
         steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
         rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
@@ -319,7 +319,8 @@ def train_one_epoch(
     loader.set_position(first)
     precision.zero_grad()
     began = time.perf_counter()
-    bar = log.progress(loader, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    waited = log.Waiting(loader)
+    bar = log.progress(waited, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
         report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
@@ -364,6 +365,7 @@ def train_one_epoch(
                 position=(i + 1) * together,
                 sums=totals.values,
                 seconds=start.seconds + time.perf_counter() - began,
+                waited=start.waited + waited.seconds,
             )
         if stopped:
             break
@@ -386,6 +388,7 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
         **{f"train_{name}": value for name, value in log.Totals.means(sums).items()},
         "seconds": state.seconds,
         "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
+        "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
     }
 
 

@@ -12,10 +12,11 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError
 
@@ -23,7 +24,19 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+T = TypeVar("T")
+# Pillow's names of formats, and the endings that say so; MPO is a JPEG with more pictures behind the first.
+FORMATS = {
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "JPEG": (".jpeg", ".jpg"),
+    "MPO": (".jpeg", ".jpg"),
+    "PNG": (".png",),
+    "PPM": (".pgm", ".ppm"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+IMAGE_ENDINGS = tuple(sorted({ending for endings in FORMATS.values() for ending in endings}))
 SMALL = 4  # elements of a tensor whose values are listed
 
 
@@ -41,6 +54,9 @@ class Options:
     verbose_list: str | None = None
     workers: int | None = None
     runs: tuple[Path, ...] | None = None
+    num_classes: int | None = None
+    fake_size: int | None = None
+    image_size: tuple[int, int] | None = None
     force: bool = False
     raw: bool = False
 
@@ -307,6 +323,48 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 
 def verify_image(options: Options) -> int:
     """Decode every image below --root and list the bad ones."""
+    images, bad = 0, 0
+    for path, reason in _each_image(options, image_error):
+        images += 1
+        if reason is not None:
+            bad += 1
+            _tell(path, reason)
+    print(f"{images} images, {bad} bad")
+    return 1 if bad else 0
+
+
+def verify_data(options: Options) -> int:
+    """Decode every image below --root; list bad ones, odd ones and wrong class folders."""
+    counts: Counter[str] = Counter()
+    images = 0
+    for path, findings in _each_image(options, image_findings):
+        images += 1
+        for kind, reason in findings:
+            counts[kind] += 1
+            _tell(path, f"{kind}: {reason}")
+    root = _given(options.root)
+    if (root / "train").is_dir():
+        from utils.folder import check_folders  # imports torch
+
+        try:
+            check_folders(root, "imagenet", val=(root / "val").is_dir())
+        except UserError as error:
+            counts["class folders"] += 1
+            _tell(root, f"class folders: {error}")
+    print(f"{images} images: {', '.join(f'{n} {kind}' for kind, n in counts.items()) or 'nothing found'}")
+    return 1 if counts else 0
+
+
+def _tell(path: Path, text: str) -> None:
+    """Print a line about a path above the progress bar."""
+    from tqdm import tqdm
+
+    line = f"{path}: {text}".encode(errors="backslashreplace").decode()
+    tqdm.write(line, file=sys.stdout)
+
+
+def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """What `look` says of every image below --root, in --workers processes, with a progress bar."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
@@ -320,23 +378,16 @@ def verify_image(options: Options) -> int:
     if not images:
         raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
-    bad = 0
     # Fresh processes rather than forks: safe beside the threads of the progress bar.
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(workers, len(images)), mp_context=context) as pool:
-            reasons = pool.map(image_error, images, chunksize=min(64, -(-len(images) // workers)))
+            found = pool.map(look, images, chunksize=min(64, -(-len(images) // workers)))
             # disable=None: a bar on a terminal only
-            progress = tqdm(reasons, total=len(images), unit="image", disable=None)
-            for path, reason in zip(images, progress, strict=True):
-                if reason is not None:
-                    bad += 1
-                    line = f"{path}: {reason}".encode(errors="backslashreplace").decode()
-                    tqdm.write(line, file=sys.stdout)
+            progress = tqdm(found, total=len(images), unit="image", disable=None)
+            yield from zip(images, progress, strict=True)
     except BrokenProcessPool as error:
         raise UserError("a decoding process died, out of memory perhaps; try fewer --workers") from error
-    print(f"{len(images)} images, {bad} bad")
-    return 1 if bad else 0
 
 
 def image_files(root: Path) -> Iterator[Path]:
@@ -362,6 +413,28 @@ def image_files(root: Path) -> Iterator[Path]:
 
 def image_error(path: Path) -> str | None:
     """Why the image cannot be decoded to RGB, in one line; None when it can."""
+    found = _look(path)
+    return found if isinstance(found, str) else None
+
+
+def image_findings(path: Path) -> list[tuple[str, str]]:
+    """What is wrong or odd about an image: the kind of each finding, and the reason in one line."""
+    found = _look(path)
+    if isinstance(found, str):
+        return [("truncated" if "truncated" in found.lower() else "broken", found)]
+    form, mode = found
+    findings = []
+    if path.suffix.lower() not in FORMATS.get(form, ()):
+        findings.append(("mislabelled", f"the file is {form}"))
+    if mode == "CMYK":
+        findings.append(("CMYK", "four channels"))
+    if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;"):
+        findings.append(("single-channel", f"the mode is {mode}"))
+    return findings
+
+
+def _look(path: Path) -> tuple[str, str] | str:
+    """Format and mode of an image that can be decoded to RGB, else the reason why not, in one line."""
     import struct
     import warnings
     import zlib
@@ -389,10 +462,30 @@ def image_error(path: Path) -> str | None:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 image.convert("RGB")
+                return image.format or "unknown", image.mode
     except failures as error:
         text = " ".join(str(error).replace(f" {str(path)!r}", "").split())
         return text.rstrip(":") or type(error).__name__
-    return None
+
+
+def make_fake_imagenet(options: Options) -> int:
+    """Write a folder of computed JPEG files in ImageNet's layout, the same every time."""
+    from tqdm import tqdm
+
+    from utils.fake import write_folder  # imports torch
+
+    root, classes, samples = _given(options.root), options.num_classes or 10, options.fake_size or 400
+    width, height = options.image_size or (500, 375)
+    if samples < classes:
+        raise UserError(f"--fake_size {samples}: {classes} classes need at least {classes} training images")
+    for part in (root / "train", root / "val"):
+        if os.path.lexists(part):
+            raise UserError(f"{part} exists; name another --root, or remove it")
+    files = write_folder(root, samples, classes, width, height)
+    total = samples + max(classes, samples // 4)
+    written = sum(1 for _ in tqdm(files, total=total, unit="image", disable=None))
+    print(f"{root}: {written} images of {classes} classes, {width}x{height} pixels")
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -418,6 +511,8 @@ WORDS: dict[str, Word] = {
     "swap": Word(swap, ("old", "new", "mf", "mt"), ("raw", "force")),
     "sort": Word(sort, ("mf", "mt"), ("new_mf", "new_mt", "force")),
     "verify-image": Word(verify_image, ("root",), ("workers",)),
+    "verify-data": Word(verify_data, ("root",), ("workers",)),
+    "make-fake-imagenet": Word(make_fake_imagenet, ("root",), ("num_classes", "fake_size", "image_size")),
 }
 
 
@@ -472,6 +567,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--verbose_list", metavar="LIST", help="details of names with these endings, or of all"
     )
+    parser.add_argument("--num_classes", type=_positive, metavar="N", help="classes; default: 10")
+    parser.add_argument(
+        "--fake_size", type=_positive, metavar="N", help="training images, and a quarter more; default: 400"
+    )
+    parser.add_argument("--image_size", type=_size, metavar="WxH", help="pixels; default: 500x375")
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE"
@@ -513,6 +613,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, x, height = text.partition("x")
+    if not x:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 500x375")
+    return _positive(width), _positive(height)
 
 
 def _split(text: str) -> list[str]:

@@ -60,7 +60,7 @@ VARIANTS = (
     f"{COMMON} --save_every 2 --iter_size 5 --optimizer ADAM --lr 0.01",
     f"{COMMON} --save_every 1 --wakeup 30 --fp16 --amp_dtype float16 --grad_clip 1",
 )
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "images_per_second", "data_wait")
 LIMIT = 8192  # bytes that a file may have on a full disk: a line of the log, but no checkpoint
 
 
@@ -108,7 +108,7 @@ def digest(folder: Path, case: str) -> str:
 
     for kind in ("checkpoint", "model_best"):
         payload = checkpoint.read(folder / "weights" / "tiny" / f"{case}-{kind}.pth.tar")
-        add({name: value for name, value in payload.items() if name not in ("seconds", "config")})
+        add({name: value for name, value in payload.items() if name not in ("seconds", "waited", "config")})
     lines = [row.split(",") for row in (folder / "exp" / case / "metrics.csv").read_text().splitlines()]
     kept = [column for column, name in enumerate(lines[0]) if name not in TIMES]
     add([[row[column] for column in kept] for row in lines])

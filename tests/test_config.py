@@ -188,6 +188,18 @@ def test_a_typical_line() -> None:
         ),
         ("--dataset fake --num_classes 7 --input_size 128", {"model.stem.kind": "imagenet"}),
         ("--dataset fake --keyword cifar10 --fake_size 40", {"data.fake_size": 40}),
+        # Augmentation.
+        ("--aa", {"data.colour": True, "data.mixup_alpha": 0.0, "data.cutmix_alpha": 0.0}),
+        ("--mixup_enable", {"data.mixup_alpha": 0.2, "data.cutmix_alpha": 0.0, "data.colour": False}),
+        ("--mixup_enable --mixup_alpha 0.4", {"data.mixup_alpha": 0.4}),
+        ("--cutmix_enable --cutmix_alpha 0.5", {"data.cutmix_alpha": 0.5, "data.mixup_alpha": 0.0}),
+        ("--cutmix_enable", {"data.cutmix_alpha": 1.0}),
+        ("--rand_augment 9", {"data.rand_augment": 9}),
+        # Files.
+        (
+            "--dataset dali --root x --skip_corrupt 5",
+            {"keywords": ("imagenet",), "data.dataset": "dali", "data.skip_corrupt": 5},
+        ),
         # Validation.
         ("-b 48", {"data.batch_size": 48, "data.val_batch_size": 48}),
         ("-b 48 -v 10", {"data.batch_size": 48, "data.val_batch_size": 10}),
@@ -240,6 +252,9 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
     [
         (QUANTIZED, []),
         ("--fm_bit 2", ["--fm_bit has no effect without --fm_enable"]),
+        ("--mixup_alpha 0.3", ["--mixup_alpha has no effect without --mixup_enable"]),
+        ("--cutmix_alpha 0.3", ["--cutmix_alpha has no effect without --cutmix_enable"]),
+        ("--skip_corrupt 3", ["--skip_corrupt has no effect with the data set digits"]),
         ("--keyword cbas,dorefa", ["stays in full precision"]),
         ("--re_init", ["--re_init has no effect"]),
         (
@@ -282,7 +297,6 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ),
         ("--dataset fake --num_classes 5", "--dataset fake: "),
         ("--keyword dali", "unknown keyword 'dali'"),
-        ("--dataset dali --root x", "--dataset dali: that loader is not there yet"),
         ("--dataset cifar10 --num_classes 7", "--num_classes 7: cifar10 has 10 classes"),
         (f"{QUANTIZED} --fm_bit 0", "--fm_bit 0: must be from 1 to 16"),
         (f"{QUANTIZED} --wt_bit 17", "--wt_bit 17: must be from 1 to 16"),
@@ -301,6 +315,10 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ("--fm_boundary nan", "--fm_boundary nan: must be a number greater than 0"),
         ("--wt_correlate nan", "--wt_correlate nan: give a finite number"),
         ("--delay inf", "--delay inf: must be a number"),
+        ("--rand_augment 31", "--rand_augment 31: must be from 0 to 30"),
+        ("--mixup_enable --mixup_alpha 0", "--mixup_alpha 0.0: must be a number greater than 0"),
+        ("--cutmix_enable --cutmix_alpha nan", "--cutmix_alpha nan: must be a number greater than 0"),
+        ("--skip_corrupt -1", "--skip_corrupt -1: must be a number that is not negative"),
         ("--momentum 1", "--momentum 1.0: must be at least 0 and less than 1"),
         ("--label_smooth nan", "--label_smooth nan: must be at least 0"),
         ("--epochs 0", "--epochs 0: must be a number greater than 0"),

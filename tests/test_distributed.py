@@ -75,7 +75,10 @@ def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
 def metrics(done: dict[str, Any], case: str) -> list[dict[str, float]]:
     """The rows of a case but for the times."""
     rows = MetricsFile.read(done["folder"] / "exp" / case / "metrics.csv")
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")}
+        for row in rows
+    ]
 
 
 def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:

@@ -140,6 +140,26 @@ def test_totals_read_tensors_only_for_their_values() -> None:
         assert log.Totals.means(totals.sums)["loss"] == 2.0
 
 
+def test_top_k_takes_the_largest_share_of_mixed_classes() -> None:
+    output = torch.tensor([[1.0, 2, 3], [3, 2, 1]])
+    shares = torch.tensor([[0.3, 0.1, 0.6], [0.0, 0.9, 0.1]])
+    assert [count.item() for count in log.top_k(output, shares, (1, 2))] == [1, 2]
+
+
+def test_waiting_counts_the_time_before_items_and_not_after_them() -> None:
+    clock = [0.0]
+
+    def items() -> Iterator[int]:
+        for item in range(3):
+            clock[0] += 2
+            yield item
+
+    waiting = log.Waiting(items(), clock=lambda: clock[0])
+    for _ in waiting:
+        clock[0] += 10
+    assert waiting.seconds == 6
+
+
 def test_top_k_by_hand() -> None:
     output = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.1, 0.6]])
     target = torch.tensor([1, 1, 0, 0])

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
 FP = f"{TINY} --keyword cifar10,cbas,origin"
 LSQ = f"{TINY} --keyword cifar10,cbas,origin,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
-TIMES = {"seconds", "images_per_second"}  # columns that no two runs share
+TIMES = {"seconds", "images_per_second", "data_wait"}  # columns that no two runs share
 
 
 @pytest.fixture(autouse=True)
@@ -539,6 +539,18 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     )
     assert not stopped and reached.position == len(loader) * config.data.batch_size
     return model, main.train_row(parts, reached), config
+
+
+@pytest.mark.parametrize("line", ["--mixup_enable", "--cutmix_enable", "--aa", "--rand_augment 9"])
+def test_augmentation_reaches_training(line: str) -> None:
+    """The network sees other images, mixed ones with shares of classes; how often it waits is measured."""
+    plain, _, _ = epoch_of("--fake_size 32 -b 8")
+    augmented, row, config = epoch_of(f"--fake_size 32 -b 8 {line}")
+    assert not torch.equal(plain.fc.weight, augmented.fc.weight)
+    assert math.isfinite(row["train_loss"])
+    assert 0 < row["data_wait"] < 100
+    shapes = {target.shape for _, target in data.build(config.data).train}
+    assert shapes == {torch.Size([8, 10] if "enable" in line else [8])}
 
 
 def batches_of(config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:

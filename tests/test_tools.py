@@ -99,10 +99,10 @@ def test_help_lists_every_word_without_loading_torch() -> None:
         (["--keyword", ""], "0 words are given; write one of compare, verbose, load"),
         (["--keyword", "raw"], "0 words are given"),
         (["--keyword", "verbos", "--old", "x"], "did you mean verbose?"),
-        (["--keyword", "verify_image", "--root", "x"], "did you mean verify-image?"),
+        (["--keyword", "verify_image", "--root", "x"], "did you mean verify-image"),
         (
             ["--keyword", "qqq"],
-            "no such word of compare, verbose, load, save, update, swap, sort, verify-image",
+            "no such word of compare, verbose, load, save, update, swap, sort, verify-image, verify-data, ",
         ),
         (["--keyword", "load,save", "--old", "x"], "2 words are given"),
         (["--keyword", "update,row"], "--keyword row: no such word"),
@@ -448,6 +448,73 @@ def test_bad_images_are_listed(tmp_path: Path) -> None:
     assert "truncated" in reasons[str(tmp_path / "cut.jpg")]
     assert reasons[str(tmp_path / "gone.jpg")] == "[Errno 2] No such file or directory"
     assert reasons[str(tmp_path / "text.png")] == "cannot identify image file"
+
+
+# --- verify-data -----------------------------------------------------------------------------
+
+
+def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
+    """One line each, with their kind; an image may have several; status 1."""
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(folder / "good.jpg")
+    image.convert("P").save(folder / "good.png")
+    image.convert("CMYK").save(folder / "four.jpg")
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("L").save(folder / "both.jpg", "PNG")
+    image.save(folder / "png.JPEG", "PNG")
+    whole = (folder / "good.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[:-30])
+    (folder / "text.jpg").write_text("no image")
+    (tmp_path / "val" / "b").mkdir(parents=True)
+    image.save(tmp_path / "val" / "b" / "good.jpg")
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    *lines, last = done.stdout.splitlines()
+    assert last == "9 images: 2 mislabelled, 2 single-channel, 1 truncated, 1 CMYK, 1 broken, 1 class folders"
+    found = {tuple(line.removeprefix(f"{folder}/").split(": ", 2)[:2]) for line in lines[:-1]}
+    assert found == {
+        ("both.jpg", "mislabelled"), ("both.jpg", "single-channel"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
+        ("grey.jpg", "single-channel"), ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
+    }  # fmt: skip
+    assert len(lines[:-1]) == len(found)
+    assert lines[-1].startswith(
+        f"{tmp_path}: class folders: train/ and val/ in {tmp_path} have different classes"
+    )
+
+
+def test_the_folder_that_is_made_is_good_and_the_same_every_time(call: Call, tmp_path: Path) -> None:
+    """Also other tools find nothing in it; a folder that is there is not touched."""
+    for name in ("one", "two"):
+        status, out, err = call(
+            "--keyword", "make-fake-imagenet", "--root", tmp_path / name, "--num_classes", "3",
+            "--fake_size", "12", "--image-size", "50x37",
+        )  # fmt: skip
+        assert (status, out) == (0, f"{tmp_path / name}: 15 images of 3 classes, 50x37 pixels\n"), err
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.jpg"))
+    assert [str(path.parent) for path in files] == [
+        *["train/class0"] * 4, *["train/class1"] * 4, *["train/class2"] * 4, *(f"val/class{i}" for i in range(3)),
+    ]  # fmt: skip
+    contents = [(tmp_path / "one" / path).read_bytes() for path in files]
+    assert contents == [(tmp_path / "two" / path).read_bytes() for path in files]
+    assert len(set(contents)) == 15
+    with Image.open(tmp_path / "one" / files[0]) as image:
+        assert (image.size, image.mode, image.format) == ((50, 37), "RGB", "JPEG")
+    status, out, _ = call("--keyword", "verify-data", "--root", tmp_path / "one", "--workers", "1")
+    assert (status, out) == (0, "15 images: nothing found\n")
+    base = ("--keyword", "make-fake-imagenet", "--root")
+    for more, text in (
+        ((tmp_path / "one",), f"{tmp_path / 'one' / 'train'} exists; name another --root"),
+        ((tmp_path / "x", "--image_size", "50"), "'50' is not WIDTHxHEIGHT, like 500x375"),
+        ((tmp_path / "x", "--image_size", "0x5"), "'0' is not a number of 1 or more"),
+        ((tmp_path / "x", "--fake_size", "3"), "--fake_size 3: 10 classes need at least 10 training images"),
+    ):
+        status, out, err = call(*base, *more)
+        assert (status, out) == (2, "")
+        assert text in err
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,13 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
     seed: int = 0
-    rank: int = 0  # this process's number among `world_size`, which share each batch
-    world_size: int = 1
+    rank: int = 0  # number of this process of a distributed run, from 0
+    world_size: int = 1  # its processes; `batch_size` is that of each
+    colour: bool = False  # change the colours of training images
+    rand_augment: int | None = None  # magnitude of RandAugment, 0 to 30; None: none
+    mixup_alpha: float = 0.0  # parameter of Mixup's beta distribution; 0: no Mixup
+    cutmix_alpha: float = 0.0  # the same of CutMix
+    skip_corrupt: int = 0  # unreadable images that may be left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +331,9 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
         "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
+        "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
+        "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
+        "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
         "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
         **{
@@ -345,10 +353,6 @@ def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = tuple(dict.fromkeys(given["keyword"]))
     present = [word for word in words if word in DATASETS.values()]
     dataset = given["dataset"] or (present[0] if present else "digits")
-    if dataset == "dali":
-        raise UserError(
-            "--dataset dali: that loader is not there yet; --dataset imagenet reads the same folders"
-        )
     if dataset == "fake":
         if not present and (given["num_classes"] is None or given["input_size"] is None):
             raise UserError(
@@ -386,15 +390,17 @@ def _check_numbers(given: Given) -> None:
     """Values that make no sense whatever else is given."""
     _positive(
         given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
-        "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step",
+        "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step", "mixup_alpha", "cutmix_alpha",
         *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
     )  # fmt: skip
     _not_negative(
         given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min",
         "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
-        "save_every",
+        "save_every", "skip_corrupt",
     )  # fmt: skip
     _share(given, "momentum", "label_smooth")
+    if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
+        raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["batch_size"] == 1 and not given["evaluate"]:
         raise UserError("--batch_size 1: batch statistics need at least 2 images")
     if given["decay_small"] and given["no_decay_small"]:
@@ -669,6 +675,11 @@ def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) ->
         std=given["std"],
         fake_size=given["fake_size"],
         seed=given["seed"],
+        colour=bool(given["addition_augment"]),
+        rand_augment=given["rand_augment"],
+        mixup_alpha=given["mixup_alpha"] if given["mixup_enable"] else 0.0,
+        cutmix_alpha=given["cutmix_alpha"] if given["cutmix_enable"] else 0.0,
+        skip_corrupt=given["skip_corrupt"],
     )
 
 

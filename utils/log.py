@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,16 +146,42 @@ def top_k(output: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> tuple[T
 
     Args:
         output: scores, float [N, C].
-        target: classes, int64 [N].
+        target: classes, int64 [N]; or shares of the classes, float [N, C], whose largest one counts.
         ks: the numbers of scores to look at; one above C looks at all.
 
     Returns:
         One 0-d int64 tensor per k, on the device of `output`.
     """
     classes = output.shape[1]
+    if target.ndim == 2:
+        target = target.argmax(1)
     best = output.topk(min(max(ks), classes), dim=1).indices
     hits = best == target.unsqueeze(1)
     return tuple(hits[:, :k].sum() for k in ks)
+
+
+class Waiting(Generic[T]):
+    """An iterable that measures how long its user waits for the next item.
+
+    Args:
+        items: what is iterated over.
+        clock: the time in seconds.
+
+    Attributes:
+        seconds: the waiting so far.
+    """
+
+    def __init__(self, items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._items = items
+        self._clock = clock
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[T]:
+        started = self._clock()
+        for item in self._items:
+            self.seconds += self._clock() - started
+            yield item
+            started = self._clock()
 
 
 class MetricsFile:

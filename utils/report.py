@@ -50,7 +50,10 @@ def epoch_line(row: dict[str, float], last: int, best: float) -> str:
     text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
     if "val_top1" in row:
         text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
-    return f"{text}; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s"
+    text += (
+        f"; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %"
+    )
+    return f"{text}, {row['seconds']:.1f} s"
 
 
 def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logger) -> None:

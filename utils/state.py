@@ -38,6 +38,7 @@ class RunState:
         position: images of the next epoch that all processes together have seen, in whole batches.
         sums: what this process's `log.Totals` of that epoch holds.
         seconds: how long that epoch took so far.
+        waited: how much of it training waited for images.
         best_acc: best top-1 of a validation so far, percent; -inf before the first.
         amp: `Precision.state_dict` to go on with.
         differences: options that changed since the checkpoint that the run continues from.
@@ -47,6 +48,7 @@ class RunState:
     position: int = 0
     sums: tuple[float, ...] = log.Totals.EMPTY
     seconds: float = 0.0
+    waited: float = 0.0
     best_acc: float = -math.inf
     amp: Mapping[str, Any] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
@@ -134,6 +136,7 @@ def restore(
         position=payload.get("position", 0),
         sums=_own_sums(payload.get("sums", []), config.data.rank, config.data.world_size),
         seconds=payload.get("seconds", 0.0),
+        waited=payload.get("waited", 0.0),
         best_acc=payload["best_acc"],
         amp=payload.get("amp", {}),
         differences=changed,
@@ -168,7 +171,7 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
-        "position": (int,), "sums": (list,), "seconds": (int, float), "amp": (dict,), "random_of_others": (list,),
+        "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float), "amp": (dict,), "random_of_others": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
@@ -233,6 +236,7 @@ def save(
         "position": state.position,
         "sums": [sums for sums, _ in of_ranks],
         "seconds": state.seconds,
+        "waited": state.waited,
         "state_dict": precision.weights(model),
         "optimizer": optimizer.state_dict(),
         "scheduler": {"step": step},

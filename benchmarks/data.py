@@ -1,0 +1,217 @@
+"""How fast the data sets are delivered, against nothing but decoding, and how long training waits for them.
+
+    python benchmarks/data.py                    # everything, on generated photographs of 500x375 pixels
+    python benchmarks/data.py --root FOLDER      # on the training images of a folder of yours
+
+Every round measures each way once, one after the other, so that what else the machine does meets all of
+them alike; a ratio is of two figures of the same round, and the median over the rounds is printed. The limit
+of `imagenet` is processes that read and decode whole files with Pillow and do nothing else; that of `dali`
+are threads of DALI that do the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.nn import functional
+from torchvision.models import resnet18
+
+from model.summary import format_table
+from utils import data
+from utils.augment import crop_flip
+from utils.config import DataConfig
+from utils.errors import UserError
+from utils.fake import write_folder
+from utils.folder import ImageNames, decode
+from utils.loader import Delivery, Loader
+from utils.log import Waiting
+from utils.memory import TensorLoader
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Run it once."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def epoch(loader: Loader, device: torch.device) -> None:
+    """Take all batches of an epoch, and nothing else."""
+    for _ in loader:
+        pass
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def decode_files(paths: Sequence[str]) -> None:
+    """Read and decode whole files with Pillow."""
+    for path in paths:
+        with open(path, "rb") as file:
+            decode(file.read())
+
+
+def dali_decoder(
+    paths: Sequence[str], threads: int, batch_size: int, device: torch.device
+) -> Callable[[], None]:
+    """A pipeline of DALI that reads and decodes whole files; what is returned runs it once over all."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+
+    gpu = device.type == "cuda"
+    pipeline = Pipeline(batch_size, threads, device.index or 0 if gpu else None)
+    with pipeline:
+        encoded, _ = fn.readers.file(files=list(paths))
+        output_type = types.DALIImageType.RGB
+        pipeline.set_outputs(
+            fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=output_type)
+        )
+    pipeline.build()
+
+    def run() -> None:
+        for _ in range(len(paths) // batch_size):
+            pipeline.run()
+
+    return run
+
+
+def measure_speed(
+    config: DataConfig, device: torch.device, rounds: int, dali: bool
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each way in each round, and the number of images of one."""
+    assert config.root is not None
+    names = ImageNames(config.root / "train")
+    count = len(names) // config.batch_size * config.batch_size
+    paths = [names.path(index) for index in range(count)]
+    workers = config.workers
+    shares = [paths[rank::workers] for rank in range(workers)]
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        loader = data.build(config, device).train
+        ways: dict[str, Callable[[], object]] = {
+            "Pillow alone": lambda: list(pool.map(decode_files, shares)),
+            "imagenet": lambda: epoch(loader, device),
+        }
+        if dali:
+            fast = data.build(replace(config, dataset="dali"), device).train
+            ways["DALI alone"] = dali_decoder(paths, workers, config.batch_size, device)
+            ways["dali"] = lambda: epoch(fast, device)
+        for way in ways.values():
+            way()  # starts processes and threads
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                taken[name].append(seconds_of(way))
+    return taken, count
+
+
+def share_waited(config: DataConfig, device: torch.device, steps: int) -> tuple[float, float]:
+    """Percent of the time of ResNet-18's training steps that is spent waiting for data; images per second."""
+    loader = data.build(config, device).train
+    network = resnet18(num_classes=config.num_classes).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    waiting, started = Waiting(loader), 0.0
+    for step, (images, target) in enumerate(waiting):
+        functional.cross_entropy(network(images), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:  # the workers have started
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            waiting.seconds, started = 0.0, time.perf_counter()
+        if step == steps:
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    total = time.perf_counter() - started
+    return 100 * waiting.seconds / total, steps * config.batch_size / total
+
+
+def small_sets(device: torch.device, rounds: int) -> list[tuple[str, str]]:
+    """Seconds of an epoch of the sets that are in memory; random pixels stand for CIFAR-10's."""
+    pixels = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
+    delivery = Delivery(batch_size=128, train=True, seed=0, mean=(0.5,) * 3, std=(0.2,) * 3, device=device)
+    cifar = TensorLoader(pixels, torch.zeros(50_000).long(), delivery, size=32, augment=crop_flip)
+    loaders: dict[str, Loader] = {"cifar10, 50,000 images": cifar}
+    for name, classes in (("digits", 10), ("glyphs", 62)):
+        loader = data.build(DataConfig(dataset=name, num_classes=classes), device).train
+        loaders[f"{name}, {loader.samples:,} images"] = loader
+    rows = []
+    for name, loader in loaders.items():
+        epoch(loader, device)
+        taken = [seconds_of(lambda loader=loader: epoch(loader, device)) for _ in range(rounds)]
+        rows.append((name, f"{statistics.median(taken):.2f}"))
+    return rows
+
+
+def main() -> int:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, help="folder with train/ and val/; default: one that is made")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts [1 2]")
+    parser.add_argument("--images", type=int, default=512, help="training images that are made [512]")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds [7]")
+    parser.add_argument("--steps", type=int, default=12, help="training steps, for the share of waiting [12]")
+    parser.add_argument("-b", "--batch_size", type=int, default=32, help="images per batch [32]")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as made:
+        root = given.root or Path(made)
+        if given.root is None:
+            list(write_folder(root, given.images, 10, 500, 375))
+        classes = sum(entry.is_dir() for entry in os.scandir(root / "train"))
+        config = DataConfig(
+            dataset="imagenet", root=root, num_classes=classes, input_size=224, batch_size=given.batch_size
+        )
+        try:
+            data.check(replace(config, dataset="dali"))
+            dali = True
+        except UserError as error:
+            print(f"without DALI: {error}")
+            dali = False
+        print(
+            f"{device.type}, {os.cpu_count()} cores, batches of {given.batch_size}, {given.rounds} rounds\n"
+        )
+        rows = []
+        for workers in given.workers:
+            taken, count = measure_speed(replace(config, workers=workers), device, given.rounds, dali)
+            for name, limit in (("imagenet", "Pillow alone"), ("dali", "DALI alone")):
+                if name not in taken:
+                    continue
+                ratio = statistics.median(a / b for a, b in zip(taken[limit], taken[name], strict=True))
+                speed, most = (count / statistics.median(taken[key]) for key in (name, limit))
+                rows.append((name, str(workers), f"{speed:.0f}", f"{most:.0f}", f"{ratio:.2f}"))
+            if dali:
+                ratio = statistics.median(
+                    a / b for a, b in zip(taken["imagenet"], taken["dali"], strict=True)
+                )
+                rows.append(("dali / imagenet", str(workers), "", "", f"{ratio:.2f}"))
+        print(format_table(("data set", "workers", "images/s", "decoding alone", "ratio"), rows), end="\n\n")
+
+        rows = []
+        for name in ("imagenet", "dali") if dali else ("imagenet",):
+            for workers in given.workers:
+                chosen = replace(config, dataset=name, workers=workers)
+                share, speed = share_waited(chosen, device, given.steps)
+                rows.append((name, str(workers), f"{speed:.1f}", f"{share:.1f}"))
+        print(format_table(("training ResNet-18", "workers", "images/s", "data wait %"), rows), end="\n\n")
+    print(format_table(("in memory", "seconds an epoch"), small_sets(device, given.rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
