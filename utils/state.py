@@ -171,7 +171,8 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
-        "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float), "amp": (dict,), "random_of_others": (list,),
+        "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
+        "amp": (dict,), "random_of_others": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
