@@ -6,6 +6,7 @@ and a user's mistake answer at once. `run` then takes the stages of a run in the
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -83,6 +84,7 @@ def run(config: Config) -> int:
     import torch
 
     from model import audit, build, calibrate, convert, health
+    from model.quant import quantizers
     from utils import checkpoint, log, optim, report, state
 
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
@@ -112,7 +114,7 @@ def run(config: Config) -> int:
     steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
     rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
 
-    check_lengths(model, config, len(loaders.train), rates)
+    rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
 
     # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
     device, device_warnings = choose_device(settings.device_ids)
@@ -122,18 +124,19 @@ def run(config: Config) -> int:
         images, _ = next(iter(loaders.train))
         initialised = calibrate.initialise_ranges(model, to_device(images, device))
     optimizer, groups = optim.build(model, config.optim)
+    warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
     progress = state.RunState() if resumed is None else state.restore(resumed, model, optimizer, config)
 
     # 5. Only from here on is anything written, so that a mistake leaves no trace.
     if settings.dry_run or settings.lr_test:
-        print(report.describe(config, cost.table(), optim.table(groups), rates, settings.lr_test))
+        print(report.describe(config, cost.table(), optim.table(groups), rates, warnings))
         return 0
     own = {path.resolve() for path in files.existing()}
     if not settings.evaluate and (resumed is None or resumed.resolve() not in own):
         state.keep_earlier_run(folder, files)
     logger = log.setup(folder / "log.txt", settings.verbose)
     try:
-        for warning in (*config.warnings, *device_warnings, *progress.differences):
+        for warning in (*warnings, *progress.differences):
             logger.warning("warning: %s", warning)
         logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
         logger.info("%s", cost.totals())
@@ -144,6 +147,8 @@ def run(config: Config) -> int:
         if initialised:
             logger.info("re_init: initialised %d quantizers", initialised)
         logger.debug("%s", optim.table(groups))
+        for name, quantizer in quantizers(model):
+            logger.debug("%s: %s", name, quantizer.config)
         if resumed is not None:
             logger.info("resumed %s: %d epochs are done", resumed, progress.epoch)
         elif settings.resume:
@@ -344,22 +349,39 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def check_lengths(model: nn.Module, config: Config, batches: int, rates: schedule.Schedule) -> None:
-    """Refuse warm-ups that a whole run never leaves."""
+def fit_warmups(
+    model: nn.Module, config: Config, batches: int, rates: schedule.Schedule
+) -> tuple[schedule.Schedule, tuple[str, ...]]:
+    """The schedule with warm-ups that fit into the run, and warnings.
+
+    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
+    config, whose warm-ups are for the long one, they shrink to half of what there is.
+    """
     from model.quant import quantizers
 
     total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
     longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
+    skips = rates.skip_update(rates.total_steps - 1)
+    warnings: list[str] = []
     if config.run.evaluate:
-        return
+        return rates, ()
     if longest >= total:
-        raise UserError(
-            f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+        if not config.run.shortened:
+            raise UserError(
+                f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+            )
+        warnings.append(f"--stable: the shortened run of {total} iterations takes {total // 2} of {longest}")
+        for _, quantizer in quantizers(model):
+            quantizer.stable = total // 2
+    if skips:
+        steps = rates.total_steps
+        if not config.run.shortened:
+            raise UserError(f"--warmup: no iteration of {steps} is left for the optimizer; shorten it")
+        warnings.append(f"--warmup: the shortened run of {steps} iterations takes {steps // 2}")
+        rates = dataclasses.replace(
+            rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
         )
-    if rates.skip_update(rates.total_steps - 1):
-        raise UserError(
-            f"--warmup: no iteration of {rates.total_steps} is left for the optimizer; shorten it"
-        )
+    return rates, tuple(warnings)
 
 
 def trial(model: nn.Module, config: Config) -> Cost:

@@ -337,8 +337,10 @@ class CheckpointFiles:
 
     def __post_init__(self) -> None:
         """Check that the case is a plain file name that cannot be taken for another case's files."""
-        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", self.case):
-            raise UserError(f"--case {self.case!r}: use letters, digits and . _ + - only, no dot in front")
+        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+,=@%:~-]*", self.case):
+            raise UserError(
+                f"--case {self.case!r}: use letters, digits and . _ + - , = @ % : ~ only, no dot in front"
+            )
         if re.search(r"-epoch\d+$", self.case):
             raise UserError(f"--case {self.case!r}: the ending -epochN marks files of single epochs; drop it")
 

@@ -22,18 +22,18 @@ from utils.schedule import Schedule
 from utils.state import RunState
 
 
-def describe(config: Config, network: str, groups: str, rates: Schedule, schedule_only: bool) -> str:
+def describe(config: Config, network: str, groups: str, rates: Schedule, warnings: tuple[str, ...]) -> str:
     """What `--dry_run` and the keyword `lr-test` print."""
-    if schedule_only:
+    if config.run.lr_test:
         steps = range(config.schedule.epochs + config.schedule.extra_epoch)
         lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in steps]
         return "\n".join(["epoch  learning rate at its first step", *lines])
     changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
     origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
-    warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
+    lines = "".join(f"warning: {warning}\n" for warning in warnings)
     return (
         f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
-        f"learning rate at the epochs where it changes: {changes}\n{warnings}"
+        f"learning rate at the epochs where it changes: {changes}\n{lines}"
         "dry run: everything checked, nothing trained"
     )
 
