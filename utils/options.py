@@ -274,7 +274,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
         _option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),
         _option("order", str, None, "keyword ReShapeResolution: its layers, of c, b and a; default: cba"),
         _option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
-        _option("re_init", bool, False, "initialise the quantizers from the loaded weights and one batch"),
+        _option(
+            "re_init",
+            bool,
+            False,
+            "initialise the quantizers from the loaded weights and one batch, before training",
+        ),
         _option(
             "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
         ),
