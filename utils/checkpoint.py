@@ -174,7 +174,8 @@ def state_dict_of(payload: Mapping[str, Any], *, source: str = "the checkpoint")
         short = name.removeprefix("module.")
         if short in state:
             raise UserError(f"{source} has both {short!r} and 'module.{short}'; keep one of them")
-        state[short] = value
+        # Published files hold counters that are parameters.
+        state[short] = value.detach() if value.requires_grad else value
     return state
 
 

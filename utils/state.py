@@ -50,8 +50,9 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """
     state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
     own = dict(quantizers(model))
+    held = set(state)
     for name, quantizer in own.items():
-        levels = state.pop(f"{name}.level_num", None)
+        levels = state.get(f"{name}.level_num")
         if not config.run.evaluate:
             state.pop(f"{name}.iteration", None)
         if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
@@ -61,19 +62,25 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
                 with torch.no_grad():
                     quantizer.set_range(clip)
         trained = None if levels is None else _levels(levels, path)
-        if config.run.evaluate and trained is not None and trained != quantizer.levels:
+        if trained is None or trained == quantizer.levels:
+            continue
+        del state[f"{name}.level_num"]
+        if config.run.evaluate:
             raise UserError(
                 f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
                 f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
             )
     prefixes = tuple(f"{name}." for name in own)
-    return checkpoint.load_weights(
+    held -= set(state)
+    report = checkpoint.load_weights(
         model,
         state,
         allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
         scope=config.run.unresume_scope,
         source=str(path),
     )
+    # Counters that the file has and that start anew all the same are not missing.
+    return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config) -> RunState:
