@@ -96,6 +96,7 @@ def run(config: Config) -> int:
     import torch
 
     from model import audit, build, calibrate, convert, health, sync_norm
+    from model.quant import quantizers
     from utils import checkpoint, distributed, log, optim, precision, report, state
 
     place = distributed.place(config.devices, os.environ)
@@ -133,13 +134,15 @@ def run(config: Config) -> int:
         build.set_stable(model, len(loaders.train))
         steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
         rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
-        check_lengths(model, config, len(loaders.train), rates)
+        rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
-        if config.model.quant.re_init and found.path is None:
+        if (
+            config.model.quant.re_init and found.path is None and not settings.evaluate
+        ):  # for a training's start
             images, _ = next(iter(loaders.train))
             initialised = calibrate.initialise_ranges(model, images.to(device, memory_format=layout))
         distributed.share_state(model)
@@ -149,6 +152,7 @@ def run(config: Config) -> int:
             sync_norm.synchronise(model, device)
         precision.prepare(model, config.precision)
         optimizer, groups = optim.build(model, config.optim)
+        warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
         progress = state.RunState()
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
@@ -158,13 +162,13 @@ def run(config: Config) -> int:
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
             if place.first:
-                print(report.describe(config, cost.table(), optim.table(groups), rates, folder))
+                print(report.describe(config, cost.table(), optim.table(groups), rates, warnings, folder))
             return 0
         if place.first and not settings.evaluate:
             state.prepare_files(folder, files, found, chosen=settings.resume_file)
         logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent()
         try:
-            for warning in (*config.warnings, *device_warnings, *found.passed_over, *progress.differences):
+            for warning in (*warnings, *found.passed_over, *progress.differences):
                 logger.warning("warning: %s", warning)
             logger.info(
                 "%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords)
@@ -179,6 +183,8 @@ def run(config: Config) -> int:
             if initialised:
                 logger.info("re_init: initialised %d quantizers", initialised)
             logger.debug("%s", optim.table(groups))
+            for name, quantizer in quantizers(model):
+                logger.debug("%s: %s", name, quantizer.config)
             if found.path is not None:
                 part = f" and {progress.position} images of the next" if progress.position else ""
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
@@ -511,22 +517,39 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def check_lengths(model: nn.Module, config: Config, batches: int, rates: schedule.Schedule) -> None:
-    """Refuse warm-ups that a whole run never leaves."""
+def fit_warmups(
+    model: nn.Module, config: Config, batches: int, rates: schedule.Schedule
+) -> tuple[schedule.Schedule, tuple[str, ...]]:
+    """The schedule with warm-ups that fit into the run, and warnings.
+
+    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
+    config, whose warm-ups are for the long one, they shrink to half of what there is.
+    """
     from model.quant import quantizers
 
     total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
     longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
+    skips = rates.skip_update(rates.total_steps - 1)
+    warnings: list[str] = []
     if config.run.evaluate:
-        return
+        return rates, ()
     if longest >= total:
-        raise UserError(
-            f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+        if not config.run.shortened:
+            raise UserError(
+                f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+            )
+        warnings.append(f"--stable: the shortened run of {total} iterations takes {total // 2} of {longest}")
+        for _, quantizer in quantizers(model):
+            quantizer.stable = total // 2
+    if skips:
+        steps = rates.total_steps
+        if not config.run.shortened:
+            raise UserError(f"--warmup: no iteration of {steps} is left for the optimizer; shorten it")
+        warnings.append(f"--warmup: the shortened run of {steps} iterations takes {steps // 2}")
+        rates = dataclasses.replace(
+            rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
         )
-    if rates.skip_update(rates.total_steps - 1):
-        raise UserError(
-            f"--warmup: no iteration of {rates.total_steps} is left for the optimizer; shorten it"
-        )
+    return rates, tuple(warnings)
 
 
 def trial(model: nn.Module, config: Config) -> Cost:

@@ -63,6 +63,7 @@ check_shell_file() {
     fail "no config '$1'; ${close:+close names: $close; }the folder config/ has those that exist"
   fi
   [[ -f $1 && -r $1 ]] || fail "'$1' is not a file that can be read; name a config file"
+  ! grep -q $'\r' -- "$1" || fail "'$1' has the line ends of Windows; remove them: sed -i 's/\r\$//' '$1'"
   message=$(LC_ALL=C bash -n -- "$1" 2>&1) || fail "not valid shell, correct it: ${message%%$'\n'*}"
 }
 
@@ -152,7 +153,11 @@ unset -f command_not_found_handle
 
 [[ $(declare -p options 2>/dev/null) != "declare -a"* ]] ||
   fail "$config_file: options is an array; write options=\"\$options --name VALUE\""
-IFS=$' \t\n' read -r -d '' -a option_words <<<"${options:-}" || true
+# xargs splits into words as a shell does, quotes included, and expands nothing.
+words=$(xargs -r printf '%s\n' <<<"${options:-}" 2>&1 && echo end) ||
+  fail "$config_file: options has a quote without its partner: $words"
+mapfile -t option_words <<<"$words"
+unset 'option_words[-1]' # the word end, behind which an empty word would get lost
 IFS=$' \t\n' read -r -d '' -a torchrun_words <<<"${TORCHRUN:-${torchrun:-}}" || true
 
 arguments=()

@@ -218,9 +218,7 @@ BEFORE_ANYTHING_IS_LOADED = [
     ("-r --resume_file cut.pth.tar", "--resume --resume_file"),
     ("--resume_file none.pth.tar", "--resume_file none.pth.tar"),
     (f"--resume_file {'long' * 100}", "--resume_file longlong"),
-    ("--decay_small --no_decay_small", "--decay_small --no_decay_small"),
     ("--custom_lr_list fc", "--custom_lr_list --custom_lr"),
-    ("--custom_decay 0.1", "--custom_decay --custom_decay_list"),
     ("--lr_policy cosine", "--lr_policy cosine cos"),
     ("--lr_policy step", "--lr_policy step fix_step"),
     ("--lr_policy sgdr --eta_min 1", "--eta_min 1.0 --lr"),
@@ -252,7 +250,6 @@ WITH_NETWORK_AND_DATA = [
     ("--dataset cifar10 --root none", "--root none"),
     # The optimizer.
     ("--optimizer RMSprop", "--optimizer RMSprop SGD ADAM"),
-    ("--optimizer ADAM --nesterov", "--nesterov SGD ADAM"),
     (f"{FP} --case fp --custom_lr_list claps --custom_lr 1", "--custom_lr_list claps"),
     (f"{FP} --case fp --custom_decay_list fcc --custom_decay 1", "--custom_decay_list fcc fc"),
     # The network.

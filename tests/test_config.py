@@ -273,6 +273,11 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--keyword cbas,pact,wt_gamma --wt_enable --wt_quant_group 1", []),
         ("--keyword cbas,pact --wt_enable --re_init", ["--re_init has no effect: no quantizer"]),
         ("--keyword cbas,pact --fm_enable --re_init", []),
+        ("--custom_lr 0.1", ["--custom_lr has no effect without --custom_lr_list"]),
+        ("--custom_decay 0.1", ["--custom_decay has no effect without --custom_decay_list"]),
+        ("--optimizer adam --nesterov", ["--nesterov has no effect with --optimizer ADAM"]),
+        ("--fm_bit 32", ["--fm_bit has no effect without --fm_enable"]),
+        (f"{QUANTIZED} --wt_ratio 0.5", ["--wt_ratio has no effect with the methods of this project"]),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
     ],
 )
@@ -281,6 +286,56 @@ def test_warnings(line: str, warnings: list[str]) -> None:
     found = config_of(line).warnings
     assert len(found) == len(warnings)
     assert all(expected in warning for expected, warning in zip(warnings, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "steps", "shortened"),
+    [
+        ("--epochs 90 --lr_custom_step 30,60 --epochs 40", (30,), True),
+        ("--epochs 90 --lr_custom_step 30,60 --epochs 30", (30,), True),
+        (
+            "--epochs 90 --lr_custom_step 30,95 --epochs 1",
+            (),
+            True,
+        ),  # the config's own mistake does not matter
+        ("--epochs 1 --lr_custom_step 1 --epochs 2", (1,), True),
+        ("--epochs 90 --lr_custom_step 30,60", (30, 60), False),
+        ("--lr_custom_step 30,60", (30, 60), False),  # refused by utils.schedule.check
+        ("--epochs 90 --lr_custom_step 30 --epochs 5 --lr_custom_step 8", (8,), True),  # as that
+    ],
+)
+def test_epochs_that_replace_those_of_the_schedule(
+    line: str, steps: tuple[int, ...], shortened: bool
+) -> None:
+    """What lies beyond falls away with a warning; written anew it stays, for the check to refuse."""
+    config = config_of(line)
+    assert config.schedule.custom_step == steps
+    assert config.run.shortened == shortened
+    dropped = [warning for warning in config.warnings if "falls away" in warning]
+    written = line.split("--lr_custom_step ")[-1].split()[0].count(",") + 1
+    assert len(dropped) == (written > len(steps))
+
+
+def test_fake_images_in_place_of_another_data_set_imitate_it() -> None:
+    config = config_of("--dataset dali --dataset fake")
+    assert config == dataclasses.replace(
+        config_of("--dataset fake --keyword imagenet"), run=config.run, origins=config.origins
+    )
+    assert config_of("--dataset cifar100 --dataset fake --dataset fake").model.num_classes == 100
+    assert config_of("--dataset cifar100 --keyword cifar10 --dataset fake").model.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--decay_small", True),
+        ("--no_decay_small", False),
+        ("--decay_small --no-decay-small", False),
+        ("--no_decay_small --decay_small", True),
+    ],
+)
+def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> None:
+    assert config_of(line).optim.decay_small == expected
 
 
 @pytest.mark.parametrize(
@@ -343,11 +398,8 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ("--mean nan,0,0 --std 1,1,1", "--mean: give finite numbers"),
         ("--mean 0,0,0 --std nan,1,1", "--std: give finite numbers"),
         ("--mean 0,0,0 --std 0,1,1", "--std: must be greater than 0"),
-        ("--decay_small --no_decay_small", "--decay_small contradicts --no_decay_small"),
         ("-r --resume_file x", "--resume contradicts --resume_file"),
         ("--custom_lr_list fc", "--custom_lr_list needs --custom_lr RATE"),
-        ("--custom_lr 0.1", "--custom_lr needs --custom_lr_list"),
-        ("--custom_decay 0.1", "--custom_decay needs --custom_decay_list"),
         ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
     ],
 )

@@ -20,9 +20,9 @@ from utils.config import DATASETS, Config, read
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir())
-METHODS = {  # METHOD of a name -> the quantizer that the printed table names
-    "dorefa": "dorefa", "pact": "pact", "lsq": "lsq", "lq": "lq", "fatnn": "fatnn", "xnor": "xnor",
-    "xnor++": "xnor", "bireal": "xnor",
+METHODS = {  # METHOD of a name -> the quantizers that the printed table names
+    "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
+    "xnor++": {"xnor"}, "bireal": {"xnor"}, "groupnet": {"xnor"}, "fixup": set(),
 }  # fmt: skip
 PRECISIONS = {"fp": None, "1bit": (1, 2), "ternary": (2, 3), "2bit": (2, 4), "3bit": (3, 8), "4bit": (4, 16)}
 BEST = "-model_best.pth.tar"
@@ -55,8 +55,8 @@ def argv(name: str) -> tuple[str, ...]:
 
 @functools.cache
 def config_of(name: str) -> Config:
-    """A config as the program understands it."""
-    return read(argv(name))
+    """A config as the program understands it; one for DALI with imitated images, since DALI needs a GPU."""
+    return read((*argv(name), *(["--dataset", "fake"] if ".dali." in name else [])))
 
 
 @functools.cache
@@ -74,8 +74,11 @@ def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
 
 def imitate_data(name: str) -> list[str]:
     """Options that stand in for data and weights which need not be there."""
-    there = name.split(".")[3] in ("digits", "fake")
-    return ["--pretrained", "none", "-b", "2", "-v", "2", *([] if there else ["--dataset", "fake"])]
+    small = ["--pretrained", "none", "-b", "2", "-v", "2"]
+    dataset = name.split(".")[3]
+    if dataset in ("imagenet", "dali"):
+        small += ["--input_size", "64"]
+    return small if dataset in ("digits", "fake") else [*small, "--dataset", "fake"]
 
 
 def printed_bits(text: str) -> set[tuple[str, int, int]]:
@@ -89,7 +92,11 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
     """What the name of a config says that the table shows."""
     _, method, _, _, precision, _ = name.split(".")
     bits = PRECISIONS[precision]
-    return set() if bits is None else {(METHODS[method], *bits)}
+    if bits is None:
+        return set()
+    # FATNN's weights are ternary; at two bits LSQ takes their place.
+    methods = {"fatnn", "lsq"} if (method, precision) == ("fatnn", "2bit") else METHODS[method]
+    return {(found, *bits) for found in methods}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,7 +120,9 @@ def test_valid_shell(name: str) -> None:
 def test_name_says_what_is_in_it(name: str) -> None:
     _, _, phase, dataset, _, network = name.split(".")
     config = config_of(name)
-    assert config.data.dataset == dataset
+    arguments = argv(name)
+    assert arguments[arguments.index("--dataset") + 1] == dataset
+    assert config.data.dataset == ("fake" if dataset == "dali" else dataset)
     assert config.model.name == network
     assert config.run.evaluate == (phase == "eval")
     assert (config.run.pretrained == "none") == (phase == "train-scratch")
@@ -122,7 +131,9 @@ def test_name_says_what_is_in_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if ".1bit." in name])
 def test_signs_are_not_taken_behind_a_relu(name: str) -> None:
-    assert config_of(name).model.activation == "none"
+    config = config_of(name).model
+    norm_is_last = config.block.order == "cabs"
+    assert norm_is_last or config.activation == "none" or config.quant.fm.method != "xnor"
 
 
 def test_every_case_is_another_one() -> None:
@@ -162,3 +173,23 @@ def test_dry_run_through_the_launcher(name: str) -> None:
     done = bash(f"config/{name}", *imitate_data(name), "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")
     assert printed_bits(done.stdout) == expected_bits(name)
+
+
+def test_the_table_of_results_names_the_configs() -> None:
+    """Every row's config is there and is of the row's network and bits; every trained network has a row."""
+    page = (ROOT / "docs" / "result_cls.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\|.*\| ResNet-(\d+) \| (\S+) \|.*\(\.\./config/(\S+)\) \|$", page, flags=re.MULTILINE
+    )
+    precisions = {
+        "32": "fp",
+        "ternary": "ternary",
+        **{f"{bits}/{bits}": f"{bits}bit" for bits in range(1, 5)},
+    }
+    for depth, bits, name in rows:
+        assert name in CONFIGS
+        assert name.split(".")[4:] == [precisions[bits], f"resnet{depth}"]
+    named = {name for _, _, name in rows}
+    measured = ("imagenet", "cifar10", "cifar100")
+    trained = {name for name in CONFIGS if name.split(".")[3] in measured and ".eval." not in name}
+    assert trained - named == {name for name in trained if ".bireal.train-scratch." in name}  # only starts

@@ -845,3 +845,13 @@ def test_the_digits(tmp_path: Path) -> None:
     )
     assert call(f"{line} --case real") == 0
     assert summary(tmp_path, "real")["best_top1"] > 25
+
+
+def test_evaluation_keeps_learned_ranges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--re_init` is for the start of a training: a training's config evaluates what it has trained."""
+    line = f"{LSQ} --re_init --epochs 1"
+    assert call(f"{line} --case a") == 0
+    trained = metrics(tmp_path, "a")[0]["val_loss"]
+    capsys.readouterr()
+    assert call(f"{line} --case b -e --pretrained a-checkpoint.pth.tar") == 0
+    assert f"loss {float(trained):.4f}" in capsys.readouterr().out

@@ -216,7 +216,8 @@ def state_dict_of(payload: Mapping[str, Any], *, source: str = "the checkpoint")
         short = name.removeprefix("module.")
         if short in state:
             raise UserError(f"{source} has both {short!r} and 'module.{short}'; keep one of them")
-        state[short] = value
+        # Published files hold counters that are parameters.
+        state[short] = value.detach() if value.requires_grad else value
     return state
 
 
@@ -379,8 +380,10 @@ class CheckpointFiles:
 
     def __post_init__(self) -> None:
         """Check that the case is a plain file name that cannot be taken for another case's files."""
-        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*", self.case):
-            raise UserError(f"--case {self.case!r}: use letters, digits and . _ + - only, no dot in front")
+        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9._+,=@%:~-]*", self.case):
+            raise UserError(
+                f"--case {self.case!r}: use letters, digits and . _ + - , = @ % : ~ only, no dot in front"
+            )
         if re.search(r"-(epoch|backup)\d+$", self.case):
             raise UserError(
                 f"--case {self.case!r}: the endings -epochN and -backupN mark files of other moments; drop it"

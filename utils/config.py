@@ -33,7 +33,7 @@ class QuantizerConfig:
     grid: str = "midrise"  # of a full range: "midtread" has a level at zero
     boundary: float = 1.0  # initial clipping value c
     scale: float = 0.5
-    ratio: float = 1.0
+    ratio: float = 1.0  # for methods of the user's own; no other reads it
     correlate: float = -1.0  # factor on the calibrated clip value; not used when <= 0
     quant_group: int | None = None  # groups that share parameters; -k means groups of k channels
     adaptive: str = "none"
@@ -227,6 +227,7 @@ class RunConfig:
     tensorboard: bool = False
     verbose: bool = False
     label_smooth: float = 0.0
+    shortened: bool = False  # epochs or data were replaced on the command line: warm-ups shrink to fit
     delay: float = 0.0  # seconds per iteration
 
 
@@ -256,6 +257,8 @@ CLASSES = {"digits": 10, "glyphs": 62, "cifar10": 10, "cifar100": 100}  # of dat
 FAMILIES = ("resnet", "pytorch", "torchvision", "timm", "mobilenet", "classic")
 CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small": "classic", "nin": "classic"}
 
+
+METHODS = ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")  # the project's own, without a user's
 
 # Fields that keywords set and options override, so that the option is named as what set them.
 FIELDS = {
@@ -292,17 +295,18 @@ def read(argv: Sequence[str]) -> Config:
 
 def resolve(given: Given) -> Config:
     """The typed configuration of parsed options; see `read`."""
-    words, warnings = _data_keyword(given)
+    words = _data_keyword(given)
     resolution = keywords.resolve(words, family_of(given["model"]))
     fields = dict(resolution.fields)
     _check_numbers(given)
     quant, quant_warnings = quant_config(given, fields)
     model, model_warnings = model_config(given, fields, quant)
+    schedule, schedule_warnings = _schedule_config(given)
     return Config(
         model=model,
         data=_data_config(given, fields, model),
         optim=_optim_config(given),
-        schedule=_schedule_config(given),
+        schedule=schedule,
         precision=_precision_config(given),
         devices=_device_config(given),
         run=_run_config(given, fields),
@@ -310,10 +314,10 @@ def resolve(given: Given) -> Config:
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
         warnings=(
-            *warnings,
             *resolution.warnings,
             *quant_warnings,
             *model_warnings,
+            *schedule_warnings,
             *_without_effect(given, fields),
         ),
     )
@@ -328,6 +332,9 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
         "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
         "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
+        "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
         "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
@@ -340,6 +347,10 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             f"{tag}_adaptive_restore": (given[f"{tag}_adaptive"] == "none", f"without --{tag}_adaptive")
             for tag in TAGS
         },
+        **{
+            f"{tag}_ratio": (fields.get(f"quant.{tag}.method") in METHODS, "with the methods of this project")
+            for tag in TAGS
+        },
     }
     return [
         f"--{name} has no effect {when}"
@@ -348,24 +359,30 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _data_keyword(given: Given) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The keywords, with the data set's own added when none is given."""
+def _data_keyword(given: Given) -> tuple[str, ...]:
+    """The keywords, with the data set's own added when none is given.
+
+    `fake` in place of another data set imitates that one.
+    """
     words = tuple(dict.fromkeys(given["keyword"]))
     present = [word for word in words if word in DATASETS.values()]
     dataset = given["dataset"] or (present[0] if present else "digits")
     if dataset == "fake":
+        replaced = [name for name in given.replaced.get("dataset", ()) if name != "fake"]
+        if not present and replaced:
+            return (DATASETS[replaced[-1]], *words)
         if not present and (given["num_classes"] is None or given["input_size"] is None):
             raise UserError(
                 "--dataset fake: say which images to imitate with one of the keywords "
                 f"{', '.join(sorted(set(DATASETS.values())))}, or give --num_classes and --input_size"
             )
-        return words, ()
+        return words
     wanted = DATASETS[dataset]
     if len(present) == 1 and present != [wanted]:
         raise UserError(
             f"--dataset {dataset} contradicts the keyword {present[0]}: write {wanted} or leave it out"
         )
-    return (words if present else (wanted, *words)), ()
+    return words if present else (wanted, *words)
 
 
 def _positive(given: Given, *names: str) -> None:
@@ -403,17 +420,12 @@ def _check_numbers(given: Given) -> None:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["batch_size"] == 1 and not given["evaluate"]:
         raise UserError("--batch_size 1: batch statistics need at least 2 images")
-    if given["decay_small"] and given["no_decay_small"]:
-        raise UserError("--decay_small contradicts --no_decay_small: keep one of them")
     if given["resume"] and given["resume_file"] is not None:
         raise UserError("--resume contradicts --resume_file: keep one of them")
     if given["custom_lr_list"] and given["custom_lr"] is None:
         raise UserError("--custom_lr_list needs --custom_lr RATE")
     if "proxquant_step" in given.explicit and given["proxquant_step"] <= 0:
         raise UserError(f"--proxquant_step {given['proxquant_step']}: must be greater than 0")
-    for name in ("custom_lr", "custom_decay"):
-        if name in given.explicit and not given[f"{name}_list"]:
-            raise UserError(f"--{name} needs --{name}_list WORDS, parts of the parameters' names")
     if (given["mean"] is None) != (given["std"] is None):
         raise UserError("--mean and --std belong together: give both or neither")
     for name in ("mean", "std"):
@@ -464,13 +476,15 @@ def _quantizer_config(
     tag: str, given: Given, fields: Mapping[str, Any], warnings: list[str]
 ) -> QuantizerConfig:
     bit, level = given[f"{tag}_bit"], given[f"{tag}_level"]
-    if not 1 <= bit <= 16:
-        raise UserError(f"--{tag}_bit {bit}: must be from 1 to 16")
+    enable = bool(given[f"{tag}_enable"])
+    if not 1 <= bit <= (16 if enable else 32):  # 32 says "full precision" in configs that enable one tag only
+        raise UserError(
+            f"--{tag}_bit {bit}: must be from 1 to 16; leave --{tag}_enable out for full precision"
+        )
     if level is not None and not 2 <= level <= 2**16:
         raise UserError(f"--{tag}_level {level}: must be from 2 to 65536 (3 is ternary)")
     if level is not None and f"{tag}_bit" in given.explicit and level > 2**bit:
         raise UserError(f"--{tag}_level {level} does not fit --{tag}_bit {bit}, which has {2**bit} levels")
-    enable = bool(given[f"{tag}_enable"])
     method = fields.get(f"quant.{tag}.method", "none")
     if enable and method == "none":
         raise UserError(
@@ -498,6 +512,7 @@ def _quantizer_config(
         grid=given[f"{tag}_grid"],
         boundary=given[f"{tag}_boundary"],
         scale=given[f"{tag}_scale"],
+        ratio=given[f"{tag}_ratio"],
         correlate=given[f"{tag}_correlate"],
         quant_group=given[f"{tag}_quant_group"],
         adaptive=given[f"{tag}_adaptive"],
@@ -688,32 +703,45 @@ def _optim_config(given: Given) -> OptimConfig:
         name=given["optimizer"],
         lr=given["lr"],
         momentum=given["momentum"],
-        nesterov=bool(given["nesterov"]),
+        nesterov=bool(given["nesterov"]) and given["optimizer"].upper() != "ADAM",
         weight_decay=given["weight_decay"],
         decay_small=bool(given["decay_small"]),
         custom_decay_list=given["custom_decay_list"],
-        custom_decay=given["custom_decay"],
+        custom_decay=given["custom_decay"] if given["custom_decay_list"] else 0.0,
         custom_lr_list=given["custom_lr_list"],
-        custom_lr=given["custom_lr"] or 0.0,
+        custom_lr=given["custom_lr"] if given["custom_lr_list"] else 0.0,
         grad_clip=given["grad_clip"],
         iter_size=given["iter_size"],
     )
 
 
-def _schedule_config(given: Given) -> ScheduleConfig:
-    return ScheduleConfig(
+def _schedule_config(given: Given) -> tuple[ScheduleConfig, tuple[str, ...]]:
+    """The schedule, and a warning where a run that the command line shortened loses a part of its own.
+
+    An entry of `lr_custom_step` beyond the epochs is a mistake (`utils.schedule.check`) unless a later
+    `--epochs` has replaced those that it was written for.
+    """
+    epochs, before = given["epochs"], given.replaced.get("epochs", [])
+    steps, beyond, warnings = given["lr_custom_step"], (), ()
+    if before and "lr_custom_step" not in given.replaced:
+        beyond = tuple(step for step in steps if step > epochs)
+    if beyond:
+        written = ",".join(map(str, beyond))
+        warnings = (f"--lr_custom_step: {written} falls away, since --epochs {epochs} replaces {before[-1]}",)
+    config = ScheduleConfig(
         policy=given["lr_policy"],
         epochs=given["epochs"],
         extra_epoch=given["extra_epoch"],
         decay=given["lr_decay"],
         eta_min=given["eta_min"],
         fix_step=given["lr_fix_step"],
-        custom_step=given["lr_custom_step"],
+        custom_step=tuple(step for step in steps if step not in beyond),
         wakeup=given["wakeup"],
         wakeup_epoch=given["wakeup_epoch"],
         warmup=given["warmup"],
         warmup_epoch=given["warmup_epoch"],
     )
+    return config, warnings
 
 
 def _precision_config(given: Given) -> PrecisionConfig:
@@ -774,8 +802,9 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         keep=given["keep"],
         report_freq=given["report_freq"],
         tensorboard=bool(given["tensorboard"]),
-        verbose=bool(given["verbose"]),
+        verbose=bool(given["verbose"]) or bool(fields.get("run.verbose", False)),
         label_smooth=fields.get("run.label_smooth", 0.0) if smooth is None else smooth,
+        shortened=bool(given.replaced.keys() & {"epochs", "dataset", "fake_size"}),
         delay=given["delay"],
     )
 

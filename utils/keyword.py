@@ -262,7 +262,11 @@ _declare(
         _sets(run__label_smooth=0.1),
     ),
     ("lr-test", "print the learning rates of the whole schedule and train nothing", _sets(run__lr_test=True)),
-    ("debug", "log the details of every quantizer", {"later": "this log is not there yet"}),
+    (
+        "debug",
+        "log every quantizer's settings, and its state after each epoch, as --verbose does",
+        _sets(run__verbose=True),
+    ),
     ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),
 )
 

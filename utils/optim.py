@@ -56,8 +56,6 @@ def check(config: OptimConfig) -> None:
             raise UserError(f"--{option} {value} must be a number that is not negative")
     if not 0 <= config.momentum < 1:
         raise UserError(f"--momentum {config.momentum} must be at least 0 and below 1")
-    if config.nesterov and config.name.upper() != "SGD":
-        raise UserError(f"--nesterov belongs to --optimizer SGD: leave it out with {config.name}")
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs a --momentum above 0")
     if config.grad_clip is not None and not 0 < config.grad_clip < math.inf:
@@ -66,10 +64,6 @@ def check(config: OptimConfig) -> None:
         raise UserError(f"--iter-size {config.iter_size} must be at least 1")
     if config.custom_lr_list and not 0 < config.custom_lr < math.inf:
         raise UserError(f"--custom_lr_list needs a positive --custom_lr, not {config.custom_lr}")
-    if config.custom_lr != 0 and not config.custom_lr_list:
-        raise UserError("--custom_lr needs --custom_lr_list: write which parameters it is for")
-    if config.custom_decay != 0 and not config.custom_decay_list:
-        raise UserError("--custom_decay needs --custom_decay_list: write which parameters it is for")
 
 
 def depthwise_weights(model: nn.Module) -> frozenset[str]:
@@ -84,10 +78,29 @@ def depthwise_weights(model: nn.Module) -> frozenset[str]:
     )
 
 
+def untrained(model: nn.Module) -> list[str]:
+    """Names of the state that no optimizer changes: frozen parameters and buffers."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return [*frozen, *(name for name, _ in model.named_buffers())]
+
+
+def idle_entries(model: nn.Module, config: OptimConfig) -> tuple[str, ...]:
+    """Warnings for entries of the lists that match nothing that the optimizer trains, such as LQ-Nets' `basis`."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    lists = {"custom_decay_list": config.custom_decay_list, "custom_lr_list": config.custom_lr_list}
+    return tuple(
+        f"--{option}: {entry} has no effect, what has this name is not trained by the optimizer"
+        for option, entries in lists.items()
+        for entry in entries
+        if not _contains(trained, [entry])
+    )
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
     depthwise: Collection[str] = (),
+    untrained: Collection[str] = (),
 ) -> list[ParamGroup]:
     """Sort the trainable parameters into groups.
 
@@ -106,19 +119,21 @@ def parameter_groups(
             is taken once, under the first; an entry of a list may be part of any of them.
         config: the optimizer's options.
         depthwise: names of depth-wise kernels, see `depthwise_weights`.
+        untrained: names of state that no optimizer changes; an entry of a list may match these alone,
+            see `idle_entries`.
 
     Returns:
         The groups in the order in which the model first needs them.
 
     Raises:
-        UserError: an option makes no sense, or an entry of a list is in no trainable parameter's name.
+        UserError: an option makes no sense, or an entry of a list is in no parameter's name.
     """
     check(config)
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             aliases.setdefault(parameter, []).append(name)
-    every_name = [name for names in aliases.values() for name in names]
+    every_name = [*(name for names in aliases.values() for name in names), *untrained]
     _check_entries("custom_decay_list", config.custom_decay_list, every_name)
     _check_entries("custom_lr_list", config.custom_lr_list, every_name)
 
@@ -189,7 +204,7 @@ def build(model: nn.Module, config: OptimConfig) -> tuple[Optimizer, list[ParamG
         UserError: see `parameter_groups`; or no parameter is trainable.
     """
     groups = parameter_groups(
-        model.named_parameters(remove_duplicate=False), config, depthwise_weights(model)
+        model.named_parameters(remove_duplicate=False), config, depthwise_weights(model), untrained(model)
     )
     if not groups:
         raise UserError("the model has no trainable parameter: there is nothing to train")
@@ -236,7 +251,7 @@ def _check_entries(option: str, entries: Iterable[str], names: list[str]) -> Non
             parts = dict.fromkeys(part for name in names for part in (name, *name.split(".")))
             close = get_close_matches(entry, parts, n=3, cutoff=0.5)
             hint = f"; close are {', '.join(close)}" if close else ""
-            raise UserError(f"--{option}: no trainable parameter's name contains '{entry}'{hint}")
+            raise UserError(f"--{option}: no parameter's name contains '{entry}'{hint}")
 
 
 def _elements(groups: Iterable[ParamGroup]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -43,6 +43,7 @@ class Option:
         choices: the only values.
         many: takes several values.
         later: what the option still waits for; using it is an error until then.
+        undoes: a flag that this one takes back when it comes later.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     later: str = ""
+    undoes: str = ""
 
 
 def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **rest: Any) -> Option:
@@ -100,7 +102,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("nesterov", bool, False, "Nesterov's momentum"),
         _option("weight_decay", float, 1e-4, "weight decay", aliases=("--wd",)),
         _option("decay_small", bool, False, "weight decay for one-dimensional and depth-wise weights too"),
-        _option("no_decay_small", bool, False, "the default, spelt out: no weight decay for small tensors"),
+        _option("no_decay_small", bool, False, "takes a --decay_small before it back", undoes="decay_small"),
         _option("custom_decay_list", words, (), "parameters whose name contains one of these words ..."),
         _option("custom_decay", float, 0.0, "... have this weight decay"),
         _option("custom_lr_list", words, (), "parameters whose name contains one of these words ..."),
@@ -245,7 +247,7 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
         _option(
             f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"
         ),
-        _option(f"{tag}_ratio", float, None, "share of a method's own", later="no method reads it yet"),
+        _option(f"{tag}_ratio", float, 1.0, "share that a method of your own may read; no other does"),
         _option(f"{tag}_correlate", float, -1.0, "factor on the calibrated clip value; not used when <= 0"),
         _option(
             f"{tag}_adaptive",
@@ -303,7 +305,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
         _option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),
         _option("order", str, None, "keyword ReShapeResolution: its layers, of c, b and a; default: cba"),
         _option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
-        _option("re_init", bool, False, "initialise the quantizers from the loaded weights and one batch"),
+        _option(
+            "re_init",
+            bool,
+            False,
+            "initialise the quantizers from the loaded weights and one batch, before training",
+        ),
         _option(
             "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
         ),
@@ -354,6 +361,11 @@ def _parser() -> argparse.ArgumentParser:
         for option in group:
             spellings = [*option.aliases, f"--{option.name}"]
             note = " (not there yet)" if option.later else ""
+            if option.undoes:
+                section.add_argument(
+                    *spellings, dest=option.name, action=_Undo, const=option.undoes, nargs=0, help=option.help
+                )
+                continue
             if option.kind is bool:
                 section.add_argument(
                     *spellings, dest=option.name, action="store_true", default=None, help=option.help + note
@@ -361,7 +373,8 @@ def _parser() -> argparse.ArgumentParser:
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
             section.add_argument(
-                *spellings, dest=option.name, type=option.kind, default=None, metavar=_metavar(option),
+                *spellings, dest=option.name, action=_Last, type=option.kind, default=None,
+                metavar=_metavar(option),
                 choices=option.choices or None, nargs="+" if option.many else None,
                 help=(option.help + default + note).replace("%", "%%"),
             )  # fmt: skip
@@ -383,12 +396,37 @@ def _canonical(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-class Given(dict[str, Any]):
-    """The values of all options by name; `explicit` holds the names that were written."""
+class _Last(argparse.Action):
+    """Stores the last of several values and keeps the earlier ones: what a config had said."""
 
-    def __init__(self, written: dict[str, Any]) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            namespace.replaced.setdefault(self.dest, []).append(before)
+        setattr(namespace, self.dest, values)
+
+
+class _Undo(argparse.Action):
+    """A flag that takes back the one named `const`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, True)
+        setattr(namespace, str(self.const), None)
+
+
+class Given(dict[str, Any]):
+    """The values of all options by name.
+
+    Attributes:
+        explicit: the names that were written.
+        replaced: name -> the values that a later one on the same command line has replaced, in order; a
+            config's, mostly, that the options behind it override.
+    """
+
+    def __init__(self, written: dict[str, Any], replaced: Mapping[str, Sequence[Any]] | None = None) -> None:
         super().__init__({name: option.default for name, option in OPTIONS.items()} | written)
         self.explicit = frozenset(written)
+        self.replaced = dict(replaced or {})
 
 
 def parse(argv: Sequence[str]) -> Given:
@@ -399,15 +437,16 @@ def parse(argv: Sequence[str]) -> Given:
             whose machinery is not there yet.
         SystemExit: for `--help`.
     """
-    known, unknown = _parser().parse_known_args([_canonical(argument) for argument in argv])
+    start = argparse.Namespace(replaced={})
+    known, unknown = _parser().parse_known_args([_canonical(argument) for argument in argv], start)
     if unknown:
         spellings = [f"--{name}" for name in OPTIONS] + [a for o in OPTIONS.values() for a in o.aliases]
         first = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(first, spellings, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
-    written = {name: value for name, value in vars(known).items() if value is not None}
+    written = {name: value for name, value in vars(known).items() if name in OPTIONS and value is not None}
     for name in written:
         if OPTIONS[name].later:
             raise UserError(f"--{name}: {OPTIONS[name].later}")
-    return Given(written)
+    return Given(written, known.replaced)

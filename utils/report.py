@@ -22,7 +22,9 @@ from utils.schedule import Schedule
 from utils.state import RunState
 
 
-def describe(config: Config, network: str, groups: str, rates: Schedule, folder: Path) -> str:
+def describe(
+    config: Config, network: str, groups: str, rates: Schedule, warnings: tuple[str, ...], folder: Path
+) -> str:
     """What `--dry_run` prints; and the keyword `lr-test`, which also draws its rates into a file in `folder`."""
     if config.run.lr_test:
         epochs = range(config.schedule.epochs + config.schedule.extra_epoch)
@@ -32,10 +34,10 @@ def describe(config: Config, network: str, groups: str, rates: Schedule, folder:
         return "\n".join(["epoch  learning rate at its first step", *lines, f"drawn: {path}"])
     changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
     origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
-    warnings = "".join(f"warning: {warning}\n" for warning in config.warnings)
+    lines = "".join(f"warning: {warning}\n" for warning in warnings)
     return (
         f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
-        f"learning rate at the epochs where it changes: {changes}\n{warnings}"
+        f"learning rate at the epochs where it changes: {changes}\n{lines}"
         "dry run: everything checked, nothing trained"
     )
 

@@ -63,6 +63,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """
     state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
     own = dict(quantizers(model))
+    held = set(state)
     for name, quantizer in own.items():
         levels = state.get(f"{name}.level_num")
         trained = None if levels is None else _levels(levels, path)
@@ -88,13 +89,16 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
             }
             state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
     prefixes = tuple(f"{name}." for name in own)
-    return checkpoint.load_weights(
+    held -= set(state)
+    report = checkpoint.load_weights(
         model,
         state,
         allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
         scope=config.run.unresume_scope,
         source=str(path),
     )
+    # Counters that the file has and that start anew all the same are not missing.
+    return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
 
 
 def restore(

@@ -1,0 +1,234 @@
+"""Shell configs as the earlier public implementation's users have them, run with their data and length replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What someone who tries a config without its data and its GPUs writes behind it.
+TRY = "--dataset fake --epochs 1 --fake_size 8 -b 4 -v 4 --input_size 64"
+
+
+@dataclasses.dataclass(frozen=True)
+class Old:
+    """One config.
+
+    Attributes:
+        keyword: its list of words.
+        options: appended to `options`, a line each.
+        model: the network.
+        dataset: the data set that it was written for.
+        base: the number of branches.
+        epochs: the length of its schedule.
+        warnings: a part of each warning that a shortened run gives, besides the one about the missing GPU.
+    """
+
+    keyword: str
+    options: tuple[str, ...] = ()
+    model: str = "resnet18"
+    dataset: str = "imagenet"
+    base: int = 1
+    epochs: int = 90
+    warnings: tuple[str, ...] = ()
+
+    def text(self, case: str) -> str:
+        """The file: settings behind a space, remarks, and options line by line."""
+        settings = {
+            "dataset": f"'{self.dataset}'", "root": f"$FASTDIR/data/{self.dataset}", "model": f"'{self.model}'",
+            "base": self.base, "epochs": self.epochs, "train_batch": 256, "val_batch": 50, "case": f"'{case}'",
+            "keyword": f"'{self.keyword}'", "pretrained": "'none'",
+        }  # fmt: skip
+        lines = ["#!/bin/bash", "# a remark", *(f" {name}={value}" for name, value in settings.items())]
+        lines += ["#case='switched off'", "", ' options="$options -j4 -g0"']
+        lines += [f' options="$options {line}"' for line in self.options]
+        return "\n".join(lines) + "\n"
+
+
+TWO_BITS = "--fm_bit 2 --fm_enable --wt_bit 2 --wt_enable"
+ONE_BIT = "--fm_bit 1 --fm_enable --wt_bit 1 --wt_enable --padding_after_quant"
+OFFICIAL = "imagenet,origin,cbsa,fix_pooling,singleconv,fix"
+BEYOND = "falls away, since --epochs 1 replaces"
+
+CONFIGS = {
+    "full-precision": Old(
+        OFFICIAL,
+        ("--lr 0.1 --wd 1e-4 --nesterov", "--lr_policy custom_step --lr_custom_step 30,60,80 --lr_decay 0.1"),
+        warnings=(f"30,60,80 {BEYOND} 90",),
+    ),
+    "dali-bottlenecks": Old(
+        OFFICIAL,
+        ("--verbose --tensorboard --decay_small", "--lr_policy sgdr --lr_custom_step 8,24 --eta_min 1e-6"),
+        model="resnet50", dataset="dali", epochs=56, warnings=(f"8,24 {BEYOND} 56",),
+    ),
+    "lsq": Old(
+        f"{OFFICIAL},dorefa,lsq",
+        (
+            "--fm_bit 2 --fm_enable --fm_quant_group 1 --wt_bit 2 --wt_enable --wt_quant_group 1",
+            "--wt_adaptive var-mean --wt_grad_type STE-scale --grad_clip 5 --lr_policy poly --lr_decay 1",
+        ),
+        warnings=("--wt_grad_type STE-scale has no effect with lsq",),
+    ),
+    "no data set's keyword": Old("origin,cbsa,fix,dorefa,lsq", (TWO_BITS,), dataset="dali"),
+    "spaces in the list": Old("imagenet, origin, cbas, dorefa, lsq", (TWO_BITS,)),
+    "dashes": Old("imagenet,origin,cbas,dorefa,lsq", ("--fm-bit 2 --fm-enable --iter-size 2 --lr-policy cos",)),
+    "quoted lists": Old(
+        "imagenet,origin,cbas,pact",
+        (TWO_BITS, "--custom_decay_list 'clip_val,bn' --custom_decay 1e-4 --lr_custom_step '30,60'"),
+        warnings=(f"30,60 {BEYOND} 90",),
+    ),
+    "steps beyond its own epochs": Old(
+        "imagenet,origin,cbas,pact", (TWO_BITS, "--fm_boundary 8 --lr_custom_step 30,60,95"),
+        warnings=(f"30,60,95 {BEYOND} 90",),
+    ),
+    "warm-ups": Old(
+        "imagenet,origin,cbas,dorefa,lsq",
+        (TWO_BITS, "--stable 500 --fm_correlate 1.0 --wt_correlate 0.6 --warmup_epoch 2 --wakeup_epoch 3"),
+        warnings=("--stable: the shortened run of 2 iterations takes 1 of 500", "--warmup: the shortened run"),
+    ),
+    "stable for epochs": Old(
+        "imagenet,origin,cbas,dorefa,lsq", (TWO_BITS, "--stable_epoch 1 --extra_epoch 2 --lr_policy decay")
+    ),
+    "dorefa": Old(
+        "imagenet,origin,bacs,preBN,dorefa",
+        (TWO_BITS, "--fm_boundary 1.0 --wt_boundary 1.0 --lr_policy fix_step --lr_fix_step 30"),
+        warnings=("--wt_boundary has no effect with dorefa",),
+    ),
+    "lq": Old(
+        "imagenet,origin,bacs,preBN,custom-update,lq",
+        (TWO_BITS, "--wt_adaptive mean-var --custom_lr_list basis --custom_lr 1e-3"),
+        warnings=("--custom_lr_list: basis has no effect",),
+    ),
+    "fatnn": Old(
+        f"{OFFICIAL},real_skip,dorefa,non-uniform",
+        (
+            "--fm_bit 2 --fm_level 3 --fm_enable --fm_scale 1.0",
+            "--wt_bit 2 --wt_level 3 --wt_enable --wt_scale 1.0 --wt_quant_group 1 --wt_adaptive var-mean",
+        ),
+    ),
+    "torchvision's": Old(
+        "imagenet,dorefa,fm_non-uniform,wt_lsq", (TWO_BITS, "--fm_scale 3.0 --wt_quant_group 1"),
+        model="pytorch-resnet18",
+    ),
+    "first and last": Old("imagenet,dorefa,first-last", (TWO_BITS,), model="pytorch-resnet18"),
+    "xnor": Old(
+        "imagenet,NReLU,fix_pooling,origin,cbsa,singleconv,real_skip,xnor",
+        (ONE_BIT, "--fm_grad_type STE --optimizer ADAM --lr 1e-3 --wd 0 --nesterov"),
+        warnings=("--nesterov has no effect with --optimizer ADAM",),
+    ),
+    "bireal": Old(
+        "imagenet,NReLU,fix_pooling,cbsa,singleconv,real_skip,xnor",
+        (ONE_BIT, "--fm_grad_type Triangle --fm_custom none --optimizer Adam --lr 1e-3"),
+        dataset="dali",
+    ),
+    "group-net": Old(
+        "imagenet,cabs,fix,group-net,singleconv,xnor",
+        (ONE_BIT, "--wt_quant_group 1 --lr_policy sgdr_step --lr_custom_step 10,20 --width_alpha 0.25"),
+        base=5, warnings=(f"10,20 {BEYOND} 90",),
+    ),
+    "fixup": Old(
+        "imagenet,origin,cbsa,fix,fixup,bias,singleconv,label-smooth",
+        ("--custom_lr_list fixup_bias,fixup_scale --custom_lr 0.01",),
+    ),
+    "weights only": Old(
+        "imagenet,origin,cbas,dorefa,lsq", ("--fm_bit 32 --wt_enable --wt_bit 2",),
+        warnings=("--fm_bit has no effect without --fm_enable",),
+    ),
+    "idle numbers": Old(
+        "imagenet,origin,cbas,dorefa,lsq,debug",
+        (TWO_BITS, "--fm_ratio 0.9 --custom_lr 0.01 --custom_decay 0.0 --momentum 0.9"),
+        warnings=(
+            "--custom_lr has no effect", "--custom_decay has no effect", "--fm_ratio has no effect",
+        ),
+    ),
+    "output levels": Old(
+        f"{OFFICIAL},dorefa,lsq,ot_lsq", (TWO_BITS, "--ot_enable --ot_bit 8 --ot_half_range")
+    ),
+    "group-norm": Old("imagenet,origin,cbas,group-norm,dorefa", (TWO_BITS, "--fm_quant_group 4")),
+    "space to depth": Old(
+        "imagenet,origin,cbsa,fix,TResNetStem,ReShapeResolution,dorefa,lsq", (TWO_BITS, "--order cb")
+    ),
+    "prone": Old("imagenet,origin,cbsa,fix,prone,no_prone_downsample,dorefa,lsq", (TWO_BITS,)),
+    "cifar": Old(
+        "cifar100,origin,cbsa,fix,dorefa,lsq",
+        (TWO_BITS, "--width_alpha 0.25 --lr_custom_step 60,120,160 --lr_decay 0.2"),
+        model="resnet20", dataset="cifar100", epochs=200, warnings=(f"60,120,160 {BEYOND} 200",),
+    ),
+    "evaluation": Old("imagenet,origin,cbas,dorefa,lsq", ("-e", TWO_BITS, "--stable 100")),
+    "to be continued": Old("imagenet,origin,cbas", ("-r -s 10 --report_freq 200 --no_decay_small",)),
+}  # fmt: skip
+
+
+def train(config: Path, *arguments: str, modes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run train.sh on a config."""
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")
+    }
+    return subprocess.run(
+        ["bash", str(ROOT / "train.sh"), *modes, str(config), *arguments],
+        env={**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write below the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_old_config(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dry run takes it, and its warnings are those expected."""
+    config = tmp_path / "config.old"
+    config.write_text(CONFIGS[name].text("old"), encoding="utf-8")
+    printed = train(config, *TRY.split(), "--dry_run", modes=("--print",))
+    assert (printed.returncode, printed.stderr) == (0, "")
+    status = main.main(shlex.split(printed.stdout)[2:])
+    done = capsys.readouterr()
+    assert (status, done.err) == (0, "")
+    lines = done.out.splitlines()
+    found = [line for line in lines if line.startswith("warning: ") and "no GPU is available" not in line]
+    assert len(found) == len(CONFIGS[name].warnings)
+    assert all(part in line for part, line in zip(CONFIGS[name].warnings, found, strict=True))
+    assert lines[-1] == "dry run: everything checked, nothing trained"
+    assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+def test_warm_ups_of_a_shortened_run_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the run is left to the optimizer and to the quantizers, as the audit sees."""
+    options = f"{TWO_BITS} --stable 500 --warmup 100 --width_alpha 0.125 --input_size 16"
+    line = f"--epochs 9 --keyword cifar10,origin,cbas,dorefa,lsq {options} --dataset fake --fake_size 8 -b 4"
+    assert main.main([*line.split(), "--epochs", "1"]) == 0
+    assert "passed: 40 quantizers" in capsys.readouterr().out
+    assert main.main(line.replace("--epochs 9", "--epochs 1").split()) == 2
+    assert "--stable: a warm-up of 500 iterations is the whole run of 2" in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_stays_an_error(tmp_path: Path) -> None:
+    """The line says to write `--pretrained none`, and with it the config runs."""
+    config = tmp_path / "config.old"
+    text = CONFIGS["cifar"].text("old").replace("pretrained='none'", "pretrained='weights/fp.pth.tar'")
+    config.write_text(text, encoding="utf-8")
+    where = [*TRY.split(), "--log_dir", str(tmp_path / "exp"), "--weights_dir", str(tmp_path / "weights")]
+    done = train(config, *where)
+    assert done.returncode == 2
+    assert done.stderr.startswith("main.py: error: --pretrained weights/fp.pth.tar: no such file")
+    assert "write 'none' to start without" in done.stderr
+    done = train(config, *where, "--pretrained", "none")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "weights" / "resnet20" / "old-checkpoint.pth.tar").exists()

@@ -1,0 +1,140 @@
+"""Checkpoints as earlier public implementations wrote them load with `--pretrained` and compute what theirs did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import main
+from model import build
+from tests.conformance import LOGITS, fill, load_cases, relative, state_value
+from utils import state
+from utils.config import Config, read
+
+FOLDER = Path(__file__).parent / "conformance"
+CASES = {case["name"]: case for case in load_cases(FOLDER)}
+TRY = "--dataset fake --fake_size 8 -b 4 -v 4"
+Wrap = Callable[[dict[str, Tensor]], dict[str, Any]]
+
+# The forms in which files were written.
+FORMS: dict[str, Wrap] = {
+    "bare": lambda weights: weights,
+    "state_dict": lambda weights: {"epoch": 7, "state_dict": weights, "best_acc": 60.0, "amp": None},
+    "model": lambda weights: {"model": weights},
+    "parallel": lambda weights: {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
+}
+
+
+def config_of(name: str, *more: str) -> Config:
+    """A recorded case's options, with imitated images."""
+    return read([*CASES[name]["argv"], *TRY.split(), *more])
+
+
+def weights_of(name: str, counters: Callable[[float], Tensor]) -> dict[str, Tensor]:
+    """A case's published state by its published names; `counters` makes the form of a counter."""
+    config = config_of(name).model
+    built = build.build(config).state_dict()  # for the tables and bases that construction gives
+    weights: dict[str, Tensor] = {}
+    for entry, shape in CASES[name]["parameters"].items():
+        value, last = state_value(entry, shape), entry.rpartition(".")[2]
+        if last == "iteration":
+            weights[entry] = counters(1.0)
+        elif last == "level_num":
+            weights[entry] = counters(float(built[entry]))
+        elif value is not None:
+            weights[entry] = torch.from_numpy(np.asarray(value))
+        else:
+            weights[entry] = built[entry] if entry in built else torch.zeros(shape)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "counters"),
+    [
+        ("resnet20-lsq-2bit", "bare", lambda value: torch.full((1,), value)),
+        ("resnet20-fp-official", "model", lambda value: torch.tensor(value)),
+        ("resnet18-lq-2bit-bacs", "state_dict", lambda value: torch.nn.Parameter(torch.tensor(value))),
+        ("resnet18-bireal-1bit", "parallel", lambda value: torch.nn.Parameter(torch.full((1,), value))),
+        ("resnet18-fixup", "parallel", lambda value: torch.tensor(value)),
+        ("resnet18-groupnet-1bit-base5", "model", lambda value: torch.tensor(int(value))),
+        ("pytorch-resnet18-nonuniform-2bit", "state_dict", lambda value: torch.full((1,), value)),
+    ],
+)
+def test_a_published_file_computes_the_published_logits(
+    name: str, form: str, counters: Callable[[float], Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "published.pth.tar"
+    weights = weights_of(name, counters)
+    torch.save(FORMS[form](weights), path)
+    config = config_of(name, "-e")
+    network = build.build(config.model).eval()
+    report = state.load_pretrained(network, path, config)
+    assert (report.missing, report.unused, report.mismatched) == ((), (), ())
+    tables = [entry for entry in weights if entry.endswith(("auxil", "_vector", "_index", "_multiplier"))]
+    assert list(report.obsolete) == tables
+    assert bool(tables) == ("lq" in name.split("-"))
+    with np.load(FOLDER / f"{name}.npz") as arrays, torch.no_grad():
+        logits = network(torch.from_numpy(fill(f"{name}/x", CASES[name]["xshape"])))
+        assert relative(logits.numpy(), arrays["logits"]) <= LOGITS
+
+
+NAME = "resnet20-lsq-2bit"
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A published 2-bit ResNet-20, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    weights = weights_of(NAME, lambda value: torch.nn.Parameter(torch.full((1,), value)))
+    torch.save(FORMS["parallel"](weights), "published.pth.tar")
+    return tmp_path / "published.pth.tar"
+
+
+def run(*more: str) -> int:
+    """The program with the case's options and the published file; later options win."""
+    return main.main([*CASES[NAME]["argv"], *TRY.split(), "--pretrained", "published.pth.tar", *more])
+
+
+def test_it_evaluates_and_trains_on(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = len(CASES[NAME]["parameters"])
+    assert run("-e", "--audit") == 0
+    text = capsys.readouterr().out
+    assert f"pretrained published.pth.tar: {count} loaded\n" in text
+    assert "audit: passed" in text
+    assert run("--epochs", "1", "--lr", "0.001") == 0
+    assert "audit: passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda w: w, ("--width_alpha", "0.25"), "of another shape (conv1.weight: [8, 3, 3, 3] in the file"),
+        (lambda w: {**w, "extra.weight": torch.ones(2)}, (), "1 unused (extra.weight [2])"),
+        (lambda w: {k: v for k, v in w.items() if k != "fc.bias"}, (), "1 missing (fc.bias [10])"),
+        (lambda w: w, ("-e", "--fm_bit", "3"), "was trained with 4 levels, the options say 8"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    published: Path, change: Wrap, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(FORMS["parallel"](change(weights_of(NAME, lambda value: torch.full((1,), value)))), published)
+    assert run(*options) == 2
+    done = capsys.readouterr()
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+    assert list(published.parent.iterdir()) == [published]
+
+
+def test_the_scope_passes_what_does_not_fit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {**weights_of(NAME, lambda value: torch.full((1,), value)), "extra.weight": torch.ones(2)}
+    weights["fc.weight"], weights["fc.bias"] = torch.zeros(100, 32), torch.zeros(100)
+    torch.save(FORMS["parallel"](weights), published)
+    assert run("-e", "--unresume_scope", "fc,extra") == 0
+    assert "3 skipped (fc.weight, fc.bias, extra.weight)" in capsys.readouterr().out
