@@ -120,9 +120,8 @@ def run(config: Config) -> int:
     device, device_warnings = choose_device(settings.device_ids)
     model.to(device=device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     initialised = 0
-    if (
-        config.model.quant.re_init and resumed is None and not settings.evaluate
-    ):  # it is for a training's start
+    trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
+    if config.model.quant.re_init and resumed is None and trains:
         images, _ = next(iter(loaders.train))
         initialised = calibrate.initialise_ranges(model, to_device(images, device))
     optimizer, groups = optim.build(model, config.optim)
