@@ -140,9 +140,8 @@ def run(config: Config) -> int:
         layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
-        if (
-            config.model.quant.re_init and found.path is None and not settings.evaluate
-        ):  # for a training's start
+        trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
+        if config.model.quant.re_init and found.path is None and trains:
             images, _ = next(iter(loaders.train))
             initialised = calibrate.initialise_ranges(model, images.to(device, memory_format=layout))
         distributed.share_state(model)

@@ -256,6 +256,8 @@ WITH_NETWORK_AND_DATA = [
     ("--model resnet19", "--model resnet19 resnet18"),
     ("--model resnet50 --keyword digits,cbas", "resnet50 bottlenecks origin"),
     (f"{LSQ} --fm_quant_group 3", "layer1.0.conv1.0 --fm_quant_group 3 8"),
+    (f"{FP},group-norm --fm_quant_group 3", "group-norm --fm_quant_group 3 8 channels"),
+    ("--keyword digits,bacs,origin,preBN,prone", "preBN contradicts prone"),
     (f"{FP} --input_size 1", "--input_size 1 resnet20"),
     (f"{FP} --input_size 30", "--input_size 30 resnet20"),
     # Checkpoints.
