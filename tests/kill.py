@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 import main
-from utils import checkpoint
+from utils import checkpoint, log
 from utils.interrupt import SAVED
 
 NETWORK = """
@@ -125,13 +126,22 @@ def damage(path: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
-def end(folder: Path, pid: int, how: str, after: float) -> str:
-    """Let a process run for so many seconds, then end it; returns what came of it."""
+def wait(pid: int, until: Callable[[], bool]) -> None:
+    """Wait until something is so, or the process has ended."""
+    while not until() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
+
+
+def end(folder: Path, pid: int, how: str, after: float, begun: Path | None) -> str:
+    """End a process `after` so many seconds, counted from its start or from when it wrote the file `begun`.
+
+    Returns what came of it.
+    """
+    started = time.time_ns()
+    if begun is not None:
+        wait(pid, lambda: begun.exists() and begun.stat().st_mtime_ns > started)
     deadline = time.monotonic() + after
-    while time.monotonic() < deadline:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            break
-        time.sleep(0.002)
+    wait(pid, lambda: time.monotonic() >= deadline)
     if how == "full disk":
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
     else:
@@ -149,7 +159,8 @@ def end(folder: Path, pid: int, how: str, after: float) -> str:
     if status not in expected[how]:
         said = (folder / "said.txt").read_text()[-3000:]
         raise SystemExit(f"a process ended by {how} has the exit status {status}: {said}")
-    return f"{how}, saved" if status == SAVED else how
+    when = "in training" if begun is not None else "at any time"
+    return f"{how} {when}"
 
 
 def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
@@ -157,7 +168,7 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
     chance = random.Random(seed)
     (folder / "network.py").write_text(NETWORK)
     counts: collections.Counter[str] = collections.Counter()
-    whole: dict[int, tuple[str, float]] = {}
+    whole: dict[int, tuple[str, float, float]] = {}
     number = 0
     while sum(counts.values()) - counts["damaged"] < kills:
         variant = number % len(VARIANTS)
@@ -165,15 +176,21 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
             began = time.monotonic()
             if status_of(start(folder, f"{VARIANTS[variant]} --case whole{variant}")) != 0:
                 raise SystemExit((folder / "said.txt").read_text())
-            whole[variant] = digest(folder, f"whole{variant}"), time.monotonic() - began
-        expected, seconds = whole[variant]
+            rows = log.MetricsFile.read(folder / "exp" / f"whole{variant}" / "metrics.csv")
+            training = sum(row["seconds"] for row in rows)
+            whole[variant] = digest(folder, f"whole{variant}"), time.monotonic() - began, training
+        expected, seconds, training = whole[variant]
         case = f"run{number}"
         latest = folder / "weights" / "tiny" / f"{case}-checkpoint.pth.tar"
         while True:
             pid = start(folder, f"{VARIANTS[variant]} --case {case} -r")
             if sum(counts.values()) - counts["damaged"] < kills:
                 how = chance.choice(["SIGKILL"] * 5 + ["SIGTERM", "SIGINT", "full disk"])
-                came = end(folder, pid, how, chance.uniform(0, 0.4 * seconds))
+                if chance.random() < 0.75:
+                    begun = folder / "exp" / case / "config.yaml"  # written when training begins
+                    came = end(folder, pid, how, chance.uniform(0, 0.4 * training), begun)
+                else:
+                    came = end(folder, pid, how, chance.uniform(0, 0.6 * seconds), None)
                 if came == "was done before":
                     break
                 counts[came] += 1

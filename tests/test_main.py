@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
 import logging
 import math
@@ -23,8 +24,10 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
+from model import build
 from utils import data, optim, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
@@ -620,6 +623,61 @@ def test_steps_are_those_of_numpy(line: str, groups: list[int]) -> None:
     np.testing.assert_allclose(model.fc.weight.detach().numpy(), weight, rtol=0, atol=1e-6)
     np.testing.assert_allclose(model.fc.bias.detach().numpy(), bias, rtol=0, atol=1e-6)
     assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+# What the loop costs ------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts the calls that bring a number to the host, for which a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports, and on the CPU the checks that cost nothing there, read numbers; nothing else does."""
+    reads: list[int] = []
+    mode = Reads()
+
+    class Loader(data.TensorLoader):
+        def _read(self, batches: Any, epoch: int) -> Any:
+            for batch in super()._read(batches, epoch):
+                reads.append(mode.count)
+                yield batch
+
+    config = read_config(f"{LSQ} --lr 0.1 --iter_size 2 --grad_clip 1 --fake_size 96 --report_freq 6".split())
+    cpu = torch.device("cpu")
+    model = build.build(config.model)
+    optimizer, _ = optim.build(model, config.optim)
+    parts = main.Parts(
+        model, model, optimizer, precision.build(model, optimizer, config.precision, cpu),
+        schedule.Schedule(config.schedule, 0.1, 6), cpu, torch.channels_last, config, logging.getLogger("nobody"),
+    )  # fmt: skip
+    for name in ("check_loss", "check_gradients"):
+        monkeypatch.setattr(main, name, lambda *_: None)
+    to_list = Tensor.tolist  # which reads by itself
+
+    def counted(tensor: Tensor) -> Any:
+        mode.count += 1
+        return to_list(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    loader = data.build(config.data).train
+    loader.__class__ = Loader
+    main.train_one_epoch(
+        parts, loader, state.RunState(), Stop(), lambda _: None
+    )  # the optimizer makes its state
+    reads.clear()
+    with mode:
+        main.train_one_epoch(parts, loader, state.RunState(epoch=1), Stop(), lambda _: None)
+    of_data = reads[1] - reads[0]  # computing the images reads their numbers
+    waits = [after - before - of_data for before, after in itertools.pairwise(reads)]
+    assert [wait > 0 for wait in waits] == [number == 5 for number in range(11)], waits
 
 
 # Runs that differ --------------------------------------------------------------------------------

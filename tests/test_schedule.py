@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LRScheduler,
+    MultiStepLR,
+    PolynomialLR,
+    StepLR,
+)
 
 from utils.config import ScheduleConfig
 from utils.errors import UserError
@@ -91,6 +103,58 @@ def test_every_policy_is_tested() -> None:
 )
 def test_values(policy: str, step: int, expected: float) -> None:
     assert learning_rate(CONFIGS[policy], 0.4, step, SPE) == pytest.approx(expected, rel=1e-12)
+
+
+def torch_curve(policy: str) -> list[float]:
+    """The rates of every step of CONFIGS[policy] by torch's own schedulers: the independent table."""
+    config, lr = CONFIGS[policy], 0.4
+    borders = (0, *config.custom_step, 12)
+
+    def curve(
+        make: Callable[[Optimizer], LRScheduler], steps: int, repeat: int, peak: float = lr
+    ) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+        scheduler, rates = make(optimizer), []
+        for _ in range(steps):
+            rates += [optimizer.param_groups[0]["lr"]] * repeat
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    def intervals(make: Callable[[Optimizer, int], LRScheduler], fall: float = 1.0) -> list[float]:
+        """Each interval of its own, a step at a time, between eta_min and its peak."""
+        rates: list[float] = []
+        for number, (begin, end) in enumerate(itertools.pairwise(borders)):
+            steps = (end - begin) * SPE
+            rates += curve(lambda o, steps=steps: make(o, steps), steps, 1, lr * fall**number)
+        return rates
+
+    match policy:
+        case "custom_step":
+            return curve(lambda o: MultiStepLR(o, list(config.custom_step), config.decay), 12, SPE)
+        case "fix_step":
+            return curve(lambda o: StepLR(o, config.fix_step, config.decay), 12, SPE)
+        case "decay":
+            return curve(lambda o: ExponentialLR(o, config.decay), 12, SPE)
+        case "fix":
+            return curve(lambda o: ConstantLR(o, 1.0), 12, SPE)
+        case "cos":
+            return curve(lambda o: CosineAnnealingLR(o, 12, config.eta_min), 12, SPE)
+        case "sgdr" | "sgdr_step":
+            fall = config.decay if policy == "sgdr_step" else 1.0
+            return intervals(lambda o, steps: CosineAnnealingLR(o, steps, config.eta_min), fall)
+        case _:  # torch's polynomial ends at zero: mixed with eta_min
+            above = intervals(lambda o, steps: PolynomialLR(o, steps, config.decay))
+            return [config.eta_min + rate * (lr - config.eta_min) / lr for rate in above]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_whole_runs_are_those_of_torch(policy: str) -> None:
+    """Every step of 12 epochs; restarts are at exactly the peak."""
+    expected = torch_curve(policy)
+    assert len(expected) == 12 * SPE
+    found = [learning_rate(CONFIGS[policy], 0.4, step, SPE) for step in range(12 * SPE)]
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_cos_equals_torch() -> None:
