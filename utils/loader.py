@@ -217,8 +217,8 @@ class Loader(ABC):
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
-        rows = pixels.reshape(count, height, 3 * width).float()
-        rows = torch.addcmul(self._shift.repeat(width), rows, self._factor.repeat(width))
+        rows = pixels.reshape(count, height, 3 * width).to(torch.float32, copy=True)
+        torch.addcmul(self._shift.repeat(width), rows, self._factor.repeat(width), out=rows)
         return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
     @abstractmethod
