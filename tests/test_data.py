@@ -777,7 +777,11 @@ def test_check_accepts_every_good_source(config: DataConfig) -> None:
 # ---- on the GPU
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
+@needs_gpu
 def test_batches_of_the_gpu_are_those_of_the_cpu(config: DataConfig) -> None:
     config = replace(config, colour=True, mixup_alpha=0.4, workers=2)
     here, there = build(config), build(config, torch.device("cuda", 0))
@@ -794,6 +798,7 @@ def test_batches_of_the_gpu_are_those_of_the_cpu(config: DataConfig) -> None:
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_a_batch_stays_whole_while_the_next_ones_are_prepared() -> None:
     device = torch.device("cuda", 0)
     config = replace(FAKE, fake_size=400)

@@ -51,15 +51,13 @@ def crop_flip(images: Tensor, draws: Tensor) -> Tensor:
         The changed images, of the same shape and dtype.
     """
     count, channels, size, _ = images.shape
-    device = images.device
     offset = (9 * draws[:, :2]).long() - 4
-    along = torch.arange(size, device=device)
+    along = torch.arange(size, device=images.device)
     row, column = (_reflect(offset[:, i, None] + along, size) for i in range(2))
     column = torch.where(draws[:, 2, None] < 0.5, column.flip(1), column)
     # One gather instead of padding, cropping and flipping: each pixel is copied once, as a byte.
-    sample = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[:, None, None]
-    return images[sample, channel, row[:, None, :, None], column[:, None, None, :]]
+    pixel = (size * row[:, :, None] + column[:, None, :]).view(count, 1, -1)
+    return images.flatten(2).gather(2, pixel.expand(-1, channels, -1)).view(images.shape)
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

@@ -123,18 +123,15 @@ class Loader(ABC):
         samples: number of images of the set, the same in every process.
 
     Raises:
-        UserError: the training images do not fill one batch of all processes.
+        UserError: there are fewer training images than processes.
     """
 
     def __init__(self, samples: int, delivery: Delivery) -> None:
         rank, world_size = delivery.rank, delivery.world_size
         if not 0 <= rank < world_size:
             raise ValueError(f"there is no process {rank} of {world_size}")
-        if delivery.train and world_size > 1 and samples < delivery.batch_size * world_size:
-            raise UserError(
-                f"--batch_size {delivery.batch_size}: {samples} training images are no batch of {world_size} "
-                f"processes; write at most {samples // world_size}, or start fewer"
-            )
+        if delivery.train and samples < world_size:
+            raise UserError(f"{world_size} processes cannot share {samples} training images: start fewer")
         self.samples = samples
         self._delivery = delivery
         # (x / 255 - mean) / std as one multiplication and one addition.
@@ -220,8 +217,8 @@ class Loader(ABC):
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
-        rows = pixels.reshape(count, height, 3 * width).float()
-        rows = torch.addcmul(self._shift.repeat(width), rows, self._factor.repeat(width))
+        rows = pixels.reshape(count, height, 3 * width).to(torch.float32, copy=True)
+        torch.addcmul(self._shift.repeat(width), rows, self._factor.repeat(width), out=rows)
         return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
 
     @abstractmethod
