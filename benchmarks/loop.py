@@ -115,4 +115,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--iterations", type=int, default=20)
     known, rest = parser.parse_known_args()
-    run(known.rounds, known.iterations, rest or DEFAULT.split())
+    run(known.rounds, known.iterations, rest or list(DEFAULT.split()))
