@@ -95,7 +95,8 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     def bare_epoch() -> None:
         minimal(bare, bare_optimizer, batches, layout)
 
-    epoch(), bare_epoch()  # warm caches
+    epoch()  # both once, to warm caches
+    bare_epoch()
     times = []
     for number in range(rounds):
         if number % 2:
@@ -115,4 +116,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--iterations", type=int, default=20)
     known, rest = parser.parse_known_args()
-    run(known.rounds, known.iterations, rest or DEFAULT.split())
+    run(known.rounds, known.iterations, rest or list(DEFAULT.split()))

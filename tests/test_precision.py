@@ -283,3 +283,17 @@ def test_digits_train_as_well_as_in_float32(tmp_path: Path, monkeypatch: pytest.
     assert exact.mean() > 70, found
     # Two standard errors of a difference of means of three, and one image of 360.
     assert abs(float(exact.mean() - half.mean())) <= 2 * spread * (2 / 3) ** 0.5 + 0.28, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: str, dtype: str) -> None:
+    """Train, pass the audit, and go on from the first epoch."""
+    monkeypatch.chdir(tmp_path)
+    line = f"{TINY} --fp16 --opt_level {level} --amp_dtype {dtype} --grad_clip 1 -s 1"
+    assert main.main(f"{line} --case whole".split()) == 0
+    first = "weights/resnet20/whole-epoch1-checkpoint.pth.tar"
+    assert main.main(f"{line} --case part --resume_file {first}".split()) == 0
+    assert "passed: 40 quantizers" in (tmp_path / "exp" / "part" / "audit.txt").read_text()

@@ -261,7 +261,11 @@ _declare(
         "smooth the labels by --label_smooth, 0.1 when it is not given",
         _sets(run__label_smooth=0.1),
     ),
-    ("lr-test", "print the learning rates of the whole schedule and train nothing", _sets(run__lr_test=True)),
+    (
+        "lr-test",
+        "print and draw the learning rates of the whole schedule and train nothing",
+        _sets(run__lr_test=True),
+    ),
     (
         "debug",
         "log every quantizer's settings, and its state after each epoch, as --verbose does",
