@@ -12,7 +12,7 @@ import argparse
 import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))  # the project is no package
 from model import layer  # noqa: E402
 from model.build import build  # noqa: E402
 from model.quant import QuantConv2d  # noqa: E402
-from model.resnet import Block, ResNet  # noqa: E402
+from model.resnet import PARTS, Block, ResNet  # noqa: E402
 from utils.config import read  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -111,7 +111,10 @@ PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
             Panel("cbsa,origin,fix,fixup,bias, layer2.0", "cifar10,cbsa,origin,fix,fixup,bias"),
             Panel("cabs --base 2, layer1.0", "cifar10,cabs", "layer1.0", options="--base 2"),
             Panel("cbsa,origin,fix,prone, layer2.0", "cifar10,cbsa,origin,fix,prone"),
-            Panel("the same, bn_before_restore", "cifar10,cbsa,origin,fix,prone,bn_before_restore"),
+            Panel(
+                "cbsa,origin,fix,prone,bn_before_restore, layer2.0",
+                "cifar10,cbsa,origin,fix,prone,bn_before_restore",
+            ),
             Panel("cbsa,origin,fix,ReShapeResolution, layer2.0", "cifar10,cbsa,origin,fix,ReShapeResolution"),
         ]
     ],
@@ -149,42 +152,50 @@ def boxes(panel: Panel, model: ResNet) -> list[Box]:
         if node.op == "placeholder":
             source[node] = (-1,)
             continue
-        box = _box(node, part, prefix, inputs)
-        if box is None:
-            continue
-        found.append(box)
-        source[node] = (len(found) - 1,)
+        for box in _boxes(node, part, prefix, inputs):
+            found.append(replace(box, inputs=source[node]))
+            source[node] = (len(found) - 1,)
     return found
 
 
-def _box(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...]) -> Box | None:
-    """The box of a traced node; None for one that passes its input on."""
+def _boxes(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...]) -> list[Box]:
+    """The boxes of a traced node, each reading the one before; none where the input is passed on."""
     if node.op == "call_module":
         assert isinstance(node.target, str)
         module = part.get_submodule(node.target)
         if isinstance(module, nn.Identity):
-            return None
+            return []
         name = prefix + node.target
+        if isinstance(
+            module, layer.ProneConv
+        ):  # its padding depends on the size, which a trace cannot follow
+            return [
+                Box(f"{name}.{key}", text, tuple(f"{name}.{key}.{end}" for end, _ in child.named_parameters()),
+                    colour, inputs)
+                for key, text, colour, child in (
+                    ("conv", f"1x1 conv of {module.block}x{module.block} pixels", QUANTIZED, module.conv),
+                    ("bn", "norm", NORM, module.bn),
+                )
+                if not isinstance(child, nn.Identity)
+            ]  # fmt: skip
         own = tuple(f"{name}.{key}" for key, _ in module.named_parameters())
         if any(isinstance(child, Block) for child in module.children()):
-            return Box(name, f"{len(list(module.children()))} blocks", own, OTHER, inputs)
+            return [Box(name, f"{len(list(module.children()))} blocks", own, OTHER, inputs)]
         text, colour = _kind(module)
-        return Box(name, text, own, colour, inputs)
+        return [Box(name, text, own, colour, inputs)]
     scalars = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
     if scalars:
-        sign = "×" if node.target is operator.mul else "+"
+        sign = "times" if node.target is operator.mul else "+"
         name = prefix + scalars[0]
-        return Box(name, f"{sign} a learned number", (name,), OTHER, inputs)
+        return [Box(name, f"{sign} a learned number", (name,), OTHER, inputs)]
     if node.target is torch.nn.functional.pixel_unshuffle:
-        return Box("", f"space-to-depth {node.args[1]}", (), OTHER, inputs)
-    return Box("", "+", (), OTHER, inputs) if len(inputs) > 1 and node.target is not torch.stack else None
+        return [Box("", f"space-to-depth {node.args[1]}", (), OTHER, inputs)]
+    summed = len(inputs) > 1 and node.target is not torch.stack
+    return [Box("", "+", (), OTHER, inputs)] if summed else []
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
     """What a layer does, without its channels, as (text, colour)."""
-    if isinstance(module, layer.ProneConv):
-        inside = "" if isinstance(module.bn, nn.Identity) else ", norm"
-        return f"space-to-depth {module.block}, 1x1 conv{inside},\ndepth-to-space 2", QUANTIZED
     if isinstance(module, nn.Conv2d):
         stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
         colour = QUANTIZED if isinstance(module, QuantConv2d) else CONVOLUTION
@@ -202,27 +213,26 @@ def _kind(module: nn.Module) -> tuple[str, str]:
 
 
 def places(steps: Sequence[Box]) -> list[tuple[float, int]]:
-    """Column and row of each box: a row below all that it reads, shortcuts and branches to the right.
-
-    The stages of a network are drawn as one box, so a box that continues them takes their place.
-    """
+    """Column and row of each box: a row below all that it reads, shortcuts and branches to the right."""
+    branched = {f"{kind}{k}" for kind in PARTS.values() for k in (1, 2, 3)}
     result: list[tuple[float, int]] = []
     for box in steps:
         row = 1 + max((result[i][1] for i in box.inputs if i >= 0), default=0)
-        parts = box.name.split(".")
-        branch = parts[-1] if "conv" in box.name or "relu" in box.name or ".bn" in box.name else "0"
-        column = 1.0 if "skip" in parts else 0.0
-        if len(parts) == 4 and parts[2] != "skip" and branch.isdigit():
-            column = float(branch)
-        if not box.name and box.text == "+":
-            column = min((result[i][0] for i in box.inputs if i >= 0), default=0.0)
-        elif not box.name or "scales" in parts:
-            column = result[box.inputs[0]][0] if box.inputs[0] >= 0 else 0.0
+        parts = box.name.removeprefix("layer").split(".")[2:]  # behind the block's name
+        column = float("skip" in parts)
+        if len(parts) > 1 and parts[0] in branched:
+            column = float(parts[1])
+        elif (not box.name or parts[:1] == ["scales"]) and box.inputs[0] >= 0:
+            column = min(result[i][0] for i in box.inputs if i >= 0)
+        while (column, row) in result:  # Fixup's first bias is added on both ways
+            column += 1
         result.append((column, row))
     return result
 
 
-WIDTH, HEIGHT = 0.84, 0.62  # of a box, in columns and rows
+def _half_size(box: Box) -> tuple[float, float]:
+    """Half the width and height of a box, in columns and rows."""
+    return (0.09, 0.2) if box.text == "+" else (0.42, 0.31)
 
 
 def plot(axes: Axes, panel: Panel) -> None:
@@ -231,11 +241,11 @@ def plot(axes: Axes, panel: Panel) -> None:
     where = places(steps)
     for box, (column, row) in zip(steps, where, strict=True):
         for source in box.inputs:
-            _arrow(axes, where[source] if source >= 0 else (0.0, 0), (column, row), set(where))
-    axes.text(0, 0, "input", ha="center", va="center", fontsize=8, style="italic")
+            top = row - _half_size(box)[1]
+            _arrow(axes, where[source] if source >= 0 else (0.0, 0), (column, row), top, set(where))
+    axes.text(0, 0, "input", ha="center", va="bottom", fontsize=8, style="italic")
     for box, (column, row) in zip(steps, where, strict=True):
-        small = box.text == "+"
-        half_width, half_height = (0.09, 0.2) if small else (WIDTH / 2, HEIGHT / 2)
+        half_width, half_height = _half_size(box)
         axes.add_patch(
             FancyBboxPatch(
                 (column - half_width, row - half_height), 2 * half_width, 2 * half_height,
@@ -264,18 +274,23 @@ def _label(box: Box, panel: Panel) -> str:
     return f"{box.text}\n{name}" + ("." + ", .".join(ends) if ends else "")
 
 
-def _arrow(axes: Axes, start: tuple[float, int], end: tuple[float, int], taken: set[tuple[float, int]]) -> None:
+def _arrow(
+    axes: Axes, start: tuple[float, int], end: tuple[float, int], top: float, taken: set[tuple[float, int]]
+) -> None:
     """Down from box to box; around those between them; into the side of a sum from another column."""
     (x0, y0), (x1, y1) = start, end
     between = any((x0, row) in taken for row in range(y0 + 1, y1))
     if x0 == x1 and not between:
-        path = [(x0, y0), (x1, y1 - HEIGHT / 2)]
+        path = [(x0, y0), (x1, top)]
     elif x0 == x1:
         lane = x0 + 0.53
         path = [(x0, y0 + 0.4), (lane, y0 + 0.4), (lane, y1), (x1 + 0.09, y1)]
         axes.plot([x0, x0], [y0, y0 + 0.4], color="#555555", linewidth=1, zorder=1)
+    elif x1 > x0 and any((x1, row) in taken for row in range(y0 + 1, y1)):
+        lane = x1 + 0.53
+        path = [(x0, y0), (x0, y0 + 0.4), (lane, y0 + 0.4), (lane, y1), (x1 + 0.09, y1)]
     elif x1 > x0:
-        path = [(x0, y0), (x0, y0 + 0.5), (x1, y0 + 0.5), (x1, y1 - HEIGHT / 2)]
+        path = [(x0, y0), (x0, y0 + 0.5), (x1, y0 + 0.5), (x1, top)]
     else:
         path = [(x0, y0), (x0, y1), (x1 + 0.09, y1)]
     axes.plot(*zip(*path[:-1], strict=True), color="#555555", linewidth=1, zorder=1)
@@ -292,7 +307,7 @@ def draw(picture: str, folder: Path) -> Path:
     heights = [
         max(max(row for _, row in places(boxes(panel, network(panel)))) for panel in row) for row in rows
     ]
-    size = (3.1 * columns, 0.47 * sum(heights) + 0.9 * len(rows) + 0.4)
+    size = (3.3 * columns, 0.47 * sum(heights) + 0.9 * len(rows) + 0.4)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for line, row, height in zip(grid, rows, heights, strict=True):
