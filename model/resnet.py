@@ -130,6 +130,8 @@ class Block(nn.Module):
     convolution's output, and `fixup_bias{k}a`, `fixup_bias{k}b` are added before and after convolution k.
     """
 
+    fixup_bias1a: nn.Parameter
+
     def __init__(self, channels_in: int, width: int, stride: int, depth: Depth, config: ModelConfig) -> None:
         super().__init__()
         block = config.block
@@ -197,7 +199,7 @@ class Block(nn.Module):
     def _shortcut(self, x: Tensor) -> Tensor:
         """The skip connection; a convolving one sees Fixup's first bias."""
         if self.fixup_bias and not self.identity_skip:
-            x = x + self.get_parameter("fixup_bias1a")
+            x = x + self.fixup_bias1a
         return self.skip(x)
 
     def forward(self, x: Tensor) -> Tensor:

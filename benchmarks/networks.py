@@ -1,0 +1,342 @@
+"""Draw the parts of the keyword-configured ResNet as they run: docs/images/resnet-PICTURE.png.
+
+    python benchmarks/networks.py             # every picture
+    python benchmarks/networks.py orders stems
+
+Boxes, their order and the names of their parameters come from tracing the network that the keywords build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import operator
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Patch
+from torch import fx, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project is no package
+
+from model import layer  # noqa: E402
+from model.build import build  # noqa: E402
+from model.quant import QuantConv2d  # noqa: E402
+from model.resnet import PARTS, Block, ResNet  # noqa: E402
+from utils.config import read  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+OPTIONS = "--dataset fake --width_alpha 0.125 --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
+QUANTIZED, CONVOLUTION, NORM, ACTIVATION, OTHER = "#f4b183", "#9dc3e6", "#c5e0b4", "#ffe699", "#eeeeee"
+LEGEND = {
+    "quantized convolution": QUANTIZED,
+    "full precision": CONVOLUTION,
+    "norm": NORM,
+    "activation": ACTIVATION,
+    "the rest": OTHER,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of one network.
+
+    Attributes:
+        title: above its drawing.
+        keywords: of the network, beside `dorefa`.
+        part: the name of a block; empty for stem and head, where the stages are one box.
+        model: `--model`.
+        options: more of the command line.
+    """
+
+    title: str
+    keywords: str
+    part: str = "layer2.0"
+    model: str = "resnet20"
+    options: str = ""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One step of a part, in the order of execution.
+
+    Attributes:
+        name: of the module or the parameter, in the whole network; empty for a sum of tensors.
+        text: what it does.
+        parameters: full names.
+        colour: of its kind.
+        inputs: places in the list of the boxes that it reads; -1 is the part's input.
+    """
+
+    name: str
+    text: str
+    parameters: tuple[str, ...]
+    colour: str
+    inputs: tuple[int, ...]
+
+
+ORDERS = ("cbas", "cbsa", "cabs", "bacs", "bcas")
+STEMS = (
+    "", "fix_pooling", "preBN", "preBN,patch_preBN_stem", "preBN,patch_preBN_stem,fix_pooling",
+    "group-net", "TResNetStem", "TResNetStemMaxPool",
+)  # fmt: skip
+PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
+    "orders": [[Panel(f"{order}, layer2.0", f"cifar10,{order}") for order in ORDERS]],
+    "orders-origin": [
+        [Panel(f"{order},origin, layer2.0", f"cifar10,{order},origin") for order in ORDERS],
+        [Panel(f"{order},origin,fix, layer2.0", f"cifar10,{order},origin,fix") for order in ORDERS],
+    ],
+    "skips": [
+        [
+            Panel(f"cbsa,origin,fix,{word}, {part}", f"cifar10,cbsa,origin,fix,{word}", part)
+            for word, part in (
+                ("singleconv", "layer2.0"), ("real_skip", "layer2.0"), ("DCHR", "layer2.0"),
+                ("identify_norm", "layer1.0"),
+            )
+        ]
+    ],
+    "stems": [
+        [Panel(f"bacs,{words}".rstrip(","), f"imagenet,origin,bacs,{words}".rstrip(","), "", "resnet18")
+         for words in row]
+        for row in (STEMS[:4], STEMS[4:])
+    ],
+    "variants": [
+        [
+            Panel("resnet50: cbsa,origin,fix, layer2.0", "imagenet,cbsa,origin,fix", model="resnet50"),
+            Panel("cbsa,origin,fix,fixup,bias, layer2.0", "cifar10,cbsa,origin,fix,fixup,bias"),
+            Panel("cabs --base 2, layer1.0", "cifar10,cabs", "layer1.0", options="--base 2"),
+            Panel("cbsa,origin,fix,prone, layer2.0", "cifar10,cbsa,origin,fix,prone"),
+            Panel(
+                "cbsa,origin,fix,prone,bn_before_restore, layer2.0",
+                "cifar10,cbsa,origin,fix,prone,bn_before_restore",
+            ),
+            Panel("cbsa,origin,fix,ReShapeResolution, layer2.0", "cifar10,cbsa,origin,fix,ReShapeResolution"),
+        ]
+    ],
+}  # fmt: skip
+"""Rows of panels by the picture's name."""
+
+
+def network(panel: Panel) -> ResNet:
+    """The network of a panel, narrow."""
+    line = f"--model {panel.model} --keyword {panel.keywords},dorefa {OPTIONS} {panel.options}"
+    made = build(read(line.split()).model)
+    assert isinstance(made, ResNet)
+    return made
+
+
+class _Tracer(fx.Tracer):
+    """Stops at the modules that a box stands for: layers, and in a whole network the stages."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """See `fx.Tracer`."""
+        return not isinstance(m, ResNet | Block | layer.SpaceToDepthConv | nn.Sequential) or any(
+            isinstance(child, Block) for child in m.children()
+        )
+
+
+def boxes(panel: Panel, model: ResNet) -> list[Box]:
+    """The steps of the panel's part of `model` in the order of execution; identities are left out."""
+    part = model.get_submodule(panel.part)
+    prefix = f"{panel.part}." if panel.part else ""
+    found: list[Box] = []
+    source: dict[fx.Node, tuple[int, ...]] = {}  # node -> the boxes that its value comes from
+    for node in _Tracer().trace(part).nodes:
+        inputs = tuple(place for value in node.all_input_nodes for place in source[value])
+        source[node] = inputs
+        if node.op == "placeholder":
+            source[node] = (-1,)
+            continue
+        for box in _boxes(node, part, prefix, inputs):
+            found.append(replace(box, inputs=source[node]))
+            source[node] = (len(found) - 1,)
+    return found
+
+
+def _boxes(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...]) -> list[Box]:
+    """The boxes of a traced node, each reading the one before; none where the input is passed on."""
+    if node.op == "call_module":
+        assert isinstance(node.target, str)
+        module = part.get_submodule(node.target)
+        if isinstance(module, nn.Identity):
+            return []
+        name = prefix + node.target
+        if isinstance(
+            module, layer.ProneConv
+        ):  # its padding depends on the size, which a trace cannot follow
+            return [
+                Box(f"{name}.{key}", text, tuple(f"{name}.{key}.{end}" for end, _ in child.named_parameters()),
+                    colour, inputs)
+                for key, text, colour, child in (
+                    ("conv", f"1x1 conv of {module.block}x{module.block} pixels", QUANTIZED, module.conv),
+                    ("bn", "norm", NORM, module.bn),
+                )
+                if not isinstance(child, nn.Identity)
+            ]  # fmt: skip
+        own = tuple(f"{name}.{key}" for key, _ in module.named_parameters())
+        if any(isinstance(child, Block) for child in module.children()):
+            return [Box(name, f"{len(list(module.children()))} blocks", own, OTHER, inputs)]
+        text, colour = _kind(module)
+        return [Box(name, text, own, colour, inputs)]
+    scalars = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+    if scalars:
+        sign = "times" if node.target is operator.mul else "+"
+        name = prefix + scalars[0]
+        return [Box(name, f"{sign} a learned number", (name,), OTHER, inputs)]
+    if node.target is torch.nn.functional.pixel_unshuffle:
+        return [Box("", f"space-to-depth {node.args[1]}", (), OTHER, inputs)]
+    summed = len(inputs) > 1 and node.target is not torch.stack
+    return [Box("", "+", (), OTHER, inputs)] if summed else []
+
+
+def _kind(module: nn.Module) -> tuple[str, str]:
+    """What a layer does, without its channels, as (text, colour)."""
+    if isinstance(module, nn.Conv2d):
+        stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
+        colour = QUANTIZED if isinstance(module, QuantConv2d) else CONVOLUTION
+        return f"{module.kernel_size[0]}x{module.kernel_size[1]} conv{stride}", colour
+    if isinstance(module, nn.BatchNorm2d):
+        return "norm", NORM
+    if isinstance(module, nn.ReLU):
+        return "ReLU", ACTIVATION
+    if isinstance(module, nn.Linear):
+        return "linear", CONVOLUTION
+    if isinstance(module, layer.RepeatChannels):
+        return f"channels x {module.times}", OTHER
+    names = {nn.AvgPool2d: "average pooling", nn.MaxPool2d: "max pooling", nn.AdaptiveAvgPool2d: "average"}
+    return names[type(module)], OTHER
+
+
+def places(steps: Sequence[Box]) -> list[tuple[float, int]]:
+    """Column and row of each box: a row below all that it reads, shortcuts and branches to the right."""
+    branched = {f"{kind}{k}" for kind in PARTS.values() for k in (1, 2, 3)}
+    result: list[tuple[float, int]] = []
+    for box in steps:
+        row = 1 + max((result[i][1] for i in box.inputs if i >= 0), default=0)
+        parts = box.name.removeprefix("layer").split(".")[2:]  # behind the block's name
+        column = float("skip" in parts)
+        if len(parts) > 1 and parts[0] in branched:
+            column = float(parts[1])
+        elif (not box.name or parts[:1] == ["scales"]) and box.inputs[0] >= 0:
+            column = min(result[i][0] for i in box.inputs if i >= 0)
+        while (column, row) in result:  # Fixup's first bias is added on both ways
+            column += 1
+        result.append((column, row))
+    return result
+
+
+def _half_size(box: Box) -> tuple[float, float]:
+    """Half the width and height of a box, in columns and rows."""
+    return (0.09, 0.2) if box.text == "+" else (0.42, 0.31)
+
+
+def plot(axes: Axes, panel: Panel) -> None:
+    """One panel."""
+    steps = boxes(panel, network(panel))
+    where = places(steps)
+    for box, (column, row) in zip(steps, where, strict=True):
+        for source in box.inputs:
+            top = row - _half_size(box)[1]
+            _arrow(axes, where[source] if source >= 0 else (0.0, 0), (column, row), top, set(where))
+    axes.text(0, 0, "input", ha="center", va="bottom", fontsize=8, style="italic")
+    for box, (column, row) in zip(steps, where, strict=True):
+        half_width, half_height = _half_size(box)
+        axes.add_patch(
+            FancyBboxPatch(
+                (column - half_width, row - half_height), 2 * half_width, 2 * half_height,
+                boxstyle="round,pad=0,rounding_size=0.06", facecolor=box.colour, edgecolor="#555555", zorder=2,
+            )
+        )  # fmt: skip
+        axes.text(
+            column, row, _label(box, panel), ha="center", va="center", fontsize=7, zorder=3, linespacing=1.25
+        )
+    axes.set_title(panel.title.replace(", layer", "\nlayer"), fontsize=9)
+    right = max(column for column, _ in where)
+    axes.set_xlim(-0.5, right + 0.65)
+    axes.set_ylim(max(row for _, row in where) + 0.5, -0.4)
+    axes.set_axis_off()
+
+
+def _label(box: Box, panel: Panel) -> str:
+    """The text in a box: what it does, and its parameters' names behind that of the part."""
+    if not box.name:
+        return box.text
+    name = box.name.removeprefix(f"{panel.part}.")
+    if box.name in box.parameters or box.text.endswith("blocks"):
+        return f"{box.text}\n{name}"
+    # Six columns of a picture leave no room for the whole names of norms, so the common part comes once.
+    ends = [parameter.removeprefix(f"{box.name}.") for parameter in box.parameters]
+    return f"{box.text}\n{name}" + ("." + ", .".join(ends) if ends else "")
+
+
+def _arrow(
+    axes: Axes, start: tuple[float, int], end: tuple[float, int], top: float, taken: set[tuple[float, int]]
+) -> None:
+    """Down from box to box; around those between them; into the side of a sum from another column."""
+    (x0, y0), (x1, y1) = start, end
+    between = any((x0, row) in taken for row in range(y0 + 1, y1))
+    if x0 == x1 and not between:
+        path = [(x0, y0), (x1, top)]
+    elif x0 == x1:
+        lane = x0 + 0.53
+        path = [(x0, y0 + 0.4), (lane, y0 + 0.4), (lane, y1), (x1 + 0.09, y1)]
+        axes.plot([x0, x0], [y0, y0 + 0.4], color="#555555", linewidth=1, zorder=1)
+    elif x1 > x0 and any((x1, row) in taken for row in range(y0 + 1, y1)):
+        lane = x1 + 0.53
+        path = [(x0, y0), (x0, y0 + 0.4), (lane, y0 + 0.4), (lane, y1), (x1 + 0.09, y1)]
+    elif x1 > x0:
+        path = [(x0, y0), (x0, y0 + 0.5), (x1, y0 + 0.5), (x1, top)]
+    else:
+        path = [(x0, y0), (x0, y1), (x1 + 0.09, y1)]
+    axes.plot(*zip(*path[:-1], strict=True), color="#555555", linewidth=1, zorder=1)
+    axes.annotate(
+        "", path[-1], path[-2], zorder=1,
+        arrowprops={"arrowstyle": "->", "color": "#555555", "shrinkA": 0, "shrinkB": 0},
+    )  # fmt: skip
+
+
+def draw(picture: str, folder: Path) -> Path:
+    """Draw a picture, a key of `PICTURES`, into `folder`; returns its path."""
+    rows = PICTURES[picture]
+    columns = max(map(len, rows))
+    heights = [
+        max(max(row for _, row in places(boxes(panel, network(panel)))) for panel in row) for row in rows
+    ]
+    size = (3.3 * columns, 0.47 * sum(heights) + 0.9 * len(rows) + 0.4)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for line, row, height in zip(grid, rows, heights, strict=True):
+        for axes in line[len(row) :]:
+            axes.set_axis_off()
+        for axes, panel in zip(line, row, strict=False):
+            plot(axes, panel)
+            axes.set_ylim(height + 0.5, -0.4)
+    patches = [Patch(facecolor=colour, edgecolor="#555555", label=text) for text, colour in LEGEND.items()]
+    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False, fontsize=9)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"resnet-{picture}.png"
+    figure.savefig(path)
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the pictures named on the command line, or all."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=", ".join(PICTURES))
+    names = parser.parse_args(argv).pictures or list(PICTURES)
+    unknown = [name for name in names if name not in PICTURES]
+    if unknown:
+        parser.error(f"{unknown[0]} is no picture; choose from {', '.join(PICTURES)}")
+    for name in names:
+        print(draw(name, IMAGES).relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
