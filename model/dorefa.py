@@ -11,6 +11,7 @@ from model.quant import Integers, Quantizer, TensorSite, register
 from model.sign import binary, mean_magnitude, sign
 from model.uniform import Grid, LearnedClip, integers
 from utils.config import QuantizerConfig
+from utils.errors import UserError
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -79,6 +80,12 @@ class DoReFaWeight(Quantizer):
             return SignTimesMean.apply(x)
         grid = Grid.of(self.levels, half_range=False)
         return LearnedClip.apply(self._squashed(x), x.new_ones(1), grid, self.config.grad_type == "STE-scale")
+
+    def check_levels(self, levels: int) -> None:
+        """Binary weights have two."""
+        super().check_levels(levels)
+        if self.config.binary_scale and levels != 2:
+            raise UserError(f"{self.site.name}: the keyword wt_bin has 2 levels, not {levels}")
 
     def encode(self, x: Tensor) -> Integers:
         """Codes and scale of `x`; an even count of levels has odd codes."""

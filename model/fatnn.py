@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quant import Integers, Quantizer, TensorSite, register, snapshot
+from model.sign import mean_magnitude
 from model.uniform import FLOOR, PositiveClip
 from utils.config import QuantizerConfig
 from utils.errors import UserError
@@ -82,7 +83,7 @@ class _FATNN(Quantizer):
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the slopes that fewer levels do not have."""
-        return {name: value for name, value in entries.items() if name in self.state_dict()}
+        return super().adapted({name: value for name, value in entries.items() if name in self.state_dict()})
 
     @property
     def ramps(self) -> int:
@@ -117,10 +118,13 @@ class _FATNN(Quantizer):
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
         rows, coded = self.grouped(x), self.grouped(codes)
-        energy = self.over_ranks((coded * coded).sum(dim=1), torch.distributed.ReduceOp.SUM)
-        product = self.over_ranks((rows * coded).sum(dim=1), torch.distributed.ReduceOp.SUM)
-        best = (product / energy.clamp_min(1.0)).reshape(self.range_shape())
-        found = (energy > 0).reshape(self.range_shape())
+        energy = (coded * coded).sum(dim=1, dtype=torch.float64)
+        # A quarter of the product: the largest code is 3, and times 3e38 that is no float32.
+        product = (rows * (coded / 4)).sum(dim=1, dtype=torch.float64) * 4
+        energy = self.over_ranks(energy, torch.distributed.ReduceOp.SUM)
+        product = self.over_ranks(product, torch.distributed.ReduceOp.SUM)
+        best = (product / energy.clamp_min(1.0)).float().reshape(self.range_shape())
+        found = ((energy > 0).reshape(self.range_shape())) & best.isfinite()
         self.output_scale.copy_(torch.where(found, 0.9 * self.output_scale + 0.1 * best, self.output_scale))
 
     def encode(self, x: Tensor) -> Integers:
@@ -164,7 +168,8 @@ class _FATNN(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """Ramps over twice the mean |x| per level."""
         with torch.no_grad():
-            mean = self.grouped(self.normalise(x.float())).abs().mean(dim=1).reshape(self.range_shape())
+            rows = self.grouped(self.normalise(x.float()))
+            mean = self.mean_over_ranks(mean_magnitude(rows, 1)).reshape(self.range_shape())
             width = 2 * mean * (self.ramps if self.config.half_range else 1) ** 0.5
             self.set_range(torch.where(mean > 0, width, self.current_range()))
 

@@ -12,7 +12,7 @@ from utils.config import QuantizerConfig
 from utils.errors import UserError
 
 KEEP = 0.9  # share of the old basis in each update (paper, section 3.3)
-SINGULAR = 1e-12  # smallest ratio of determinant and diagonal product of a system that is solved
+SINGULAR = 1e-12  # smallest ratio of two pivots of a system that is solved
 REFINEMENTS = 20  # passes of initialise_from
 
 
@@ -78,10 +78,10 @@ class LQ(Quantizer):
         """A basis of another number of bits as this number's first basis, scaled to the same top level."""
         basis = entries.get("basis")
         if basis is None or basis.ndim != 2 or basis.shape[1] != self.groups or len(basis) == self.bits:
-            return entries
+            return super().adapted(entries)
         top = basis.to(self.basis).abs().sum(dim=0)
         start = 2.0 ** torch.arange(self.bits, device=top.device).unsqueeze(1)
-        return entries | {"basis": start * top / start.sum()}
+        return super().adapted(entries) | {"basis": start * top / start.sum()}
 
     def sorted_levels(self) -> tuple[Tensor, Tensor]:
         """Levels [g, levels] in ascending order, and the number of the code of each, int64."""
@@ -117,9 +117,11 @@ class LQ(Quantizer):
         with torch.no_grad():
             best = self.least_squares(rows, numbers)
             if self.config.custom_update:
-                self.basis.add_((best - self.basis) / self.iteration)
+                moved = self.basis + (best - self.basis) / self.iteration
             else:
-                self.basis.mul_(KEEP).add_(best, alpha=1 - KEEP)
+                moved = self.basis * KEEP + best * (1 - KEEP)
+            # A warm-up sets the range, and nothing is quantized yet.
+            self.basis.copy_(torch.where(self.warming_up(), self.basis, moved) if self.calibrates else moved)
 
     def least_squares(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """The basis [bits, g] that best rebuilds rows [g, n] from codes of these numbers [g, n].
@@ -130,9 +132,10 @@ class LQ(Quantizer):
         gram = self.over_ranks(gram, torch.distributed.ReduceOp.SUM)
         target = self.over_ranks(target, torch.distributed.ReduceOp.SUM)
         gram, target = self.regularised(gram, target)
-        solution, _ = torch.linalg.solve_ex(gram, target)
-        diagonal = gram.diagonal(dim1=1, dim2=2).prod(dim=1)
-        regular = torch.linalg.det(gram).abs() > SINGULAR * diagonal
+        factors, rows_swapped, _ = torch.linalg.lu_factor_ex(gram)
+        solution = torch.linalg.lu_solve(factors, rows_swapped, target)
+        pivots = factors.diagonal(dim1=1, dim2=2).abs()
+        regular = pivots.amin(dim=1) > SINGULAR * pivots.amax(dim=1)
         solution = solution.squeeze(2).T
         good = regular & solution.isfinite().all(dim=0)
         return torch.where(good, solution.float(), self.basis.float())
@@ -191,7 +194,7 @@ class LQ(Quantizer):
         """Alternate codes and least-squares basis on `x`, from a basis that covers it (algorithm 1)."""
         with torch.no_grad():
             rows = self.grouped(self.normalise(x.float()))
-            spread = 3 * rows.square().mean(dim=1).sqrt()
+            spread = 3 * self.mean_over_ranks(rows.square().mean(dim=1)).sqrt()
             alive = spread > 0  # a group of zeros keeps its basis
             start = torch.where(alive, spread, self.current_range().reshape(-1))
             self.set_range(start.reshape(self.range_shape()))

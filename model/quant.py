@@ -250,7 +250,7 @@ class Quantizer(nn.Module):
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """The entries of this quantizer in a checkpoint of another number of levels, as they fit this one."""
-        return entries
+        return entries | {"level_num": self.level_num.clone()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -343,7 +343,20 @@ class Quantizer(nn.Module):
             collecting = self.iteration <= self.stable
             self.range_mean.copy_(torch.where(collecting, mean, self.range_mean))
             factor = self.config.correlate if self.config.correlate > 0 else 1.0
-            self.set_range(torch.where(collecting, self.range_mean * factor, self.current_range()))
+            # Setting a range may change what it is made of, so everything is put back after the warm-up.
+            tensors = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+            floats = [tensor for _, tensor in tensors if tensor.is_floating_point()]
+            before = [tensor.clone() for tensor in floats]
+            self.set_range((self.range_mean * factor).clamp_max(torch.finfo(torch.float32).max))
+            for tensor, old in zip(floats, before, strict=True):
+                tensor.copy_(torch.where(collecting, tensor, old))
+
+    def mean_over_ranks(self, statistic: Tensor) -> Tensor:
+        """The mean over all ranks of a statistic of their tensors, which are of one size; see `over_ranks`."""
+        total = self.over_ranks(
+            torch.stack([statistic, torch.ones_like(statistic)]), torch.distributed.ReduceOp.SUM
+        )
+        return total[0] / total[1]
 
     def over_ranks(self, statistic: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
         """A statistic of this rank's tensor reduced over all ranks; weights are the same on each already."""

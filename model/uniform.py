@@ -123,17 +123,18 @@ class LearnedClip(torch.autograd.Function):
         return grad_x, grad_clip, None, None
 
 
-def initial_clip(rows: Tensor, grid: Grid) -> Tensor:
+def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
     """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) (arXiv 1902.08153, section 2.1).
 
     Args:
-        rows: float32 [g, elements].
+        mean: mean|x| of each group, float32.
         grid: the levels; Qp is the highest one in steps.
 
     Returns:
-        float32 [g].
+        float32, the shape of `mean`, finite.
     """
-    return 2 * mean_magnitude(rows, 1).squeeze(1) * grid.qp / max(grid.qp, 1.0) ** 0.5
+    factor = 2 * grid.qp / max(grid.qp, 1.0) ** 0.5
+    return (mean * factor).clamp_max(torch.finfo(torch.float32).max)
 
 
 def balance_factor(inside: Tensor) -> Tensor:
@@ -249,6 +250,7 @@ class LearnedRange(Quantizer):
     def initialise_from(self, x: Tensor) -> None:
         """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group; a group of zeros keeps its own."""
         with torch.no_grad():
-            found = initial_clip(self.grouped(self.normalise(x.float())), self.grid())
-            found = found.reshape(self.range_shape())
+            rows = self.grouped(self.normalise(x.float()))
+            mean = self.mean_over_ranks(mean_magnitude(rows, 1))
+            found = initial_clip(mean, self.grid()).reshape(self.range_shape())
             self.set_range(torch.where(found > 0, found, self.clip_val))

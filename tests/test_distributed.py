@@ -170,7 +170,10 @@ def launch(folder: Path, line: str) -> subprocess.Popen[str]:
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     process = launch(tmp_path, f"{LINE} -v -1")
-    assert process.communicate(timeout=120) == ("", "main.py: error: --val_batch_size -1: must be a number that is not negative\n")
+    assert process.communicate(timeout=120) == (
+        "",
+        "main.py: error: --val_batch_size -1: must be a number that is not negative\n",
+    )
     assert process.returncode == 2
 
 

@@ -903,6 +903,7 @@ def test_keeping_the_step_scales_the_clip_value(case: Case) -> None:
         (Case("fatnn", "wt", 3, half_range=False), 2, "cannot change from 3 to 2"),
         (Case("lq", "wt", 4, half_range=False), 8, "4 levels are fixed"),
         (Case("lsq-midtread", "wt", 4, half_range=False), 2, "mid-tread grid needs at least 3"),
+        (Case("dorefa-bin", "wt", 2, half_range=False), 4, "wt_bin has 2 levels"),
     ],
     ids=str,
 )
@@ -1027,6 +1028,60 @@ def test_warm_up_in_epochs_is_saved(case: Case) -> None:
     fresh.set_stable(2)
     fresh.load_state_dict(quantizer.state_dict())
     assert torch.equal(fresh.eval()(tensor(case)), quantizer.eval()(tensor(case)))
+
+
+@over(cases(groups=(None, 2), where=lambda method: method.calibrates))
+def test_after_the_warm_up_a_range_is_left_alone(case: Case) -> None:
+    """What training has made of slopes, clip values or a basis stays, to the bit."""
+    quantizer = make(case.with_fields(stable=1))
+    quantizer(tensor(case))
+    with torch.no_grad():
+        for number, parameter in enumerate(quantizer.parameters(), 1):
+            parameter.mul_(number)  # slopes that differ
+    before = {name: value.clone() for name, value in quantizer.named_parameters()}
+    buffers = {
+        name: value.clone() for name, value in quantizer.named_buffers() if name in ("clip", "range_mean")
+    }
+    quantizer(tensor(case, 1))
+    for name, value in (before | buffers).items():
+        assert torch.equal(value, quantizer.state_dict()[name]), name
+
+
+@over(cases(levels=(4, 16), groups=(None, 2), where=lambda method: method.method == "lq"))
+def test_a_warm_up_gives_lq_its_top_level(case: Case) -> None:
+    quantizer = make(case.with_fields(stable=2))
+    for step in range(2):
+        quantizer(tensor(case, step))
+    torch.testing.assert_close(quantizer.current_range(), quantizer.get_buffer("range_mean"))
+
+
+@over(cases(levels=(2, 3, 4), where=lambda method: method.method == "fatnn"))
+def test_closed_form_survives_a_huge_batch(case: Case) -> None:
+    quantizer = make(case.with_fields(closed_form=True))
+    quantizer(torch.full_like(tensor(case), 3e38))
+    assert quantizer.get_buffer("output_scale").isfinite().all()
+    assert quantizer(tensor(case)).isfinite().all()
+
+
+@pytest.mark.parametrize("levels", [4, 16, 256])
+@pytest.mark.parametrize("value", [0.0, 0.03, -0.03])
+def test_lq_weights_without_spread_follow_the_regularised_system(levels: int, value: float) -> None:
+    """Dead or constant filters: the regularisation makes their system solvable, at any number of bits."""
+    quantizer = make(Case("lq", "wt", levels, half_range=False))
+    assert isinstance(quantizer, LQ)
+    x = torch.full(SHAPES["wt"], value)
+    rows = quantizer.grouped(x)
+    positions, _, order = quantizer.assign(rows)
+    codes = quantizer.codes[order.gather(1, positions)].double().numpy()
+    before = quantizer.basis.clone().double().numpy()
+    quantizer(x)
+    for group in range(CHANNELS):
+        b = codes[group]
+        gram = b.T @ b
+        np.fill_diagonal(gram, (gram.diagonal() + 1e-4) * 1.000001)
+        wanted = np.linalg.solve(gram, b.T @ rows[group].double().numpy() + 1e-4 * before[:, group])
+        moved = 0.9 * before[:, group] + 0.1 * wanted
+        np.testing.assert_allclose(quantizer.basis[:, group].numpy(), moved, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("stable", "expected"), [(2, 6), (9, 9)])

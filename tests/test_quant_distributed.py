@@ -14,6 +14,7 @@ from utils.config import QuantizerConfig
 
 RANKS = 2
 STEPS = 4
+START = ("lsq", "lq", "fatnn", "pact")  # methods of which --re_init finds the range
 CASES = {
     "lq": QuantizerConfig(tag="fm", enable=True, method="lq", levels=4, half_range=True),
     "lq-groups": QuantizerConfig(
@@ -62,6 +63,10 @@ def work(rank: int, folder: str) -> None:
             weight = config.tag == "wt"  # the same on every rank
             quantizer(images(step)[:4] if weight else images(step).chunk(RANKS)[rank])
         states[name] = quantizer.state_dict()
+    for method in START:
+        quantizer = make(QuantizerConfig(tag="fm", enable=True, method=method, levels=4, half_range=True))
+        quantizer.initialise_from(images(1).chunk(RANKS)[rank])
+        states[f"start-{method}"] = quantizer.state_dict()
     torch.save(states, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -86,5 +91,17 @@ def test_ranks_agree_with_each_other_and_with_one_process(
     fresh = make(config).state_dict()
     assert any(not torch.equal(fresh[key], value) for key, value in first.items() if key != "iteration")
     for key, value in expected.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", START)
+def test_ranks_start_from_the_range_of_all_images(
+    method: str, states: list[dict[str, dict[str, Tensor]]]
+) -> None:
+    single = make(QuantizerConfig(tag="fm", enable=True, method=method, levels=4, half_range=True))
+    single.initialise_from(images(1))
+    first, second = (state[f"start-{method}"] for state in states)
+    for key, value in single.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
