@@ -27,7 +27,7 @@ from torch.nn import functional
 import main
 from model import build
 from utils import config as configuration
-from utils import data, optim, precision, schedule, state
+from utils import data, optim, policy, precision, schedule, state
 from utils.interrupt import Stop
 
 DEFAULT = (
@@ -81,10 +81,11 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     network = build.build(settings.model).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     bare = copy.deepcopy(network)
     bare_optimizer, _ = optim.build(bare, settings.optim)
-    optimizer, _ = optim.build(network, settings.optim)
+    optimizer, groups = optim.build(network, settings.optim)
+    rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
     parts = main.Parts(
         network, network, optimizer, precision.build(network, optimizer, settings.precision, cpu),
-        schedule.Schedule(settings.schedule, settings.optim.lr, len(batches)), cpu, layout, settings,
+        policy.Steering((), network, optimizer, groups, settings.optim, rates), cpu, layout, settings,
         logging.getLogger("nobody listens"),
     )  # fmt: skip
     loader = Kept(batches)
