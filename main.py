@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from model.summary import Cost
     from utils.data import Loader, Loaders
+    from utils.policy import Steering
     from utils.precision import Precision
     from utils.state import RunState
 
@@ -95,9 +96,9 @@ def run(config: Config) -> int:
 
     import torch
 
-    from model import audit, build, calibrate, convert, health, sync_norm
+    from model import audit, build, calibrate, convert, health, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, optim, precision, report, state
+    from utils import checkpoint, distributed, log, optim, policy, precision, report, state
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -126,6 +127,7 @@ def run(config: Config) -> int:
         # 2. Build the network and load weights into it.
         seed_generators(settings.seed)
         model = build.build(config.model)
+        initial = policy.initialise(model, config.policy)
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
         cost = trial(model, config)
 
@@ -152,16 +154,24 @@ def run(config: Config) -> int:
         precision.prepare(model, config.precision)
         optimizer, groups = optim.build(model, config.optim)
         warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
+        steering = policy.Steering(
+            config.policy, model, optimizer, groups, config.optim, rates, shortened=settings.shortened
+        )
+        warnings += steering.warnings
         progress = state.RunState()
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
+        steering.load_state_dict(progress.policy)
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
 
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
             if place.first:
-                print(report.describe(config, cost.table(), optim.table(groups), rates, warnings, folder))
+                plan = steering.describe(initial)
+                print(
+                    report.describe(config, cost.table(), optim.table(groups), plan, rates, warnings, folder)
+                )
             return 0
         if place.first and not settings.evaluate:
             state.prepare_files(folder, files, found, chosen=settings.resume_file)
@@ -181,6 +191,10 @@ def run(config: Config) -> int:
                 logger.info("pretrained %s: %s", pretrained, loaded.summary())
             if initialised:
                 logger.info("re_init: initialised %d quantizers", initialised)
+            steering.log = logger.info
+            if found.path is None:
+                for change in (*initial, *(change for change in steering.plan if change.when == "init")):
+                    logger.info("%s", change)
             logger.debug("%s", optim.table(groups))
             for name, quantizer in quantizers(model):
                 logger.debug("%s: %s", name, quantizer.config)
@@ -190,7 +204,7 @@ def run(config: Config) -> int:
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, rates, device, layout,
+                model, distributed.parallel(model, device), optimizer, arithmetic, steering, device, layout,
                 config, logger,
             )  # fmt: skip
 
@@ -218,7 +232,17 @@ def run(config: Config) -> int:
             with Stop() as stop, checkpoint.Writer() as writer:
 
                 def save(reached: RunState, best: bool = False) -> None:
-                    state.save(reached, model, optimizer, arithmetic, rates, files, config, writer, best=best)
+                    state.save(
+                        reached,
+                        model,
+                        optimizer,
+                        arithmetic,
+                        steering.rates,
+                        files,
+                        config,
+                        writer,
+                        best=best,
+                    )
 
                 for epoch in range(progress.epoch, last):
                     progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
@@ -242,7 +266,11 @@ def run(config: Config) -> int:
                     # A network whose quantizers still let everything pass is not the best low-bit network.
                     candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
                     best = candidate > progress.best_acc
-                    progress = state.RunState(epoch=epoch + 1, best_acc=max(progress.best_acc, candidate))
+                    progress = state.RunState(
+                        epoch=epoch + 1,
+                        best_acc=max(progress.best_acc, candidate),
+                        policy=steering.state_dict(),
+                    )
                     if place.first:
                         metrics.append(row)
                     board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
@@ -259,6 +287,7 @@ def run(config: Config) -> int:
             if not place.first:
                 return 0
             with arithmetic.autocast():
+                cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
             report.finish(config, cost, result, progress, folder, files, logger)
             return 1 if result.problems else 0
@@ -279,7 +308,7 @@ class Parts:
         network: the same as it is trained: with several processes, its gradients are their mean.
         optimizer: of the network's parameters, or of its master weights.
         precision: how both compute.
-        rates: the learning rates.
+        steering: the policy, and through it the learning rates and the optimizer's options.
         device: where all of it is.
         layout: memory format of images.
         config: the configuration.
@@ -290,7 +319,7 @@ class Parts:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    rates: schedule.Schedule
+    steering: Steering
     device: torch.device
     layout: torch.memory_format
     config: Config
@@ -313,7 +342,7 @@ def train_one_epoch(
 
     from utils import distributed, log, state
 
-    config, precision, settings = parts.config, parts.precision, parts.config.run
+    config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
     first = state.first_batch(start.position, together, passes, batches)
@@ -332,6 +361,9 @@ def train_one_epoch(
         # Looking costs nothing on the CPU; elsewhere it would wait for the device, so only reports look.
         look = parts.device.type == "cpu" or report or i + 1 == batches
         images, target = parts.images(images), target.to(parts.device, non_blocking=True)
+        step = start.epoch * steering.rates.steps_per_epoch + i // passes
+        if i % passes == 0 and steering.advance(start.epoch, step):
+            start = dataclasses.replace(start, best_acc=-math.inf)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
@@ -352,12 +384,11 @@ def train_one_epoch(
             )  # fmt: skip
         if not group_ends:
             continue
-        step = start.epoch * parts.rates.steps_per_epoch + i // passes
-        parts.rates.apply(parts.optimizer, step)
-        norm = precision.gradient_norm(config.optim.grad_clip)
+        steering.rates.apply(parts.optimizer, step)
+        norm = precision.gradient_norm(steering.optim.grad_clip)
         if look and not precision.scaling:
             check_gradients(parts, norm, where)
-        skipped = precision.step(update=not parts.rates.skip_update(step))
+        skipped = precision.step(update=not steering.rates.skip_update(step))
         if skipped:
             parts.logger.info("%s: %s", where, skipped)
         precision.zero_grad()
@@ -371,6 +402,7 @@ def train_one_epoch(
                 sums=totals.values,
                 seconds=start.seconds + time.perf_counter() - began,
                 waited=start.waited + waited.seconds,
+                policy=steering.state_dict(),
             )
         if stopped:
             break
@@ -386,10 +418,10 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
 
     from utils import distributed, log
 
-    sums = distributed.summed(torch.tensor(state.sums, dtype=torch.float64))
+    sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), parts.steering.rates
     return {
         "epoch": state.epoch + 1,
-        "lr": parts.rates.at(state.epoch * parts.rates.steps_per_epoch),
+        "lr": rates.at(state.epoch * rates.steps_per_epoch),
         **{f"train_{name}": value for name, value in log.Totals.means(sums).items()},
         "seconds": state.seconds,
         "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),

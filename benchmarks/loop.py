@@ -15,7 +15,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,8 +27,9 @@ from torch.nn import functional
 import main
 from model import build
 from utils import config as configuration
-from utils import data, optim, precision, schedule, state
+from utils import data, optim, policy, precision, schedule, state
 from utils.interrupt import Stop
+from utils.loader import Batch, Delivery, Loader, Raw
 
 DEFAULT = (
     "--dataset fake --keyword cifar10,cbsa,origin,dorefa,lsq --width_alpha 0.25 -b 64 -v 0 "
@@ -39,7 +40,7 @@ DEFAULT = (
 def minimal(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[data.Batch],
+    batches: list[Batch],
     layout: torch.memory_format,
 ) -> None:
     """The least that trains."""
@@ -51,16 +52,22 @@ def minimal(
         optimizer.zero_grad()
 
 
-class Kept(data.Loader):
+class Kept(Loader):
     """The same batches in every epoch, which cost nothing."""
 
-    def __init__(self, batches: list[data.Batch]) -> None:
+    def __init__(self, batches: list[Batch]) -> None:
         size = len(batches[0][1])
-        super().__init__(size * len(batches), batch_size=size, train=True, seed=0)
+        delivery = Delivery(
+            batch_size=size, train=True, seed=0, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu")
+        )
+        super().__init__(size * len(batches), delivery)
         self.kept = batches
 
-    def _read(self, batches, epoch):
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.kept)
+
+    def _read(self, batches: Sequence[torch.Tensor], epoch: int) -> Iterator[Raw]:
+        raise NotImplementedError  # they are finished already
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,15 +83,16 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     size = configuration.read(line).data.batch_size
     options[1] = str(iterations * size)
     settings = configuration.read(options)
-    batches = list(data.build(settings.data).train)
     layout, cpu = torch.channels_last, torch.device("cpu")
+    batches = list(data.build(settings.data, cpu).train)
     network = build.build(settings.model).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     bare = copy.deepcopy(network)
     bare_optimizer, _ = optim.build(bare, settings.optim)
-    optimizer, _ = optim.build(network, settings.optim)
+    optimizer, groups = optim.build(network, settings.optim)
+    rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
     parts = main.Parts(
         network, network, optimizer, precision.build(network, optimizer, settings.precision, cpu),
-        schedule.Schedule(settings.schedule, settings.optim.lr, len(batches)), cpu, layout, settings,
+        policy.Steering((), network, optimizer, groups, settings.optim, rates), cpu, layout, settings,
         logging.getLogger("nobody listens"),
     )  # fmt: skip
     loader = Kept(batches)

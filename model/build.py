@@ -65,7 +65,10 @@ def build(config: ModelConfig) -> nn.Module:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether no quantizer still lets its input pass (`--stable`); true in full precision."""
-    return not any(bool(quantizer.iteration < quantizer.stable) for _, quantizer in quantizers(model))
+    return all(
+        quantizer.enabled and not bool(quantizer.iteration < quantizer.stable)
+        for _, quantizer in quantizers(model)
+    )
 
 
 def set_stable(model: nn.Module, steps_per_epoch: int) -> None:

@@ -31,9 +31,12 @@ class DoReFaActivation(Quantizer):
         self.register_buffer(
             "clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates
         )
-        self.zero_to_zero = (
-            config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
-        )
+
+    @property
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`; `STE-scale` counts elements."""
+        config = self.config
+        return config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
 
     def grid(self) -> Grid:
         """The levels."""

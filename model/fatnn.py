@@ -188,8 +188,12 @@ class FATNNActivation(_FATNN):
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         _check_ternary(config)
         super().__init__(config, site)
-        self.zero_to_zero = config.adaptive == "none"
         self.register_buffer("clip_val", torch.full(self.range_shape(), config.boundary))
+
+    @property
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`."""
+        return self.config.adaptive == "none"
 
     @property
     def initial_slope(self) -> float:

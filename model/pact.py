@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from model.dorefa import DoReFaWeight
-from model.quant import TensorSite, register
+from model.quant import register
 from model.uniform import Grid, LearnedRange, balance_factor
-from utils.config import QuantizerConfig
 
 
 class ClippedRound(torch.autograd.Function):
@@ -48,9 +47,10 @@ class PACT(LearnedRange):
         clip_val: float32, `range_shape`; starts at `boundary`.
     """
 
-    def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
-        super().__init__(config, site)
-        self.zero_to_zero = self.zero_to_zero and config.grad_type != "STE-scale"
+    @property
+    def zero_to_zero(self) -> bool:
+        """See `LearnedRange`; `STE-scale` counts elements."""
+        return super().zero_to_zero and self.config.grad_type != "STE-scale"
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""

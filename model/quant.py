@@ -117,13 +117,13 @@ class Quantizer(nn.Module):
     level_num: Tensor
     range_mean: Tensor
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
-    zero_to_zero: bool = False  # maps 0 to exactly 0, so that padding may come before or after
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__()
         self.config = config
         self.site = site
         self.levels = config.levels
+        self.enabled = True  # a policy may let the input pass
         self.groups = self._resolve_groups(config.quant_group)
         self.register_buffer("iteration", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))
@@ -133,6 +133,11 @@ class Quantizer(nn.Module):
             self.register_buffer("range_mean", torch.zeros(self.range_shape()))
         if config.gamma:
             self.gamma = nn.Parameter(torch.ones(self.range_shape()))
+
+    @property
+    def zero_to_zero(self) -> bool:
+        """Whether 0 becomes exactly 0, so that padding may come before or after."""
+        return False
 
     # What a method implements ------------------------------------------------------------------
 
@@ -166,6 +171,8 @@ class Quantizer(nn.Module):
                 self.iteration.add_(1)
                 if self.calibrates:
                     self._collect_range(full)
+            if not self.enabled:
+                return x
             result = self._transform(full)
             if self.calibrates:
                 result = torch.where(self.warming_up(), full, result)

@@ -174,14 +174,14 @@ def cost(model: nn.Module, input_size: int) -> Cost:
             )
         )
 
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
     with observing(model) as hooks:
         hooks += [
             module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        model(torch.zeros(1, 3, input_size, input_size, device=device))
+        model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
     return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
 
 

@@ -206,7 +206,12 @@ class LearnedRange(Quantizer):
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
-        self.zero_to_zero = (
+
+    @property
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`; false also where padding changes the gradient's factor."""
+        config = self.config
+        return (
             config.half_range
             and config.adaptive == "none"
             and config.grad_scale not in ("element-scale", "scale-element", "paper")

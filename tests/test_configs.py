@@ -19,12 +19,15 @@ from model.quant import quantizers
 from utils.config import DATASETS, Config, read
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir())
+CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
     "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
     "xnor++": {"xnor"}, "bireal": {"xnor"}, "groupnet": {"xnor"}, "fixup": set(),
 }  # fmt: skip
 PRECISIONS = {"fp": None, "1bit": (1, 2), "ternary": (2, 3), "2bit": (2, 4), "3bit": (3, 8), "4bit": (4, 16)}
+POLICIES = {  # what a run with a policy begins with
+    "progressive": {("lsq", 8, 256)}, "mixed": {("lsq", 2, 4), ("lsq", 4, 16)}, "freeze": {("lsq", 2, 4)},
+}  # fmt: skip
 BEST = "-model_best.pth.tar"
 
 
@@ -50,7 +53,10 @@ def argv(name: str) -> tuple[str, ...]:
     assert (done.returncode, done.stderr) == (0, "")
     python, script, *options = shlex.split(done.stdout)
     assert (python, script) == (sys.executable, "main.py")
-    return tuple(options)
+    # Tests run elsewhere than in the repository's root.
+    return tuple(
+        str(ROOT / option) if option.startswith("config/policies/") else option for option in options
+    )
 
 
 @functools.cache
@@ -91,6 +97,8 @@ def printed_bits(text: str) -> set[tuple[str, int, int]]:
 def expected_bits(name: str) -> set[tuple[str, int, int]]:
     """What the name of a config says that the table shows."""
     _, method, _, _, precision, _ = name.split(".")
+    if precision in POLICIES:
+        return POLICIES[precision]
     bits = PRECISIONS[precision]
     if bits is None:
         return set()
@@ -106,7 +114,7 @@ def test_name_follows_the_pattern(name: str) -> None:
     assert method in METHODS
     assert phase in ("eval", "train-scratch", "finetune")
     assert dataset in (*DATASETS, "fake")
-    assert precision in PRECISIONS
+    assert precision in (*PRECISIONS, *POLICIES)
     assert network in build.models()
 
 

@@ -34,6 +34,7 @@ OF_ALL_TAGS = {
     "quant.custom_update": "custom_update",
     "quant.closed_form": "closed_form",
     "quant.proxquant": "proxquant_step",
+    "quant.progressive": "progressive",
 }
 
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from model import build
-from utils import data, optim, precision, schedule, state
+from utils import data, optim, policy, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
@@ -528,12 +528,13 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     )
     model = Linear()
     loader = data.build(config.data).train
-    optimizer, _ = optim.build(model, config.optim)
+    optimizer, groups = optim.build(model, config.optim)
     rates = schedule.Schedule(
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
     parts = main.Parts(
-        model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")), rates,
+        model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")),
+        policy.Steering((), model, optimizer, groups, config.optim, rates),
         torch.device("cpu"), torch.channels_last, config, logging.getLogger("nobody listens"),
     )  # fmt: skip
     start = state.RunState()
@@ -653,10 +654,12 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
     config = read_config(f"{LSQ} --lr 0.1 --iter_size 2 --grad_clip 1 --fake_size 96 --report_freq 6".split())
     cpu = torch.device("cpu")
     model = build.build(config.model)
-    optimizer, _ = optim.build(model, config.optim)
+    optimizer, groups = optim.build(model, config.optim)
+    rates = schedule.Schedule(config.schedule, 0.1, 6)
     parts = main.Parts(
         model, model, optimizer, precision.build(model, optimizer, config.precision, cpu),
-        schedule.Schedule(config.schedule, 0.1, 6), cpu, torch.channels_last, config, logging.getLogger("nobody"),
+        policy.Steering((), model, optimizer, groups, config.optim, rates), cpu, torch.channels_last, config,
+        logging.getLogger("nobody"),
     )  # fmt: skip
     for name in ("check_loss", "check_gradients"):
         monkeypatch.setattr(main, name, lambda *_: None)

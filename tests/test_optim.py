@@ -58,8 +58,11 @@ def groups_of(model: nn.Module, config: OptimConfig) -> list[ParamGroup]:
 
 def as_sets(groups: list[ParamGroup]) -> dict[tuple[float, float], set[str]]:
     """(base rate, weight decay) -> names; fails when two groups should have been one."""
-    result = {(group.base_lr, group.weight_decay): set(group.names) for group in groups}
-    assert len(result) == len(groups)
+    result: dict[tuple[float, float], set[str]] = {}
+    for group in groups:
+        result.setdefault((group.base_lr, group.weight_decay), set()).update(group.names)
+    kinds = {(group.base_lr, group.weight_decay, group.custom_lr, group.decay) for group in groups}
+    assert len(kinds) == len(groups)
     return result
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from utils import keyword as keywords
+from utils import policy
 from utils.errors import UserError
 from utils.options import TAGS, Given, parse
+from utils.policy import Rule
 
 LEARNING = frozenset({"lsq", "pact", "lq", "fatnn"})  # methods that learn a range; PACT's weights do not
 
@@ -46,6 +48,7 @@ class QuantizerConfig:
     custom_update: bool = False  # LQ-Nets: the basis as a running mean
     closed_form: bool = False  # FATNN: a running least-squares scale on the result
     proxquant_step: int = 0  # training forwards over which the quantized value is blended in; 0: at once
+    progressive: bool = False  # a policy that changes the levels keeps the step, not the clip value
     stable: int = 0  # training iterations that pass through unquantized while ranges are collected
     stable_epoch: int = 0  # the same in epochs; the longer of the two counts
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
@@ -242,6 +245,7 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     devices: DeviceConfig = DeviceConfig()
     run: RunConfig = RunConfig()
+    policy: tuple[Rule, ...] = ()
     keywords: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
     warnings: tuple[str, ...] = ()
@@ -310,6 +314,7 @@ def resolve(given: Given) -> Config:
         precision=_precision_config(given),
         devices=_device_config(given),
         run=_run_config(given, fields),
+        policy=() if given["policy"] is None else policy.read(Path(given["policy"])),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
@@ -525,6 +530,7 @@ def _quantizer_config(
         custom_update=bool(fields.get("quant.custom_update", False)),
         closed_form=bool(fields.get("quant.closed_form", False)),
         proxquant_step=given["proxquant_step"] if "quant.proxquant" in fields else 0,
+        progressive=bool(fields.get("quant.progressive", False)),
         stable=given["stable"],
         stable_epoch=given["stable_epoch"],
         extra=_extra(fields),

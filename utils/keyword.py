@@ -252,7 +252,7 @@ _declare(
      {**_sets(quant__closed_form=True), "requires": (("non-uniform", "fm_non-uniform", "wt_non-uniform"),)}),
     ("proxquant", "blend quantized values in over --proxquant_step iterations",
      {**_sets(quant__proxquant=True), "requires": (_BASES,)}),
-    ("progressive", "keep the step when a policy lowers the levels", {"later": "policies are not there yet"}),
+    ("progressive", "keep the step when a policy lowers the levels", _sets(quant__progressive=True)),
 )  # fmt: skip
 _declare(
     "training",

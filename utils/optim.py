@@ -30,6 +30,8 @@ class ParamGroup:
         base_lr: the learning rate that the schedule multiplies.
         weight_decay: the factor of the L2 penalty's gradient.
         rules: the rules that put parameters here, each once, for the table.
+        custom_lr: the base rate is `custom_lr`.
+        decay: what the weight decay is: "default" `weight_decay`, "custom_decay_list" `custom_decay`, "" none.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,16 @@ class ParamGroup:
     base_lr: float
     weight_decay: float
     rules: tuple[str, ...]
+    custom_lr: bool = False
+    decay: str = "default"
+
+    def settings(self, config: OptimConfig) -> dict[str, float]:
+        """What the optimizer's group is set to when the options are `config`; the lists stay as they were."""
+        decays = {"default": config.weight_decay, "custom_decay_list": config.custom_decay}
+        return {
+            "base_lr": config.custom_lr if self.custom_lr else config.lr,
+            "weight_decay": decays.get(self.decay, 0.0),
+        }
 
 
 def check(config: OptimConfig) -> None:
@@ -137,15 +149,16 @@ def parameter_groups(
     _check_entries("custom_decay_list", config.custom_decay_list, every_name)
     _check_entries("custom_lr_list", config.custom_lr_list, every_name)
 
-    members: dict[tuple[float, float], list[nn.Parameter]] = {}
-    rules: dict[tuple[float, float], dict[str, None]] = {}  # the inner one is an ordered set
+    # Groups of different rules stay apart even at the same values: a policy may change one of them.
+    members: dict[tuple[float, float, bool, str], list[nn.Parameter]] = {}
+    rules: dict[tuple[float, float, bool, str], dict[str, None]] = {}  # the inner one is an ordered set
     for parameter, names in aliases.items():
-        weight_decay, rule = _weight_decay(parameter, names, config, depthwise)
-        base_lr = config.lr
-        if _contains(names, config.custom_lr_list):
-            base_lr, rule = config.custom_lr, f"{rule}, custom_lr_list"
-        members.setdefault((base_lr, weight_decay), []).append(parameter)
-        rules.setdefault((base_lr, weight_decay), {})[rule] = None
+        weight_decay, kind = _weight_decay(parameter, names, config, depthwise)
+        custom = _contains(names, config.custom_lr_list)
+        base_lr, rule = (config.custom_lr, f"{kind}, custom_lr_list") if custom else (config.lr, kind)
+        key = (base_lr, weight_decay, custom, "" if kind in ("small", "depth-wise") else kind)
+        members.setdefault(key, []).append(parameter)
+        rules.setdefault(key, {})[rule] = None
     return [
         ParamGroup(
             names=tuple(aliases[parameter][0] for parameter in parameters),
@@ -153,6 +166,8 @@ def parameter_groups(
             base_lr=key[0],
             weight_decay=key[1],
             rules=tuple(rules[key]),
+            custom_lr=key[2],
+            decay=key[3],
         )
         for key, parameters in members.items()
     ]

@@ -23,8 +23,9 @@ from utils.state import RunState
 
 
 def describe(
-    config: Config, network: str, groups: str, rates: Schedule, warnings: tuple[str, ...], folder: Path
-) -> str:
+    config: Config, network: str, groups: str, plan: str, rates: Schedule, warnings: tuple[str, ...],
+    folder: Path,
+) -> str:  # fmt: skip
     """What `--dry_run` prints; and the keyword `lr-test`, which also draws its rates into a file in `folder`."""
     if config.run.lr_test:
         epochs = range(config.schedule.epochs + config.schedule.extra_epoch)
@@ -35,8 +36,9 @@ def describe(
     changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
     origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
     lines = "".join(f"warning: {warning}\n" for warning in warnings)
+    policy = f"policy:\n{plan}\n\n" if plan else ""
     return (
-        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n"
+        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n{policy}"
         f"learning rate at the epochs where it changes: {changes}\n{lines}"
         "dry run: everything checked, nothing trained"
     )

@@ -25,7 +25,7 @@ from utils.schedule import Schedule
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
 CHANGEABLE = {
     "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
-    "proxquant_step", "input_size",
+    "proxquant_step", "input_size", "progressive",
 }  # fmt: skip
 
 
@@ -41,6 +41,7 @@ class RunState:
         waited: how much of it training waited for images.
         best_acc: best top-1 of a validation so far, percent; -inf before the first.
         amp: `Precision.state_dict` to go on with.
+        policy: `Steering.state_dict` to go on with.
         differences: options that changed since the checkpoint that the run continues from.
     """
 
@@ -51,6 +52,7 @@ class RunState:
     waited: float = 0.0
     best_acc: float = -math.inf
     amp: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
 
 
@@ -143,6 +145,7 @@ def restore(
         waited=payload.get("waited", 0.0),
         best_acc=payload["best_acc"],
         amp=payload.get("amp", {}),
+        policy=payload.get("policy", {}),
         differences=changed,
     )
 
@@ -176,7 +179,7 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
         "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
-        "amp": (dict,), "random_of_others": (list,),
+        "amp": (dict,), "policy": (dict,), "random_of_others": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
@@ -248,6 +251,7 @@ def save(
         "best_acc": state.best_acc,
         "learning_rate": rates.at(max(step - 1, 0)),
         "amp": precision.state_dict(),
+        "policy": dict(state.policy),
         "random": of_ranks[0][1],
         "random_of_others": [random for _, random in of_ranks[1:]],
         "config": to_dict(config),

@@ -1,0 +1,229 @@
+"""Policy files: what they may say, what they plan, what they do, and that resuming repeats nothing."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from model import build
+from model.quant import quantizers
+from tests.kill import COMMON, NETWORK
+from utils import optim, policy, schedule
+from utils.config import read
+from utils.errors import UserError
+
+RUN = COMMON.replace("_bit 2", "_bit 8")
+for written, instead in (
+    (" --delay 0.01", ""),
+    ("--epochs 4", "--epochs 3"),
+    (" --keyword_file network.py", ""),
+):
+    RUN = RUN.replace(written, instead)
+RUN += " -j 0"  # no processes to start
+STEPS = 12  # of an epoch
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test in a folder with the small network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "_MODELS", dict(build._MODELS))
+    exec(NETWORK, {})
+    return tmp_path
+
+
+def run(text: str, options: str = "", *, case: str = "run") -> int:
+    """A training with this policy; its exit status."""
+    Path("policy.yaml").write_text(text)
+    return main.answer([*RUN.split(), "--policy", "policy.yaml", "--case", case, *options.split()])
+
+
+def steering_of(text: str, options: str = "") -> policy.Steering:
+    """The policy on the small network, before training."""
+    Path("policy.yaml").write_text(text)
+    config = read([*RUN.split(), "--policy", "policy.yaml", *options.split()])
+    model = build.build(config.model)
+    policy.initialise(model, config.policy)
+    optimizer, groups = optim.build(model, config.optim)
+    rates = schedule.Schedule(config.schedule, config.optim.lr, STEPS)
+    return policy.Steering(config.policy, model, optimizer, groups, config.optim, rates)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "give entries under init, epoch, iteration"),
+        ("epochs: [{at: 1, bit: 2}]", "section epochs is not known"),
+        ("epoch: {at: 1, bit: 2}", "must be a list"),
+        ("epoch: [{at: [1], bits: 2}]", "bits is not known: did you mean bit"),
+        ("epoch: [{at: [1]}]", "changes nothing; set one of"),
+        ("epoch: [{bit: 2}]", "needs at"),
+        ("init: [{at: [0], bit: 2}]", "takes no at"),
+        ("epoch: [{at: [1], bit: 0}]", "must be from 1 to 16"),
+        ("epoch: [{at: [1], bit: 2, level_num: 4}]", "contradict"),
+        ("epoch: [{at: [1], bit: 2, lr: 0.1}]", "write two entries"),
+        ("epoch: [{at: [1], tag: wt, lr: 0.1}]", "write two entries"),
+        ("epoch: [{at: [1], tag: weight, bit: 2}]", "must be one of fm, wt, ot"),
+        ("epoch: [{at: [1], enable: 3}]", "must be true or false"),
+        ("epoch: [{at: [1], lr: -1}]", "not negative"),
+        ("epoch: [{at: [1.5], bit: 2}]", "whole numbers"),
+        ("epoch: [{at: [1], grad_type: Square}]", "must be one of none"),
+        ("epoch: [{", "is no YAML"),
+        # what only the network and the run tell
+        ("epoch: [{at: [1], index: 1, bit: 2}]", "index 1 has no layer"),
+        ("epoch: [{at: [1], name: 'layer9.*', bit: 2}]", "selects no quantizer; layers are 3"),
+        ("epoch: [{at: [1], tag: ot, bit: 2}]", "selects no quantizer"),
+        ("epoch: [{at: [1], bit: 8}]", "changes nothing at epoch 1"),
+        ("epoch: [{at: [1, 2], bit: 4}]", "changes nothing at epoch 2"),
+        ("epoch: [{at: [1], lr: 0.05}]", "changes nothing at epoch 1"),
+        ("init: [{bit: 8}]", "changes nothing at init"),
+        ("epoch: [{at: [3], bit: 4}]", "beyond the run of 3 epochs"),
+        ("iteration: [{at: [36], bit: 4}]", "beyond the run of 36 iterations"),
+        ("epoch: [{at: [1], custom_lr: 0}]", "name them with --custom_lr_list"),
+        ("epoch: [{at: [1], grad_type: Triangle}]", "belongs to binary activations"),
+    ],
+)
+def test_mistakes_end_the_run_before_it_begins(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, status 2, nothing written."""
+    assert run(text) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and "--policy" in said
+    assert not Path("exp").exists() and not Path("weights").exists()
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match=r"nothing\.yaml: cannot be read"):
+        policy.read(Path("nothing.yaml"))
+
+
+PROGRESSIVE = """
+init:
+  - {tag: fm, bit: 4}
+epoch:
+  - {at: [1], tag: wt, progressive: true, bit: 4}
+  - {at: [2], tag: wt, bit: 2}
+  - {at: [2], lr: 0.01, weight_decay: 0}
+iteration:
+  - {at: [30], tag: fm, boundary: 2.0}
+"""
+
+
+def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the order of the run, with layers, old and new values."""
+    assert run(PROGRESSIVE, "--dry_run") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy, ")]
+    assert lines == [
+        "policy, init: 3.quant_activation: level_num 256 -> 16",
+        "policy, epoch 1: 3.quant_weight: progressive False -> True",
+        "policy, epoch 1: 3.quant_weight: level_num 256 -> 16",
+        "policy, epoch 2: 3.quant_weight: level_num 16 -> 4",
+        "policy, epoch 2: training: lr 0.05 -> 0.01",
+        "policy, epoch 2: training: weight_decay 0.0001 -> 0",
+        "policy, iteration 30: 3.quant_activation: boundary what is learned -> 2.0",
+    ]
+
+
+def test_progressive_keeps_the_step_and_forgets_momentum() -> None:
+    """The clip value moves with the levels; without `progressive` it stays."""
+    for text, ratio in ((PROGRESSIVE, 15 / 255), (PROGRESSIVE.replace("progressive: true, ", ""), 1.0)):
+        steering = steering_of(text)
+        model = steering._model
+        weight = dict(quantizers(model))["3.quant_weight"]
+        clip = weight.get_parameter("clip_val")
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        steering._optimizer.step()
+        before = clip.detach().clone()
+        assert not steering.advance(0, 11) and weight.levels == 256
+        assert steering.advance(1, 12) and weight.levels == 16
+        torch.testing.assert_close(clip.detach(), before * ratio)
+        assert (clip in steering._optimizer.state) == (ratio == 1.0)
+        assert not steering.advance(1, 13)
+
+
+def test_the_keyword_progressive_is_the_same_as_the_attribute() -> None:
+    words = "--keyword cifar10,dorefa,lsq,progressive"
+    steering = steering_of("epoch: [{at: [1], bit: 2}]", words)
+    weight = dict(quantizers(steering._model))["3.quant_weight"]
+    before = weight.current_range().clone()
+    steering.advance(1, STEPS)
+    torch.testing.assert_close(weight.current_range(), before * 3 / 255)
+
+
+def test_training_options_reach_the_optimizer() -> None:
+    """Groups of `custom_lr_list` follow `custom_lr`, the others `lr`; equal values do not join them."""
+    text = "epoch: [{at: [1], custom_lr: 0}, {at: [2], lr: 0.5, momentum: 0.5, grad_clip: 1}]"
+    steering = steering_of(text, "--custom_lr_list clip_val --custom_lr 0.05")
+    optimizer = steering._optimizer
+    clips = [any("clip_val" in name for name in group["param_names"]) for group in optimizer.param_groups]
+    assert any(clips) and not all(clips)
+    steering.advance(1, STEPS)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [0 if c else 0.05 for c in clips]
+    steering.advance(2, 2 * STEPS)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [0 if c else 0.5 for c in clips]
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    assert steering.optim.grad_clip == 1 and steering.rates.lr == 0.5
+
+
+def test_freezing_ranges_late() -> None:
+    """With a rate of 0 for clip values they stay to the bit, while weights go on."""
+    options = "--custom_lr_list clip_val --custom_lr 0.05 -s 1"
+    assert run("epoch: [{at: [2], custom_lr: 0}]", options) == 0
+    paths = [Path(f"weights/tiny/run-epoch{epoch}-checkpoint.pth.tar") for epoch in (1, 2, 3)]
+    first, second, third = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    name = "3.quant_weight.clip_val"
+    assert not first[name].equal(second[name])
+    assert second[name].equal(third[name])
+    assert not second["3.weight"].equal(third["3.weight"])
+
+
+@pytest.mark.parametrize("every", [5])
+def test_resuming_repeats_nothing(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended in the middle of the second epoch, behind a change, the run ends with the same bits."""
+    text = PROGRESSIVE + "  - {at: [14], tag: fm, grad_scale: fan-scale}\n  - {at: [15], lr: 0.02}\n"
+    assert run(text, case="whole") == 0
+    advance, stopped = policy.Steering.advance, []
+
+    def ends(self: policy.Steering, epoch: int, step: int) -> bool:
+        if step == 20 and not stopped:
+            stopped.append(step)
+            raise UserError("ended")
+        return advance(self, epoch, step)
+
+    monkeypatch.setattr(policy.Steering, "advance", ends)
+    assert run(text, f"--save_every {every}", case="parts") == 2
+    assert run(text, f"--save_every {every} -r", case="parts") == 0
+    whole, parts = (
+        torch.load(f"weights/tiny/{case}-checkpoint.pth.tar", weights_only=True)
+        for case in ("whole", "parts")
+    )
+    assert all(value.equal(parts["state_dict"][name]) for name, value in whole["state_dict"].items())
+    assert whole["policy"] == parts["policy"] and whole["learning_rate"] == parts["learning_rate"]
+    assert int(whole["state_dict"]["3.quant_weight.level_num"]) == 4
+    log = Path("exp/parts/log.txt").read_text()
+    assert log.count("level_num 256 -> 16") == 2  # of the activation at init, of the weight at epoch 1
+    with open("exp/whole/metrics.csv") as one, open("exp/parts/metrics.csv") as other:
+        rows = [[row["lr"] for row in csv.DictReader(file)] for file in (one, other)]
+    assert rows[0] == rows[1]
+
+
+def test_best_is_of_the_last_levels() -> None:
+    """A network of more levels is not the best one of the run."""
+    assert run("epoch: [{at: [2], bit: 1}]") == 0
+    best = torch.load("weights/tiny/run-model_best.pth.tar", weights_only=True)
+    assert best["epoch"] == 3 and int(best["state_dict"]["3.quant_weight.level_num"]) == 2
+
+
+def test_disabled_quantizers_let_everything_pass() -> None:
+    steering = steering_of("init: [{enable: false}]\nepoch: [{at: [1], enable: true}]")
+    quantizer = dict(quantizers(steering._model))["3.quant_weight"]
+    x = torch.randn(quantizer.range_shape())
+    assert quantizer(x).equal(x) and not build.is_quantized(steering._model)
+    steering.advance(1, STEPS)
+    assert not quantizer(x).equal(x) and build.is_quantized(steering._model)

@@ -1,0 +1,508 @@
+"""Policy files: changes of quantizers and training options while a run goes (docs/policies.md).
+
+`read` turns the YAML file into typed rules without torch; `initialise` carries out the section `init` on a network
+that was just built; `Steering` plans all other sections before training begins and carries them out as it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError
+from utils.options import OPTIONS, TAGS
+
+if TYPE_CHECKING:  # a file's mistakes are found before torch is loaded
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from model.quant import Quantizer
+    from utils.config import OptimConfig
+    from utils.optim import ParamGroup
+    from utils.schedule import Schedule
+
+SECTIONS = ("init", "epoch", "iteration")
+SELECTORS = ("index", "name", "tag")
+# In the order in which an entry sets them: `progressive` says how levels change, `boundary` has the last word.
+FLAGS = ("progressive", "enable", "half_range")
+WORDS = ("grad_type", "grad_scale")
+NUMBERS = ("scale", "level_num", "boundary")
+ATTRIBUTES = (*FLAGS, *WORDS, *NUMBERS)
+TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
+OTHER_NETWORK = {"enable", "half_range", "level_num"}  # what is best before is not best after
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One entry of a policy file.
+
+    Attributes:
+        section: "init", "epoch" or "iteration".
+        number: of the entry in its section, from 1, for messages.
+        at: epochs done, or iterations (steps of the optimizer) done, when it is carried out; empty in `init`.
+        index: the layers it selects, numbered from 0 in the order of the network; empty: all.
+        name: the layers it selects, as a shell pattern of their whole name.
+        tag: fm, wt or ot; empty: all.
+        values: what it sets, attributes of quantizers or training options.
+    """
+
+    section: str
+    number: int
+    at: tuple[int, ...] = ()
+    index: tuple[int, ...] = ()
+    name: str = "*"
+    tag: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it sets training options."""
+        return next(iter(self.values)) in TRAINING
+
+    def __str__(self) -> str:
+        """How messages call it."""
+        return f"--policy: entry {self.number} of {self.section}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One value that is changed: of a quantizer by its name, or of the training."""
+
+    when: str
+    target: str
+    attribute: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        """A line of the log."""
+        old = f"{self.old:.6g}" if isinstance(self.old, float) else self.old
+        return f"policy, {self.when}: {self.target}: {self.attribute} {old} -> {self.new}"
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> tuple[Rule, ...]:
+    """The rules of a policy file, by section and in their order.
+
+    Raises:
+        UserError: the file cannot be read, or an entry says something that cannot be meant whatever the network.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--policy {path}: cannot be read ({reason})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--policy {path}: is no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"--policy {path}: give entries under {', '.join(SECTIONS)}")
+    rules: list[Rule] = []
+    for section, entries in content.items():
+        if section not in SECTIONS:
+            raise UserError(f"--policy {path}: section {section} is not known: use {', '.join(SECTIONS)}")
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"--policy {path}: {section} must be a list of entries, each beginning with '-'")
+        rules += [_rule(section, number, entry) for number, entry in enumerate(entries, 1)]
+    return tuple(rules)
+
+
+def _rule(section: str, number: int, entry: Any) -> Rule:
+    """One entry, checked."""
+    where = f"--policy: entry {number} of {section}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: write names with values, like 'bit: 4', not {entry!r}")
+    known = ("at", *SELECTORS, "bit", *ATTRIBUTES, *TRAINING)
+    for name in entry:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+            raise UserError(f"{where}: {name} is not known: {hint}")
+    values = {name: value for name, value in entry.items() if name not in ("at", *SELECTORS)}
+    if not values:
+        raise UserError(f"{where}: changes nothing; set one of bit, {', '.join((*ATTRIBUTES, *TRAINING))}")
+    options = [name for name in values if name in TRAINING]
+    selectors = [name for name in SELECTORS if name in entry]
+    if options and (len(options) < len(values) or selectors):
+        other = next(name for name in (*selectors, *values) if name not in options)
+        raise UserError(f"{where}: {options[0]} is of the training, {other} of quantizers; write two entries")
+    if (section == "init") == ("at" in entry):
+        fault = "takes no at: it is before training" if section == "init" else f"needs at: [{section}s done]"
+        raise UserError(f"{where}: {fault}")
+    if "bit" in values:
+        if "level_num" in values:
+            raise UserError(f"{where}: bit and level_num contradict each other; give one")
+        bit = values.pop("bit")
+        if not _is_integer(bit) or not 1 <= bit <= 16:
+            raise UserError(f"{where}: bit {bit} must be from 1 to 16; full precision is 'enable: false'")
+        values["level_num"] = 2**bit
+    for name, value in values.items():
+        _check_value(where, name, value)
+    tag, pattern = entry.get("tag", ""), entry.get("name", "*")
+    if "tag" in entry and tag not in TAGS:
+        raise UserError(f"{where}: tag {tag} must be one of {', '.join(TAGS)}")
+    if not isinstance(pattern, str):
+        raise UserError(f"{where}: name {pattern!r} must be a pattern like 'layer1.*'")
+    order = (*ATTRIBUTES, *TRAINING)
+    return Rule(
+        section=section,
+        number=number,
+        at=_integers(where, "at", entry["at"]) if "at" in entry else (),
+        index=_integers(where, "index", entry["index"]) if "index" in entry else (),
+        name=pattern,
+        tag=tag,
+        values={name: values[name] for name in order if name in values},
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integers(where: str, name: str, value: Any) -> tuple[int, ...]:
+    """A number or a list of numbers, not negative, without repetition."""
+    numbers = value if isinstance(value, list) else [value]
+    if not numbers or not all(_is_integer(number) and number >= 0 for number in numbers):
+        raise UserError(f"{where}: {name} {value!r} must be a list of whole numbers from 0, like [3, 6]")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{where}: {name} {value} names a number twice")
+    return tuple(numbers)
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    """Refuse a value that no quantizer and no training takes."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name in FLAGS:
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {name} {value!r} must be true or false")
+    elif name in WORDS:
+        choices = OPTIONS[f"fm_{name}"].choices
+        if value not in choices:
+            raise UserError(f"{where}: {name} {value!r} must be one of {', '.join(choices)}")
+    elif name == "level_num":
+        if not _is_integer(value) or not 2 <= value <= 2**16:
+            raise UserError(f"{where}: level_num {value!r} must be from 2 to 65536")
+    elif name in ("scale", "boundary", "grad_clip"):
+        if not number or value <= 0:
+            raise UserError(f"{where}: {name} {value!r} must be a number greater than 0")
+    elif not number or value < 0 or (name == "momentum" and value >= 1):
+        limit = " and is below 1" if name == "momentum" else ""
+        raise UserError(f"{where}: {name} {value!r} must be a number that is not negative{limit}")
+
+
+# Carrying out ------------------------------------------------------------------------------------
+
+
+def initialise(model: nn.Module, rules: Sequence[Rule]) -> tuple[Change, ...]:
+    """Carry out what `init` says of quantizers, before weights are loaded; returns what was changed.
+
+    Raises:
+        UserError: an entry selects nothing, changes nothing or does not suit a quantizer.
+    """
+    changes: list[Change] = []
+    for rule in rules:
+        if rule.section == "init" and not rule.trains:
+            changes += _plan_quantizers(rule, "init", model, {})
+            for _, quantizer in _select(rule, model):
+                for name, value in rule.values.items():
+                    _set(quantizer, name, value, rescale=False)
+    return tuple(changes)
+
+
+def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
+    """The quantizers of a rule with their names.
+
+    Raises:
+        UserError: there is none, or an index has no layer.
+    """
+    from model.quant import quantized_layers
+
+    found, layers = [], list(quantized_layers(model))
+    tags = {"activation": "fm", "weight": "wt", "output": "ot"}
+    for number in rule.index:
+        if number >= len(layers):
+            raise UserError(
+                f"{rule}: index {number} has no layer, the last quantized one is {len(layers) - 1}"
+            )
+    for number, (name, layer) in enumerate(layers):
+        if (rule.index and number not in rule.index) or not fnmatchcase(name, rule.name):
+            continue
+        found += [
+            (f"{name}.{part}", quantizer)
+            for part, quantizer in layer.quantizers()
+            if rule.tag in ("", tags[part.removeprefix("quant_")])
+        ]
+    if not found:
+        names = ", ".join(name for name, _ in layers[:3])
+        raise UserError(f"{rule}: selects no quantizer; layers are {names or 'all in full precision'} ...")
+    return found
+
+
+def _get(quantizer: Quantizer, name: str) -> Any:
+    """An attribute's value now."""
+    match name:
+        case "level_num":
+            return quantizer.levels
+        case "enable":
+            return quantizer.enabled
+        case "boundary":
+            return float(quantizer.current_range().abs().mean())
+        case _:
+            return getattr(quantizer.config, name)
+
+
+def _set(quantizer: Quantizer, name: str, value: Any, *, rescale: bool = True) -> tuple[nn.Parameter, ...]:
+    """Set an attribute; returns parameters whose value it changed.
+
+    Args:
+        quantizer: the quantizer.
+        name: one of `ATTRIBUTES`.
+        value: as checked.
+        rescale: the quantizer's range is that of training, so that `progressive` keeps the step.
+    """
+    import torch
+
+    match name:
+        case "level_num":
+            return quantizer.set_levels(value, keep_step=rescale and quantizer.config.progressive)
+        case "enable":
+            quantizer.enabled = value
+        case "boundary":
+            with torch.no_grad():
+                quantizer.set_range(torch.full_like(quantizer.current_range(), value))
+            return tuple(quantizer.parameters(recurse=False))
+        case _:
+            quantizer.config = dataclasses.replace(quantizer.config, **{name: value})
+    return ()
+
+
+def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quantizer) -> None:
+    """Refuse a value that the quantizer's method does not take."""
+    from model.quant import Quantizer as Base
+
+    config = quantizer.config
+    method, fault = config.method, ""
+    if name == "level_num":
+        try:
+            quantizer.check_levels(value)
+        except UserError as error:
+            raise UserError(f"{rule}: {error}") from error
+        if config.binary_scale and value != 2:
+            fault = "the keyword wt_bin is for 1 bit"
+    elif name == "half_range":
+        fixed = config.tag == "wt" and method != "lsq"
+        if method not in ("lsq", "pact", "dorefa") or fixed or config.grid == "midtread":
+            fault = f"the levels of {method} cannot change their range here"
+    elif name == "grad_type":
+        if value == "Triangle" and (method != "xnor" or config.tag == "wt"):
+            fault = "Triangle belongs to binary activations"
+        if value == "STE-scale" and method not in ("dorefa", "pact"):
+            fault = f"STE-scale does not go with {method}"
+    elif name == "grad_scale" and (method not in ("lsq", "pact") or (method, config.tag) == ("pact", "wt")):
+        fault = f"{method} learns no clipping value here"
+    elif name == "boundary" and type(quantizer).set_range is Base.set_range:
+        fault = f"{method} has no clipping value here"
+    if fault:
+        raise UserError(f"{rule}: {where}: {name} {value}: {fault}")
+
+
+def _plan_quantizers(
+    rule: Rule, when: str, model: nn.Module, values: dict[tuple[str, str], Any]
+) -> list[Change]:
+    """What a rule will change when attributes are as `values` say, else as they are; `values` are updated."""
+    changes: list[Change] = []
+    for where, quantizer in _select(rule, model):
+        for name, new in rule.values.items():
+            _check_suits(rule, name, new, where, quantizer)
+            old = values.get((where, name), _get(quantizer, name))
+            values[where, name] = new
+            if name == "boundary" and when != "init":
+                old = "what is learned"
+            if old != new:
+                changes.append(Change(when=when, target=where, attribute=name, old=old, new=new))
+    if not changes:
+        said = ", ".join(f"{name} {value}" for name, value in rule.values.items())
+        raise UserError(f"{rule} changes nothing at {when}: {said} is what the quantizers have already")
+    return changes
+
+
+class Steering:
+    """Carries out a policy while training goes, and is part of what a run continues from.
+
+    Args:
+        rules: of the policy file; none: all of this does nothing.
+        model: the network, after `initialise`.
+        optimizer: of its parameters.
+        groups: the optimizer's groups, in its order.
+        optim: the options of the optimizer.
+        rates: the learning rates.
+        shortened: the command line has shortened the run, so that what lies beyond it falls away with a warning.
+
+    Attributes:
+        log: takes a line for each change.
+        warnings: what falls away.
+        optim: the options as they are now.
+        rates: the learning rates as they are now.
+        plan: every change that is to come, in order.
+
+    Raises:
+        UserError: an entry selects nothing, changes nothing, lies beyond the run or does not suit what it selects.
+    """
+
+    def __init__(
+        self, rules: Sequence[Rule], model: nn.Module, optimizer: Optimizer, groups: Sequence[ParamGroup],
+        optim: OptimConfig, rates: Schedule, *, shortened: bool = False,
+    ) -> None:  # fmt: skip
+        self.optim, self.rates = optim, rates
+        self.log: Callable[[str], object] = lambda line: None
+        self.warnings: tuple[str, ...] = ()
+        self._shortened = shortened
+        self._rules, self._model = rules, model
+        self._optimizer, self._groups = optimizer, groups
+        self._done = {"epoch": -1, "iteration": -1}
+        self._attributes: dict[str, dict[str, Any]] = {}
+        self._options: dict[str, Any] = {}
+        self.plan = self._planned()
+        for rule in rules:
+            if rule.section == "init" and rule.trains:
+                self._set_options(rule.values)
+
+    def _planned(self) -> tuple[Change, ...]:
+        """Every change in its order, on attributes and options that are followed without touching any."""
+        per_epoch, total = self.rates.steps_per_epoch, self.rates.total_steps
+        limits = {"epoch": total // per_epoch, "iteration": total}
+        events: list[tuple[int, int, int, Rule]] = []
+        for rule in self._rules:
+            for at in rule.at or (0,):
+                if rule.section != "init" and at >= limits[rule.section]:
+                    beyond = f"{rule}: at {at} is beyond the run of {limits[rule.section]} {rule.section}s"
+                    if not self._shortened:
+                        raise UserError(beyond)
+                    self.warnings += (beyond,)
+                    continue
+                step = at * per_epoch if rule.section == "epoch" else at
+                events.append((step, SECTIONS.index(rule.section), at, rule))
+        values: dict[tuple[str, str], Any] = {}
+        optim, changes = self.optim, list[Change]()
+        for _, section, at, rule in sorted(events, key=lambda event: event[:2]):
+            when = "init" if section == 0 else f"{rule.section} {at}"
+            if rule.trains:
+                self._check_options(rule)
+                made = _option_changes(when, optim, rule.values)
+                if not made:
+                    raise UserError(
+                        f"{rule} changes nothing at {when}: the training has these values already"
+                    )
+                optim = dataclasses.replace(optim, **rule.values)
+                changes += made
+            elif section > 0:
+                changes += _plan_quantizers(rule, when, self._model, values)
+        return tuple(changes)
+
+    def _check_options(self, rule: Rule) -> None:
+        """Refuse options that this training does not read."""
+        config = self.rates.config
+        for name, value in rule.values.items():
+            if name == "custom_lr" and not any(group.custom_lr for group in self._groups):
+                raise UserError(f"{rule}: custom_lr has no parameters; name them with --custom_lr_list")
+            if name == "custom_decay" and not any(g.decay == "custom_decay_list" for g in self._groups):
+                raise UserError(f"{rule}: custom_decay has no parameters; name them with --custom_decay_list")
+            if name == "momentum" and "momentum" not in self._optimizer.param_groups[0]:
+                raise UserError(f"{rule}: momentum belongs to --optimizer SGD")
+            if name == "momentum" and value == 0 and self.optim.nesterov:
+                raise UserError(f"{rule}: momentum 0: --nesterov needs a momentum above 0")
+            if (
+                name == "lr"
+                and config.policy in ("poly", "sgdr", "sgdr_step", "cos")
+                and value < config.eta_min
+            ):
+                raise UserError(f"{rule}: lr {value} is below --eta_min {config.eta_min}")
+
+    def describe(self, initial: Sequence[Change] = ()) -> str:
+        """The plan as text for the dry run, with every layer it selects; empty without a policy."""
+        return "\n".join(str(change) for change in (*initial, *self.plan))
+
+    def advance(self, epoch: int, step: int) -> bool:
+        """Carry out what is due before optimizer step `step` (from 0) of the run, in `epoch` (from 0).
+
+        Returns whether the network is another one now, whose accuracy the best one so far does not compare with.
+        """
+        other = False
+        for section, now in (("epoch", epoch), ("iteration", step)):
+            due = sorted(
+                ((at, rule) for rule in self._rules for at in rule.at
+                 if rule.section == section and self._done[section] < at <= now),
+                key=lambda event: event[0],
+            )  # fmt: skip
+            for at, rule in due:
+                other |= self._carry_out(rule, f"{section} {at}")
+            self._done[section] = max(self._done[section], now)
+        return other
+
+    def _carry_out(self, rule: Rule, when: str) -> bool:
+        """Change what a rule says, log it; returns whether the network is another one now."""
+        if rule.trains:
+            for change in _option_changes(when, self.optim, rule.values):
+                self.log(str(change))
+            self._set_options(rule.values)
+            return False
+        other = False
+        for where, quantizer in _select(rule, self._model):
+            for name, new in rule.values.items():
+                old = _get(quantizer, name)
+                if old == new:
+                    continue
+                for parameter in _set(quantizer, name, new):  # its momentum is that of another range
+                    self._optimizer.state.pop(parameter, None)
+                self.log(str(Change(when=when, target=where, attribute=name, old=old, new=new)))
+                if name not in ("level_num", "boundary"):  # checkpoints hold these with the weights
+                    self._attributes.setdefault(where, {})[name] = new
+                other |= name in OTHER_NETWORK
+        return other
+
+    def _set_options(self, values: Mapping[str, Any]) -> None:
+        """Set training options and what follows from them in the optimizer."""
+        self._options |= values
+        self.optim = dataclasses.replace(self.optim, **values)
+        self.rates = dataclasses.replace(self.rates, lr=self.optim.lr)
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(settings.settings(self.optim))
+            if "momentum" in values:
+                group["momentum"] = self.optim.momentum
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights and optimizer, as plain values."""
+        attributes = {name: dict(values) for name, values in self._attributes.items()}
+        return {"done": dict(self._done), "quantizers": attributes, "options": dict(self._options)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start."""
+        from model.quant import quantizers
+
+        if not state:
+            return
+        self._done = dict(state["done"])
+        own = dict(quantizers(self._model))
+        for where, values in state["quantizers"].items():
+            for name, value in values.items():
+                _set(own[where], name, value)
+            self._attributes[where] = dict(values)
+        self._set_options(state["options"])
+
+
+def _option_changes(when: str, optim: OptimConfig, values: Mapping[str, Any]) -> list[Change]:
+    """The training options that `values` change."""
+    return [
+        Change(when=when, target="training", attribute=name, old=getattr(optim, name), new=value)
+        for name, value in values.items()
+        if getattr(optim, name) != value
+    ]
