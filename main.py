@@ -249,6 +249,7 @@ def run(config: Config) -> int:
                     row = train_row(parts, progress)
                     if loaders.val is not None and not stopped:
                         began = time.perf_counter()
+                        reestimate_norms(parts, loaders.train, epoch)
                         distributed.share_state(model)
                         row |= {
                             f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()
@@ -493,11 +494,26 @@ def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     return log.Totals.means(distributed.summed(totals.sums))
 
 
+def reestimate_norms(parts: Parts, loader: Loader, epoch: int) -> None:
+    """Compute the batch norms' statistics anew from the first `bn_batches` training batches of `epoch` (from 0)."""
+    from model import batch_statistics
+
+    count = parts.config.run.bn_batches
+    if count == 0:
+        return
+    loader.set_epoch(epoch)
+    loader.set_position(0)
+    with parts.precision.autocast():
+        batches = (parts.images(images) for images, _ in itertools.islice(loader, count))
+        batch_statistics.reestimate(parts.model, batches)
+
+
 def evaluate(parts: Parts, loaders: Loaders) -> int:
     """Validate, and audit when asked to; returns the exit status."""
     from model import audit
 
     assert loaders.val is not None  # checked with the options
+    reestimate_norms(parts, loaders.train, 0)
     row = validate(parts, loaders.val, Stop())
     parts.logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
     if not parts.config.run.audit or parts.config.data.rank != 0:

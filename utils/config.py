@@ -231,6 +231,7 @@ class RunConfig:
     verbose: bool = False
     label_smooth: float = 0.0
     shortened: bool = False  # epochs or data were replaced on the command line: warm-ups shrink to fit
+    bn_batches: int = 0  # training batches for batch norms' statistics before each validation; 0: as trained
     delay: float = 0.0  # seconds per iteration
 
 
@@ -418,7 +419,7 @@ def _check_numbers(given: Given) -> None:
     _not_negative(
         given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min",
         "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
-        "save_every", "skip_corrupt",
+        "save_every", "skip_corrupt", "bn_batches",
     )  # fmt: skip
     _share(given, "momentum", "label_smooth")
     if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
@@ -811,6 +812,7 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         verbose=bool(given["verbose"]) or bool(fields.get("run.verbose", False)),
         label_smooth=fields.get("run.label_smooth", 0.0) if smooth is None else smooth,
         shortened=bool(given.replaced.keys() & {"epochs", "dataset", "fake_size"}),
+        bn_batches=given["bn_batches"],
         delay=given["delay"],
     )
 

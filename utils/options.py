@@ -183,6 +183,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option(
             "dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"
         ),
+        _option(
+            "bn_batches",
+            int,
+            0,
+            "training batches that batch norms' statistics are computed from anew before validation; 0: none",
+        ),
         _option("delay", float, 0.0, "seconds to wait in each iteration"),
         _option(
             "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"

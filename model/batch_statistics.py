@@ -1,0 +1,44 @@
+"""Batch norms' running statistics, computed anew for the weights as they are (`--bn_batches`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from model.observe import observing
+
+
+def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Replace running mean and variance of every batch norm by the plain means over `batches`.
+
+    While low-bit weights oscillate between two levels, the exponential means of training are those of networks
+    that are gone (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086,
+    section 3.2). Nothing else of the network changes: quantizers are in evaluation mode, parameters and the
+    counts of batches stay.
+
+    Args:
+        model: the network.
+        batches: images [N, 3, S, S], as in training.
+
+    Returns:
+        How many norms have new statistics.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # pyright: ignore[reportOptionalMemberAccess]
+    if not norms:
+        return 0
+    try:
+        with observing(model):
+            for norm in norms:
+                norm.training = True
+            for number, images in enumerate(batches, 1):
+                for norm in norms:
+                    norm.momentum = 1 / number  # the mean of all so far; the first replaces what was there
+                model(images)
+    finally:
+        for norm, momentum, count in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)  # pyright: ignore[reportOptionalMemberAccess]
+    return len(norms)
