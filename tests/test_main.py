@@ -916,3 +916,15 @@ def test_evaluation_keeps_learned_ranges(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert call(f"{line} --case b -e --pretrained a-checkpoint.pth.tar") == 0
     assert f"loss {float(trained):.4f}" in capsys.readouterr().out
+
+
+def test_going_back_within_a_case(tmp_path: Path) -> None:
+    """What was further is kept under another name, so that -r goes on with the new branch, however far it is."""
+    assert call(f"{FP} --case mine --epochs 3 -s 1") == 0
+    old = checkpoint(tmp_path, "mine")
+    first = tmp_path / "weights" / "resnet20" / "mine-epoch1-checkpoint.pth.tar"
+    assert call(f"{FP} --case mine --epochs 2 -s 1 --resume_file {first}") == 0
+    assert checkpoint(tmp_path, "mine")["epoch"] == 2
+    assert_same(checkpoint(tmp_path, "mine.1"), old)
+    assert call(f"{FP} --case mine --epochs 3 -s 1 -r") == 0
+    assert "2 epochs are done" in log_of(tmp_path, "mine")

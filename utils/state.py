@@ -304,9 +304,43 @@ def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen:
     own = {path.resolve() for path in files.existing()}
     if found.path is None or found.path.resolve() not in own:
         keep_earlier_run(folder, files)
-    elif found.path not in (chosen, files.latest):
+    elif chosen is not None and found.path == chosen:
+        keep_later(folder, files, found)
+    elif found.path != files.latest:
         files.promote(found.path)
     files.remove_leftovers()
+
+
+def keep_later(folder: Path, files: CheckpointFiles, found: Found) -> None:
+    """Rename checkpoints that are further than `found` to CASE.N, so that `-r` goes on from what is written now."""
+    later = [path for path in files.existing() if path != found.path and _reached(path) > _far(found.payload)]
+    if not later:
+        return
+    earlier = _free_name(folder, files)
+    for path in later:
+        path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
+    print(f"checkpoints of {files.case} that are further than {found.path} are kept as {earlier}")
+
+
+def _reached(path: Path) -> tuple[float, float]:
+    """How far a checkpoint is; a damaged one counts as further than any."""
+    try:
+        return _far(checkpoint.read(path))
+    except UserError:
+        return math.inf, 0
+
+
+def _far(payload: Mapping[str, Any]) -> tuple[float, float]:
+    return payload.get("epoch", 0), payload.get("position", 0)
+
+
+def _free_name(folder: Path, files: CheckpointFiles) -> str:
+    """The first CASE.N that neither a log nor a checkpoint has."""
+    names = (f"{files.case}.{number}" for number in itertools.count(1))
+    return next(
+        name for name in names
+        if not folder.with_name(name).exists() and not dataclasses.replace(files, case=name).existing()
+    )  # fmt: skip
 
 
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
@@ -314,11 +348,7 @@ def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
     mine = files.existing()
     if not mine and not (folder / "metrics.csv").exists():
         return
-    names = (f"{files.case}.{number}" for number in itertools.count(1))
-    earlier = next(
-        name for name in names
-        if not folder.with_name(name).exists() and not dataclasses.replace(files, case=name).existing()
-    )  # fmt: skip
+    earlier = _free_name(folder, files)
     try:
         if folder.exists():
             folder.rename(folder.with_name(earlier))
