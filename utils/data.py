@@ -283,16 +283,20 @@ def _check_imagenet(config: DataConfig) -> None:
 
 
 def _build_imagenet(config: DataConfig, device: torch.device) -> Loaders:
+    return _folder_loaders(config, device, partial(FolderLoader, randaugment=config.rand_augment))
+
+
+def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[..., Loader]) -> Loaders:
+    """Loaders over the folders of `--root`, made by `FolderLoader` or one that takes the same arguments."""
     unreadable = Unreadable(config.skip_corrupt)
 
-    def open_(delivery: Delivery) -> FolderLoader:
-        return FolderLoader(
+    def open_(delivery: Delivery) -> Loader:
+        return loader(
             _names(config, delivery),
             delivery,
             size=config.input_size,
             workers=config.workers,
             unreadable=unreadable,
-            randaugment=config.rand_augment,
         )
 
     return _loaders(config, _deliveries(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
@@ -315,18 +319,7 @@ def _check_dali(config: DataConfig) -> None:
 def _build_dali(config: DataConfig, device: torch.device) -> Loaders:
     from utils.dali import DaliLoader  # imports an optional library
 
-    unreadable = Unreadable(config.skip_corrupt)
-
-    def open_(delivery: Delivery) -> DaliLoader:
-        return DaliLoader(
-            _names(config, delivery),
-            delivery,
-            size=config.input_size,
-            workers=config.workers,
-            unreadable=unreadable,
-        )
-
-    return _loaders(config, _deliveries(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
+    return _folder_loaders(config, device, DaliLoader)
 
 
 SOURCES: dict[str, Source] = {

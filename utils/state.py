@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -317,8 +317,7 @@ def keep_later(folder: Path, files: CheckpointFiles, found: Found) -> None:
     if not later:
         return
     earlier = _free_name(folder, files)
-    for path in later:
-        path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
+    _rename(files, later, earlier)
     print(f"checkpoints of {files.case} that are further than {found.path} are kept as {earlier}")
 
 
@@ -343,6 +342,12 @@ def _free_name(folder: Path, files: CheckpointFiles) -> str:
     )  # fmt: skip
 
 
+def _rename(files: CheckpointFiles, paths: Iterable[Path], case: str) -> None:
+    """Make checkpoints of the case those of another one."""
+    for path in paths:
+        path.rename(path.with_name(case + path.name.removeprefix(files.case)))
+
+
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
     """Rename what an earlier run of the same case left to CASE.N, so that nothing is overwritten."""
     mine = files.existing()
@@ -352,8 +357,7 @@ def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
     try:
         if folder.exists():
             folder.rename(folder.with_name(earlier))
-        for path in mine:
-            path.rename(path.with_name(earlier + path.name.removeprefix(files.case)))
+        _rename(files, mine, earlier)
     except OSError as error:
         raise UserError(
             f"cannot move the earlier run of {files.case} away: {error}; use another --case"
