@@ -206,10 +206,10 @@ def test_a_typical_line() -> None:
         ("-v 0", {"data.batch_size": 128, "data.val_batch_size": 0}),
         ("-e -b 1", {"data.batch_size": 1, "run.evaluate": True}),
         # Words that act outside the network.
-        ("--keyword label-smooth", {"run.label_smooth": 0.1}),
-        ("--keyword label-smooth --label_smooth 0.2", {"run.label_smooth": 0.2}),
-        ("--label_smooth 0.2", {"run.label_smooth": 0.2}),
-        ("--keyword label-smooth --label_smooth 0", {"run.label_smooth": 0.0}),
+        ("--keyword label-smooth", {"loss.label_smooth": 0.1}),
+        ("--keyword label-smooth --label_smooth 0.2", {"loss.label_smooth": 0.2}),
+        ("--label_smooth 0.2", {"loss.label_smooth": 0.2}),
+        ("--keyword label-smooth --label_smooth 0", {"loss.label_smooth": 0.0}),
         ("--keyword lr-test", {"run.lr_test": True}),
         # Skips, stems and branches.
         ("--keyword bacs,preBN", {"model.block.order": "bacs", "model.stem.pre_norm": True}),
