@@ -346,7 +346,7 @@ def resolve(given: Given) -> Config:
     return Config(
         model=model,
         data=_data_config(given, fields, model),
-        loss=_loss_config(given, words, fields, quant),
+        loss=_loss_config(given, words, fields, model),
         optim=_optim_config(given),
         weights=_weights_config(given, quant),
         schedule=schedule,
@@ -783,23 +783,23 @@ def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) ->
 
 
 def _loss_config(
-    given: Given, words: tuple[str, ...], fields: Mapping[str, Any], quant: QuantConfig
+    given: Given, words: tuple[str, ...], fields: Mapping[str, Any], model: ModelConfig
 ) -> LossConfig:
     smooth = given["label_smooth"]
     for name in ("quant_loss", "dampen"):
         if given[name] > 0:
-            _check_levels_are_weights(f"--{name} {given[name]}", quant)
+            _check_levels_are_weights(f"--{name} {given[name]}", model.quant)
     return LossConfig(
         label_smooth=fields.get("loss.label_smooth", 0.0) if smooth is None else smooth,
         focal_gamma=given["focal_gamma"],
         focal_alpha=given["focal_alpha"],
-        distill=_distill_config(given, words),
+        distill=_distill_config(given, words, model),
         quant_loss=given["quant_loss"],
         dampen=given["dampen"],
     )
 
 
-def _distill_config(given: Given, words: tuple[str, ...]) -> DistillConfig | None:
+def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) -> DistillConfig | None:
     """The teacher, a full-precision network of the same data, and how it is learned from."""
     name, source = given["distill_teacher"], given["distill_pretrained"]
     if name in (None, "none"):
@@ -813,22 +813,27 @@ def _distill_config(given: Given, words: tuple[str, ...]) -> DistillConfig | Non
     theirs = given["distill_keyword"]
     if theirs is None:
         theirs = tuple(word for word in words if keywords.registry()[word].group != "quantizer")
+    if not set(theirs) & set(DATASETS.values()):
+        theirs = (*(word for word in words if word in DATASETS.values()), *theirs)
     options = {
         "model": name,
-        "keyword": theirs,
-        "num_classes": given["num_classes"],
-        "input_size": given["input_size"],
         "width_alpha": given["distill_width_alpha"] or given["width_alpha"],
+        **{name: given[name] for name in ("num_classes", "input_size") if name in given.explicit},
     }
-    teacher = Given({option: value for option, value in options.items() if value is not None})
-    teacher["dataset"] = given["dataset"]
     try:
-        fields = keywords.resolve(_data_keyword(teacher), family_of(name)).fields
-        model, _ = model_config(teacher, fields, QuantConfig())
+        fields = keywords.resolve(theirs, family_of(name)).fields
+        teacher, _ = model_config(Given(options), fields, QuantConfig())
     except UserError as error:
-        raise UserError(f"the teacher: {error}; its own keywords are --distill_keyword") from error
+        raise UserError(
+            f"--distill_teacher {name}: {error}; its own keywords are --distill_keyword"
+        ) from error
+    if teacher.num_classes != model.num_classes:
+        raise UserError(
+            f"--distill_teacher {name} has {teacher.num_classes} classes, the network {model.num_classes}: "
+            "give --distill_keyword the same data set"
+        )
     return DistillConfig(
-        teacher=model,
+        teacher=teacher,
         pretrained=source,
         alpha=given["distill_loss_alpha"],
         temperature=given["distill_loss_temperature"],

@@ -63,10 +63,9 @@ def find(config: DistillConfig, weights_dir: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    try:
-        path = checkpoint.find_pretrained(config.pretrained, weights_dir, config.teacher.name)
-    except UserError as error:
-        raise UserError(str(error).replace("--pretrained", "--distill_pretrained")) from error
+    path = checkpoint.find_pretrained(
+        config.pretrained, weights_dir, config.teacher.name, option="distill_pretrained"
+    )
     assert path is not None  # `none` was refused with the options
     return path
 
