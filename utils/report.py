@@ -89,6 +89,7 @@ def finish(
         "epochs": state.epoch,
         "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
         "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
+        "last_ema_top1": rows[-1]["ema_top1"] if rows and math.isfinite(rows[-1]["ema_top1"]) else None,
         "weight_bytes": cost.weight_bytes,
         "float_weight_bytes": cost.float_weight_bytes,
         "macs": cost.macs,
