@@ -81,6 +81,8 @@ def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
 def imitate_data(name: str) -> list[str]:
     """Options that stand in for data and weights which need not be there."""
     small = ["--pretrained", "none", "-b", "2", "-v", "2"]
+    if "-distill." in name:
+        small += ["--distill_teacher", "none"]
     dataset = name.split(".")[3]
     if dataset in ("imagenet", "dali"):
         small += ["--input_size", "64"]

@@ -802,7 +802,9 @@ def _loss_config(
 def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) -> DistillConfig | None:
     """The teacher, a full-precision network of the same data, and how it is learned from."""
     name, source = given["distill_teacher"], given["distill_pretrained"]
-    if name in (None, "none"):
+    if name == "none":  # takes a config's teacher back
+        return None
+    if name is None:
         others = [option for option in OPTIONS if option.startswith("distill_") and option in given.explicit]
         others = [option for option in others if option != "distill_teacher"]
         if others:
