@@ -96,9 +96,9 @@ def run(config: Config) -> int:
 
     import torch
 
-    from model import audit, build, calibrate, convert, health, summary, sync_norm
+    from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, optim, policy, precision, report, state
+    from utils import checkpoint, distributed, log, optim, policy, precision, record, report, state
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -219,13 +219,13 @@ def run(config: Config) -> int:
             if place.first:
                 metrics.truncate_after(progress.epoch + 1)
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
-            board = log.Board(
-                folder / "tensorboard" if settings.tensorboard and place.first else None,
-                purge_step=progress.epoch + 1,
-            )
-            watched = None
-            if place.first and (settings.verbose or settings.tensorboard):
-                watched = health.Health(model)
+            recorder = None
+            if place.first:
+                recorder = record.Recorder(folder, model, config, progress.epoch)
+                if settings.tensorboard:
+                    loaders.train.set_epoch(progress.epoch)
+                    images, _ = next(iter(loaders.train))
+                    recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
@@ -274,23 +274,20 @@ def run(config: Config) -> int:
                     )
                     if place.first:
                         metrics.append(row)
-                    board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
-                    if watched is not None:
+                    if recorder is not None:
                         with arithmetic.autocast():
-                            rows = watched.report(audit_batches(parts, loaders, 1)[0])
-                        report.report_health(rows, board, epoch + 1, logger)
+                            recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], logger)
                     save(progress, best)
                     logger.info("%s", report.epoch_line(row, last, progress.best_acc))
                 writer.wait()
-            board.close()
 
             # 8. What came of it.
-            if not place.first:
+            if recorder is None:
                 return 0
             with arithmetic.autocast():
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
-            report.finish(config, cost, result, progress, folder, files, logger)
+            recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
             return 1 if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
@@ -342,6 +339,7 @@ def train_one_epoch(
     from torch.nn import functional
 
     from utils import distributed, log, state
+    from utils.progress import TrainingBar
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
     passes, batches = config.optim.iter_size, len(loader)
@@ -355,7 +353,11 @@ def train_one_epoch(
     precision.zero_grad()
     began = time.perf_counter()
     waited = log.Waiting(loader)
-    bar = log.progress(waited, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    bar = TrainingBar(
+        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
+        device=parts.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
+    )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
         report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
@@ -480,12 +482,13 @@ def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     from torch.nn import functional
 
     from utils import distributed, log
+    from utils.progress import progress
 
     parts.model.eval()
     totals = log.Totals(parts.device)
     with torch.no_grad(), parts.precision.autocast():
         enabled = parts.config.data.rank == 0
-        for images, target in log.progress(loader, len(loader), "validation", enabled=enabled):
+        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
             if stop.asked:
                 break
             target = target.to(parts.device, non_blocking=True)
