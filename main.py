@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from utils.data import Loader, Loaders
     from utils.policy import Steering
     from utils.precision import Precision
+    from utils.probe import Probe
     from utils.state import RunState
 
 METRICS = (
@@ -98,7 +99,7 @@ def run(config: Config) -> int:
 
     from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, optim, policy, precision, record, report, state
+    from utils import checkpoint, distributed, log, optim, policy, precision, probe, record, report, state
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -162,6 +163,12 @@ def run(config: Config) -> int:
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
         steering.load_state_dict(progress.policy)
+        probed = None
+        if config.probe.enable and place.first and not settings.evaluate:
+            images = min(config.data.batch_size, loaders.train.samples)
+            probed = probe.Probe(
+                model, config.probe, folder / "probe", steps=rates.total_steps, images=images
+            )
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
 
@@ -205,7 +212,7 @@ def run(config: Config) -> int:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             parts = Parts(
                 model, distributed.parallel(model, device), optimizer, arithmetic, steering, device, layout,
-                config, logger,
+                config, logger, probed,
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -222,6 +229,8 @@ def run(config: Config) -> int:
             recorder = None
             if place.first:
                 recorder = record.Recorder(folder, model, config, progress.epoch)
+                if probed is not None:
+                    probed.board = recorder.board
                 if settings.tensorboard:
                     loaders.train.set_epoch(progress.epoch)
                     images, _ = next(iter(loaders.train))
@@ -311,6 +320,7 @@ class Parts:
         layout: memory format of images.
         config: the configuration.
         logger: the log.
+        probe: looks into layers at some iterations, if asked to.
     """
 
     model: nn.Module
@@ -322,6 +332,7 @@ class Parts:
     layout: torch.memory_format
     config: Config
     logger: Logger
+    probe: Probe | None = None
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, S, S] where and how the network takes them."""
@@ -367,6 +378,8 @@ def train_one_epoch(
         step = start.epoch * steering.rates.steps_per_epoch + i // passes
         if i % passes == 0 and steering.advance(start.epoch, step):
             start = dataclasses.replace(start, best_acc=-math.inf)
+        if parts.probe is not None and i % passes == 0:
+            parts.probe.begin(step)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
@@ -376,6 +389,8 @@ def train_one_epoch(
                 check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
+        if parts.probe is not None:
+            parts.probe.end()
         totals.update(loss, output, target)
         if settings.delay > 0:
             time.sleep(settings.delay)
