@@ -117,6 +117,7 @@ function drawEpochs() {
   const figures = [];
   for (const run of RUNS) {
     const names = Object.keys(run.series).filter((name) => run.series[name].tag === tag);
+    const xaxis = run.shown.at(-1) <= 12 ? {dtick: 1} : {};
     const lines = [];
     names.forEach((name, i) => {
       const one = run.series[name];
@@ -133,10 +134,10 @@ function drawEpochs() {
         add(one[metric], "");
       }
     });
-    if (lines.length > 0) figures.push([lines, layout(escaped(run.label), "epoch", {yaxis: {rangemode: "tozero"}})]);
+    if (lines.length > 0) figures.push([lines, layout(escaped(run.label), "epoch", {xaxis, yaxis: {rangemode: "tozero"}})]);
   }
   draw(byId("over"), figures);
-  if (figures.length === 0) byId("over").textContent = "No quantizer has this.";
+  byId("none").hidden = figures.length > 0;
 }
 
 if (RUNS.length > 0) {

@@ -137,10 +137,13 @@ def _figure(title: str, names: int, **axes: Any) -> graph_objects.Figure:
 
 def _curve(runs: Sequence[Run], title: str, training: str, validation: str) -> graph_objects.Figure:
     """A column of the metrics over the epochs; a run's training and validation go on and off together."""
-    figure = _figure(title, len(runs), xaxis={"title": {"text": "epoch", "standoff": 4}})
-    values = [row.get(column) for run in runs for row in run.metrics for column in (training, validation)]
+    ticks = {"dtick": 1} if max(run.done for run in runs) <= 12 else {}
+    figure = _figure(title, len(runs), xaxis={"title": {"text": "epoch", "standoff": 4}, **ticks})
     if training in ("lr", "train_loss"):
-        figure.update_yaxes(**_logarithmic([value for value in values if _finite(value) is not None]))
+        rows = [row for run in runs for row in run.metrics]
+        figure.update_yaxes(
+            **_logarithmic([row.get(name, 0.0) for row in rows for name in (training, validation)])
+        )
     for i, run in enumerate(runs):
         epochs = [row["epoch"] for row in run.metrics]
         named = False
@@ -160,8 +163,8 @@ def _curve(runs: Sequence[Run], title: str, training: str, validation: str) -> g
 
 
 def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
-    """A logarithmic axis with labels 1, 2, 5, 10 ... for positive values that reach far; else nothing."""
-    positive = [value for value in values if value > 0]
+    """A logarithmic axis with labels 1, 2, 5, 10 ... where positive values reach far; else nothing."""
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
     if not positive or max(positive) < 20 * min(positive):
         return {}
     low, high = (math.floor(math.log10(bound(positive))) for bound in (min, max))

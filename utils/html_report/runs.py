@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import yaml
 from utils.errors import UserError
 from utils.log import MetricsFile, RecordsFile
 
+LARGEST = 1e300  # beyond is damage
 NUMBER = (int, float, type(None))  # None: it was not finite, or there is none
+NUMBERS = "numbers"  # a list of such
 _SUMMARY = {
     "case": str, "network": str, "dataset": str, "bits": str, "epochs": int, "best_top1": NUMBER, "last_top1": NUMBER,
     "weight_bytes": int, "float_weight_bytes": int, "macs": int, "bit_operations": int, "audit": str,
@@ -25,9 +28,9 @@ _LAYER = {
 _AUDIT = {"name": str, "allowed": int, "seen": int, "problem": str, "note": str}
 _QUANTIZER = {
     "name": str, "tag": str, "method": str, "levels": int, "bits": int, "used": (int, type(None)), "range": NUMBER,
-    "clipped": NUMBER, "shares": list, "values": list, "positions": list, "basis": list, "changed": NUMBER,
-    "update": NUMBER, "histogram": dict,
+    "clipped": NUMBER, "positions": NUMBERS, "basis": NUMBERS, "changed": NUMBER, "update": NUMBER, "histogram": dict,
 }  # fmt: skip
+_HISTOGRAM = {"edges": NUMBERS, "counts": NUMBERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +103,13 @@ def _read(folder: Path, label: str) -> Run:
         raise UserError(f"{folder / 'config.yaml'} is not the configuration of a run")
     metrics, records = folder / "metrics.csv", folder / "quantizers.jsonl"
     rows = MetricsFile.read(metrics) if metrics.exists() else []
-    if not all("epoch" in row for row in rows):
-        raise UserError(f"{metrics} is not a metrics file: it has no column epoch")
+    if not all(row.get("epoch", math.nan).is_integer() for row in rows):
+        raise UserError(f"{metrics} is not a metrics file: its column epoch is missing or damaged")
     epochs = RecordsFile.read(records) if records.exists() else []
     for record in epochs:
         for quantizer in _list(records, record, "quantizers"):
             _check(records, quantizer, _QUANTIZER)
-            _check(records, quantizer["histogram"], {"edges": list, "counts": list})
+            _check(records, quantizer["histogram"], _HISTOGRAM)
     summary = _summary(folder / "summary.json")
     if summary is not None and rows and summary["epochs"] != rows[-1]["epoch"]:
         summary = None  # of an earlier end: the run goes on
@@ -162,8 +165,15 @@ def _check(path: Path, entry: Any, fields: Mapping[str, Any]) -> None:
     if not isinstance(entry, dict):
         raise UserError(f"{path} is damaged: it has {str(entry)[:40]!r} where an entry should be")
     for name, kind in fields.items():
-        if name not in entry or not isinstance(entry[name], kind):
+        if name not in entry or not _fits(entry[name], kind):
             raise UserError(f"{path} is damaged: {name} is missing or not what it should be")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type of `_SUMMARY` and the like; numbers must be finite."""
+    if kind is NUMBERS:
+        return isinstance(value, list) and all(_fits(item, NUMBER) for item in value)
+    return isinstance(value, kind) and not (isinstance(value, int | float) and not abs(value) < LARGEST)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
