@@ -27,6 +27,7 @@ SECTIONS = {
     "stem": "model.stem",
     "quant": "model.quant",
     "data": "data",
+    "loss": "loss",
     "run": "run",
     "probe": "probe",
 }
