@@ -79,9 +79,9 @@ def test_the_page_is_whole(finished: Path) -> None:
 
 def test_curves_are_the_metrics(finished: Path) -> None:
     rows = MetricsFile.read(finished / "two" / "metrics.csv")
-    (loss, top1, rate, _) = (
+    (loss, top1, rate) = (
         data_of(page.render(runs.read([finished / "full", finished / "two"])))["figures"][f"curve{i}"]["data"]
-        for i in range(4)
+        for i in range(3)
     )
     validation, training = loss[2:]
     assert validation["y"] == [row["val_loss"] for row in rows]

@@ -107,7 +107,7 @@ def titles(browser: WebDriver, parent: str) -> list[str]:
 def test_every_figure_is_drawn(browser: WebDriver) -> None:
     """With lines or bars in it, as wide as its place and nothing beside it."""
     figures = find(browser, ".figure")
-    assert len(figures) == 1 + 4 + 2 + 2 + 1  # size, curves, levels, over epochs, operations
+    assert len(figures) == 3 + 1 + 2 + 2 + 1  # curves, size, levels, over epochs, operations
     for figure in figures:
         assert figure.find_elements("css selector", ".scatterlayer .trace, .barlayer .trace")
         assert figure.size["height"] > 200

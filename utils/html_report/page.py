@@ -25,7 +25,6 @@ CURVES = (  # heading, column of the training, column of the validation
     ("Loss", "train_loss", "val_loss"),
     ("Top-1 accuracy, %", "train_top1", "val_top1"),
     ("Learning rate", "lr", ""),
-    ("Images per second", "images_per_second", ""),
 )
 
 
@@ -38,6 +37,7 @@ def render(runs: Sequence[Run]) -> str:
     figures = {f"curve{i}": _curve(runs, *columns) for i, columns in enumerate(CURVES)}
     if sum(run.summary is not None for run in runs) > 1:
         figures["size"] = _accuracy_over_size(runs)
+    curves = list(figures)
     if any(run.layers for run in runs):
         figures["operations"] = _operations(runs)
     data = {
@@ -48,7 +48,7 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         colours=[colour(i) for i in range(len(runs))],
         overview=_overview(runs),
-        curves=[f"curve{i}" for i in range(len(CURVES))],
+        curves=curves,
         figures=figures.keys(),
         fields=_fields(runs),
         quantized=[run for run in runs if run.quantizers],
