@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from utils.methods import Methods
     from utils.policy import Steering
     from utils.precision import Precision
+    from utils.probe import Probe
     from utils.state import RunState
 
 METRICS = (
@@ -97,9 +98,22 @@ def run(config: Config) -> int:
 
     import torch
 
-    from model import audit, build, calibrate, convert, health, summary, sync_norm
+    from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, methods, optim, policy, precision, report, state, teacher
+    from utils import (
+        checkpoint,
+        distributed,
+        log,
+        methods,
+        optim,
+        policy,
+        precision,
+        probe,
+        record,
+        report,
+        state,
+        teacher,
+    )  # fmt: skip
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -169,6 +183,12 @@ def run(config: Config) -> int:
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
         steering.load_state_dict(progress.policy)
+        probed = None
+        if config.probe.enable and place.first and not settings.evaluate:
+            images = min(config.data.batch_size, loaders.train.samples)
+            probed = probe.Probe(
+                model, config.probe, folder / "probe", steps=rates.total_steps, images=images
+            )
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
         if tutor is not None:
@@ -216,7 +236,7 @@ def run(config: Config) -> int:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             parts = Parts(
                 model, distributed.parallel(model, device), optimizer, arithmetic, steering, training, device,
-                layout, config, logger,
+                layout, config, logger, probed,
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -230,13 +250,15 @@ def run(config: Config) -> int:
             if place.first:
                 metrics.truncate_after(progress.epoch + 1)
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
-            board = log.Board(
-                folder / "tensorboard" if settings.tensorboard and place.first else None,
-                purge_step=progress.epoch + 1,
-            )
-            watched = None
-            if place.first and (settings.verbose or settings.tensorboard):
-                watched = health.Health(model)
+            recorder = None
+            if place.first:
+                recorder = record.Recorder(folder, model, config, progress.epoch)
+                if probed is not None:
+                    probed.board = recorder.board
+                if settings.tensorboard:
+                    loaders.train.set_epoch(progress.epoch)
+                    images, _ = next(iter(loaders.train))
+                    recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
@@ -282,23 +304,20 @@ def run(config: Config) -> int:
                     )
                     if place.first:
                         metrics.append(row)
-                    board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
-                    if watched is not None:
+                    if recorder is not None:
                         with arithmetic.autocast():
-                            rows = watched.report(audit_batches(parts, loaders, 1)[0])
-                        report.report_health(rows, board, epoch + 1, logger)
+                            recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], logger)
                     save(progress, best)
                     logger.info("%s", report.epoch_line(row, last, progress.best_acc))
                 writer.wait()
-            board.close()
 
             # 8. What came of it.
-            if not place.first:
+            if recorder is None:
                 return 0
             with arithmetic.autocast():
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
-            report.finish(config, cost, result, progress, folder, files, logger)
+            recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
             return 1 if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
@@ -323,6 +342,7 @@ class Parts:
         layout: memory format of images.
         config: the configuration.
         logger: the log.
+        probe: looks into layers at some iterations, if asked to.
     """
 
     model: nn.Module
@@ -335,6 +355,7 @@ class Parts:
     layout: torch.memory_format
     config: Config
     logger: Logger
+    probe: Probe | None = None
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, S, S] where and how the network takes them."""
@@ -350,6 +371,7 @@ def train_one_epoch(
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
     from utils import distributed, log, state
+    from utils.progress import TrainingBar
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
     passes, batches = config.optim.iter_size, len(loader)
@@ -363,7 +385,11 @@ def train_one_epoch(
     precision.zero_grad()
     began = time.perf_counter()
     waited = log.Waiting(loader)
-    bar = log.progress(waited, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    bar = TrainingBar(
+        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
+        device=parts.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
+    )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
         report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
@@ -373,6 +399,8 @@ def train_one_epoch(
         step = start.epoch * steering.rates.steps_per_epoch + i // passes
         if i % passes == 0 and steering.advance(start.epoch, step):
             start = dataclasses.replace(start, best_acc=-math.inf)
+        if parts.probe is not None and i % passes == 0:
+            parts.probe.begin(step)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
@@ -382,6 +410,8 @@ def train_one_epoch(
                 check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
+        if parts.probe is not None:
+            parts.probe.end()
         totals.update(loss, output, target)
         if settings.delay > 0:
             time.sleep(settings.delay)
@@ -509,12 +539,13 @@ def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     from torch.nn import functional
 
     from utils import distributed, log
+    from utils.progress import progress
 
     parts.model.eval()
     totals = log.Totals(parts.device)
     with torch.no_grad(), parts.precision.autocast():
         enabled = parts.config.data.rank == 0
-        for images, target in log.progress(loader, len(loader), "validation", enabled=enabled):
+        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
             if stop.asked:
                 break
             target = target.to(parts.device, non_blocking=True)

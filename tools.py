@@ -1,4 +1,4 @@
-"""Small jobs on checkpoints, name lists and image folders: `python tools.py --keyword WORD[,raw] ...`.
+"""Small jobs on runs, checkpoints, name lists and image folders: `python tools.py --keyword WORD[,raw] ...`.
 
 See docs/tools.md. The exit status is 0 when all is well, 1 when a check found something, 2 for a mistake.
 """
@@ -54,6 +54,7 @@ class Options:
     verbose_list: str | None = None
     workers: int | None = None
     runs: tuple[Path, ...] | None = None
+    output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None
     image_size: tuple[int, int] | None = None
@@ -93,6 +94,23 @@ def compare(options: Options) -> int:
                 print(f"  {folder / name}")
     if any((folder / "tensorboard").exists() for folder in folders):
         print(f"  tensorboard --logdir {os.path.commonpath([str(folder) for folder in folders])}")
+    return 0
+
+
+def report(options: Options) -> int:
+    """Write a page about RUNS, finished or not: curves, quantizers, cost, configuration."""
+    from utils import checkpoint  # imports torch
+    from utils.html_report import page, runs
+
+    folders = options.runs or ()
+    path = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output {path}: name a file in a folder that exists")
+    _check_new(options, path)
+    checkpoint.write_atomic(path, page.render(runs.read(folders)).encode())
+    print(
+        f"{path}: {len(folders)} run{'' if len(folders) == 1 else 's'}, {path.stat().st_size / 2**20:.1f} MiB"
+    )
     return 0
 
 
@@ -504,6 +522,7 @@ class Word:
 
 WORDS: dict[str, Word] = {
     "compare": Word(compare, ("runs",)),
+    "report": Word(report, ("runs",), ("output", "force")),
     "verbose": Word(verbose, ("old",), ("verbose_list",)),
     "load": Word(load, ("old",)),
     "save": Word(save, ("old", "new"), ("raw", "force")),
@@ -551,7 +570,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser = _Parser(
         prog="tools.py",
-        description="Small jobs on checkpoints, name lists and image folders.",
+        description="Small jobs on runs, checkpoints, name lists and image folders.",
         epilog=f"words:\n{words}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -573,8 +592,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument("--image_size", type=_size, metavar="WxH", help="pixels; default: 500x375")
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, exp/CASE")
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE"
+        "--output", type=Path, metavar="FILE", help="default: RUN/report.html, of several runs report.html"
     )
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))

@@ -271,7 +271,11 @@ _declare(
         "log every quantizer's settings, and its state after each epoch, as --verbose does",
         _sets(run__verbose=True),
     ),
-    ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),
+    (
+        "probe",
+        "write tensors of quantized layers at some iterations, see --probe_list",
+        _sets(probe__enable=True),
+    ),
 )
 
 
