@@ -58,7 +58,7 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 class Raw(NamedTuple):
-    """A batch as its source has it.
+    """A batch as its source has it; the images only until the next one is read, which may overwrite them.
 
     Attributes:
         images: [N, C, S, S], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
