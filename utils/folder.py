@@ -118,7 +118,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
     """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size]."""
-    height, width, top, left = centre_crop(*pixels.shape[:2], size)
+    height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], size)
     return functional.crop(resize(pixels, height, width), top, left, size, size)
 
 
