@@ -30,6 +30,7 @@ from utils.folder import (
     crop_and_flip,
     decode,
     note,
+    put,
     reason_of,
     resize,
     resize_to_centre,
@@ -230,17 +231,15 @@ class DaliLoader(Loader):
             feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
             stream.synchronize()  # the copy is done before DALI gets its memory back
         else:
-            list(threads.map(self._resize, output, images.numpy()))
-            flipped = torch.tensor([file.flip for file in files])
-            images[flipped] = images[flipped].flip(2)
+            list(threads.map(self._resize, output, files, images))
         pipeline.release_outputs()
         return images.permute(0, 3, 1, 2)
 
-    def _resize(self, crop: TensorCPU, to: np.ndarray) -> None:
-        """Resize a crop that DALI has decoded into an image, uint8 [S, S, 3]."""
+    def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
+        """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
         size, pixels = self._size, torch.from_dlpack(crop)
         image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
-        np.copyto(to, image.permute(1, 2, 0).numpy())  # torch would start threads for it in each of ours
+        put(image, to, flip=file.flip)
 
 
 def _why(data: bytes) -> str:

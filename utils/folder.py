@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional
 
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
-from utils.loader import AUGMENT, Delivery, Loader, Raw, seed_of
+from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, seed_of
 
 # What Pillow raises for files that are missing, truncated, no image, broken inside or suspiciously large.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -122,6 +122,13 @@ def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
     return functional.crop(resize(pixels, height, width), top, left, size, size)
 
 
+def put(image: Tensor, to: Tensor, *, flip: bool) -> None:
+    """Copy an image, uint8 [3, S, S], to `to`, uint8 [S, S, 3], if wanted flipped left to right."""
+    rows = max(1, PART // (3 * image.shape[2]))
+    for source, target in zip(image.split(rows, 1), to.split(rows), strict=True):
+        target.copy_((source.flip(-1) if flip else source).permute(1, 2, 0))
+
+
 class _Batch(NamedTuple):
     """What a worker is asked for: an epoch, images by their numbers, and the slot where they are put."""
 
@@ -157,22 +164,22 @@ class _ImageFiles(Dataset[_Read]):
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
                 continue
-            pixels = self._augmented(image, batch.epoch, index) if self._train else self._centre(image)
-            self._slots[batch.slot, len(good)] = pixels.permute(1, 2, 0)
+            self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             good.append(index)
         return good, bad
 
-    def _augmented(self, image: Image.Image, epoch: int, index: int) -> Tensor:
+    def _fit(self, image: Image.Image, epoch: int, index: int, to: Tensor) -> None:
+        """Crop and resize an image into `to`, uint8 [S, S, 3]."""
+        size = len(to)
+        if not self._train:
+            put(resize_to_centre(_pixels(image), size), to, flip=False)
+            return
         (top, left, height, width), flip = crop_and_flip(image.height, image.width, self._seed, epoch, index)
-        size = self._slots.shape[2]
         pixels = resize(_pixels(image.crop((left, top, left + width, top + height))), size, size)
-        pixels = pixels.flip(-1) if flip else pixels
         if self._augment is not None:
-            pixels = rand_augment(self._augment, pixels, self._seed, epoch, index)
-        return pixels
-
-    def _centre(self, image: Image.Image) -> Tensor:
-        return resize_to_centre(_pixels(image), self._slots.shape[2])
+            pixels = pixels.flip(-1) if flip else pixels
+            pixels, flip = rand_augment(self._augment, pixels, self._seed, epoch, index), False
+        put(pixels, to, flip=flip)
 
 
 def _pixels(image: Image.Image) -> Tensor:
