@@ -41,7 +41,8 @@ from utils.augment import crop_flip
 from utils.config import DataConfig
 from utils.errors import UserError
 from utils.fake import write_folder
-from utils.folder import ImageNames, crop_and_flip, decode, resize
+from utils.folder import ImageNames, crop_and_flip, resize
+from utils.images import decode
 from utils.loader import Delivery, Loader
 from utils.log import Waiting
 from utils.memory import TensorLoader

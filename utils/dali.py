@@ -23,18 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from utils.augment import centre_crop
-from utils.folder import (
-    DECODE_ERRORS,
-    ImageNames,
-    Unreadable,
-    crop_and_flip,
-    decode,
-    note,
-    put,
-    reason_of,
-    resize,
-    resize_to_centre,
-)
+from utils.folder import ImageNames, Unreadable, crop_and_flip, note, put, resize, resize_to_centre
+from utils.images import DECODE_ERRORS, check_mode, decode, reason_of
 from utils.loader import Delivery, Loader, Raw
 
 FORMATS = (
@@ -145,6 +135,7 @@ class DaliLoader(Loader):
             with open(self._names.path(index), "rb") as file:
                 data = file.read()
             with Image.open(io.BytesIO(data)) as image:
+                check_mode(image)
                 width, height = image.size
                 # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
                 if image.format == "JPEG" and b"\xff\xd9" not in data[-1024:]:

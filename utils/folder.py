@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import multiprocessing
@@ -18,17 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
+from utils.images import DECODE_ERRORS, decode, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, seed_of
-
-# What Pillow raises for files that are missing, truncated, no image, broken inside or suspiciously large.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 _PREFETCH = 2  # batches that each worker may be ahead
 
@@ -65,17 +61,22 @@ class Unreadable:
 
 
 class ImageNames:
-    """Paths and classes of the images in a folder per class.
+    """Paths and classes of the images in a folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
         target: classes, int64 [samples].
+
+    Raises:
+        UserError: a folder cannot be listed.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = ImageFolder(folder)
+        classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        # Not `ImageFolder` itself: it has the images below a link that leads back up some forty times.
+        images = [_images(Path(path)) for path in classes]
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
-        self._paths = np.array([os.fsencode(path) for path, _ in files.samples])
-        self.target = np.array(files.targets)
+        self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
+        self.target = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
 
     def __len__(self) -> int:
         return len(self.target)
@@ -85,6 +86,16 @@ class ImageNames:
         return os.fsdecode(bytes(self._paths[index]))
 
 
+def _images(folder: Path) -> list[str]:
+    """Paths of the image files below a folder, sorted by folder and name."""
+    return [
+        os.path.join(path, name)
+        for path, names in sorted(walk(folder))
+        for name in names
+        if is_image_file(name)
+    ]
+
+
 def crop_and_flip(
     height: int, width: int, seed: int, epoch: int, index: int
 ) -> tuple[tuple[int, int, int, int], bool]:
@@ -92,22 +103,6 @@ def crop_and_flip(
     words = np.random.default_rng(seed_of(AUGMENT, seed, epoch, index))
     *draws, flip = words.random(CROP_DRAWS + 1).tolist()
     return random_crop(height, width, draws), flip < 0.5
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode an image file to RGB. Raises DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.load()  # `convert` would copy it
-        return image
-
-
-def reason_of(error: BaseException) -> str:
-    """Return what is wrong with a file, in one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
-    return " ".join(text.split()) or type(error).__name__
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -357,8 +352,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _has_image(folder: Path) -> bool:
-    walk = os.walk(folder, followlinks=True)  # as torchvision does
-    return any(is_image_file(name) for _, _, names in walk for name in names)
+    return any(is_image_file(name) for _, names in walk(folder) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:
