@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.augment import Augment, crop_flip, mixing, warp
 from utils.config import DataConfig
@@ -22,6 +22,9 @@ from utils.folder import FolderLoader, ImageNames, Unreadable, check_folders
 from utils.glyphs import CHARACTERS, font_files, glyphs
 from utils.loader import Delivery, Loader
 from utils.memory import Store, TensorLoader, resize
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 CPU = torch.device("cpu")
 
@@ -219,12 +222,19 @@ def _build_fake(config: DataConfig, device: torch.device) -> Loaders:
 
 @dataclass(frozen=True)
 class Cifar:
-    """A CIFAR set as a `Source`'s functions: where torchvision reads it from, and its usual statistics."""
+    """A CIFAR set as a `Source`'s functions: torchvision's class of it, by name, and its usual statistics."""
 
-    files: type[CIFAR10]
+    name: str
     num_classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def files(self) -> type[CIFAR10]:
+        """Torchvision's class, imported here: other data sets need not wait for it."""
+        from torchvision import datasets
+
+        return getattr(datasets, self.name)
 
     def check(self, config: DataConfig) -> None:
         """Raise `UserError` for a wrong number of classes or a root that is no folder."""
@@ -266,8 +276,8 @@ class Cifar:
         return images, torch.tensor(data.targets)
 
 
-_CIFAR10 = Cifar(CIFAR10, 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-_CIFAR100 = Cifar(CIFAR100, 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+_CIFAR10 = Cifar("CIFAR10", 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+_CIFAR100 = Cifar("CIFAR100", 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
 # ---- imagenet, dali: a folder of image files

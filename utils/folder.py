@@ -10,20 +10,21 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import is_image_file
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
 from utils.loader import AUGMENT, Delivery, Loader, Raw, seed_of
+
+# torchvision is imported where it is used: data in memory need not wait for it.
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 # What Pillow raises for files that are missing, truncated, no image, broken inside or suspiciously large.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -68,6 +69,8 @@ class ImageNames:
     """
 
     def __init__(self, folder: Path) -> None:
+        from torchvision.datasets import ImageFolder
+
         files = ImageFolder(folder)
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for path, _ in files.samples])
@@ -117,13 +120,19 @@ class _ImageFiles(Dataset[tuple[int, _Sample]]):
         self._names = names
         self._size = size
         self._train = train
-        self._augment = None if randaugment is None else v2.RandAugment(magnitude=randaugment)
+        self._augment: v2.Transform | None = None
+        if randaugment is not None:
+            from torchvision.transforms import v2
+
+            self._augment = v2.RandAugment(magnitude=randaugment)
         self._seed = seed
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, _Sample]:
+        from torchvision.transforms.v2 import functional
+
         epoch, index = key
         try:
             with open(self._names.path(index), "rb") as file:
@@ -224,7 +233,7 @@ class FolderLoader(Loader):
             # Forking this process, which has threads, may deadlock. The server has one; what it has imported
             # need not be imported by each worker.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])
         self._keys = _Keys()
         self._loader = DataLoader(
             _ImageFiles(names, size, train=delivery.train, randaugment=randaugment, seed=delivery.seed),
@@ -294,6 +303,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _has_image(folder: Path) -> bool:
+    from torchvision.datasets.folder import is_image_file
+
     walk = os.walk(folder, followlinks=True)  # as torchvision does
     return any(is_image_file(name) for _, _, names in walk for name in names)
 

@@ -11,15 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from utils.augment import COLOUR_DRAWS, colour
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [N, 3, S, S], normalised per channel, in channels-last order, on the loader's device; and
