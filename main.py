@@ -122,9 +122,10 @@ def run(config: Config) -> int:
     with distributed.joined(place, device):
         restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
         found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
-        if settings.evaluate and settings.resume and found.path is None and pretrained is None:
+        if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
-                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
+                "--pretrained none random weights are"
             )
 
         # 2. Build the network and load weights into it.
