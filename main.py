@@ -95,7 +95,6 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    import torch
 
     from model import audit, build, calibrate, convert, health, summary, sync_norm
     from model.quant import quantizers
@@ -146,7 +145,7 @@ def run(config: Config) -> int:
         rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        layout = precision.memory_format(model, config.precision, device)
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
         trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
