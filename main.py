@@ -96,8 +96,6 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    import torch
-
     from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
     from utils import (
@@ -136,9 +134,10 @@ def run(config: Config) -> int:
     with distributed.joined(place, device):
         restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
         found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
-        if settings.evaluate and settings.resume and found.path is None and pretrained is None:
+        if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
-                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
+                "--pretrained none random weights are"
             )
 
         # 2. Build the network and load weights into it.
@@ -159,7 +158,7 @@ def run(config: Config) -> int:
         rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        layout = precision.memory_format(model, config.precision, device)
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
         trains = not (settings.evaluate or settings.dry_run or settings.lr_test)

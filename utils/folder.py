@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
 from utils.images import DECODE_ERRORS, decode, reason_of, walk
-from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, seed_of
+from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
 _PREFETCH = 2  # batches that each worker may be ahead
 
@@ -180,14 +180,6 @@ class _ImageFiles(Dataset[_Read]):
 def _pixels(image: Image.Image) -> Tensor:
     """The pixels, uint8 [H, W, 3], which torchvision resizes faster than Pillow does an image."""
     return torch.from_numpy(np.array(image))
-
-
-def rand_augment(augment: v2.Transform, image: Tensor, seed: int, epoch: int, index: int) -> Tensor:
-    """Apply a transform that draws from torch's generator to an image, uint8 [C, H, W]."""
-    # Only the CPU's generator is touched: `torch.manual_seed` would also change the accelerator's.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(AUGMENT, seed, epoch, index, 1))
-        return augment(image)
 
 
 def _shared(shape: tuple[int, ...], workers: int) -> Tensor:

@@ -11,15 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from utils.augment import COLOUR_DRAWS, colour
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [N, 3, S, S], normalised per channel, in channels-last order, on the loader's device; and
@@ -42,6 +44,14 @@ def seed_of(*words: int) -> int:
 def generator(*words: int) -> torch.Generator:
     """Return a generator of the CPU that is seeded by these words."""
     return torch.Generator().manual_seed(seed_of(*words))
+
+
+def rand_augment(augment: v2.Transform, image: Tensor, seed: int, epoch: int, index: int) -> Tensor:
+    """Apply a transform that draws from torch's generator to an image, uint8 [C, H, W]."""
+    # Only the CPU's generator is touched: `torch.manual_seed` would also change the accelerator's.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(AUGMENT, seed, epoch, index, 1))
+        return augment(image)
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
