@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
     anything to save.
     """
-    status = answer(argv)
-    leave_status(status)
-    return status
+    return leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -117,8 +115,8 @@ def run(config: Config) -> int:
 
     data.check(config.data)
     with distributed.joined(place, device):
-        restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
-        found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
+        launchers = distributed.launchers(os.environ)
+        found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
         if settings.evaluate and settings.resume and found.path is None and pretrained is None:
             raise UserError(
                 f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
@@ -229,7 +227,7 @@ def run(config: Config) -> int:
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop() as stop, checkpoint.Writer() as writer:
+            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
 
                 def save(reached: RunState, best: bool = False) -> None:
                     state.save(
@@ -241,6 +239,7 @@ def run(config: Config) -> int:
                         files,
                         config,
                         writer,
+                        launchers,
                         best=best,
                     )
 
@@ -259,6 +258,7 @@ def run(config: Config) -> int:
                     if stopped:
                         save(progress)
                         writer.wait()
+                        distributed.anyone(False)  # none ends before the first has written
                         logger.info(
                             "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
                         )

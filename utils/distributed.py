@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -181,6 +182,20 @@ def summed(value: Tensor) -> Tensor:
         value = value.clone()
         distributed.all_reduce(value)
     return value
+
+
+def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The torchrun of each machine of the run, known by boot, PID and start time; none without torchrun.
+
+    They are the same when torchrun starts the processes again, after a failure or because a machine came or went.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ()
+    parent = os.getppid()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    # The second field, the name in parentheses, may hold anything; the start time is the 22nd.
+    started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return tuple(sorted(set(gathered(f"{boot} {parent} {started}"))))
 
 
 def share_state(model: nn.Module) -> None:

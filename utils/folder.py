@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +30,7 @@ from torchvision.transforms.v2 import functional
 
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
+from utils.interrupt import SIGNALS
 from utils.loader import AUGMENT, Delivery, Loader, Raw, seed_of
 
 # What Pillow raises for files that are missing, truncated, no image, broken inside or suspiciously large.
@@ -170,9 +178,27 @@ def _collate(samples: list[tuple[int, _Sample]]) -> _Collated:
     return images, [index for index, _ in good], bad
 
 
-def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches workers too, but it is the training that ends them, when it has saved its state."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(training: Connection, _: int) -> None:
+    """Let signals be the training's business, which ends its workers when it has saved; end with it at the latest."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_training() -> None:
+        with contextlib.suppress(EOFError):
+            training.recv()  # nothing ever comes, the other end is closed
+        os._exit(0)
+
+    threading.Thread(target=end_with_training, daemon=True).start()
+
+
+def _start_server(context: ForkServerContext) -> None:
+    """Start the process that workers are forked from, as deaf to the signals as they are."""
+    context.set_forkserver_preload([__name__])  # what it has imported need not be imported by each worker
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited; what comes meanwhile is not lost
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 class _Keys(Sampler[list[tuple[int, int]]]):
@@ -219,12 +245,14 @@ class FolderLoader(Loader):
         self._names = names
         self._target = torch.from_numpy(names.target)
         self._unreadable = unreadable
-        context = None
+        context = start_worker = None
         if workers:
-            # Forking this process, which has threads, may deadlock. The server has one; what it has imported
-            # need not be imported by each worker.
+            # Forking this process, which has threads, may deadlock. The server has one.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            _start_server(context)
+            theirs, mine = context.Pipe(duplex=False)
+            Finalize(self, mine.close, exitpriority=0)  # at exit too, before workers are waited for
+            start_worker = partial(_start_worker, theirs)
         self._keys = _Keys()
         self._loader = DataLoader(
             _ImageFiles(names, size, train=delivery.train, randaugment=randaugment, seed=delivery.seed),
@@ -234,7 +262,7 @@ class FolderLoader(Loader):
             pin_memory=self._on_cuda,
             persistent_workers=workers > 0,
             multiprocessing_context=context,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else each iteration draws from the global one
         )
 
