@@ -43,14 +43,15 @@ METRICS = (
     "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
+AUDIT_FAILED = 3  # exit status
 PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status.
 
-    0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
-    anything to save.
+    0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
+    interrupted before there was anything to save.
     """
     return leave_status(answer(argv))
 
@@ -201,9 +202,9 @@ def run(config: Config) -> int:
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, steering, device, layout,
-                config, logger,
+                model, network, optimizer, arithmetic, steering, device, layout, config, logger
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -291,7 +292,7 @@ def run(config: Config) -> int:
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
             report.finish(config, cost, result, progress, folder, files, logger)
-            return 1 if result.problems else 0
+            return AUDIT_FAILED if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
                 logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
@@ -521,7 +522,7 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     with parts.precision.autocast():
         found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
     parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
-    return 1 if found.problems else 0
+    return AUDIT_FAILED if found.problems else 0
 
 
 def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:

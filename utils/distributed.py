@@ -208,8 +208,15 @@ def share_state(model: nn.Module) -> None:
             distributed.broadcast(value, 0)
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network whose gradients are the means over all processes; itself in a run of one."""
+def parallel(model: nn.Module, device: torch.device, *, may_skip: bool) -> nn.Module:
+    """The network whose gradients are the means over all processes; itself in a run of one.
+
+    Args:
+        model: the network.
+        device: where it is.
+        may_skip: a pass may leave parameters out, the same in all processes. They then have no gradient, as in a run
+            of one; looking for them takes some time in every pass.
+    """
     if not distributed.is_initialized():
         return model
     # Buffers: quantizers reduce theirs themselves, batch statistics are shared before they are used.
@@ -219,7 +226,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its old name
     buffers: dict[str, Any] = {option: False}
-    return DistributedDataParallel(model, device_ids=ids, **buffers)
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=may_skip, **buffers)
 
 
 def reduction(network: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
