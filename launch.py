@@ -53,6 +53,9 @@ def main(arguments: list[str]) -> int:
     logging.disable(logging.CRITICAL)  # what torchrun says of this is said here, in one line
     # Several processes that use all cores each are slower than one; torchrun would say so in a long warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A store that is used again holds the addresses of the processes before, and a machine that joins waits for it
+    # in vain; this is a new one each time.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = run.parse_args(arguments)
     theirs = options.signals_to_handle.split(",")
     options.signals_to_handle = ",".join(name for name in theirs if name not in [s.name for s in SIGNALS])

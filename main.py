@@ -348,7 +348,7 @@ def train_one_epoch(
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
     first = state.first_batch(start.position, together, passes, batches)
-    totals = log.Totals(parts.device, start.sums)
+    totals = log.Totals(parts.device, state.sums_until(start.sums, start.position, first * together))
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
     parts.model.train()
     loader.set_epoch(start.epoch)

@@ -130,6 +130,7 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=place.rank,
             world_size=place.world_size,
+            store=_store_of_restart(os.environ),
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -146,6 +147,19 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
         ) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _store_of_restart(environment: Mapping[str, str]) -> Any:
+    """Where processes that torchrun has started again find each other; None: where they do at first.
+
+    torchrun may keep its store, which then holds the addresses of the processes before.
+    """
+    restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    if restarts == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = environment["MASTER_ADDR"], int_of(environment, "MASTER_PORT", 0)
+    store = distributed.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    return distributed.PrefixStore(f"restart {restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -174,6 +174,14 @@ def first_batch(position: int, images: int, passes: int, batches: int) -> int:
     return batch if batch == batches else batch - batch % passes
 
 
+def sums_until(sums: tuple[float, ...], position: int, first: int) -> tuple[float, ...]:
+    """The sums over `position` images of an epoch, which goes on with image `first` of it.
+
+    Images that are seen again count once: the sums are reduced to the share of those before.
+    """
+    return sums if first >= position else tuple(value * first / position for value in sums)
+
+
 def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
     kinds: dict[str, tuple[type, ...]] = {
