@@ -45,18 +45,17 @@ METRICS = (
     "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
+AUDIT_FAILED = 3  # exit status
 PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status.
 
-    0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
-    anything to save.
+    0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
+    interrupted before there was anything to save.
     """
-    status = answer(argv)
-    leave_status(status)
-    return status
+    return leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -132,8 +131,8 @@ def run(config: Config) -> int:
 
     data.check(config.data)
     with distributed.joined(place, device):
-        restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
-        found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
+        launchers = distributed.launchers(os.environ)
+        found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
         if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
                 f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
@@ -233,9 +232,9 @@ def run(config: Config) -> int:
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, steering, training, device,
-                layout, config, logger, probed,
+                model, network, optimizer, arithmetic, steering, training, device, layout, config, logger, probed
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -261,7 +260,7 @@ def run(config: Config) -> int:
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop() as stop, checkpoint.Writer() as writer:
+            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
 
                 def save(reached: RunState, best: bool = False) -> None:
                     state.save(
@@ -273,6 +272,7 @@ def run(config: Config) -> int:
                         files,
                         config,
                         writer,
+                        launchers,
                         best=best,
                     )
 
@@ -287,6 +287,7 @@ def run(config: Config) -> int:
                     if stopped:
                         save(progress)
                         writer.wait()
+                        distributed.anyone(False)  # none ends before the first has written
                         logger.info(
                             "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
                         )
@@ -317,7 +318,7 @@ def run(config: Config) -> int:
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
             recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
-            return 1 if result.problems else 0
+            return AUDIT_FAILED if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
                 logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
@@ -376,7 +377,7 @@ def train_one_epoch(
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
     first = state.first_batch(start.position, together, passes, batches)
-    totals = log.Totals(parts.device, start.sums)
+    totals = log.Totals(parts.device, state.sums_until(start.sums, start.position, first * together))
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
     parts.model.train()
     loader.set_epoch(start.epoch)
@@ -582,7 +583,7 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     with parts.precision.autocast():
         found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
     parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
-    return 1 if found.problems else 0
+    return AUDIT_FAILED if found.problems else 0
 
 
 def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
 from utils.images import DECODE_ERRORS, decode, reason_of, walk
@@ -194,11 +193,6 @@ def _shared(shape: tuple[int, ...], workers: int) -> Tensor:
         ) from error
 
 
-def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches workers too, but it is the training that ends them, when it has saved its state."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class _Batches(Sampler[_Batch]):
     """The batches of the coming iteration; the only way an epoch reaches a worker.
 
@@ -259,16 +253,13 @@ class FolderLoader(Loader):
         """Make the slots, in memory that is shared with the workers, and what starts these."""
         count = min(self._delivery.batch_size, self.samples)
         shape = (self._asked.slots, count, self._size, self._size, 3)
-        context = None
+        context = begin = None
         # The same memory again and again: fresh pages cost more than what is written into them.
         if not self._workers:
             self._slots = torch.empty(shape, dtype=torch.uint8)
         else:
             self._slots = _shared(shape, self._workers)
-            # Forking this process, which has threads, may deadlock. The server has one; what it has imported
-            # need not be imported by each worker.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context, begin = workers.prepare(self, preload=__name__)
         return DataLoader(
             _ImageFiles(
                 self._names, self._slots, train=self._delivery.train,
@@ -280,7 +271,7 @@ class FolderLoader(Loader):
             prefetch_factor=_PREFETCH if self._workers else None,
             persistent_workers=self._workers > 0,
             multiprocessing_context=context,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=begin,
             generator=torch.Generator(),  # else each iteration draws from the global one
         )  # fmt: skip
 
