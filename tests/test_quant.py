@@ -733,6 +733,31 @@ def test_extreme_values_stay_finite(
         assert parameter.grad.isfinite().all(), name
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("kind", ["mean", "mean-var"])
+@pytest.mark.parametrize("values", [[1e38, -1e38, 2e38], [LARGEST, -LARGEST], [LARGEST], [LARGEST, 0.0, 1.0]])
+@over(cases(levels=(4, 3, 2)))
+def test_normalised_sums_do_not_overflow(case: Case, values: list[float], kind: str, restore: bool) -> None:
+    quantizer = make(case.with_fields(adaptive=kind, adaptive_restore=restore))
+    count = int(np.prod(SHAPES[case.tag]))
+    x = torch.tensor((values * count)[:count]).reshape(SHAPES[case.tag])
+    y, gx = backward(quantizer, x, torch.full_like(x, 1e-6))  # times the deviation where it is undone
+    assert y.isfinite().all()
+    assert gx.isfinite().all()
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+    assert torch.equal(quantizer.eval().integers(x).dequantize(), quantizer(x))
+
+
+def test_huge_values_are_normalised_as_small_ones() -> None:
+    """1e38 times a tensor, whose sums are no float32: the same levels."""
+    quantizer = make(Case("lsq", "wt", 4, half_range=False, fields=(("adaptive", "var-mean"),)))
+    x = torch.from_numpy(generator("x").standard_normal(SHAPES["wt"])).float().clamp(-3, 3)
+    assert torch.equal(quantizer(x * 2.0**126), quantizer(x))
+
+
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("kind", ["mean", "var-mean"])
 @pytest.mark.parametrize("size", [1, 9])
