@@ -200,7 +200,8 @@ class Quantizer(nn.Module):
         if self.config.adaptive_restore and mean is not None and deviation is not None:
             result = adaptive.restored(result, mean, deviation)
         if self.training and self.config.proxquant_step > 0:
-            share = (1 - snapshot(self.iteration) / self.config.proxquant_step).clamp_min(0)
+            blended = snapshot(self.iteration) - self.stable
+            share = (1 - blended / self.config.proxquant_step).clamp(0, 1)
             result = share * (x if self.config.adaptive_restore else normed) + (1 - share) * result
         return result * self.per_channel(self.gamma.float()) if self.config.gamma else result
 

@@ -1166,6 +1166,17 @@ def test_proxquant_blends_the_quantized_value_in(fields: dict[str, Any]) -> None
     assert torch.equal(quantizer.eval()(x), plain(x))
 
 
+def test_proxquant_begins_after_the_warm_up() -> None:
+    case = Case("lsq", "wt", 4, half_range=False)
+    quantizer, plain = make(case.with_fields(proxquant_step=2, stable=2)), make(case)
+    x = tensor(case)
+    for _ in range(2):
+        assert torch.equal(quantizer(x), x)
+    plain.load_state_dict({"clip_val": quantizer.get_parameter("clip_val")}, strict=False)
+    torch.testing.assert_close(quantizer(x), 0.5 * x + 0.5 * plain(x))
+    assert torch.equal(quantizer(x), plain(x))
+
+
 # Integers ------------------------------------------------------------------------------------------
 
 
