@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
     from model.summary import Cost
     from utils.data import Loader, Loaders
+    from utils.methods import Methods
     from utils.policy import Steering
     from utils.precision import Precision
     from utils.state import RunState
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-    "seconds", "images_per_second", "data_wait",
+    "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
 PATIENCE = 5  # seconds
@@ -98,7 +99,7 @@ def run(config: Config) -> int:
 
     from model import audit, build, calibrate, convert, health, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, optim, policy, precision, report, state
+    from utils import checkpoint, distributed, log, methods, optim, policy, precision, report, state, teacher
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -112,6 +113,8 @@ def run(config: Config) -> int:
     pretrained = checkpoint.find_pretrained(
         settings.pretrained or "", settings.weights_dir, config.model.name
     )
+    if config.loss.distill is not None:
+        teacher.find(config.loss.distill, settings.weights_dir)
 
     from utils import data
 
@@ -130,6 +133,9 @@ def run(config: Config) -> int:
         initial = policy.initialise(model, config.policy)
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
         cost = trial(model, config)
+        tutor = None
+        if config.loss.distill is not None and not settings.evaluate:
+            tutor = teacher.Teacher(config.loss.distill, settings.weights_dir)
 
         # 3. Data, and what depends on its length.
         loaders = data.build(config.data, device)
@@ -145,7 +151,8 @@ def run(config: Config) -> int:
         trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
         if config.model.quant.re_init and found.path is None and trains:
             images, _ = next(iter(loaders.train))
-            initialised = calibrate.initialise_ranges(model, images.to(device, memory_format=layout))
+            images = images.to(device, memory_format=layout)
+            initialised = calibrate.initialise_ranges(model, images, config.model.quant)
         distributed.share_state(model)
         if place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
             seed_generators((settings.seed + place.rank * 1_000_003) % 2**63)
@@ -164,6 +171,10 @@ def run(config: Config) -> int:
         steering.load_state_dict(progress.policy)
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
+        if tutor is not None:
+            tutor.to(device, layout)
+        training = methods.build(config, model, tutor, steering.rates.total_steps)
+        training.load_state_dict(progress.methods, model)
 
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
@@ -204,8 +215,8 @@ def run(config: Config) -> int:
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, steering, device, layout,
-                config, logger,
+                model, distributed.parallel(model, device), optimizer, arithmetic, steering, training, device,
+                layout, config, logger,
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -249,11 +260,7 @@ def run(config: Config) -> int:
                     row = train_row(parts, progress)
                     if loaders.val is not None and not stopped:
                         began = time.perf_counter()
-                        reestimate_norms(parts, loaders.train, epoch)
-                        distributed.share_state(model)
-                        row |= {
-                            f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()
-                        }
+                        row |= validation_row(parts, loaders, epoch, stop)
                         row["seconds"] += time.perf_counter() - began
                         stopped = distributed.anyone(stop.asked != "")
                     if stopped:
@@ -271,6 +278,7 @@ def run(config: Config) -> int:
                         epoch=epoch + 1,
                         best_acc=max(progress.best_acc, candidate),
                         policy=steering.state_dict(),
+                        methods=training.state_dict(),
                     )
                     if place.first:
                         metrics.append(row)
@@ -310,6 +318,7 @@ class Parts:
         optimizer: of the network's parameters, or of its master weights.
         precision: how both compute.
         steering: the policy, and through it the learning rates and the optimizer's options.
+        methods: the loss, and what is done with the weights after each step.
         device: where all of it is.
         layout: memory format of images.
         config: the configuration.
@@ -321,6 +330,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     precision: Precision
     steering: Steering
+    methods: Methods
     device: torch.device
     layout: torch.memory_format
     config: Config
@@ -339,8 +349,6 @@ def train_one_epoch(
 
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
-    from torch.nn import functional
-
     from utils import distributed, log, state
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
@@ -369,7 +377,7 @@ def train_one_epoch(
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
                 output = parts.network(images)
-                loss = functional.cross_entropy(output.float(), target, label_smoothing=settings.label_smooth)
+                loss = parts.methods.objective(output.float(), target, images, step)
             if look:
                 check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
@@ -389,9 +397,12 @@ def train_one_epoch(
         norm = precision.gradient_norm(steering.optim.grad_clip)
         if look and not precision.scaling:
             check_gradients(parts, norm, where)
-        skipped = precision.step(update=not steering.rates.skip_update(step))
+        update = not steering.rates.skip_update(step)
+        skipped = precision.step(update=update)
         if skipped:
             parts.logger.info("%s: %s", where, skipped)
+        if update:
+            parts.methods.after_step(step, precision, parts.model)
         precision.zero_grad()
 
         stopped = vote(stop.asked != "")
@@ -404,6 +415,7 @@ def train_one_epoch(
                 seconds=start.seconds + time.perf_counter() - began,
                 waited=start.waited + waited.seconds,
                 policy=steering.state_dict(),
+                methods=parts.methods.state_dict(),
             )
         if stopped:
             break
@@ -420,6 +432,7 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
     from utils import distributed, log
 
     sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), parts.steering.rates
+    freezing = parts.methods.freezing
     return {
         "epoch": state.epoch + 1,
         "lr": rates.at(state.epoch * rates.steps_per_epoch),
@@ -427,6 +440,7 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
         "seconds": state.seconds,
         "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
         "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
+        **({"frozen": 100 * freezing.share()} if freezing.enabled else {}),
     }
 
 
@@ -481,6 +495,21 @@ def advice(parts: Parts, images: torch.Tensor) -> str:
     )
 
 
+def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
+    """The validation's columns of the metrics, after `epoch` (from 0): of the network and of its averaged weights."""
+    from utils import distributed
+
+    assert loaders.val is not None  # the caller has asked
+    average, row = parts.methods.average, dict[str, float]()
+    if average.exists:  # first, so that the norms' statistics are the network's own in the end
+        with average.applied(parts.model):
+            reestimate_norms(parts, loaders.train, epoch)
+            row |= {f"ema_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
+    reestimate_norms(parts, loaders.train, epoch)
+    distributed.share_state(parts.model)
+    return row | {f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
+
+
 def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
 
@@ -523,9 +552,11 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     from model import audit
 
     assert loaders.val is not None  # checked with the options
-    reestimate_norms(parts, loaders.train, 0)
-    row = validate(parts, loaders.val, Stop())
-    parts.logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
+    row = validation_row(parts, loaders, 0, Stop())
+    for name, what in (("val", ""), ("ema", "averaged weights: ")):
+        if f"{name}_loss" in row:
+            top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
+            parts.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
     if not parts.config.run.audit or parts.config.data.rank != 0:
         return 0
     with parts.precision.autocast():

@@ -248,17 +248,42 @@ def section(text: str, name: str, lines: Sequence[str]) -> str:
     return text[: text.index(start)] + body + text[text.index(end) + len(end) :]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of trainings takes."""
+    parser.add_argument("--dataset", choices=("digits", "glyphs"), default="digits")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
+    parser.add_argument("--print", action="store_true", help="print the table and write nothing to docs/")
+
+
+def write(
+    name: str, script: str, seeds: Sequence[int], lines: Sequence[str], runs: Sequence[dict[str, Any]]
+) -> None:
+    """Write a table and the command that made it to docs/results.md, and its runs to docs/results/NAME.json."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    raw = {"commit": described.stdout.strip(), "runs": runs}
+    path = RESULTS.parent / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(raw, indent=1) + "\n")
+    arguments = shlex.join(sys.argv[1:])
+    head = [
+        f"`python benchmarks/{script}.py{' ' + arguments if arguments else ''}`, commit {raw['commit']}, "
+        f"seeds {', '.join(map(str, seeds))}; every run's command and figures: "
+        f"[results/{name}.json](results/{name}.json).", "",
+    ]  # fmt: skip
+    RESULTS.write_text(section(RESULTS.read_text(encoding="utf-8"), name, [*head, *lines]))
+
+
 def main() -> int:
     """Run, then write the table, the plot and the raw figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", choices=("digits", "glyphs"), default="digits")
     parser.add_argument("--all", action="store_true", help="every method instead of 2-bit LSQ alone")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
-    parser.add_argument("--print", action="store_true", help="print the table and write nothing to docs/")
+    add_arguments(parser)
     options = parser.parse_args()
 
     methods = ALL if options.all else QUICK
@@ -268,21 +293,10 @@ def main() -> int:
     print("\n".join(lines))
     if options.print:
         return 0
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    folder = RESULTS.parent / "results"
-    draw(found, methods, folder / f"{name}.png", f"{options.dataset}, {len(options.seeds)} seeds")
-    raw = {"commit": commit.stdout.strip(), "runs": [asdict(o) for o in found]}
-    (folder / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
-    arguments = shlex.join(sys.argv[1:])
-    head = [
-        f"`python benchmarks/digits.py{' ' + arguments if arguments else ''}`, commit {raw['commit']}, "
-        f"seeds {', '.join(map(str, options.seeds))}; every run's command and figures: "
-        f"[results/{name}.json](results/{name}.json).", "",
-    ]  # fmt: skip
-    picture = ["", f"![gaps](results/{name}.png)"]
-    RESULTS.write_text(section(RESULTS.read_text(encoding="utf-8"), name, [*head, *lines, *picture]))
+    picture = RESULTS.parent / "results" / f"{name}.png"
+    draw(found, methods, picture, f"{options.dataset}, {len(options.seeds)} seeds")
+    lines += ["", f"![gaps](results/{name}.png)"]
+    write(name, "digits", options.seeds, lines, [asdict(outcome) for outcome in found])
     return 0
 
 

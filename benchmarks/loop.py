@@ -27,7 +27,7 @@ from torch.nn import functional
 import main
 from model import build
 from utils import config as configuration
-from utils import data, optim, policy, precision, schedule, state
+from utils import data, methods, optim, policy, precision, schedule, state
 from utils.interrupt import Stop
 from utils.loader import Batch, Delivery, Loader, Raw
 
@@ -92,7 +92,8 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
     parts = main.Parts(
         network, network, optimizer, precision.build(network, optimizer, settings.precision, cpu),
-        policy.Steering((), network, optimizer, groups, settings.optim, rates), cpu, layout, settings,
+        policy.Steering((), network, optimizer, groups, settings.optim, rates),
+        methods.build(settings, network, None, rates.total_steps), cpu, layout, settings,
         logging.getLogger("nobody listens"),
     )  # fmt: skip
     loader = Kept(batches)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -417,13 +417,14 @@ MIN_DIVISOR = 1e-5
 
 # The registry of methods -----------------------------------------------------------------------
 
+Method = TypeVar("Method", bound=Quantizer)
 _METHODS: dict[tuple[str, str], type[Quantizer]] = {}
 
 
-def register(method: str, *tags: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+def register(method: str, *tags: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: `method` on each of `tags` ("fm", "wt", "ot") is this class."""
 
-    def add(cls: type[Quantizer]) -> type[Quantizer]:
+    def add(cls: type[Method]) -> type[Method]:
         for tag in tags:
             if (method, tag) in _METHODS:
                 raise ValueError(f"{method} is registered twice for {tag}")

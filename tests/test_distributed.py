@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -95,10 +96,11 @@ def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
 
 
 def metrics(done: dict[str, Any], case: str) -> list[dict[str, float]]:
-    """The rows of a case but for the times."""
+    """The rows of a case but for the times and for what the run does not have."""
     rows = MetricsFile.read(done["folder"] / "exp" / case / "metrics.csv")
+    times = ("seconds", "images_per_second", "data_wait")
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")}
+        {name: value for name, value in row.items() if name not in times and not math.isnan(value)}
         for row in rows
     ]
 

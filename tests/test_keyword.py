@@ -27,6 +27,7 @@ SECTIONS = {
     "stem": "model.stem",
     "quant": "model.quant",
     "data": "data",
+    "loss": "loss",
     "run": "run",
 }
 # Fields of every quantizer that a word sets for all tags at once -> their name in `QuantizerConfig`.

@@ -173,7 +173,7 @@ print(text.getvalue())
         [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  -)", done.stdout)]
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=  -)|\n\n", done.stdout)]
     for option in OPTIONS.values():
         spellings = [*option.aliases, f"--{option.name}"]
         (entry,) = [entry for entry in entries if re.match(rf"{spellings[0]}\b", entry)]

@@ -17,7 +17,7 @@ from typing import Any
 from utils import keyword as keywords
 from utils import policy
 from utils.errors import UserError
-from utils.options import TAGS, Given, parse
+from utils.options import OPTIONS, TAGS, Given, parse
 from utils.policy import Rule
 
 LEARNING = frozenset({"lsq", "pact", "lq", "fatnn"})  # methods that learn a range; PACT's weights do not
@@ -63,6 +63,8 @@ class QuantConfig:
     ot: QuantizerConfig = QuantizerConfig(tag="ot")
     padding_after_quant: bool = False
     re_init: bool = False
+    re_init_range: str = "paper"  # how clip values are found: "paper", "mse" or "percentile"
+    re_init_percentile: float = 99.9  # percent
     first_last: bool = False  # quantize the first and the last layer too
     depthwise: bool = True  # quantize depth-wise convolutions too
 
@@ -169,6 +171,38 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A full-precision teacher whose outputs the network learns, beside the labels."""
+
+    teacher: ModelConfig = ModelConfig()
+    pretrained: str = ""  # a path, or a name in weights_dir/TEACHER
+    alpha: float = 0.5  # share of this loss; the labels' is 1 - alpha
+    temperature: float = 4.0
+    kind: str = "kl"  # or "mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What a training minimises."""
+
+    label_smooth: float = 0.0
+    focal_gamma: float = 0.0  # 0: cross-entropy
+    focal_alpha: float = 1.0
+    distill: DistillConfig | None = None
+    quant_loss: float = 0.0  # factor on the relative quantization error of the weights
+    dampen: float = 0.0  # factor on the dampening of oscillations, at the end of training
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """What is done with the weights after each step of the optimizer."""
+
+    ema_decay: float = 0.0  # of averaged weights; 0: none
+    freeze_threshold: tuple[float, ...] = ()  # oscillations a step that freeze a weight: from, to; none
+    freeze_momentum: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The learning rate over the run."""
 
@@ -220,6 +254,7 @@ class RunConfig:
     resume: bool = False
     resume_file: Path | None = None
     pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
+    ema_weights: bool = False  # take the averaged weights of that checkpoint
     unresume_scope: tuple[str, ...] = ()
     weights_dir: Path = Path("weights")
     log_dir: Path = Path("exp")
@@ -229,7 +264,6 @@ class RunConfig:
     report_freq: int = 50  # iterations between two lines of the log
     tensorboard: bool = False
     verbose: bool = False
-    label_smooth: float = 0.0
     shortened: bool = False  # epochs or data were replaced on the command line: warm-ups shrink to fit
     bn_batches: int = 0  # training batches for batch norms' statistics before each validation; 0: as trained
     delay: float = 0.0  # seconds per iteration
@@ -241,7 +275,9 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    weights: WeightsConfig = WeightsConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     devices: DeviceConfig = DeviceConfig()
@@ -269,7 +305,7 @@ METHODS = ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")  # the project's own,
 FIELDS = {
     "num_classes": "model.num_classes",
     "input_size": "model.input_size",
-    "label_smooth": "run.label_smooth",
+    "label_smooth": "loss.label_smooth",
     "dataset": "data.dataset",
     "order": "block.downsample_order",
 }
@@ -310,7 +346,9 @@ def resolve(given: Given) -> Config:
     return Config(
         model=model,
         data=_data_config(given, fields, model),
+        loss=_loss_config(given, words, fields, model),
         optim=_optim_config(given),
+        weights=_weights_config(given, quant),
         schedule=schedule,
         precision=_precision_config(given),
         devices=_device_config(given),
@@ -341,6 +379,11 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
         "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
         "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
+        "freeze_momentum": (not given["freeze_threshold"], "without --freeze_threshold"),
+        "focal_alpha": (given["focal_gamma"] == 0, "without --focal_gamma"),
+        "distill_loss_temperature": (given["distill_loss_type"] == "mse", "with --distill_loss_type mse"),
+        "re_init_range": (not given["re_init"], "without --re_init"),
+        "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
         "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
@@ -414,14 +457,16 @@ def _check_numbers(given: Given) -> None:
     _positive(
         given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
         "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step", "mixup_alpha", "cutmix_alpha",
+        "focal_alpha", "distill_loss_temperature", "distill_width_alpha",
         *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
     )  # fmt: skip
     _not_negative(
         given, "val_batch_size", "workers", "lr", "weight_decay", "custom_decay", "extra_epoch", "eta_min",
         "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
-        "save_every", "skip_corrupt", "bn_batches",
+        "save_every", "skip_corrupt", "bn_batches", "focal_gamma", "quant_loss", "dampen",
     )  # fmt: skip
-    _share(given, "momentum", "label_smooth")
+    _share(given, "momentum", "label_smooth", "ema_decay")
+    _check_methods(given)
     if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["batch_size"] == 1 and not given["evaluate"]:
@@ -450,6 +495,28 @@ def _check_numbers(given: Given) -> None:
         raise UserError("--evaluate needs validation images: give a --val_batch_size above 0")
 
 
+def _check_methods(given: Given) -> None:
+    """Numbers of the training methods that make no sense whatever else is given."""
+    threshold = given["freeze_threshold"]
+    if "freeze_threshold" in given.explicit and (
+        len(threshold) not in (1, 2) or not all(0 < value < 1 for value in threshold)
+    ):
+        raise UserError("--freeze_threshold: give one number between 0 and 1, or two, like 0.04,0.01")
+    if not 0 < given["freeze_momentum"] < 1:
+        raise UserError(f"--freeze_momentum {given['freeze_momentum']}: must be between 0 and 1")
+    if not 0 < given["distill_loss_alpha"] <= 1:
+        raise UserError(
+            f"--distill_loss_alpha {given['distill_loss_alpha']}: must be above 0 and at most 1, which leaves the "
+            "labels out"
+        )
+    if not 0 < given["re_init_percentile"] <= 100:
+        raise UserError(
+            f"--re_init_percentile {given['re_init_percentile']}: must be above 0 and at most 100"
+        )
+    if given["ema_weights"] and given["pretrained"] in (None, "none"):
+        raise UserError("--ema_weights needs a checkpoint that has them: give --pretrained")
+
+
 def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, tuple[str, ...]]:
     """The quantizers of options and keyword fields, and warnings about what has no effect."""
     warnings: list[str] = []
@@ -458,11 +525,21 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         **parts,
         padding_after_quant=bool(given["padding_after_quant"]),
         re_init=bool(given["re_init"]),
+        re_init_range=given["re_init_range"],
+        re_init_percentile=given["re_init_percentile"],
         first_last=bool(fields.get("quant.first_last", False)),
         depthwise=bool(fields.get("quant.depthwise", True)),
     )
+    clips = {"fm": {"lsq", "pact", "dorefa"}, "wt": {"lsq"}, "ot": {"lsq", "pact", "dorefa"}}
+    searching = quant.re_init_range != "paper"
+    clipping = any(part.enable and part.method in clips[tag] for tag, part in parts.items())
+    if quant.re_init and quant.enabled and searching and not clipping:
+        warnings.append(
+            f"--re_init_range {quant.re_init_range} has no effect: no quantizer has a clipping value"
+        )
     learns = {"fm": LEARNING, "wt": LEARNING - {"pact"}, "ot": LEARNING}
     learning = any(part.enable and part.method in learns[tag] for tag, part in parts.items())
+    learning |= searching and clipping
     if quant.re_init and quant.enabled and not learning:
         warnings.append("--re_init has no effect: no quantizer of this network learns its range")
     if not quant.enabled:
@@ -705,6 +782,98 @@ def _data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) ->
     )
 
 
+def _loss_config(
+    given: Given, words: tuple[str, ...], fields: Mapping[str, Any], model: ModelConfig
+) -> LossConfig:
+    smooth = given["label_smooth"]
+    for name in ("quant_loss", "dampen"):
+        if given[name] > 0:
+            _check_levels_are_weights(f"--{name} {given[name]}", model.quant)
+    return LossConfig(
+        label_smooth=fields.get("loss.label_smooth", 0.0) if smooth is None else smooth,
+        focal_gamma=given["focal_gamma"],
+        focal_alpha=given["focal_alpha"],
+        distill=_distill_config(given, words, model),
+        quant_loss=given["quant_loss"],
+        dampen=given["dampen"],
+    )
+
+
+def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) -> DistillConfig | None:
+    """The teacher, a full-precision network of the same data, and how it is learned from."""
+    name, source = given["distill_teacher"], given["distill_pretrained"]
+    if name == "none":  # takes a config's teacher back
+        return None
+    if name is None:
+        others = [option for option in OPTIONS if option.startswith("distill_") and option in given.explicit]
+        others = [option for option in others if option != "distill_teacher"]
+        if others:
+            raise UserError(f"--{others[0]} needs a teacher: give --distill_teacher MODEL or leave it out")
+        return None
+    if source in (None, "none"):
+        raise UserError("--distill_teacher needs its weights: give --distill_pretrained CHECKPOINT")
+    theirs = given["distill_keyword"]
+    if theirs is None:
+        theirs = tuple(word for word in words if keywords.registry()[word].group != "quantizer")
+    if not set(theirs) & set(DATASETS.values()):
+        theirs = (*(word for word in words if word in DATASETS.values()), *theirs)
+    options = {
+        "model": name,
+        "width_alpha": given["distill_width_alpha"] or given["width_alpha"],
+        **{name: given[name] for name in ("num_classes", "input_size") if name in given.explicit},
+    }
+    try:
+        fields = keywords.resolve(theirs, family_of(name)).fields
+        teacher, _ = model_config(Given(options), fields, QuantConfig())
+    except UserError as error:
+        raise UserError(
+            f"--distill_teacher {name}: {error}; its own keywords are --distill_keyword"
+        ) from error
+    if teacher.num_classes != model.num_classes:
+        raise UserError(
+            f"--distill_teacher {name} has {teacher.num_classes} classes, the network {model.num_classes}: "
+            "give --distill_keyword the same data set"
+        )
+    return DistillConfig(
+        teacher=teacher,
+        pretrained=source,
+        alpha=given["distill_loss_alpha"],
+        temperature=given["distill_loss_temperature"],
+        kind=given["distill_loss_type"],
+    )
+
+
+def _check_levels_are_weights(option: str, quant: QuantConfig) -> None:
+    """Refuse what compares weights with their levels where these are values of another kind."""
+    weights = quant.wt
+    if not weights.enable:
+        raise UserError(f"{option}: no weight is quantized; add --wt_enable or leave it out")
+    squashed = weights.method in ("dorefa", "pact") and not weights.binary_scale
+    if squashed or weights.method == "fatnn":
+        raise UserError(
+            f"{option}: the levels of {weights.method} are of another scale than the weights; use lsq, lq or xnor"
+        )
+    if weights.adaptive != "none" and not weights.adaptive_restore:
+        raise UserError(
+            f"{option}: --wt_adaptive {weights.adaptive} leaves the levels at another scale than the weights; "
+            "add --wt_adaptive_restore"
+        )
+
+
+def _weights_config(given: Given, quant: QuantConfig) -> WeightsConfig:
+    threshold = given["freeze_threshold"]
+    if threshold:
+        written = ",".join(map(str, threshold))
+        _check_levels_are_weights(f"--freeze_threshold {written}", quant)
+        if quant.wt.adaptive != "none":
+            raise UserError(
+                f"--freeze_threshold {written}: frozen weights would move with --wt_adaptive's mean"
+            )
+    return WeightsConfig(
+        ema_decay=given["ema_decay"], freeze_threshold=threshold, freeze_momentum=given["freeze_momentum"]
+    )
+
+
 def _optim_config(given: Given) -> OptimConfig:
     return OptimConfig(
         name=given["optimizer"],
@@ -790,7 +959,6 @@ def _device_config(given: Given) -> DeviceConfig:
 
 
 def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
-    smooth = given["label_smooth"]
     return RunConfig(
         case=given["case"],
         seed=given["seed"],
@@ -801,6 +969,7 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         resume=bool(given["resume"]),
         resume_file=None if given["resume_file"] is None else Path(given["resume_file"]),
         pretrained=given["pretrained"],
+        ema_weights=bool(given["ema_weights"]),
         unresume_scope=given["unresume_scope"],
         weights_dir=Path(given["weights_dir"]),
         log_dir=Path(given["log_dir"]),
@@ -810,7 +979,6 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         report_freq=given["report_freq"],
         tensorboard=bool(given["tensorboard"]),
         verbose=bool(given["verbose"]) or bool(fields.get("run.verbose", False)),
-        label_smooth=fields.get("run.label_smooth", 0.0) if smooth is None else smooth,
         shortened=bool(given.replaced.keys() & {"epochs", "dataset", "fake_size"}),
         bn_batches=given["bn_batches"],
         delay=given["delay"],

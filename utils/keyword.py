@@ -259,7 +259,7 @@ _declare(
     (
         "label-smooth",
         "smooth the labels by --label_smooth, 0.1 when it is not given",
-        _sets(run__label_smooth=0.1),
+        _sets(loss__label_smooth=0.1),
     ),
     (
         "lr-test",

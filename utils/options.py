@@ -61,8 +61,6 @@ def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **re
     return Option(name=name, kind=kind, default=default, help=help, **rest)
 
 
-METHOD = "this training method is not there yet"
-
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
         _option(
@@ -190,9 +188,6 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "training batches that batch norms' statistics are computed from anew before validation; 0: none",
         ),
         _option("delay", float, 0.0, "seconds to wait in each iteration"),
-        _option(
-            "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
-        ),
     ),
     "checkpoints and logs": (
         _option(
@@ -218,13 +213,52 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("tensorboard", bool, False, "write TensorBoard files"),
         _option("verbose", bool, False, "log parameter groups and the details of loading"),
     ),
-    "distillation and losses": (
-        _option("distill_teacher", str, None, "teacher network", later=METHOD),
-        _option("distill_loss_alpha", float, None, "weight of the distillation loss", later=METHOD),
-        _option("distill_loss_temperature", float, None, "softmax temperature", later=METHOD),
-        _option("distill_loss_type", str, None, "kind of the distillation loss", later=METHOD),
-        _option("focal_gamma", float, None, "exponent of the focal loss", later=METHOD),
-        _option("focal_alpha", float, None, "weight of the focal loss", later=METHOD),
+    "loss": (
+        _option(
+            "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
+        ),
+        _option("focal_gamma", float, 0.0, "focal loss: exponent of 1 - p of the class; 0: cross-entropy"),
+        _option("focal_alpha", float, 1.0, "focal loss: factor on all of it"),
+        _option("distill_teacher", str, None, "distillation: the teacher, as --model, or none"),
+        _option(
+            "distill_keyword",
+            words,
+            None,
+            "the teacher's keywords; default: the network's without quantizers",
+        ),
+        _option(
+            "distill_width_alpha", float, None, "the teacher's width; default: the network's width_alpha"
+        ),
+        _option(
+            "distill_pretrained",
+            str,
+            None,
+            "the teacher's checkpoint: a path, or a name in weights_dir/TEACHER",
+        ),
+        _option("distill_loss_alpha", float, 0.5, "share of the distillation loss, the labels' is the rest"),
+        _option("distill_loss_temperature", float, 4.0, "temperature of the soft labels"),
+        _option(
+            "distill_loss_type",
+            str,
+            "kl",
+            "kl: divergence of soft labels; mse: squared error of logits",
+            choices=("kl", "mse"),
+        ),
+        _option("quant_loss", float, 0.0, "factor on the relative quantization error of the weights"),
+        _option(
+            "dampen", float, 0.0, "factor on the dampening of oscillating weights at the end of training"
+        ),
+    ),
+    "weights": (
+        _option("ema_decay", float, 0.0, "decay of averaged weights, evaluated beside the network; 0: none"),
+        _option("ema_weights", bool, False, "take the averaged weights of the --pretrained checkpoint"),
+        _option(
+            "freeze_threshold",
+            floats,
+            (),
+            "freeze weights that oscillate more often in a step; two: from, to, along a cosine",
+        ),
+        _option("freeze_momentum", float, 0.01, "momentum of the frequencies of oscillation"),
     ),
 }
 
@@ -317,6 +351,14 @@ MODEL: dict[str, tuple[Option, ...]] = {
             False,
             "initialise the quantizers from the loaded weights and one batch, before training",
         ),
+        _option(
+            "re_init_range",
+            str,
+            "paper",
+            "how re_init finds clip values: LSQ's formula, least squared error, or a percentile of |x|",
+            choices=("paper", "mse", "percentile"),
+        ),
+        _option("re_init_percentile", float, 99.9, "the percentile, percent"),
         _option(
             "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
         ),

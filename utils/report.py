@@ -54,6 +54,10 @@ def epoch_line(row: dict[str, float], last: int, best: float) -> str:
     text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
     if "val_top1" in row:
         text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
+    if "ema_top1" in row:
+        text += f"; averaged weights: top-1 {row['ema_top1']:.2f}"
+    if "frozen" in row:
+        text += f"; frozen {row['frozen']:.2f} %"
     text += (
         f"; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %"
     )
@@ -85,6 +89,7 @@ def finish(
         "epochs": state.epoch,
         "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
         "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
+        "last_ema_top1": rows[-1]["ema_top1"] if rows and math.isfinite(rows[-1]["ema_top1"]) else None,
         "weight_bytes": cost.weight_bytes,
         "float_weight_bytes": cost.float_weight_bytes,
         "macs": cost.macs,
