@@ -475,9 +475,13 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
 
 
 def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingError(f"the loss is not finite in {where}; {advice(parts, images)}")
+    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
+    from utils import distributed
+
+    mine = not math.isfinite(float(loss.detach()))
+    if distributed.anyone(mine):
+        whose = "the loss" if mine else "the loss of another process"
+        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
 
 
 def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
@@ -496,23 +500,29 @@ def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
 
 def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
     """Stop the run before it notes an epoch whose last step has ruined the weights."""
+    from utils import distributed
+
     weights = parts.precision.weights(parts.model)
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if bad or not math.isfinite(row.get("val_loss", 0.0)):
+    if distributed.anyone(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
         images = audit_batches(parts, loaders, 1)[0]
         raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
 
 
 def advice(parts: Parts, images: torch.Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help."""
+    """Where numbers that are not finite came from, and what may help; all processes ask, or none."""
     from model.health import first_nonfinite
+    from utils import distributed
 
-    layer = ""
-    if parts.config.data.world_size == 1:  # a pass of one process alone would wait for the others
-        with parts.precision.autocast():
-            layer = f"the first layer with such an output is {first_nonfinite(parts.model, images)}; "
-    return f"{layer}these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+    with parts.precision.autocast():
+        found = distributed.gathered(first_nonfinite(parts.model, images))
+    # Shared statistics carry it to the others from the next layer on.
+    _, layer = min((each for each in found if each), default=(0, "none of the layers: the loss itself"))
+    return (
+        f"the first layer with such an output is {layer}; these weights are not saved; "
+        "try a lower --lr, --grad_clip or --re_init"
+    )
 
 
 def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
