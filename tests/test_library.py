@@ -16,8 +16,8 @@ from model.build import build
 from model.convert import full_precision
 from model.library import torchvision_names
 from model.quant import QuantLayer, quantized_layers
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
 TIMM = importlib.util.find_spec("timm") is not None
 needs_timm = pytest.mark.skipif(not TIMM, reason="the optional package timm is not installed")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import main
 from model import build
 from utils.config import Config
-from utils.config import read as read_config
 from utils.log import RecordsFile
 from utils.record import Recorder
+from utils.resolve import read as read_config
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --keyword cifar10,cbas,origin"
 BITS = ",dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
