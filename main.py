@@ -45,18 +45,17 @@ METRICS = (
     "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
+AUDIT_FAILED = 3  # exit status
 PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status.
 
-    0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
-    anything to save.
+    0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
+    interrupted before there was anything to save.
     """
-    status = answer(argv)
-    leave_status(status)
-    return status
+    return leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -96,8 +95,6 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    import torch
-
     from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
     from utils import (
@@ -134,11 +131,12 @@ def run(config: Config) -> int:
 
     data.check(config.data)
     with distributed.joined(place, device):
-        restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
-        found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
-        if settings.evaluate and settings.resume and found.path is None and pretrained is None:
+        launchers = distributed.launchers(os.environ)
+        found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
+        if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
-                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
+                "--pretrained none random weights are"
             )
 
         # 2. Build the network and load weights into it.
@@ -159,7 +157,7 @@ def run(config: Config) -> int:
         rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        layout = precision.memory_format(model, config.precision, device)
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
         trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
@@ -234,9 +232,9 @@ def run(config: Config) -> int:
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, steering, training, device,
-                layout, config, logger, probed,
+                model, network, optimizer, arithmetic, steering, training, device, layout, config, logger, probed
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -262,7 +260,7 @@ def run(config: Config) -> int:
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop() as stop, checkpoint.Writer() as writer:
+            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
 
                 def save(reached: RunState, best: bool = False) -> None:
                     state.save(
@@ -274,6 +272,7 @@ def run(config: Config) -> int:
                         files,
                         config,
                         writer,
+                        launchers,
                         best=best,
                     )
 
@@ -288,6 +287,7 @@ def run(config: Config) -> int:
                     if stopped:
                         save(progress)
                         writer.wait()
+                        distributed.anyone(False)  # none ends before the first has written
                         logger.info(
                             "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
                         )
@@ -318,7 +318,7 @@ def run(config: Config) -> int:
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
             recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
-            return 1 if result.problems else 0
+            return AUDIT_FAILED if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
                 logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
@@ -377,7 +377,7 @@ def train_one_epoch(
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
     first = state.first_batch(start.position, together, passes, batches)
-    totals = log.Totals(parts.device, start.sums)
+    totals = log.Totals(parts.device, state.sums_until(start.sums, start.position, first * together))
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
     parts.model.train()
     loader.set_epoch(start.epoch)
@@ -475,9 +475,13 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
 
 
 def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingError(f"the loss is not finite in {where}; {advice(parts, images)}")
+    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
+    from utils import distributed
+
+    mine = not math.isfinite(float(loss.detach()))
+    if distributed.anyone(mine):
+        whose = "the loss" if mine else "the loss of another process"
+        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
 
 
 def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
@@ -496,23 +500,29 @@ def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
 
 def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
     """Stop the run before it notes an epoch whose last step has ruined the weights."""
+    from utils import distributed
+
     weights = parts.precision.weights(parts.model)
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if bad or not math.isfinite(row.get("val_loss", 0.0)):
+    if distributed.anyone(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
         images = audit_batches(parts, loaders, 1)[0]
         raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
 
 
 def advice(parts: Parts, images: torch.Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help."""
+    """Where numbers that are not finite came from, and what may help; all processes ask, or none."""
     from model.health import first_nonfinite
+    from utils import distributed
 
-    layer = ""
-    if parts.config.data.world_size == 1:  # a pass of one process alone would wait for the others
-        with parts.precision.autocast():
-            layer = f"the first layer with such an output is {first_nonfinite(parts.model, images)}; "
-    return f"{layer}these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+    with parts.precision.autocast():
+        found = distributed.gathered(first_nonfinite(parts.model, images))
+    # Shared statistics carry it to the others from the next layer on.
+    _, layer = min((each for each in found if each), default=(0, "none of the layers: the loss itself"))
+    return (
+        f"the first layer with such an output is {layer}; these weights are not saved; "
+        "try a lower --lr, --grad_clip or --re_init"
+    )
 
 
 def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
@@ -583,7 +593,7 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     with parts.precision.autocast():
         found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
     parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
-    return 1 if found.problems else 0
+    return AUDIT_FAILED if found.problems else 0
 
 
 def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:

@@ -413,17 +413,9 @@ def image_files(root: Path) -> Iterator[Path]:
 
     Raises UserError for a folder that cannot be listed.
     """
+    from utils.images import walk  # imports Pillow
 
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-    visited: set[str] = set()  # a link may lead back up
-    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            inside.clear()
-            continue
-        visited.add(real)
+    for folder, names in walk(root):
         for name in names:
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield Path(folder, name)
@@ -446,44 +438,31 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
         findings.append(("mislabelled", f"the file is {form}"))
     if mode == "CMYK":
         findings.append(("CMYK", "four channels"))
-    if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;"):
+    if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
         findings.append(("single-channel", f"the mode is {mode}"))
+    if path.suffix.lower() == ".gif":
+        findings.append(("GIF", "training passes over files with this ending"))
     return findings
 
 
 def _look(path: Path) -> tuple[str, str] | str:
-    """Format and mode of an image that can be decoded to RGB, else the reason why not, in one line."""
-    import struct
+    """Format and mode of an image that training can decode, else the reason why not, in one line."""
+    import io
     import warnings
-    import zlib
 
     from PIL import Image
 
-    # What Pillow's decoders are known to raise on bad files.
-    failures = (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    )
+    from utils.images import DECODE_ERRORS, decode, reason_of
+
     try:
         with warnings.catch_warnings():  # odd metadata of an image that decodes
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.convert("RGB")
+            data = path.read_bytes()
+            decode(data)
+            with Image.open(io.BytesIO(data)) as image:
                 return image.format or "unknown", image.mode
-    except failures as error:
-        text = " ".join(str(error).replace(f" {str(path)!r}", "").split())
-        return text.rstrip(":") or type(error).__name__
+    except DECODE_ERRORS as error:
+        return reason_of(error)
 
 
 def make_fake_imagenet(options: Options) -> int:

@@ -3,9 +3,9 @@
     python benchmarks/methods.py --dataset digits
     python benchmarks/methods.py --dataset glyphs
 
-Network, recipe and full-precision starts are those of `benchmarks/digits.py --all`, whose finished runs are not
-repeated. A row's run has the options of the plain one and those in its column. Differences are to the plain run of
-the same seed.
+Networks and full-precision starts are those of `benchmarks/digits.py --all`, whose finished runs are not repeated; the
+recipe is that of the example configs, which has none of these methods. A row's run has the options of the plain one
+and those in its column. Differences are to the plain run of the same seed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import digits
+
+TUNE = "-b 32 --epochs 8 --lr 0.05 --weight_decay 1e-4 --re_init"  # that of the example configs
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Variant:
 PLAIN = Variant("")
 VARIANTS = (
     Variant("distillation", "--distill_teacher resnet20 --distill_pretrained {start}"),
-    Variant("averaged weights", "--ema_decay 0.99"),
-    Variant("batch norms anew", "--bn_batches 20"),
+    Variant("averaged weights", "--ema_decay 0.95"),
+    Variant("batch norms anew", "--bn_batches 45"),
     Variant("dampening", "--dampen 1e-3"),
-    Variant("iterative freezing", "--freeze_threshold 0.04,0.02 --freeze_momentum 0.02"),
+    Variant("iterative freezing", "--freeze_threshold 0.2,0.05 --freeze_momentum 0.02"),
     Variant("wakeup", "--wakeup_epoch 1"),
     Variant("warmup", "--warmup 20"),
     Variant("stable", "--stable_epoch 1"),
@@ -54,6 +56,10 @@ VARIANTS = (
     Variant("focal loss", "--focal_gamma 2"),
     Variant("label smoothing", "--label_smooth 0.1"),
     Variant("policy: 8, 4, 2 bits", "--policy config/policies/progressive.yaml --fm_bit 8 --wt_bit 8"),
+    Variant(
+        "policy: 3, 2 bits, step stays",
+        "--policy config/policies/progressive-step.yaml --fm_bit 3 --wt_bit 3",
+    ),
     Variant("policy: 4 and 2 bits", "--policy config/policies/mixed.yaml"),
     Variant(
         "policy: clip values frozen late",
@@ -84,10 +90,10 @@ def outcomes(setup: str, seeds: Sequence[int], jobs: int, fresh: bool) -> list[O
 
     def variant(job: tuple[Variant, int]) -> Outcome:
         row, seed = job
-        case = f"bench-{setup}-lsq-2-2-{digits.slug(row.name)}".rstrip("-") + f"-{seed}"
+        case = f"bench-{setup}-methods-{digits.slug(row.name) or 'plain'}-{seed}"
         checkpoint = f"{start.format(seed=seed)}-checkpoint.pth.tar"
         keywords = "dorefa,lsq" + (f",{row.keyword}" if row.keyword else "")
-        options = f"{digits.TUNE} --pretrained {checkpoint} {digits._bits(2)} {row.options.format(start=checkpoint)}"
+        options = f"{TUNE} --pretrained {checkpoint} {digits._bits(2)} {row.options.format(start=checkpoint)}"
         argv = digits.command(setup, case, seed, digits.BLOCK, keywords, options.strip())
         summary = digits.run(case, argv, fresh)
         text = shlex.join(["python", *argv[1:]])

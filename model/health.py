@@ -304,20 +304,24 @@ def table(rows: list[HealthRow]) -> str:
     )
 
 
-def first_nonfinite(model: nn.Module, images: Tensor) -> str:
-    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S], in training mode, and how.
+def first_nonfinite(model: nn.Module, images: Tensor) -> tuple[int, str] | None:
+    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S], in training mode; None: none does.
 
-    The network's buffers change as in a training step; call it when the run ends anyway.
+    Returns how many layers came before it, and its name and state. This is a step of training without the
+    gradients: all processes take part, as norms and quantizers may share statistics, and the network's buffers
+    change. Call it when the run ends anyway.
     """
-    found: list[str] = []
+    found: list[tuple[int, str]] = []
+    counter = itertools.count()
 
     def watch(name: str, module: nn.Module, output: Tensor) -> None:
+        before = next(counter)
         if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
             return
         bad = [
             key for key, value in module.named_parameters(recurse=False) if not bool(value.isfinite().all())
         ]
-        found.append(f"{name} (its {', '.join(bad)} is not finite)" if bad else name)
+        found.append((before, f"{name} (its {', '.join(bad)} is not finite)" if bad else name))
 
     hooks = [
         module.register_forward_hook(lambda m, _, out, name=name: watch(name, m, out))
@@ -331,4 +335,4 @@ def first_nonfinite(model: nn.Module, images: Tensor) -> str:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "none of the layers: the loss itself"
+    return found[0] if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -148,7 +149,23 @@ def describe(quantizer: nn.Module | None) -> tuple[str, int]:
 
 
 def cost(model: nn.Module, input_size: int) -> Cost:
-    """Run one black image of `input_size` pixels through `model` and count; its mode is restored."""
+    """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
+
+    Only the image's shape is run, on the meta device, through networks that let it: they all but those whose
+    forward looks at values, or at tensors that are neither parameters nor buffers.
+
+    Raises:
+        RuntimeError, ValueError: from the network, when it does not take images of this size.
+    """
+    try:
+        layers = _run(model, input_size, meta=True)
+    except (RuntimeError, ValueError):
+        layers = _run(model, input_size, meta=False)
+    return Cost(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _run(model: nn.Module, input_size: int, *, meta: bool) -> tuple[LayerCost, ...]:
+    """The layers' costs from one forward pass, on the meta device or where the network is."""
     layers: list[LayerCost] = []
 
     def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
@@ -175,14 +192,18 @@ def cost(model: nn.Module, input_size: int) -> Cost:
         )
 
     parameter = next(model.parameters())
+    state = itertools.chain(model.named_parameters(), model.named_buffers())
+    shapes = {name: tensor.to("meta") for name, tensor in state} if meta else {}
+    device = "meta" if meta else parameter.device
+    image = torch.zeros(1, 3, input_size, input_size, device=device, dtype=parameter.dtype)
     with observing(model) as hooks:
         hooks += [
             module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
-    return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
+        torch.func.functional_call(model, shapes, (image,))
+    return tuple(layers)
 
 
 def _kind(module: nn.Conv2d | nn.Linear) -> str:

@@ -175,12 +175,12 @@ def test_a_report_leaves_the_network_as_it_was() -> None:
 
 def test_the_first_layer_with_a_non_finite_output_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
-    assert "none of the layers" in first_nonfinite(model, torch.ones(1, 2))
+    assert first_nonfinite(model, torch.ones(1, 2)) is None
     model.get_parameter("2.weight").data[0, 0] = torch.nan
-    assert first_nonfinite(model, torch.ones(1, 2)) == "2 (its weight is not finite)"
+    assert first_nonfinite(model, torch.ones(1, 2)) == (2, "2 (its weight is not finite)")
     model.get_parameter("2.weight").data.fill_(3e38)
     nn.init.ones_(model[0].weight)
-    assert first_nonfinite(model, torch.full((1, 2), 1e10)) == "2"
+    assert first_nonfinite(model, torch.full((1, 2), 1e10)) == (2, "2")
 
 
 @pytest.mark.parametrize("method", ["xnor", "lq"])

@@ -889,13 +889,13 @@ declare(Keyword(name="slacker", group="mine", help="forgets to quantize",
 
 
 def test_a_run_that_does_not_quantize_fails_the_audit(tmp_path: Path) -> None:
-    """Exit status 1: what was trained is not the quantized network that was asked for."""
+    """Exit status 3: what was trained is not the quantized network that was asked for."""
     (tmp_path / "mine.py").write_text(SLACKER)
     argv = LSQ.replace("dorefa,lsq", "slacker") + " --keyword_file mine.py --case slack --epochs 1"
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *argv.split()], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert summary(tmp_path, "slack")["audit"] == "FAILED: 40 of 40 quantizers"
     assert "layer1.0.conv1.0.quant_weight passes its input" in log_of(tmp_path, "slack")
 

@@ -132,7 +132,7 @@ def test_a_dash_in_a_value_is_kept() -> None:
         ("--fm_bits=3", r"unknown option --fm_bits=3: did you mean .*--fm_bit"),
         ("--zzzz", r"unknown option --zzzz: .*--help"),
         ("resnet18", r"unknown option resnet18"),
-        ("--fm_bit two", r"--fm_bit: invalid int value: 'two'"),
+        ("--fm_bit two", r"--fm_bit: invalid integer value: 'two'"),
         ("--lr", r"--lr.*expected one argument"),
         ("--lr_custom_step 30,x", r"--lr_custom_step: .*'30,x'"),
         ("--dataset mnist", r"--dataset: invalid choice: 'mnist'.*digits"),

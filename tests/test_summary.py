@@ -8,7 +8,7 @@ from torch import nn
 
 from model.build import build
 from model.quant import QuantConv2d, QuantLinear
-from model.summary import cost, format_table, stored_bits
+from model.summary import _run, cost, format_table, stored_bits
 from utils.config import QuantConfig, read
 
 
@@ -194,6 +194,41 @@ def test_a_failing_network_is_left_alone_too() -> None:
     with pytest.raises(RuntimeError):
         cost(net, 8)
     assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("dorefa", "--fm_bit", "2"),
+        ("dorefa", "--fm_bit", "3", "--wt_adaptive", "var-mean", "--fm_quant_group", "4", "--stable", "2"),
+        ("pact", "--fm_bit", "2"),
+        ("dorefa,lsq", "--fm_bit", "4", "--ot_enable", "--ot_bit", "8"),
+        ("lq", "--fm_bit", "2"),
+        ("dorefa,non-uniform", "--fm_level", "3", "--wt_level", "3"),
+        ("xnor,gamma", "--fm_bit", "1", "--wt_bit", "1"),
+    ],
+    ids=lambda options: " ".join(options[:3]),
+)
+def test_a_shape_costs_what_an_image_does(options: tuple[str, ...]) -> None:
+    """Every method's network runs on the meta device, which is many times as fast, and counts the same."""
+    word, *rest = options
+    line = ["--keyword", f"cifar10,origin,cbsa,fix,{word}", "--model", "resnet20", "--width_alpha", "0.25"]
+    net = build(read([*line, "--fm_enable", "--wt_enable", "--wt_bit", "2", *rest]).model)
+    with torch.no_grad():
+        assert _run(net, 32, meta=True) == _run(net, 32, meta=False) != ()
+
+
+def test_a_network_that_looks_at_values() -> None:
+    """It cannot run on the meta device and gets an image."""
+
+    class Looking(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.sum()) == 0 else x[:, :, :2])
+
+    net = Looking(quant(*LOW))
+    with pytest.raises(RuntimeError, match="meta"):
+        _run(net, 8, meta=True)
+    assert cost(net, 8) == cost(Small(quant(*LOW)), 8)
 
 
 def test_columns_are_aligned() -> None:

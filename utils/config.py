@@ -17,7 +17,7 @@ from typing import Any
 from utils import keyword as keywords
 from utils import policy
 from utils.errors import UserError
-from utils.options import OPTIONS, TAGS, Given, parse
+from utils.options import OLDER, OPTIONS, TAGS, Given, parse
 from utils.policy import Rule
 
 LEARNING = frozenset({"lsq", "pact", "lq", "fatnn"})  # methods that learn a range; PACT's weights do not
@@ -365,7 +365,7 @@ def resolve(given: Given) -> Config:
         devices=_device_config(given),
         run=_run_config(given, fields),
         probe=_probe_config(given, fields),
-        policy=() if given["policy"] is None else policy.read(Path(given["policy"])),
+        policy=() if given["policy"] in (None, "none") else policy.read(Path(given["policy"])),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
@@ -406,6 +406,7 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             name: (bool(given["evaluate"]), "with --evaluate")
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
+        "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
         **{
@@ -416,6 +417,7 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             f"{tag}_ratio": (fields.get(f"quant.{tag}.method") in METHODS, "with the methods of this project")
             for tag in TAGS
         },
+        **{option.name: (True, f"here: it is {option.help}") for group in OLDER.values() for option in group},
     }
     return [
         f"--{name} has no effect {when}"
@@ -656,7 +658,7 @@ def _check_method(
             raise UserError(f"--{tag}_grid midtread needs a full range: change --{tag}_half_range")
         if levels < 3:
             raise UserError(f"--{tag}_grid midtread has no level above zero at {levels} levels; use midrise")
-    if tag == "fm" and "fm_custom" in given.explicit and method != "xnor":
+    if tag == "fm" and given["fm_custom"] != "none" and method != "xnor":
         raise UserError(f"--fm_custom belongs to the keyword xnor, not to {method}")
     if f"{tag}_half_range" in given.explicit:
         if tag == "wt" and method == "fatnn":
@@ -707,7 +709,7 @@ def model_config(
     block = _part(BlockConfig, "block", fields)
     stem = _part(StemConfig, "stem", fields)
     _check_variants(given, block, stem)
-    if given["order"] is not None:
+    if given["order"] is not None and block.downsample_order:
         block = dataclasses.replace(block, downsample_order=given["order"])
     stem = dataclasses.replace(stem, kernel=given["stem_kernel"] or 1)
     size = given["input_size"] or fields.get("model.input_size", 32)
@@ -749,13 +751,10 @@ def model_config(
 def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
     """Combinations of network variants that have no network."""
     order, kernel = given["order"], given["stem_kernel"]
-    if order is not None:
-        if not block.downsample_order:
-            raise UserError("--order belongs to the keyword ReShapeResolution: add it or leave --order out")
-        if not order or set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order:
-            raise UserError(
-                f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
-            )
+    if order is not None and (set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order):
+        raise UserError(
+            f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
+        )
     if kernel is not None:
         if not stem.space_to_depth:
             raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")

@@ -181,6 +181,16 @@ _declare(
         "space-to-depth by 2, a convolution, then max pooling",
         _sets(stem__space_to_depth=2),
     ),
+    (
+        "small_stem",
+        "the stem for small images, whatever the data set's own: 3x3, no stride, no pooling",
+        {
+            **_sets(stem__kind="cifar"),
+            "rank": 1,
+            "excludes": ("TResNetStem", "TResNetStemMaxPool"),
+            "families": ("resnet", "mobilenet", "classic"),
+        },
+    ),
     families=("resnet",),
 )
 _declare(
@@ -247,7 +257,7 @@ _declare(
     ("wt_bin", "one-bit weights sign(w) * mean|w|",
      {**_sets(quant__wt__binary_scale=True), "requires": (("dorefa", "pact"),)}),
     ("custom-update", "LQ-Nets: the basis as a running mean over iterations",
-     {**_sets(quant__custom_update=True), "requires": (("lq",),)}),
+     _sets(quant__custom_update=True)),
     ("closed_form", "FATNN: multiply the result by a running least-squares scale",
      {**_sets(quant__closed_form=True), "requires": (("non-uniform", "fm_non-uniform", "wt_non-uniform"),)}),
     ("proxquant", "blend quantized values in over --proxquant_step iterations",
@@ -276,6 +286,15 @@ _declare(
         "write tensors of quantized layers at some iterations, see --probe_list",
         _sets(probe__enable=True),
     ),
+)
+
+
+_declare(
+    "older configs",
+    ("save", "a word of tools.py: nothing here", {}),
+    ("raw", "a word of tools.py: nothing here", {}),
+    ("mean", "nothing here", {}),
+    ("pretrain", "nothing here", {}),
 )
 
 
@@ -326,6 +345,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
         for k in known
         if k.families and family not in (*k.families, "own")
     )
+    warnings += tuple(f"the keyword {k.name} has no effect: it sets nothing" for k in known if not k.sets)
     return Resolution(fields, origins, warnings)
 
 

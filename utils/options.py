@@ -20,6 +20,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def integer(text: str) -> int:
+    """An integer, which may be written as 2.0."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated integers."""
     return tuple(int(word) for word in words(text))
@@ -209,7 +217,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "save_every", int, 0, "iterations between saves of the latest checkpoint; 0: after epochs only"
         ),
         _option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
-        _option("report_freq", int, 50, "iterations between two lines of the log"),
+        _option("report_freq", integer, 50, "iterations between two lines of the log"),
         _option("tensorboard", bool, False, "write TensorBoard files"),
         _option("verbose", bool, False, "log parameter groups and the details of loading"),
     ),
@@ -274,7 +282,7 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
     group = "1" if tag != "wt" else "one per output channel"
     options = [
         _option(f"{tag}_enable", bool, False, f"quantize every {what}"),
-        _option(f"{tag}_bit", int, 8, f"bits of the {what} quantizer, 2^bit levels"),
+        _option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
         _option(f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit"),
         _option(f"{tag}_half_range", bool, False, half),
         _option(
@@ -372,7 +380,13 @@ MODEL: dict[str, tuple[Option, ...]] = {
             None,
             "YAML file that changes quantizers and training options as the run goes; see docs/policies.md",
         ),
-        _option("proxquant_step", int, 1000, "keyword proxquant: training iterations until all is quantized"),
+        _option(
+            "proxquant_step",
+            int,
+            1000,
+            "keyword proxquant: training iterations until all is quantized",
+            aliases=("--ps",),
+        ),
         _option("mixup_enable", bool, False, "Mixup: train on mixtures of two images"),
         _option("mixup_alpha", float, 0.2, "parameter of Mixup's beta distribution"),
         _option("cutmix_enable", bool, False, "CutMix: paste a part of another image"),
@@ -390,7 +404,19 @@ MODEL: dict[str, tuple[Option, ...]] = {
     ),
 }
 
-GROUPS = {**MODEL, **COMMON}
+OLDER: dict[str, tuple[Option, ...]] = {
+    "older configs (taken, with a warning, and without effect)": (
+        *(
+            _option(f"{tag}_separator", float, None, f"of {what} quantizers that are not here")
+            for tag, what in TAGS.items()
+        ),
+        _option("ot_independent_parameter", bool, False, "of output quantizers that are not here"),
+        _option("block_alpha", float, None, "of networks that are not here"),
+        _option("se_reduction", int, None, "of networks that are not here"),
+    ),
+}
+
+GROUPS = {**MODEL, **COMMON, **OLDER}
 OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
 
 
@@ -436,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
 def _metavar(option: Option) -> str:
     if option.choices:
         return "{" + ",".join(option.choices) + "}"
-    names = {int: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
+    names = {int: "N", integer: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
     return names.get(option.kind, option.name.upper())
 
 

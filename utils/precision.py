@@ -74,6 +74,22 @@ def _apex(device: torch.device) -> ModuleType:
     return amp
 
 
+def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
+    """How weights and images lie in memory: channels last if that is asked for, but where it would crash.
+
+    On a CPU the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels writes past
+    its memory (oneDNN in torch 2.15). Only very narrow networks have one.
+    """
+    crashes = device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 16
+        for module in model.modules()
+    )
+    return torch.channels_last if config.channels_last and not crashes else torch.contiguous_format
+
+
 def prepare(model: nn.Module, config: PrecisionConfig) -> None:
     """Set how GPUs multiply float32 and, at O3, make all of the network half but its quantizers.
 
@@ -219,8 +235,20 @@ class ApexPrecision(Precision):
     ) -> None:
         super().__init__(model, optimizer, PrecisionConfig(level="O0"), device)
         self._amp = _apex(device)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        exact = [parameter.detach().clone() for parameter in self._parameters]
         self._amp.initialize(model, optimizer, opt_level=config.level, verbosity=0)
         self.scaling = True
+        # At O2 apex makes master weights from the half ones, in the first `zero_grad`, and puts them into the
+        # optimizer; checkpoints have to hold them, and they begin with what a checkpoint held.
+        optimizer.zero_grad()
+        self._own_masters: dict[str, Tensor] = {}
+        masters = self._amp.master_params(optimizer)
+        for parameter, master, value in zip(self._parameters, masters, exact, strict=True):
+            if master is not parameter:
+                self._own_masters[names[parameter]] = master
+                with torch.no_grad():
+                    master.copy_(value)
 
     def backward(self, loss: Tensor) -> None:
         """See `Precision`."""
@@ -240,6 +268,10 @@ class ApexPrecision(Precision):
         if update:
             self._optimizer.step()
         return ""
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """See `Precision`."""
+        return model.state_dict() | {name: master.detach() for name, master in self._own_masters.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Precision`."""
