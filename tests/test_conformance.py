@@ -160,7 +160,7 @@ def gradient(name: str, norm: float = 1.0, inner: float = 1.0) -> Callable[[dict
         ("lsq-fm-2", lambda c: c["argv"].remove("--fm_enable"), "--fm_enable is not given"),
         ("lsq-fm-2", lambda c: c["argv"].append("--fm_bits"), "unknown option --fm_bits"),
         ("lsq-fm-2", lambda c: c.update(kind="network"), "the kind is 'network'"),
-        ("lsq-fm-2", lambda c: c.pop("tag"), "KeyError"),
+        ("lsq-fm-2", lambda c: c.pop("tag"), "'tag' is not recorded"),
         ("lsq-fm-2", lambda c: c.update(name="lsq-fm-3"), "FileNotFoundError"),
         ("lsq-fm-2-group8", lambda c: c.update(shape=[1, 12, 1, 1]), "does not divide"),
     ],
