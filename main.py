@@ -95,7 +95,6 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-
     from model import audit, build, calibrate, convert, health, summary, sync_norm
     from model.quant import quantizers
     from utils import checkpoint, distributed, log, methods, optim, policy, precision, report, state, teacher
