@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from utils.methods import Methods
     from utils.policy import Steering
     from utils.precision import Precision
+    from utils.probe import Probe
     from utils.state import RunState
 
 METRICS = (
@@ -44,18 +45,17 @@ METRICS = (
     "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
+AUDIT_FAILED = 3  # exit status
 PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status.
 
-    0 done, 1 failed, 2 the user's mistake, 75 asked to end and saved, 130 interrupted before there was
-    anything to save.
+    0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
+    interrupted before there was anything to save.
     """
-    status = answer(argv)
-    leave_status(status)
-    return status
+    return leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -95,9 +95,22 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    from model import audit, build, calibrate, convert, health, summary, sync_norm
+    from model import audit, build, calibrate, convert, summary, sync_norm
     from model.quant import quantizers
-    from utils import checkpoint, distributed, log, methods, optim, policy, precision, report, state, teacher
+    from utils import (
+        checkpoint,
+        distributed,
+        log,
+        methods,
+        optim,
+        policy,
+        precision,
+        probe,
+        record,
+        report,
+        state,
+        teacher,
+    )  # fmt: skip
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -118,8 +131,8 @@ def run(config: Config) -> int:
 
     data.check(config.data)
     with distributed.joined(place, device):
-        restarted = distributed.int_of(os.environ, "TORCHELASTIC_RESTART_COUNT", 0) > 0
-        found = distributed.from_first(lambda: files.find(settings.resume or restarted, settings.resume_file))
+        launchers = distributed.launchers(os.environ)
+        found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
         if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
                 f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
@@ -168,6 +181,12 @@ def run(config: Config) -> int:
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
         steering.load_state_dict(progress.policy)
+        probed = None
+        if config.probe.enable and place.first and not settings.evaluate:
+            images = min(config.data.batch_size, loaders.train.samples)
+            probed = probe.Probe(
+                model, config.probe, folder / "probe", steps=rates.total_steps, images=images
+            )
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
         if tutor is not None:
@@ -213,9 +232,9 @@ def run(config: Config) -> int:
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
             elif settings.resume:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
+            network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
-                model, distributed.parallel(model, device), optimizer, arithmetic, steering, training, device,
-                layout, config, logger,
+                model, network, optimizer, arithmetic, steering, training, device, layout, config, logger, probed
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -229,17 +248,19 @@ def run(config: Config) -> int:
             if place.first:
                 metrics.truncate_after(progress.epoch + 1)
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
-            board = log.Board(
-                folder / "tensorboard" if settings.tensorboard and place.first else None,
-                purge_step=progress.epoch + 1,
-            )
-            watched = None
-            if place.first and (settings.verbose or settings.tensorboard):
-                watched = health.Health(model)
+            recorder = None
+            if place.first:
+                recorder = record.Recorder(folder, model, config, progress.epoch)
+                if probed is not None:
+                    probed.board = recorder.board
+                if settings.tensorboard:
+                    loaders.train.set_epoch(progress.epoch)
+                    images, _ = next(iter(loaders.train))
+                    recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop() as stop, checkpoint.Writer() as writer:
+            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
 
                 def save(reached: RunState, best: bool = False) -> None:
                     state.save(
@@ -251,6 +272,7 @@ def run(config: Config) -> int:
                         files,
                         config,
                         writer,
+                        launchers,
                         best=best,
                     )
 
@@ -265,6 +287,7 @@ def run(config: Config) -> int:
                     if stopped:
                         save(progress)
                         writer.wait()
+                        distributed.anyone(False)  # none ends before the first has written
                         logger.info(
                             "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
                         )
@@ -281,24 +304,21 @@ def run(config: Config) -> int:
                     )
                     if place.first:
                         metrics.append(row)
-                    board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
-                    if watched is not None:
+                    if recorder is not None:
                         with arithmetic.autocast():
-                            rows = watched.report(audit_batches(parts, loaders, 1)[0])
-                        report.report_health(rows, board, epoch + 1, logger)
+                            recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], logger)
                     save(progress, best)
                     logger.info("%s", report.epoch_line(row, last, progress.best_acc))
                 writer.wait()
-            board.close()
 
             # 8. What came of it.
-            if not place.first:
+            if recorder is None:
                 return 0
             with arithmetic.autocast():
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
-            report.finish(config, cost, result, progress, folder, files, logger)
-            return 1 if result.problems else 0
+            recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
+            return AUDIT_FAILED if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
                 logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
@@ -322,6 +342,7 @@ class Parts:
         layout: memory format of images.
         config: the configuration.
         logger: the log.
+        probe: looks into layers at some iterations, if asked to.
     """
 
     model: nn.Module
@@ -334,6 +355,7 @@ class Parts:
     layout: torch.memory_format
     config: Config
     logger: Logger
+    probe: Probe | None = None
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, S, S] where and how the network takes them."""
@@ -349,12 +371,13 @@ def train_one_epoch(
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
     from utils import distributed, log, state
+    from utils.progress import TrainingBar
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
     first = state.first_batch(start.position, together, passes, batches)
-    totals = log.Totals(parts.device, start.sums)
+    totals = log.Totals(parts.device, state.sums_until(start.sums, start.position, first * together))
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
     parts.model.train()
     loader.set_epoch(start.epoch)
@@ -362,7 +385,11 @@ def train_one_epoch(
     precision.zero_grad()
     began = time.perf_counter()
     waited = log.Waiting(loader)
-    bar = log.progress(waited, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    bar = TrainingBar(
+        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
+        device=parts.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
+    )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
         report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
@@ -372,6 +399,8 @@ def train_one_epoch(
         step = start.epoch * steering.rates.steps_per_epoch + i // passes
         if i % passes == 0 and steering.advance(start.epoch, step):
             start = dataclasses.replace(start, best_acc=-math.inf)
+        if parts.probe is not None and i % passes == 0:
+            parts.probe.begin(step)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
@@ -381,6 +410,8 @@ def train_one_epoch(
                 check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
+        if parts.probe is not None:
+            parts.probe.end()
         totals.update(loss, output, target)
         if settings.delay > 0:
             time.sleep(settings.delay)
@@ -444,9 +475,13 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
 
 
 def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingError(f"the loss is not finite in {where}; {advice(parts, images)}")
+    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
+    from utils import distributed
+
+    mine = not math.isfinite(float(loss.detach()))
+    if distributed.anyone(mine):
+        whose = "the loss" if mine else "the loss of another process"
+        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
 
 
 def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
@@ -465,23 +500,29 @@ def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
 
 def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
     """Stop the run before it notes an epoch whose last step has ruined the weights."""
+    from utils import distributed
+
     weights = parts.precision.weights(parts.model)
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if bad or not math.isfinite(row.get("val_loss", 0.0)):
+    if distributed.anyone(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
         images = audit_batches(parts, loaders, 1)[0]
         raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
 
 
 def advice(parts: Parts, images: torch.Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help."""
+    """Where numbers that are not finite came from, and what may help; all processes ask, or none."""
     from model.health import first_nonfinite
+    from utils import distributed
 
-    layer = ""
-    if parts.config.data.world_size == 1:  # a pass of one process alone would wait for the others
-        with parts.precision.autocast():
-            layer = f"the first layer with such an output is {first_nonfinite(parts.model, images)}; "
-    return f"{layer}these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+    with parts.precision.autocast():
+        found = distributed.gathered(first_nonfinite(parts.model, images))
+    # Shared statistics carry it to the others from the next layer on.
+    _, layer = min((each for each in found if each), default=(0, "none of the layers: the loss itself"))
+    return (
+        f"the first layer with such an output is {layer}; these weights are not saved; "
+        "try a lower --lr, --grad_clip or --re_init"
+    )
 
 
 def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
@@ -508,12 +549,13 @@ def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     from torch.nn import functional
 
     from utils import distributed, log
+    from utils.progress import progress
 
     parts.model.eval()
     totals = log.Totals(parts.device)
     with torch.no_grad(), parts.precision.autocast():
         enabled = parts.config.data.rank == 0
-        for images, target in log.progress(loader, len(loader), "validation", enabled=enabled):
+        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
             if stop.asked:
                 break
             target = target.to(parts.device, non_blocking=True)
@@ -551,7 +593,7 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     with parts.precision.autocast():
         found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
     parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
-    return 1 if found.problems else 0
+    return AUDIT_FAILED if found.problems else 0
 
 
 def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:

@@ -8,12 +8,13 @@ Usage: bash start_on_terminate.sh [--keep-going] PID CONFIG [RETRIES] [CONFIG [R
        bash start_on_terminate.sh --identity PID
 
 Waits until the process has ended, then runs `bash train.sh CONFIG` for each config in order.
-A number after a config retries it that often if it fails; status 2, a mistake in what was
-written, is not retried. The queue stops at the first run that fails.
+A number after a config retries it that often if it fails. Not retried are a mistake in what was
+written (status 2) and a failed audit (3), which would come again, and a run that was asked to end
+(75, 130, 143). The queue stops at the first run that does not end with 0.
 
   PID           a process of this machine, as a number or as PID:STARTTIME, which tells it from
                 a later process that was given the same number
-  --keep-going  go on with the next config after one that fails
+  --keep-going  go on with the next config after one that fails or was asked to end
   --identity    print PID:STARTTIME of a process that is running
   -h, --help    print this
 
@@ -127,7 +128,14 @@ run_config() {
     log "start $config (run $attempt of at most $attempts)"
     run_child bash "$here/train.sh" "$config"
     log "end $config: status $status after $(duration "$((SECONDS - began))")"
-    [[ -z $stopped_by && $status -ne 0 && $status -ne 2 ]] || break
+    [[ -z $stopped_by ]] || break
+    case $status in
+      0 | 2 | 3) break ;; # done, or it would fail in the same way again
+      75 | 130 | 143)
+        log "$config was asked to end, so it is not retried"
+        break
+        ;;
+    esac
   done
 }
 
@@ -197,7 +205,7 @@ for i in "${!configs[@]}"; do
   [[ $status -ne 0 ]] || continue
   result=$status
   if [[ -z $keep_going ]]; then
-    [[ ${#rest[@]} -eq 0 ]] || log "not started after the failure: ${rest[*]}"
+    [[ ${#rest[@]} -eq 0 ]] || log "not started: ${rest[*]}"
     break
   fi
 done

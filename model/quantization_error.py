@@ -25,7 +25,7 @@ def quantization_error(model: nn.Module) -> Tensor:
         weight = layer.weight.float()
         fixed = weight.detach()
         size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        error = (quantizer.integers(fixed).dequantize() - weight).square().sum()
+        error = (weight - quantizer.integers(fixed).dequantize()).square().sum()
         if isinstance(quantizer, LearnedRange) and quantizer.config.adaptive == "none":
             learned = LearnedClip.apply(fixed, quantizer.clip(fixed), quantizer.grid())
             error = error + (learned - fixed).square().sum()

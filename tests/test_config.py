@@ -177,6 +177,10 @@ def test_a_typical_line() -> None:
             "--dataset fake --keyword cifar100",
             {"data.dataset": "fake", "data.num_classes": 100, "data.input_size": 32},
         ),
+        (
+            "--dataset imagenet --root x --keyword small_stem,imagenet --input_size 32 --num_classes 7",
+            {"data.input_size": 32, "model.num_classes": 7, "model.stem.kind": "cifar"},
+        ),
         ("--dataset fake --keyword imagenet", {"data.input_size": 224, "model.stem.kind": "imagenet"}),
         (
             "--dataset fake --keyword imagenet --input_size 64 --num_classes 7",
@@ -455,6 +459,7 @@ def test_frozen() -> None:
         "PrecisionConfig",
         "DeviceConfig",
         "RunConfig",
+        "ProbeConfig",
     }
     for part in found:
         for name in (*(item.name for item in dataclasses.fields(part)), "another"):

@@ -81,6 +81,8 @@ def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
 def imitate_data(name: str) -> list[str]:
     """Options that stand in for data and weights which need not be there."""
     small = ["--pretrained", "none", "-b", "2", "-v", "2"]
+    if "-distill." in name:
+        small += ["--distill_teacher", "none"]
     dataset = name.split(".")[3]
     if dataset in ("imagenet", "dali"):
         small += ["--input_size", "64"]
@@ -99,7 +101,7 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
     _, method, _, _, precision, _ = name.split(".")
     if precision in POLICIES:
         return POLICIES[precision]
-    bits = PRECISIONS[precision]
+    bits = PRECISIONS[precision.partition("-")[0]]
     if bits is None:
         return set()
     # FATNN's weights are ternary; at two bits LSQ takes their place.
@@ -114,7 +116,7 @@ def test_name_follows_the_pattern(name: str) -> None:
     assert method in METHODS
     assert phase in ("eval", "train-scratch", "finetune")
     assert dataset in (*DATASETS, "fake")
-    assert precision in (*PRECISIONS, *POLICIES)
+    assert precision.partition("-")[0] in (*PRECISIONS, *POLICIES)  # 2bit-ema: with averaged weights
     assert network in build.models()
 
 

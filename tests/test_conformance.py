@@ -325,6 +325,36 @@ def test_command_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert lines[-1] == "2 passed, 2 failed"
 
 
+def test_what_is_no_case_is_a_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its reason, in front of a good case that still counts."""
+    good = CASES["lsq-fm-2"]
+
+    def changed(name: str, **new: Any) -> dict[str, Any]:
+        return {key: value for key, value in {**good, "name": name, **new}.items() if value is not None}
+
+    wrong = {
+        "twice": (good | {"name": "twice"}, "2 cases have this name"),
+        "kind": (changed("kind", kind="layer"), "the kind is 'layer', must be quantizer or model"),
+        "no argv": (changed("no argv", argv=None), "it has no argv"),
+        "text": (changed("text", argv="--keyword dorefa"), "its argv is not a list of options"),
+        "help": (changed("help", argv=["--help"]), "its argv is not a list of options"),
+        "word": (changed("word", argv=["--keyword", "dorfea", "--fm_enable"]), "dorfea"),
+        "tag": (changed("tag", tag="zz"), "zz"),
+        "shape": (changed("shape", shape=None), "'shape' is not recorded"),
+        "off": (changed("off", argv=["--keyword", "dorefa,lsq"]), "--fm_enable is not given"),
+    }
+    for name in (*wrong, "lsq-fm-2"):
+        shutil.copy(FOLDER / "lsq-fm-2.npz", tmp_path / f"{name}.npz")
+    cases = [wrong["twice"][0], *(case for case, _ in wrong.values()), "no case", None, good]
+    (tmp_path / "index.json").write_text(json.dumps(cases))
+    assert main([str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cases) + 1
+    for line, reason in zip(lines[1:], (reason for _, reason in wrong.values()), strict=False):
+        assert line.startswith("FAIL  ") and reason in line
+    assert lines[-2].startswith("ok    lsq-fm-2: ") and lines[-1] == f"1 passed, {len(cases) - 1} failed"
+
+
 @pytest.mark.parametrize("text", [None, "", "[]", "{}"])
 def test_folder_without_cases(tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     if text is not None:

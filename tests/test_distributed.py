@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,36 @@ LINE = (
     "--sync_bn --stable 5 -s 1"
 )
 WEIGHTS = "weights/tiny"
+OFF = """
+init:
+  - {tag: fm, enable: false}
+epoch:
+  - {at: 1, tag: wt, enable: false}
+  - {at: 2, enable: true}
+"""
 GO_ON = f"--resume_file {WEIGHTS}"
 SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.05"
+SPOILS = """
+import os
+import torch
+
+class Spoil(nn.Module):
+    # Infinite in the second process from its fourth pass on.
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return x / (0 if os.environ["RANK"] == "1" and self.passes > 3 else 1)
+
+def spoils(config):
+    network = tiny(config)
+    network.insert(3, Spoil())
+    return network
+
+register_model("spoils", spoils)
+"""
 RUNS: dict[str, dict[str, Any]] = {
     "one": {"world": 1, "line": f"{LINE} -b 16 --case one"},
     "two": {"world": 2, "line": f"{LINE} -b 8 --case two"},
@@ -49,6 +76,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "init-one": {"world": 1, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 16 --case init-one --epochs 1"},
     "init-two": {"world": 2, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 8 --case init-two --epochs 1"},
     "iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --case iter"},
+    "off-one": {"world": 1, "line": f"{LINE} -b 16 --case off-one --policy off.yaml"},
+    "off-two": {"world": 2, "line": f"{LINE} -b 8 --case off-two --policy off.yaml"},
+    "off-iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --stable 10 --case off-iter --policy off.yaml"},
+    "spoiled": {"world": 2, "line": f"{LINE.replace('tiny', 'spoils')} -b 8 --case spoiled --epochs 1"},
     "half": {"world": 2, "line": f"{LINE} -b 8 --case half --epochs 1 --fp16 --opt_level O2 --amp_dtype float16"},
 }  # fmt: skip
 
@@ -58,7 +89,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of each run, and under `folder` where they ran."""
     folder = tmp_path_factory.mktemp("together")
     network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
-    (folder / "network.py").write_text(network)
+    (folder / "network.py").write_text(network + SPOILS)
+    (folder / "off.yaml").write_text(OFF)
     process = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
         input=json.dumps(list(RUNS.values())), capture_output=True, check=False, timeout=300,
@@ -73,10 +105,11 @@ def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
 
 
 def metrics(done: dict[str, Any], case: str) -> list[dict[str, float]]:
-    """The rows of a case but for the times."""
+    """The rows of a case but for the times and for what the run does not have."""
     rows = MetricsFile.read(done["folder"] / "exp" / case / "metrics.csv")
+    times = ("seconds", "images_per_second", "data_wait")
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")}
+        {name: value for name, value in row.items() if name not in times and not math.isnan(value)}
         for row in rows
     ]
 
@@ -90,7 +123,20 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["one", "two", "one-two", "two-one", "continued", "evaluated", "init-two", "iter", "half"]
+    "case",
+    [
+        "one",
+        "two",
+        "one-two",
+        "two-one",
+        "continued",
+        "evaluated",
+        "init-two",
+        "iter",
+        "half",
+        "off-two",
+        "off-iter",
+    ],
 )
 def test_status(done: dict[str, Any], case: str) -> None:
     assert set(done[case]["status"]) == {0}, done[case]["said"]
@@ -115,6 +161,13 @@ def test_two_processes_are_one_with_the_doubled_batch(done: dict[str, Any], case
     for row, expected in zip(metrics(done, case), rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
         assert row["val_top1"] == expected["val_top1"]  # 25 images, an odd number: each counts once
+
+
+def test_quantizers_that_are_turned_off(done: dict[str, Any]) -> None:
+    """Their parameters have no gradient, so that they stay, momentum included, as in one process."""
+    one, other = payload(done, "off-one"), payload(done, "off-two")
+    assert_close(one["state_dict"], other["state_dict"])
+    assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
 
 
 def test_re_init_agrees(done: dict[str, Any]) -> None:
@@ -154,39 +207,13 @@ def test_a_process_that_dies_ends_the_others(done: dict[str, Any]) -> None:
     assert "ERROR failed: " in (done["folder"] / "exp" / "killed" / "log.txt").read_text()
 
 
-# The launcher ------------------------------------------------------------------------------------
-
-
-def launch(folder: Path, line: str) -> subprocess.Popen[str]:
-    """Two processes by way of torchrun."""
-    (folder / "network.py").write_text(NETWORK)
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), "--standalone", "--nproc_per_node", "2", str(ROOT / "main.py"),
-         *line.split()],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-
-
-def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    process = launch(tmp_path, f"{LINE} -v -1")
-    assert process.communicate(timeout=120) == (
-        "",
-        "main.py: error: --val_batch_size -1: must be a number that is not negative\n",
-    )
-    assert process.returncode == 2
-
-
-def test_the_launcher_passes_signals_and_statuses_on(tmp_path: Path) -> None:
-    process = launch(tmp_path, f"{SLOW} --case mine")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / WEIGHTS / "mine-checkpoint.pth.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.terminate()
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == SAVED, errors
-    assert "asked to end by SIGTERM: saved" in said
-    assert errors == ""
+def test_a_loss_that_is_not_finite_names_the_first_layer_of_all_processes(done: dict[str, Any]) -> None:
+    """The second process's layer 3; the synchronised norm behind it spoils the first process's images too."""
+    assert done["spoiled"]["status"] == [1, 1]
+    for said in done["spoiled"]["said"]:
+        assert "the loss is not finite in epoch 1, iteration 4" in said
+        assert "the first layer with such an output is 3; these weights are not saved" in said
+    assert not (done["folder"] / "weights" / "spoils").exists()
 
 
 # Parts -------------------------------------------------------------------------------------------

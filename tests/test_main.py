@@ -144,7 +144,15 @@ def test_files_of_a_run(lsq: Path) -> None:
     assert found == {
         *(
             f"exp/lsq/{name}"
-            for name in ("metrics.csv", "curves.png", "config.yaml", "summary.json", "audit.txt", "log.txt")
+            for name in (
+                "metrics.csv",
+                "quantizers.jsonl",
+                "curves.png",
+                "config.yaml",
+                "summary.json",
+                "audit.txt",
+                "log.txt",
+            )
         ),
         *(
             f"weights/resnet20/lsq-{name}.pth.tar"
@@ -228,10 +236,39 @@ def test_tensorboard_shows_the_metrics(lsq: Path) -> None:
         assert points == expected
 
 
+def test_tensorboard_shows_the_network(lsq: Path) -> None:
+    """Images, weights, levels and ranges of every quantizer, and the options with what came of them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = lsq / "exp" / "lsq"
+    events = accumulator.EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0}
+    ).Reload()
+    tags = events.Tags()
+    records = [
+        json.loads(line) for line in (folder / "quantizers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [record["epoch"] for record in records] == [1, 2]
+    for row in records[1]["quantizers"]:
+        name = row["name"]
+        assert [image.step for image in events.Images(f"levels/{name}")] == [1, 2]
+        assert events.Scalars(f"health/{name}/range")[1].value == pytest.approx(row["range"], rel=1e-5)
+        (_, last) = events.Histograms(f"inputs/{name}")
+        assert last.histogram_value.num == sum(row["histogram"]["counts"])
+    assert {"weights/conv1", "weights/fc"} <= set(tags["histograms"])
+    assert {"images/as given", "images/denormalised"} <= set(tags["images"])
+    assert events.Scalars("outcome/last_top1")[0].value == pytest.approx(summary(lsq, "lsq")["last_top1"])
+    options = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"model.quant.fm.levels" in options and b"optim.lr" in options
+
+
 def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
     """The seed decides everything; without extra files asked for none are written."""
     assert call(f"{LSQ} --case again --epochs 2 --re_init") == 0
     assert_same_run((lsq, "lsq"), (tmp_path, "again"))
+    first, second = (
+        folder / "exp" / case / "quantizers.jsonl" for folder, case in ((lsq, "lsq"), (tmp_path, "again"))
+    )
+    assert first.read_bytes() == second.read_bytes()
     assert {path.name for path in (tmp_path / "weights" / "resnet20").iterdir()} == {
         "again-checkpoint.pth.tar",
         "again-backup1-checkpoint.pth.tar",
@@ -852,13 +889,13 @@ declare(Keyword(name="slacker", group="mine", help="forgets to quantize",
 
 
 def test_a_run_that_does_not_quantize_fails_the_audit(tmp_path: Path) -> None:
-    """Exit status 1: what was trained is not the quantized network that was asked for."""
+    """Exit status 3: what was trained is not the quantized network that was asked for."""
     (tmp_path / "mine.py").write_text(SLACKER)
     argv = LSQ.replace("dorefa,lsq", "slacker") + " --keyword_file mine.py --case slack --epochs 1"
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *argv.split()], cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 3, done.stderr
     assert summary(tmp_path, "slack")["audit"] == "FAILED: 40 of 40 quantizers"
     assert "layer1.0.conv1.0.quant_weight passes its input" in log_of(tmp_path, "slack")
 

@@ -297,19 +297,23 @@ def test_name_of_the_process_may_hold_anything(queue: Queue) -> None:
 @pytest.mark.parametrize(
     ("arguments", "statuses", "expected_status", "expected_runs"),
     [
-        (["a", "b"], {"a": "3"}, 3, "a"),
-        (["a", "b"], {"b": "3"}, 3, "a b"),
-        (["a", "2", "b"], {"a": "3"}, 3, "a a a"),
-        (["a", "2", "b"], {"a": "3,4,0"}, 0, "a a a b"),
-        (["a", "2", "b"], {"a": "3,0"}, 0, "a a b"),
+        (["a", "b"], {"a": "9"}, 9, "a"),
+        (["a", "b"], {"b": "9"}, 9, "a b"),
+        (["a", "2", "b"], {"a": "9"}, 9, "a a a"),
+        (["a", "2", "b"], {"a": "9,4,0"}, 0, "a a a b"),
+        (["a", "2", "b"], {"a": "9,0"}, 0, "a a b"),
         (["a", "0", "b", "1"], {"b": "5,6"}, 6, "a b b"),
         (["a", "010"], {"a": "1,1,1,1,1,1,1,1,1,1,0"}, 0, " ".join("a" * 11)),
         (["a", "2", "b"], {"a": "2"}, 2, "a"),
-        (["a", "5", "b"], {"a": "3,2,0"}, 2, "a a"),
+        (["a", "5", "b"], {"a": "9,2,0"}, 2, "a a"),
         (["a", "1", "b"], {"a": "137,0"}, 0, "a a b"),
+        (["a", "2", "b"], {"a": "3,0"}, 3, "a"),  # a failed audit
+        (["a", "2", "b"], {"a": "75,0"}, 75, "a"),  # asked to end
+        (["a", "2", "b"], {"a": "1,130,0"}, 130, "a a"),
+        (["--keep-going", "a", "2", "b"], {"a": "143,0"}, 143, "a b"),
         (["a", "b", "a"], {}, 0, "a b a"),
-        (["--keep-going", "a", "b", "c"], {"a": "3"}, 3, "a b c"),
-        (["--keep-going", "a", "1", "b", "c"], {"a": "3", "b": "4"}, 4, "a a b c"),
+        (["--keep-going", "a", "b", "c"], {"a": "9"}, 9, "a b c"),
+        (["--keep-going", "a", "1", "b", "c"], {"a": "9", "b": "4"}, 4, "a a b c"),
         (["--keep-going", "a", "1", "b", "1"], {"a": "2", "b": "4,0"}, 2, "a b b"),
     ],
 )
@@ -322,7 +326,8 @@ def test_failures(
     status, output, errors = queue.run(*arguments[:first], NOT_A_PID, *arguments[first:])
     assert (status, queue.runs, errors) == (expected_status, expected_runs.split(), "")
     left_out = "b" in arguments and "b" not in queue.runs
-    assert ("not started after the failure: b" in output) == left_out
+    assert ("not started: b" in output) == left_out
+    assert ("was asked to end, so it is not retried" in output) == (status in (75, 130, 143))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

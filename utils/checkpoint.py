@@ -13,7 +13,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -457,9 +457,19 @@ class CheckpointFiles:
                 if ours.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
-    def find(self, newest: bool, file: Path | None) -> Found:
-        """The checkpoint to continue from: the `newest` of the case, else `file`, else none."""
-        found = self.newest() if newest else Found(None, {})
+    def find(self, newest: bool, file: Path | None, launchers: Sequence[str] = ()) -> Found:
+        """The checkpoint to continue from: the newest of the case, else `file`, else none.
+
+        Args:
+            newest: look for the newest one, whoever wrote it.
+            file: what to take else.
+            launchers: take the newest one also when one of these started the run that wrote it, since then this
+                is a restart of that run.
+        """
+        found = self.newest() if newest or launchers else Found(None, {})
+        wrote = found.payload.get("launchers")
+        if not newest and not (isinstance(wrote, list) and any(one in wrote for one in launchers)):
+            found = Found(None, {})
         if found.path is None and file is not None:
             return Found(file, read(file), found.passed_over)
         return found

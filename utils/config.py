@@ -270,6 +270,16 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What is looked into while a run trains; see `utils.probe`."""
+
+    enable: bool = False
+    layers: tuple[str, ...] = ()  # names or patterns; empty: every quantized layer
+    images: tuple[int, ...] = (0,)  # of the batch
+    iterations: tuple[int, ...] = ()  # of the run, from 0; empty: the first, the middle and the last one
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a run depends on. Built by `utils.config.resolve`, never by hand in the program."""
 
@@ -282,6 +292,7 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     devices: DeviceConfig = DeviceConfig()
     run: RunConfig = RunConfig()
+    probe: ProbeConfig = ProbeConfig()
     policy: tuple[Rule, ...] = ()
     keywords: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
@@ -353,6 +364,7 @@ def resolve(given: Given) -> Config:
         precision=_precision_config(given),
         devices=_device_config(given),
         run=_run_config(given, fields),
+        probe=_probe_config(given, fields),
         policy=() if given["policy"] in (None, "none") else policy.read(Path(given["policy"])),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
@@ -390,6 +402,10 @@ def _without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
         "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
+        **{
+            name: (bool(given["evaluate"]), "with --evaluate")
+            for name in ("probe_list", "probe_index", "probe_iteration")
+        },
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
@@ -801,7 +817,9 @@ def _loss_config(
 def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) -> DistillConfig | None:
     """The teacher, a full-precision network of the same data, and how it is learned from."""
     name, source = given["distill_teacher"], given["distill_pretrained"]
-    if name in (None, "none"):
+    if name == "none":  # takes a config's teacher back
+        return None
+    if name is None:
         others = [option for option in OPTIONS if option.startswith("distill_") and option in given.explicit]
         others = [option for option in others if option != "distill_teacher"]
         if others:
@@ -979,6 +997,21 @@ def _run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         shortened=bool(given.replaced.keys() & {"epochs", "dataset", "fake_size"}),
         bn_batches=given["bn_batches"],
         delay=given["delay"],
+    )
+
+
+def _probe_config(given: Given, fields: Mapping[str, Any]) -> ProbeConfig:
+    for name in ("probe_index", "probe_iteration"):
+        if any(number < 0 for number in given[name]):
+            raise UserError(f"--{name}: {min(given[name])} is not a number from 0")
+    if not given["probe_index"]:
+        raise UserError("--probe_index: name at least one image of the batch, like 0")
+    chosen = {"probe_list", "probe_index", "probe_iteration"} & given.explicit
+    return ProbeConfig(
+        enable=bool(fields.get("probe.enable", False)) or bool(chosen),
+        layers=given["probe_list"],
+        images=given["probe_index"],
+        iterations=given["probe_iteration"],
     )
 
 

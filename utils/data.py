@@ -18,7 +18,6 @@ from utils.augment import Augment, crop_flip, mixing, warp
 from utils.config import DataConfig
 from utils.errors import UserError
 from utils.fake import FakeImages
-from utils.folder import FolderLoader, ImageNames, Unreadable, check_folders
 from utils.glyphs import CHARACTERS, font_files, glyphs
 from utils.loader import Delivery, Loader
 from utils.memory import Store, TensorLoader, resize
@@ -288,21 +287,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _check_imagenet(config: DataConfig) -> None:
+    from utils.folder import check_folders  # here and below: runs on other data need not wait for torchvision
+
     classes = check_folders(config.root, config.dataset, val=bool(config.val_batch_size))
     _check_classes(config, classes, f"{config.root}")
 
 
 def _build_imagenet(config: DataConfig, device: torch.device) -> Loaders:
+    from utils.folder import FolderLoader
+
     return _folder_loaders(config, device, partial(FolderLoader, randaugment=config.rand_augment))
 
 
 def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[..., Loader]) -> Loaders:
     """Loaders over the folders of `--root`, made by `FolderLoader` or one that takes the same arguments."""
-    unreadable = Unreadable(config.skip_corrupt)
+    from utils.folder import ImageNames, Unreadable
+
+    assert config.root is not None  # checked
+    root, unreadable = config.root, Unreadable(config.skip_corrupt)
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
-            _names(config, delivery),
+            ImageNames(root / ("train" if delivery.train else "val")),
             delivery,
             size=config.input_size,
             workers=config.workers,
@@ -310,11 +316,6 @@ def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[.
         )
 
     return _loaders(config, _deliveries(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
-
-
-def _names(config: DataConfig, delivery: Delivery) -> ImageNames:
-    assert config.root is not None  # checked
-    return ImageNames(config.root / ("train" if delivery.train else "val"))
 
 
 def _check_dali(config: DataConfig) -> None:

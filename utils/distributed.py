@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -129,6 +130,7 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=place.rank,
             world_size=place.world_size,
+            store=_store_of_restart(os.environ),
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -145,6 +147,19 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
         ) from error
     finally:
         distributed.destroy_process_group()
+
+
+def _store_of_restart(environment: Mapping[str, str]) -> Any:
+    """Where processes that torchrun has started again find each other; None: where they do at first.
+
+    torchrun may keep its store, which then holds the addresses of the processes before.
+    """
+    restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    if restarts == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = environment["MASTER_ADDR"], int_of(environment, "MASTER_PORT", 0)
+    store = distributed.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    return distributed.PrefixStore(f"restart {restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -183,6 +198,20 @@ def summed(value: Tensor) -> Tensor:
     return value
 
 
+def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The torchrun of each machine of the run, known by boot, PID and start time; none without torchrun.
+
+    They are the same when torchrun starts the processes again, after a failure or because a machine came or went.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ()
+    parent = os.getppid()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    # The second field, the name in parentheses, may hold anything; the start time is the 22nd.
+    started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return tuple(sorted(set(gathered(f"{boot} {parent} {started}"))))
+
+
 def share_state(model: nn.Module) -> None:
     """Give all processes the parameters and buffers of the first one.
 
@@ -193,8 +222,15 @@ def share_state(model: nn.Module) -> None:
             distributed.broadcast(value, 0)
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network whose gradients are the means over all processes; itself in a run of one."""
+def parallel(model: nn.Module, device: torch.device, *, may_skip: bool) -> nn.Module:
+    """The network whose gradients are the means over all processes; itself in a run of one.
+
+    Args:
+        model: the network.
+        device: where it is.
+        may_skip: a pass may leave parameters out, the same in all processes. They then have no gradient, as in a run
+            of one; looking for them takes some time in every pass.
+    """
     if not distributed.is_initialized():
         return model
     # Buffers: quantizers reduce theirs themselves, batch statistics are shared before they are used.
@@ -204,7 +240,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its old name
     buffers: dict[str, Any] = {option: False}
-    return DistributedDataParallel(model, device_ids=ids, **buffers)
+    return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=may_skip, **buffers)
 
 
 def reduction(network: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
@@ -244,4 +280,8 @@ class Vote:
 
 def anyone(mine: bool) -> bool:
     """Whether one of the processes says yes; waits for all of them."""
-    return any(gathered(mine))
+    if not distributed.is_initialized():
+        return mine
+    flag = torch.tensor(int(mine))  # on the CPU, so that no device is waited for
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)

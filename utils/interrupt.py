@@ -1,37 +1,101 @@
-"""Signals that ask a training to end: the first is a question that the loop answers, the second ends at once."""
+"""Signals that ask a training to end: the first is a question that the loop answers, a later one ends at once."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 SAVED = (
     75  # exit status of a run that was asked to end, has saved its state and goes on with -r (EX_TEMPFAIL)
 )
+GRACE = 5.0  # seconds
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Requests:
+    """Tells a new request to end from one that is repeated.
+
+    One request often arrives several times: a batch system signals every process of a job, the launcher passes
+    on what it gets, and a terminal's Ctrl-C reaches all that was started from it.
+
+    Args:
+        grace: seconds after a request in which signals are repeats of it.
+        clock: the time in seconds.
+    """
+
+    def __init__(self, grace: float = GRACE, clock: Callable[[], float] = time.monotonic) -> None:
+        self._grace, self._clock = grace, clock
+        self._last: float | None = None
+
+    def new(self) -> bool:
+        """Whether a signal that comes now is a request of its own."""
+        now = self._clock()
+        if self._last is not None and now < self._last + self._grace:
+            return False
+        self._last = now
+        return True
 
 
 class Stop:
-    """Remembers the first SIGTERM or SIGINT while it is open as a context; a second one has its usual effect.
+    """Remembers SIGTERM or SIGINT while it is open as a context; a second request ends the process at once.
+
+    Signals within `GRACE` seconds are one request. It stays in force in a process that was asked to end, which may
+    get repeats of the signal until then.
+
+    Args:
+        say: takes a line when the first signal comes, in a thread of its own.
 
     Attributes:
         asked: the name of the signal that came, empty before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], object] = lambda line: None) -> None:
         self.asked = ""
+        self._say = say
         self._former: dict[int, Any] = {}
+        self._former_fd = -1
+        self._pipe = (-1, -1)
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # Python's handlers wait while the main thread is in a long computation or waits for another process. The
+        # number of a signal is in the pipe at once, and a thread that reads it can end the process.
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._former_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        for number in SIGNALS:
             self._former[number] = signal.signal(number, self._remember)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.asked:
+            return
         for number, former in self._former.items():
             signal.signal(number, former)
+        signal.set_wakeup_fd(self._former_fd)
+        os.close(self._pipe[1])  # which ends the thread
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self.asked = signal.Signals(number).name
-        for each in self._former:
-            signal.signal(each, signal.SIG_DFL)
+        self.asked = self.asked or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        requests, asked = Requests(), False
+        while numbers := os.read(self._pipe[0], 64):
+            for number in numbers:
+                if number not in SIGNALS or not requests.new():
+                    continue
+                if asked:
+                    os._exit(128 + number)
+                asked = True
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):  # a full disk takes no log
+                    self._say(
+                        f"{name}: ends after this step, saved; a signal after {GRACE:g} seconds ends at once"
+                    )
+        os.close(self._pipe[0])

@@ -181,6 +181,16 @@ _declare(
         "space-to-depth by 2, a convolution, then max pooling",
         _sets(stem__space_to_depth=2),
     ),
+    (
+        "small_stem",
+        "the stem for small images, whatever the data set's own: 3x3, no stride, no pooling",
+        {
+            **_sets(stem__kind="cifar"),
+            "rank": 1,
+            "excludes": ("TResNetStem", "TResNetStemMaxPool"),
+            "families": ("resnet", "mobilenet", "classic"),
+        },
+    ),
     families=("resnet",),
 )
 _declare(
@@ -271,7 +281,11 @@ _declare(
         "log every quantizer's settings, and its state after each epoch, as --verbose does",
         _sets(run__verbose=True),
     ),
-    ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),
+    (
+        "probe",
+        "write tensors of quantized layers at some iterations, see --probe_list",
+        _sets(probe__enable=True),
+    ),
 )
 
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.augment import DRAWS, Augment
-from utils.folder import rand_augment
-from utils.loader import AUGMENT, Delivery, Loader, Raw, generator
+from utils.loader import AUGMENT, Delivery, Loader, Raw, generator, rand_augment
 
 
 class Store(Protocol):

@@ -391,10 +391,15 @@ MODEL: dict[str, tuple[Option, ...]] = {
         _option("mixup_alpha", float, 0.2, "parameter of Mixup's beta distribution"),
         _option("cutmix_enable", bool, False, "CutMix: paste a part of another image"),
         _option("cutmix_alpha", float, 1.0, "parameter of CutMix's beta distribution"),
-        _option("probe_list", words, None, "layers to look into", later="probing is not there yet"),
-        _option("probe_index", integers, None, "images to look into", later="probing is not there yet"),
         _option(
-            "probe_iteration", integers, None, "iterations to look into", later="probing is not there yet"
+            "probe_list",
+            words,
+            (),
+            "layers whose tensors are written to log_dir/CASE/probe, by name or pattern [every quantized layer]",
+        ),
+        _option("probe_index", integers, (0,), "images of the batch that are kept of them"),
+        _option(
+            "probe_iteration", integers, (), "iterations of the run, from 0, at which [first, middle, last]"
         ),
     ),
 }

@@ -427,6 +427,14 @@ class Steering:
             ):
                 raise UserError(f"{rule}: lr {value} is below --eta_min {config.eta_min}")
 
+    @property
+    def disables(self) -> bool:
+        """Whether a quantizer is turned off now or will be, so that a pass may leave its parameters out."""
+        from model.quant import quantizers
+
+        planned = any(change.attribute == "enable" for change in self.plan)
+        return planned or not all(quantizer.enabled for _, quantizer in quantizers(self._model))
+
     def describe(self, initial: Sequence[Change] = ()) -> str:
         """The plan as text for the dry run, with every layer it selects; empty without a policy."""
         return "\n".join(str(change) for change in (*initial, *self.plan))

@@ -235,8 +235,20 @@ class ApexPrecision(Precision):
     ) -> None:
         super().__init__(model, optimizer, PrecisionConfig(level="O0"), device)
         self._amp = _apex(device)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        exact = [parameter.detach().clone() for parameter in self._parameters]
         self._amp.initialize(model, optimizer, opt_level=config.level, verbosity=0)
         self.scaling = True
+        # At O2 apex makes master weights from the half ones, in the first `zero_grad`, and puts them into the
+        # optimizer; checkpoints have to hold them, and they begin with what a checkpoint held.
+        optimizer.zero_grad()
+        self._own_masters: dict[str, Tensor] = {}
+        masters = self._amp.master_params(optimizer)
+        for parameter, master, value in zip(self._parameters, masters, exact, strict=True):
+            if master is not parameter:
+                self._own_masters[names[parameter]] = master
+                with torch.no_grad():
+                    master.copy_(value)
 
     def backward(self, loss: Tensor) -> None:
         """See `Precision`."""
@@ -256,6 +268,10 @@ class ApexPrecision(Precision):
         if update:
             self._optimizer.step()
         return ""
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """See `Precision`."""
+        return model.state_dict() | {name: master.detach() for name, master in self._own_masters.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Precision`."""

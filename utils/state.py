@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -193,12 +193,21 @@ def first_batch(position: int, images: int, passes: int, batches: int) -> int:
     return batch if batch == batches else batch - batch % passes
 
 
+def sums_until(sums: tuple[float, ...], position: int, first: int) -> tuple[float, ...]:
+    """The sums over `position` images of an epoch, which goes on with image `first` of it.
+
+    Images that are seen again count once: the sums are reduced to the share of those before.
+    """
+    return sums if first >= position else tuple(value * first / position for value in sums)
+
+
 def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
         "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
         "amp": (dict,), "policy": (dict,), "methods": (dict,), "random_of_others": (list,),
+        "launchers": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
@@ -241,7 +250,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 def save(
     state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
-    rates: Schedule, files: CheckpointFiles, config: Config, writer: checkpoint.Writer, *, best: bool,
+    rates: Schedule, files: CheckpointFiles, config: Config, writer: checkpoint.Writer, launchers: Sequence[str],
+    *, best: bool,
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
@@ -274,6 +284,7 @@ def save(
         "random": of_ranks[0][1],
         "random_of_others": [random for _, random in of_ranks[1:]],
         "config": to_dict(config),
+        "launchers": list(launchers),
     }
     kept = config.run.save_freq and state.position == 0 and state.epoch % config.run.save_freq == 0
     writer.start(

@@ -1,0 +1,200 @@
+"""Requests to end: repeats of one, a second one, and real trainings of which every process is signalled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kill import NETWORK
+from tests.test_data import write_folder
+from utils.checkpoint import read
+from utils.interrupt import SAVED, Requests, Stop
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = (
+    "--model tiny --keyword_file network.py --dataset imagenet --root images --num_classes 3 --input_size 8 -b 4 -v 0 "
+    "--keyword imagenet,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --epochs 1 --case run"
+)
+LAUNCHER = ("launch.py", "--standalone", "--nproc_per_node", "2")
+CHECKPOINT = Path("weights/tiny/run-checkpoint.pth.tar")
+
+
+# Parts -------------------------------------------------------------------------------------------
+
+
+def test_signals_shortly_after_a_request_are_repeats_of_it() -> None:
+    now = [100.0]
+    requests = Requests(5, lambda: now[0])
+    found = []
+    for now[0] in (100, 100, 101, 104.9, 105, 106, 112):
+        found.append(requests.new())
+    assert found == [True, False, False, False, True, False, True]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """What signals do is restored, also after a request, which `Stop` stays in force for."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    former = [signal.getsignal(number) for number in numbers]
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in zip(numbers, former, strict=True):
+        signal.signal(number, handler)
+
+
+def test_stop_restores_what_signals_did(signals: None) -> None:
+    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Stop() as stop:
+        assert signal.getsignal(signal.SIGTERM) not in former
+    assert stop.asked == ""
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_stop_stays_in_force_in_a_process_that_was_asked(signals: None) -> None:
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == "SIGINT"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked == "SIGINT"
+    os.kill(os.getpid(), signal.SIGTERM)  # a repeat that comes late does not end it
+
+
+def test_the_status_is_none_of_the_others() -> None:
+    assert SAVED not in (0, 1, 2, 130, 128 + signal.SIGTERM)
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+
+def processes() -> dict[int, int]:
+    """All processes that have not ended, and the parent of each."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            except OSError:  # it has ended meanwhile
+                continue
+            if state not in "ZX":
+                found[int(entry.name)] = int(parent)
+    return found
+
+
+def started_by(pid: int) -> set[int]:
+    """A process and all that it has started, directly or not."""
+    found, all_of_them = {pid}, processes()
+    while more := {one for one, parent in all_of_them.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def handles(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+class Job:
+    """A training of images in files, and all that it starts."""
+
+    def __init__(self, folder: Path, options: str, *launcher: str) -> None:
+        write_folder(folder / "images", 12, 2)
+        (folder / "network.py").write_text(NETWORK)
+        scripts = [str(ROOT / word) if word.endswith(".py") else word for word in (*launcher, "main.py")]
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, *scripts, *LINE.split(), *options.split()],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Wait until something is so."""
+        deadline = time.monotonic() + 120
+        while not until():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_for_a_save(self) -> None:
+        """Wait until the run has written a checkpoint, so that signals are a question."""
+        self.wait((self.folder / CHECKPOINT).exists)
+
+    def trainings(self) -> list[int]:
+        """The processes that train and have begun to."""
+        found = started_by(self.pid) - ({self.pid} if "launch.py" in self.process.args[1] else set())  # type: ignore[index]
+        return [pid for pid in found if handles(pid, signal.SIGTERM)]
+
+    def ended(self) -> tuple[int, str, str]:
+        """Status, output and errors."""
+        said, errors = self.process.communicate(timeout=120)
+        return self.process.returncode, said, errors
+
+
+def send(pids: set[int], number: signal.Signals) -> None:
+    for pid in sorted(pids, reverse=True):  # the launcher last, so that what it passes on comes late
+        os.kill(pid, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("launcher", [(), LAUNCHER])
+def test_a_signal_to_every_process_is_one_request(
+    tmp_path: Path, launcher: tuple[str, ...], number: signal.Signals
+) -> None:
+    """As batch systems and terminals send it: also to the processes that read images, which the last step needs."""
+    job = Job(tmp_path, "--save_every 1 --delay 0.2 -j 1", *launcher)
+    job.wait_for_a_save()
+    everyone = started_by(job.pid)
+    assert len(everyone) > 2 * (1 + len(launcher) // 2)  # with those that read images
+    send(everyone, number)
+    status, said, errors = job.ended()
+    assert errors == ""
+    assert status == SAVED
+    assert f"{number.name}: ends after this step" in said and "asked to end by" in said
+    assert read(tmp_path / CHECKPOINT)["position"] > 0
+    job_is_gone(everyone)
+
+
+def job_is_gone(pids: set[int]) -> None:
+    """Wait until none of these processes is left."""
+    deadline = time.monotonic() + 60
+    while left := pids & processes().keys():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)
+
+
+def test_processes_that_read_images_end_with_a_training_that_is_killed(tmp_path: Path) -> None:
+    job = Job(tmp_path, "--save_every 1 --delay 0.2 -j 2")
+    job.wait_for_a_save()
+    everyone = started_by(job.pid)
+    assert len(everyone) > 3
+    job.process.kill()
+    assert job.ended()[0] == -signal.SIGKILL
+    job_is_gone(everyone)
+
+
+@pytest.mark.parametrize("launcher", [(), LAUNCHER])
+def test_a_second_request_ends_at_once(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    """The first one is answered after the step, which here takes long."""
+    job = Job(tmp_path, "--delay 100 -j 0", *launcher)
+    job.wait(lambda: len(job.trainings()) == (2 if launcher else 1))
+    everyone = started_by(job.pid)
+    job.process.terminate()
+    job.process.terminate()  # a repeat
+    while job.process.poll() is None:  # the grace has passed at some time
+        job.process.terminate()
+        time.sleep(0.1)
+    status, said, errors = job.ended()
+    assert (status, errors) == (128 + signal.SIGTERM, "")
+    assert said.count("SIGTERM: ends after this step, saved; a signal after 5 seconds ends at once") == 1
+    job_is_gone(everyone)

@@ -1,0 +1,138 @@
+"""launch.py with real processes: statuses, signals, and restarts after failures and of machines that come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.kill import NETWORK
+from tests.test_distributed import LINE
+from tests.test_interrupt import started_by
+from tests.together import free_port
+from utils.checkpoint import read
+from utils.interrupt import SAVED
+from utils.log import MetricsFile
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.05"
+CHECKPOINT = Path("weights/tiny/mine-checkpoint.pth.tar")
+# Its process 1 ends twice: before it has done anything, and in training when there is a checkpoint.
+ENDS = (
+    NETWORK.replace('register_model("tiny", tiny)', "")
+    + """
+import os, pathlib, signal
+def end_once(name):
+    path = pathlib.Path(name)
+    if os.environ.get("RANK") == "1" and not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+end_once("died-early")
+class Ends(nn.Identity):
+    def forward(self, x):
+        if self.training and pathlib.Path("weights/tiny/mine-checkpoint.pth.tar").exists():
+            end_once("died-in-training")
+        return x
+register_model("tiny", lambda config: nn.Sequential(*tiny(config), Ends()))
+"""
+)
+
+
+def launch(folder: Path, line: str, *options: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Processes by way of torchrun."""
+    if not (folder / "network.py").exists():
+        (folder / "network.py").write_text(NETWORK)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *(options or ["--standalone"]), "--nproc_per_node", str(processes),
+         str(ROOT / "main.py"), *line.split()],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + 120
+    while not until():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    process = launch(tmp_path, f"{LINE} -v -1")
+    assert process.communicate(timeout=120) == (
+        "",
+        "main.py: error: --val_batch_size -1: must be a number that is not negative\n",
+    )
+    assert process.returncode == 2
+
+
+def test_a_mistake_that_is_found_later_is_one_line_too(tmp_path: Path) -> None:
+    process = launch(tmp_path, f"{LINE} --pretrained nothing.pth.tar")
+    said, errors = process.communicate(timeout=120)
+    assert (process.returncode, said) == (2, "")
+    assert (
+        errors.startswith("main.py: error: --pretrained nothing.pth.tar: no such file")
+        and errors.count("\n") == 1
+    )
+
+
+def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "died-early").touch()
+    (tmp_path / "network.py").write_text(ENDS)
+    process = launch(tmp_path, f"{SLOW} --case mine")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors.splitlines()[-1] == "launch: failed: process 1 of the run was ended by SIGKILL"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("whom", ["launcher", "process"])
+def test_a_run_that_is_asked_to_end_is_not_restarted(tmp_path: Path, whom: str) -> None:
+    process = launch(tmp_path, f"{SLOW} --case mine", "--standalone", "--max_restarts", "3")
+    wait(process, (tmp_path / CHECKPOINT).exists)
+    pid = process.pid if whom == "launcher" else max(started_by(process.pid))
+    os.kill(pid, signal.SIGTERM)
+    said, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (SAVED, "")
+    assert said.count("asked to end by") == 1 and "resumed" not in said
+    assert read(tmp_path / CHECKPOINT)["epoch"] < 3
+
+
+def test_a_restart_goes_on_from_what_this_job_has_written(tmp_path: Path) -> None:
+    """Not from what an earlier job left, though that is further: the first end is before anything is written."""
+    earlier = launch(tmp_path, f"{LINE} -b 8 --case mine --epochs 4")
+    assert earlier.communicate(timeout=120)[1] == ""
+    (tmp_path / "network.py").write_text(ENDS)
+    process = launch(tmp_path, f"{SLOW} --case mine", "--standalone", "--max_restarts", "2")
+    said, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert said.count("the earlier run of the case mine is kept as mine.1") == 1
+    assert said.count("epoch 3/3") == 1 and "/4" not in said
+    assert (tmp_path / "died-in-training").exists()
+    assert "resumed weights/tiny/mine-" in said
+    rows = MetricsFile.read(tmp_path / "exp" / "mine" / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+
+
+def test_a_machine_that_joins_goes_on_with_the_run(tmp_path: Path) -> None:
+    """Each launcher stands for a machine."""
+    options = ["--nnodes", "1:2", "--rdzv_backend", "c10d", "--rdzv_id", "job",
+               "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_conf", "last_call_timeout=1"]  # fmt: skip
+    line = f"{SLOW} --delay 0.5 --case mine"
+    first = launch(tmp_path, line, *options, processes=1)
+    wait(first, (tmp_path / CHECKPOINT).exists)
+    second = launch(tmp_path, line, *options, processes=1)
+    said, errors = first.communicate(timeout=240)
+    others, their_errors = second.communicate(timeout=240)
+    assert (first.returncode, second.returncode) == (0, 0), errors + their_errors
+    said += others  # either may be the first process now
+    assert "2 processes" in said and "resumed weights/tiny/mine-checkpoint.pth.tar" in said
+    assert "is kept as" not in said
