@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 from launch import leave_status
 from utils import keyword, schedule
-from utils.config import Config, resolve
+from utils.config import Config
 from utils.errors import TrainingError, UserError
 from utils.interrupt import SAVED, Stop
 from utils.options import parse
+from utils.resolve import resolve
 
 if TYPE_CHECKING:
     from logging import Logger

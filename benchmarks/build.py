@@ -49,7 +49,7 @@ def line(name: str, times: Sequence[tuple[float, float]], goal: float) -> str:
 def build_networks(repeats: int) -> list[str]:
     """Rows for a quantized resnet50 of each method."""
     from model import build
-    from utils.config import read
+    from utils.resolve import read
 
     rows = []
     for method in METHODS:

@@ -26,8 +26,8 @@ from torch.nn import functional
 
 import main
 from model import build
-from utils import config as configuration
 from utils import data, methods, optim, policy, precision, schedule, state
+from utils import resolve as configuration
 from utils.interrupt import Stop
 from utils.loader import Batch, Delivery, Loader, Raw
 

@@ -26,9 +26,11 @@ from model.build import build as build_model
 from model.quant import Quantizer, TensorSite
 from model.quant import build as build_quantizer
 from utils import keyword
-from utils.config import QuantConfig, family_of, model_config, quant_config
+from utils.config import QuantConfig
 from utils.errors import UserError
 from utils.options import Given, parse
+from utils.resolve.network import family_of, model_config
+from utils.resolve.quantizers import quant_config
 
 Case = Mapping[str, Any]
 Array = NDArray[Any]

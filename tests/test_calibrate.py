@@ -13,7 +13,8 @@ from torch.nn import functional
 from model.build import build
 from model.calibrate import initialise_ranges
 from model.quant import QuantConv2d, quantizers
-from utils.config import QuantConfig, read
+from utils.config import QuantConfig
+from utils.resolve import read
 
 BOTH = ("--fm_enable", "--wt_enable")
 

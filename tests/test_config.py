@@ -22,10 +22,10 @@ from utils.config import (
     RunConfig,
     ScheduleConfig,
     StemConfig,
-    read,
     to_dict,
 )
 from utils.errors import UserError
+from utils.resolve import read
 
 
 def config_of(line: str) -> Config:

@@ -16,7 +16,9 @@ import torch
 import main
 from model import build
 from model.quant import quantizers
-from utils.config import DATASETS, Config, read
+from utils.config import Config
+from utils.resolve import read
+from utils.resolve.surroundings import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from utils import keyword
-from utils.config import FAMILIES, Config, ModelConfig, QuantizerConfig, read, to_dict
+from utils.config import Config, ModelConfig, QuantizerConfig, to_dict
 from utils.errors import UserError
 from utils.keyword import Keyword, registry, resolve
 from utils.options import TAGS
+from utils.resolve import read
+from utils.resolve.network import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = registry()

@@ -18,8 +18,8 @@ from model.build import build
 from model.convert import full_precision
 from model.library import torchvision_names
 from model.quant import QuantLayer, quantized_layers
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMM = importlib.util.find_spec("timm") is not None
@@ -279,7 +279,7 @@ def test_other_networks_do_not_wait_for_the_packages() -> None:
 import sys
 from model import build
 from utils import data, optim
-from utils.config import read
+from utils.resolve import read
 
 config = read("--keyword cifar10,origin,cbsa,dorefa,lsq --dataset fake --fm_enable --wt_enable".split())
 build.build(config.model)

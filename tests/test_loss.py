@@ -11,8 +11,9 @@ from torch.nn import functional
 from model.oscillation import dampening
 from model.quant import QuantConv2d
 from model.quantization_error import quantization_error
-from utils.config import DistillConfig, LossConfig, read
+from utils.config import DistillConfig, LossConfig
 from utils.loss import Objective, classification_loss, distillation_loss
+from utils.resolve import read
 
 Array = np.ndarray
 

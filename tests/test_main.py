@@ -32,8 +32,8 @@ from utils import data, methods, optim, policy, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
-from utils.config import read as read_config
 from utils.interrupt import SAVED, Stop
+from utils.resolve import read as read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"

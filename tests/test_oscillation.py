@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from model.convert import build_quantizers
 from model.oscillation import Freezing, dampening, dampening_factor
 from model.quant import QuantConv2d
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
 
 def layer(values: Tensor, *, bits: int = 2, keywords: str = "dorefa,lsq") -> QuantConv2d:

@@ -16,9 +16,9 @@ from model import build as _methods  # noqa: F401  (registers the methods)
 from model.quant import QuantConv2d
 from utils.board import Board
 from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
-from utils.config import read as read_config
 from utils.errors import UserError
 from utils.probe import Probe
+from utils.resolve import read as read_config
 
 TINY = (
     "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --epochs 1 --re_init "

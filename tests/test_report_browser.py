@@ -198,7 +198,7 @@ def test_levels_of_a_chosen_quantizer(browser: WebDriver) -> None:
 
 
 def test_figures_over_epochs(browser: WebDriver) -> None:
-    counts = "return [...document.querySelectorAll('#over .figure')].map((figure) => figure.data.length)"
+    counts = "return [...document.querySelectorAll('#over .figure:not([hidden])')].map((figure) => figure.data.length)"
     assert browser.execute_script(counts) == [20, 20]
     metric, tag = (Select(find(browser, f"#{name}")[0]) for name in ("metric", "tag"))
     assert [option.text for option in tag.options] == ["activations", "weights"]
@@ -209,6 +209,8 @@ def test_figures_over_epochs(browser: WebDriver) -> None:
     tag.select_by_value("wt")
     assert browser.execute_script(counts) == [20, 20]
     assert not none.is_displayed()
+    for value in ("dead", "update", "changed", "range") * 2:  # faster than they are drawn
+        metric.select_by_value(value)
 
 
 def test_only_what_differs(browser: WebDriver) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from model.build import build
 from model.quant import QuantConv2d, QuantLinear
 from model.summary import _run, _shapes, cost, format_table, stored_bits
-from utils.config import QuantConfig, read
+from utils.config import QuantConfig
+from utils.resolve import read
 
 
 def quant(*options: str, keywords: str = "dorefa,lsq") -> QuantConfig:

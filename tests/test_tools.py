@@ -96,13 +96,13 @@ def test_help_lists_every_word_without_loading_torch() -> None:
     ("arguments", "text"),
     [
         ([], "--keyword"),
-        (["--keyword", ""], "0 words are given; write one of compare, verbose, load"),
+        (["--keyword", ""], "0 words are given; write one of compare, report, verbose, load"),
         (["--keyword", "raw"], "0 words are given"),
         (["--keyword", "verbos", "--old", "x"], "did you mean verbose?"),
         (["--keyword", "verify_image", "--root", "x"], "did you mean verify-image"),
         (
             ["--keyword", "qqq"],
-            "no such word of compare, verbose, load, save, update, swap, sort, verify-image, verify-data, ",
+            "no such word of compare, report, verbose, load, save, update, swap, sort, verify-image, verify-data, ",
         ),
         (["--keyword", "load,save", "--old", "x"], "2 words are given"),
         (["--keyword", "update,row"], "--keyword row: no such word"),
@@ -602,7 +602,7 @@ def test_the_examples_of_the_documentation(
             # how much of a cut image is left over depends on Pillow's version
             left_over = r"\(\d+ bytes not processed\)"
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
-    assert words == set(tools.WORDS) - {"compare"}  # of finished runs, see test_compare
+    assert words == set(tools.WORDS) - {"compare", "report"}  # of runs, see test_compare and test_report.py
 
 
 def finished(folder: Path, case: str, **changes: object) -> Path:

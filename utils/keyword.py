@@ -30,7 +30,7 @@ class Keyword:
         rank: 0 sets defaults, 1 refines them (`lsq` over `dorefa`), 2 refines one tag (`wt_lsq`).
         requires: groups of words; of each group at least one must be given too.
         excludes: words that cannot be given with this one.
-        families: networks it has an effect on, of `utils.config.FAMILIES`; empty: all.
+        families: networks it has an effect on, of `utils.resolve.network.FAMILIES`; empty: all.
         later: what it still waits for; using it is an error until then.
     """
 

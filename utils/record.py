@@ -75,7 +75,7 @@ class Recorder:
         rows = self._health.report(self._images)
         self._file.append({"epoch": epoch, "quantizers": [each.record() for each in rows]})
         logger.debug("%s", health.table(rows))
-        drawn = epoch in (1, self._last // 2, self._last)  # a picture takes a tenth of a second
+        drawn = epoch in (1, self._last // 2, self._last)  # a picture takes longer than all the rest
         for each in rows:
             self.board.scalars({f"health/{name}": value for name, value in each.scalars().items()}, epoch)
             self.board.counts(f"inputs/{each.name}", each.histogram, epoch)

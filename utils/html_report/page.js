@@ -79,15 +79,12 @@ function layout(title, xTitle, more = {}) {
   };
 }
 
-// One figure for each run that has something to show, in the order of the runs.
+// As many figures as there are runs with something to show; places that are not needed stay, hidden.
 function draw(parent, figures) {
-  while (parent.children.length > figures.length) {
-    Plotly.purge(parent.lastChild);
-    parent.lastChild.remove();
-  }
   while (parent.children.length < figures.length) {
     parent.append(Object.assign(document.createElement("div"), {className: "figure"}));
   }
+  [...parent.children].forEach((div, i) => { div.hidden = i >= figures.length; });
   figures.forEach(([data, form], i) => show(parent.children[i], data, form));
 }
 
@@ -104,7 +101,8 @@ function drawLevels() {
       type: "bar", x: one.counts.map((_, bin) => one.low + (bin + 0.5) * width), y: one.counts.map((count) => (100 * count) / total),
       width, marker: {color: run.colour, opacity: 0.75}, hovertemplate: "%{x:.4g}: %{y:.3g} %<extra></extra>",
     };
-    const shapes = one.positions.filter((x) => x !== null).map((x) => (
+    const drawn = one.positions.length > 0 ? one.positions : [one.range];
+    const shapes = drawn.filter((x) => x !== null).map((x) => (
       {type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: {color: LEVEL, width: 1.5}}));
     const title = `${escaped(run.label)}, epoch ${run.shown[i]}: ${one.levels} levels`;
     figures.push([[bars], layout(title, "", {shapes, yaxis: {type: kind, title: {text: "% of values"}, exponentformat: "none", dtick: kind === "log" ? 1 : undefined}})]);

@@ -49,7 +49,6 @@ def render(runs: Sequence[Run]) -> str:
         colours=[colour(i) for i in range(len(runs))],
         overview=_overview(runs),
         curves=curves,
-        figures=figures.keys(),
         fields=_fields(runs),
         quantized=[run for run in runs if run.quantizers],
         tags=TAGS,
