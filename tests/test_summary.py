@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from model.build import build
 from model.quant import QuantConv2d, QuantLinear
-from model.summary import _run, cost, format_table, stored_bits
+from model.summary import _run, _shapes, cost, format_table, stored_bits
 from utils.config import QuantConfig
 from utils.resolve import read
 
@@ -216,7 +218,7 @@ def test_a_shape_costs_what_an_image_does(options: tuple[str, ...]) -> None:
     line = ["--keyword", f"cifar10,origin,cbsa,fix,{word}", "--model", "resnet20", "--width_alpha", "0.25"]
     net = build(read([*line, "--fm_enable", "--wt_enable", "--wt_bit", "2", *rest]).model)
     with torch.no_grad():
-        assert _run(net, 32, meta=True) == _run(net, 32, meta=False) != ()
+        assert _run(_shapes(net), 32) == _run(net, 32) != ()
 
 
 def test_a_network_that_looks_at_values() -> None:
@@ -228,7 +230,31 @@ def test_a_network_that_looks_at_values() -> None:
 
     net = Looking(quant(*LOW))
     with pytest.raises(RuntimeError, match="meta"):
-        _run(net, 8, meta=True)
+        _run(_shapes(net), 8)
+    assert cost(net, 8) == cost(Small(quant(*LOW)), 8)
+
+
+def test_what_a_forward_keeps_is_not_kept() -> None:
+    """A network that remembers tensors between passes is left without the shapes of this one."""
+
+    class Keeping(Small):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x
+            self.first.bias = nn.Parameter(self.first.weight.mean(dim=(1, 2, 3)))
+            return super().forward(x)
+
+    net = Keeping(quant(*LOW))
+    cost(net, 8)
+    assert net.kept is None
+    assert not any(parameter.is_meta for parameter in net.parameters())
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    """It is run itself."""
+    net = Small(quant(*LOW))
+    net.lock = threading.Lock()
     assert cost(net, 8) == cost(Small(quant(*LOW)), 8)
 
 
