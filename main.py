@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,17 +28,12 @@ from utils.options import parse
 from utils.resolve import resolve
 
 if TYPE_CHECKING:
-    from logging import Logger
-
     import torch
-    from torch import nn
 
-    from model.summary import Cost
     from utils.data import Loader, Loaders
-    from utils.methods import Methods
-    from utils.policy import Steering
-    from utils.precision import Precision
-    from utils.probe import Probe
+    from utils.log import MetricsFile
+    from utils.parts import Parts
+    from utils.record import Recorder
     from utils.state import RunState
 
 METRICS = (
@@ -96,11 +91,11 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    from model import audit, build, calibrate, convert, summary, sync_norm
-    from model.quant import quantizers
+    from model import audit, build, calibrate, summary, sync_norm
     from utils import (
         checkpoint,
         distributed,
+        fit,
         log,
         methods,
         optim,
@@ -129,6 +124,7 @@ def run(config: Config) -> int:
         teacher.find(config.loss.distill, settings.weights_dir)
 
     from utils import data
+    from utils.parts import Parts
 
     data.check(config.data)
     with distributed.joined(place, device):
@@ -145,7 +141,7 @@ def run(config: Config) -> int:
         model = build.build(config.model)
         initial = policy.initialise(model, config.policy)
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
-        cost = trial(model, config)
+        cost = fit.trial(model, config)
         tutor = None
         if config.loss.distill is not None and not settings.evaluate:
             tutor = teacher.Teacher(config.loss.distill, settings.weights_dir)
@@ -155,7 +151,7 @@ def run(config: Config) -> int:
         build.set_stable(model, len(loaders.train))
         steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
         rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
-        rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
+        rates, shortened = fit.warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
         layout = precision.memory_format(model, config.precision, device)
@@ -209,14 +205,7 @@ def run(config: Config) -> int:
         try:
             for warning in (*warnings, *found.passed_over, *progress.differences):
                 logger.warning("warning: %s", warning)
-            logger.info(
-                "%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords)
-            )
-            if place.world_size > 1:
-                logger.info("%d processes, this one on %s", place.world_size, device)
-            logger.info("%s", cost.totals())
-            if config.model.quant.enabled:
-                logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
+            report.announce(config, cost, model, groups, logger)
             if loaded is not None:
                 logger.info("pretrained %s: %s", pretrained, loaded.summary())
             if initialised:
@@ -225,13 +214,10 @@ def run(config: Config) -> int:
             if found.path is None:
                 for change in (*initial, *(change for change in steering.plan if change.when == "init")):
                     logger.info("%s", change)
-            logger.debug("%s", optim.table(groups))
-            for name, quantizer in quantizers(model):
-                logger.debug("%s: %s", name, quantizer.config)
-            if found.path is not None:
+            else:
                 part = f" and {progress.position} images of the next" if progress.position else ""
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
-            elif settings.resume:
+            if settings.resume and found.path is None:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
@@ -258,59 +244,16 @@ def run(config: Config) -> int:
                     loaders.train.set_epoch(progress.epoch)
                     images, _ = next(iter(loaders.train))
                     recorder.show(images, loaders.mean, loaders.std, progress.epoch)
-            last = config.schedule.epochs + config.schedule.extra_epoch
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
             with Stop(logger.info) as stop, checkpoint.Writer() as writer:
-
-                def save(reached: RunState, best: bool = False) -> None:
-                    state.save(
-                        reached,
-                        model,
-                        optimizer,
-                        arithmetic,
-                        steering.rates,
-                        files,
-                        config,
-                        writer,
-                        launchers,
-                        best=best,
-                    )
-
-                for epoch in range(progress.epoch, last):
-                    progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
-                    row = train_row(parts, progress)
-                    if loaders.val is not None and not stopped:
-                        began = time.perf_counter()
-                        row |= validation_row(parts, loaders, epoch, stop)
-                        row["seconds"] += time.perf_counter() - began
-                        stopped = distributed.anyone(stop.asked != "")
-                    if stopped:
-                        save(progress)
-                        writer.wait()
-                        distributed.anyone(False)  # none ends before the first has written
-                        logger.info(
-                            "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
-                        )
-                        return SAVED
-                    check_epoch(parts, row, loaders)
-                    # A network whose quantizers still let everything pass is not the best low-bit network.
-                    candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
-                    best = candidate > progress.best_acc
-                    progress = state.RunState(
-                        epoch=epoch + 1,
-                        best_acc=max(progress.best_acc, candidate),
-                        policy=steering.state_dict(),
-                        methods=training.state_dict(),
-                    )
-                    if place.first:
-                        metrics.append(row)
-                    if recorder is not None:
-                        with arithmetic.autocast():
-                            recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], logger)
-                    save(progress, best)
-                    logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+                save = partial(state.save, parts=parts, files=files, writer=writer, launchers=launchers)
+                progress, stopped = train(parts, loaders, progress, stop, save, metrics, recorder)
                 writer.wait()
+                if stopped:
+                    distributed.anyone(False)  # none ends before the first has written
+                    logger.info("asked to end by %s: saved, -r goes on from here", stop.asked or "a process")
+                    return SAVED
 
             # 8. What came of it.
             if recorder is None:
@@ -328,40 +271,57 @@ def run(config: Config) -> int:
             log.close()
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a training consists of.
+def train(
+    parts: Parts, loaders: Loaders, progress: RunState, stop: Stop, save: Callable[..., None], metrics: MetricsFile,
+    recorder: Recorder | None,
+) -> tuple[RunState, bool]:  # fmt: skip
+    """Train from `progress` to the end of the run, or until a process was asked to stop.
 
-    Attributes:
-        model: the network.
-        network: the same as it is trained: with several processes, its gradients are their mean.
-        optimizer: of the network's parameters, or of its master weights.
-        precision: how both compute.
-        steering: the policy, and through it the learning rates and the optimizer's options.
-        methods: the loss, and what is done with the weights after each step.
-        device: where all of it is.
-        layout: memory format of images.
-        config: the configuration.
-        logger: the log.
-        probe: looks into layers at some iterations, if asked to.
+    Args:
+        parts: the training.
+        loaders: the images.
+        progress: how far it is.
+        stop: whether this process was asked to end.
+        save: writes a checkpoint of a state, as the best one too with `best=True`.
+        metrics: gets a row an epoch, from the first process.
+        recorder: what else the first process writes; None in others.
+
+    Returns:
+        How far it came, saved, and whether it was stopped.
     """
+    from model import build
+    from utils import distributed, finite, report, state
 
-    model: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    steering: Steering
-    methods: Methods
-    device: torch.device
-    layout: torch.memory_format
-    config: Config
-    logger: Logger
-    probe: Probe | None = None
-
-    def images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] where and how the network takes them."""
-        dtype = self.precision.image_dtype
-        return images.to(self.device, dtype, non_blocking=True, memory_format=self.layout)
+    config = parts.config
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    for epoch in range(progress.epoch, last):
+        progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
+        row = train_row(parts, progress)
+        if loaders.val is not None and not stopped:
+            began = time.perf_counter()
+            row |= validation_row(parts, loaders, epoch, stop)
+            row["seconds"] += time.perf_counter() - began
+            stopped = distributed.anyone(stop.asked != "")
+        if stopped:
+            save(progress)
+            return progress, True
+        finite.check_epoch(parts, row, lambda: audit_batches(parts, loaders, 1)[0])
+        # A network whose quantizers still let everything pass is not the best low-bit network.
+        candidate = row.get("val_top1", -math.inf) if build.is_quantized(parts.model) else -math.inf
+        best = candidate > progress.best_acc
+        progress = state.RunState(
+            epoch=epoch + 1,
+            best_acc=max(progress.best_acc, candidate),
+            policy=parts.steering.state_dict(),
+            methods=parts.methods.state_dict(),
+        )
+        if recorder is not None:
+            metrics.append(row)
+            with parts.precision.autocast():
+                recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], parts.logger)
+        save(progress, best=best)
+        parts.logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+    return progress, False
 
 
 def train_one_epoch(
@@ -371,7 +331,7 @@ def train_one_epoch(
 
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
-    from utils import distributed, log, state
+    from utils import distributed, finite, log, state
     from utils.progress import TrainingBar
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
@@ -408,7 +368,7 @@ def train_one_epoch(
                 output = parts.network(images)
                 loss = parts.methods.objective(output.float(), target, images, step)
             if look:
-                check_loss(parts, loss, images, where)
+                finite.check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
         if parts.probe is not None:
@@ -427,7 +387,7 @@ def train_one_epoch(
         steering.rates.apply(parts.optimizer, step)
         norm = precision.gradient_norm(steering.optim.grad_clip)
         if look and not precision.scaling:
-            check_gradients(parts, norm, where)
+            finite.check_gradients(parts, norm, where)
         update = not steering.rates.skip_update(step)
         skipped = precision.step(update=update)
         if skipped:
@@ -473,57 +433,6 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
         "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
         **({"frozen": 100 * freezing.share()} if freezing.enabled else {}),
     }
-
-
-def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
-    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
-    from utils import distributed
-
-    mine = not math.isfinite(float(loss.detach()))
-    if distributed.anyone(mine):
-        whose = "the loss" if mine else "the loss of another process"
-        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
-
-
-def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
-    if not math.isfinite(float(norm)):
-        bad = [
-            name
-            for name, parameter in parts.model.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-        ]
-        raise TrainingError(
-            f"the gradient of {bad[0] if bad else 'the network'} is not finite in {where}, though the loss is; "
-            "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init"
-        )
-
-
-def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
-    """Stop the run before it notes an epoch whose last step has ruined the weights."""
-    from utils import distributed
-
-    weights = parts.precision.weights(parts.model)
-    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if distributed.anyone(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
-        where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
-        images = audit_batches(parts, loaders, 1)[0]
-        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
-
-
-def advice(parts: Parts, images: torch.Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help; all processes ask, or none."""
-    from model.health import first_nonfinite
-    from utils import distributed
-
-    with parts.precision.autocast():
-        found = distributed.gathered(first_nonfinite(parts.model, images))
-    # Shared statistics carry it to the others from the next layer on.
-    _, layer = min((each for each in found if each), default=(0, "none of the layers: the loss itself"))
-    return (
-        f"the first layer with such an output is {layer}; these weights are not saved; "
-        "try a lower --lr, --grad_clip or --re_init"
-    )
 
 
 def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
@@ -635,54 +544,6 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # NumPy's limit
     torch.manual_seed(seed)
-
-
-def fit_warmups(
-    model: nn.Module, config: Config, batches: int, rates: schedule.Schedule
-) -> tuple[schedule.Schedule, tuple[str, ...]]:
-    """The schedule with warm-ups that fit into the run, and warnings.
-
-    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
-    config, whose warm-ups are for the long one, they shrink to half of what there is.
-    """
-    from model.quant import quantizers
-
-    total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
-    longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
-    skips = rates.skip_update(rates.total_steps - 1)
-    warnings: list[str] = []
-    if config.run.evaluate:
-        return rates, ()
-    if longest >= total:
-        if not config.run.shortened:
-            raise UserError(
-                f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
-            )
-        warnings.append(f"--stable: the shortened run of {total} iterations takes {total // 2} of {longest}")
-        for _, quantizer in quantizers(model):
-            quantizer.stable = total // 2
-    if skips:
-        steps = rates.total_steps
-        if not config.run.shortened:
-            raise UserError(f"--warmup: no iteration of {steps} is left for the optimizer; shorten it")
-        warnings.append(f"--warmup: the shortened run of {steps} iterations takes {steps // 2}")
-        rates = dataclasses.replace(
-            rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
-        )
-    return rates, tuple(warnings)
-
-
-def trial(model: nn.Module, config: Config) -> Cost:
-    """What the network costs, found by running it once, which shows that the image size suits it."""
-    from model import summary
-
-    try:
-        return summary.cost(model, config.model.input_size)
-    except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
-        raise UserError(
-            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
-            f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def test_record(record: Keyword) -> None:
         assert other in RECORDS
     assert set(record.families) <= set(FAMILIES)
     assert record.rank in (0, 1, 2)
-    assert record.sets or record.later or record.group == "older configs"
-    assert "yet" in record.later or not record.later
+    assert record.sets or record.group == "older configs"
     for name, value in record.sets.items():
         assert isinstance(value, field_type(name)), name  # a switch, too: `True` is an int
 
@@ -107,7 +106,7 @@ def test_every_word_of_the_specification_is_declared() -> None:
     assert set(words.split()) <= RECORDS.keys()
 
 
-@pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if not record.later])
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_word_reaches_the_configuration(name: str) -> None:
     """Each word that is there, with what it requires, sets its own fields of the configuration."""
     needed = [group[0] for group in RECORDS[name].requires]
@@ -174,15 +173,6 @@ def test_mistakes_of_a_list(words: list[str], messages: list[str]) -> None:
     for message in messages:
         assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_what_is_not_there_yet_says_so(own_registry: None) -> None:
-    """Naming the word."""
-    keyword.register(
-        Keyword(name="future", group="training", help="nothing yet", later="this is not there yet")
-    )
-    with pytest.raises(UserError, match=r"keyword future: .* not there yet"):
-        resolve(["future"], "resnet")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +356,6 @@ def test_the_table_lists_every_word_under_its_group() -> None:
     for record in RECORDS.values():
         (line,) = [line for line in lines if line.split()[:1] == [record.name] and line.startswith("  ")]
         assert record.help in line
-        assert ("not there yet" in line) == bool(record.later)
         assert all(word in line for word in record.excludes)
 
 

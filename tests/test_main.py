@@ -28,11 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from model import build
-from utils import data, methods, optim, policy, precision, schedule, state
+from utils import data, finite, methods, optim, policy, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
 from utils.interrupt import SAVED, Stop
+from utils.parts import Parts
 from utils.resolve import read as read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -571,7 +572,7 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     rates = schedule.Schedule(
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
-    parts = main.Parts(
+    parts = Parts(
         model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")),
         policy.Steering((), model, optimizer, groups, config.optim, rates),
         methods.build(config, model, None, rates.total_steps),
@@ -696,14 +697,14 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
     model = build.build(config.model)
     optimizer, groups = optim.build(model, config.optim)
     rates = schedule.Schedule(config.schedule, 0.1, 6)
-    parts = main.Parts(
+    parts = Parts(
         model, model, optimizer, precision.build(model, optimizer, config.precision, cpu),
         policy.Steering((), model, optimizer, groups, config.optim, rates),
         methods.build(config, model, None, rates.total_steps), cpu, torch.channels_last, config,
         logging.getLogger("nobody"),
     )  # fmt: skip
     for name in ("check_loss", "check_gradients"):
-        monkeypatch.setattr(main, name, lambda *_: None)
+        monkeypatch.setattr(finite, name, lambda *_: None)
     to_list = Tensor.tolist  # which reads by itself
 
     def counted(tensor: Tensor) -> Any:

@@ -31,7 +31,6 @@ class Keyword:
         requires: groups of words; of each group at least one must be given too.
         excludes: words that cannot be given with this one.
         families: networks it has an effect on, of `utils.resolve.network.FAMILIES`; empty: all.
-        later: what it still waits for; using it is an error until then.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Keyword:
     requires: tuple[tuple[str, ...], ...] = ()
     excludes: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
-    later: str = ""
 
 
 _REGISTRY: dict[str, Keyword] = {}
@@ -320,13 +318,11 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
     """The fields that `words` set, for a network of `family`.
 
     Raises:
-        UserError: naming every unknown word (with close names), word that is not there yet,
-            contradiction and missing requirement.
+        UserError: naming every unknown word (with close names), contradiction and missing requirement.
     """
     words = tuple(dict.fromkeys(words))
     known = [_REGISTRY[word] for word in words if word in _REGISTRY]
     problems = [_unknown(word) for word in words if word not in _REGISTRY]
-    problems += [f"keyword {k.name}: {k.later}" for k in known if k.later]
     problems += _contradictions(known)
     for keyword in known:
         for group in keyword.requires:
@@ -383,7 +379,6 @@ def table() -> str:
 def _relations(keyword: Keyword) -> str:
     notes = [f"needs {' or '.join(group)}" for group in keyword.requires]
     notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
-    notes += ["not there yet"] if keyword.later else []
     return f" ({'; '.join(notes)})" if notes else ""
 
 

@@ -50,7 +50,6 @@ class Option:
         aliases: other spellings, with their dashes.
         choices: the only values.
         many: takes several values.
-        later: what the option still waits for; using it is an error until then.
         undoes: a flag that this one takes back when it comes later.
     """
 
@@ -61,7 +60,6 @@ class Option:
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     many: bool = False
-    later: str = ""
     undoes: str = ""
 
 
@@ -438,7 +436,6 @@ def _parser() -> argparse.ArgumentParser:
         section = parser.add_argument_group(title)
         for option in group:
             spellings = [*option.aliases, f"--{option.name}"]
-            note = " (not there yet)" if option.later else ""
             if option.undoes:
                 section.add_argument(
                     *spellings, dest=option.name, action=_Undo, const=option.undoes, nargs=0, help=option.help
@@ -446,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
                 continue
             if option.kind is bool:
                 section.add_argument(
-                    *spellings, dest=option.name, action="store_true", default=None, help=option.help + note
+                    *spellings, dest=option.name, action="store_true", default=None, help=option.help
                 )
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
@@ -454,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
                 *spellings, dest=option.name, action=_Last, type=option.kind, default=None,
                 metavar=_metavar(option),
                 choices=option.choices or None, nargs="+" if option.many else None,
-                help=(option.help + default + note).replace("%", "%%"),
+                help=(option.help + default).replace("%", "%%"),
             )  # fmt: skip
     return parser
 
@@ -511,8 +508,7 @@ def parse(argv: Sequence[str]) -> Given:
     """The options of a command line.
 
     Raises:
-        UserError: for an unknown option (with close names), a value that does not fit, or an option
-            whose machinery is not there yet.
+        UserError: for an unknown option (with close names) or a value that does not fit.
         SystemExit: for `--help`.
     """
     start = argparse.Namespace(replaced={})
@@ -524,7 +520,4 @@ def parse(argv: Sequence[str]) -> Given:
         hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
     written = {name: value for name, value in vars(known).items() if name in OPTIONS and value is not None}
-    for name in written:
-        if OPTIONS[name].later:
-            raise UserError(f"--{name}: {OPTIONS[name].later}")
     return Given(written, known.replaced)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from logging import Logger
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from model.audit import Audit
+from model.convert import full_precision
+from model.quant import quantizers
 from model.summary import Cost
-from utils import log
+from utils import log, optim
 from utils.checkpoint import CheckpointFiles
 from utils.config import Config, to_dict
 from utils.errors import UserError
+from utils.optim import ParamGroup
 from utils.schedule import Schedule
 from utils.state import RunState
 
@@ -46,6 +51,22 @@ def describe(
 def dump_yaml(config: Config) -> str:
     """The configuration as YAML."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def announce(
+    config: Config, cost: Cost, model: nn.Module, groups: Sequence[ParamGroup], logger: Logger
+) -> None:
+    """What is about to be trained or evaluated, for the log."""
+    logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
+    if config.data.world_size > 1:
+        device = next(model.parameters()).device
+        logger.info("%d processes, this one on %s", config.data.world_size, device)
+    logger.info("%s", cost.totals())
+    if config.model.quant.enabled:
+        logger.info("in full precision: %s", ", ".join(full_precision(model)) or "no layer")
+    logger.debug("%s", optim.table(groups))
+    for name, quantizer in quantizers(model):
+        logger.debug("%s: %s", name, quantizer.config)
 
 
 def epoch_line(row: dict[str, float], last: int, best: float) -> str:

@@ -19,8 +19,7 @@ from utils import checkpoint, distributed, log
 from utils.checkpoint import CheckpointFiles, Found, LoadReport
 from utils.config import Config, to_dict
 from utils.errors import TrainingError, UserError
-from utils.precision import Precision
-from utils.schedule import Schedule
+from utils.parts import Parts
 
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
 CHANGEABLE = {
@@ -249,9 +248,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
-    rates: Schedule, files: CheckpointFiles, config: Config, writer: checkpoint.Writer, launchers: Sequence[str],
-    *, best: bool,
+    state: RunState, parts: Parts, files: CheckpointFiles, writer: checkpoint.Writer, launchers: Sequence[str],
+    *, best: bool = False,
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
@@ -261,7 +259,8 @@ def save(
     Raises:
         TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
     """
-    _refuse_nonfinite(precision.weights(model), state)
+    config, rates, weights = parts.config, parts.steering.rates, parts.precision.weights(parts.model)
+    _refuse_nonfinite(weights, state)
     of_ranks = distributed.gathered((list(state.sums), checkpoint.random_state()))
     if config.data.rank != 0:
         return
@@ -273,12 +272,12 @@ def save(
         "sums": [sums for sums, _ in of_ranks],
         "seconds": state.seconds,
         "waited": state.waited,
-        "state_dict": precision.weights(model),
-        "optimizer": optimizer.state_dict(),
+        "state_dict": weights,
+        "optimizer": parts.optimizer.state_dict(),
         "scheduler": {"step": step},
         "best_acc": state.best_acc,
         "learning_rate": rates.at(max(step - 1, 0)),
-        "amp": precision.state_dict(),
+        "amp": parts.precision.state_dict(),
         "policy": dict(state.policy),
         "methods": dict(state.methods),
         "random": of_ranks[0][1],
