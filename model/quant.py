@@ -166,8 +166,7 @@ class Quantizer(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
-        # On the meta device, which has no autocast, only shapes are computed.
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             full = x.float()
             if self.training:
                 self.iteration.add_(1)

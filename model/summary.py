@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.observe import observing
-from model.quant import Quantizer, QuantLayer
+from model.quant import Quantizer, QuantLayer, quantizers
+from utils.config import QuantizerConfig
 
 FULL_BITS = 32  # of a value in full precision
 
@@ -153,30 +153,9 @@ def describe(quantizer: nn.Module | None) -> tuple[str, int]:
 def cost(model: nn.Module, input_size: int) -> Cost:
     """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
 
-    Only the image's shape is run, through a copy without weights on the meta device, if the network lets it: all do
-    but those whose forward looks at values, or at tensors that are neither parameters nor buffers.
-
-    Raises:
-        RuntimeError, ValueError: from the network, when it does not take images of this size.
+    Of the quantizers with equal options only the first one works, to see that it can; the others, which would
+    take most of the time, let their input pass.
     """
-    try:
-        layers = _run(_shapes(model), input_size)
-    except (RuntimeError, ValueError, TypeError):  # TypeError: a network that cannot be copied
-        layers = _run(model, input_size)
-    return Cost(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
-
-
-def _shapes(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes only; a forward may keep what it likes in it."""
-    memo: dict[int, Any] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        meta = tensor.detach().to("meta")
-        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
-    return copy.deepcopy(model, memo)
-
-
-def _run(model: nn.Module, input_size: int) -> tuple[LayerCost, ...]:
-    """The layers' costs from one forward pass."""
     layers: list[LayerCost] = []
 
     def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
@@ -203,14 +182,39 @@ def _run(model: nn.Module, input_size: int) -> tuple[LayerCost, ...]:
         )
 
     parameter = next(model.parameters())
-    with observing(model) as hooks:
+    with _one_of_a_kind(model), observing(model) as hooks:
         hooks += [
             module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
         model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
-    return tuple(layers)
+    return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
+
+
+@contextmanager
+def _one_of_a_kind(model: nn.Module) -> Iterator[None]:
+    """Turn off the quantizers whose options another one has already, and all threads but one, for a while.
+
+    One image is little to share: on a busy machine threads wait for each other many times as long.
+    """
+    threads = torch.get_num_threads()
+    kinds: list[QuantizerConfig] = []
+    repeated: list[Quantizer] = []
+    for _, quantizer in quantizers(model):
+        if quantizer.config not in kinds:
+            kinds.append(quantizer.config)
+        elif quantizer.enabled:
+            repeated.append(quantizer)
+    try:
+        torch.set_num_threads(1)
+        for quantizer in repeated:
+            quantizer.enabled = False
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for quantizer in repeated:
+            quantizer.enabled = True
 
 
 def _kind(module: nn.Conv2d | nn.Linear) -> str:

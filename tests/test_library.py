@@ -274,17 +274,19 @@ def test_what_a_mistake_looks_like(
 
 
 def test_other_networks_do_not_wait_for_the_packages() -> None:
-    """Neither torchvision nor what data sets alone need is imported for a network of this project and its data."""
+    """No package that others need, and not torch's compiler, is imported up to the optimizer."""
     code = """
 import sys
-from model import build
+from model import build, summary
 from utils import data, optim
 from utils.resolve import read
 
 config = read("--keyword cifar10,origin,cbsa,dorefa,lsq --dataset fake --fm_enable --wt_enable".split())
-build.build(config.model)
+network = build.build(config.model)
+summary.cost(network, config.model.input_size)
 data.build(config.data)
-heavy = {"torchvision", "timm", "sklearn", "scipy", "matplotlib", "nvidia.dali"} & set(sys.modules)
+optim.build(network, config.optim)
+heavy = {"torch._dynamo", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "nvidia.dali"} & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run(

@@ -224,7 +224,7 @@ def test_build(name: str, kind: type[torch.optim.Optimizer]) -> None:
     optimizer, groups = build(
         Net(), replace(CONFIG, name=name, momentum=0.8, custom_lr_list=("quant_",), custom_lr=0.01)
     )
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     assert len(optimizer.param_groups) == len(groups) == 3
     for built, group in zip(optimizer.param_groups, groups, strict=True):
         assert built["lr"] == built["base_lr"] == group.base_lr

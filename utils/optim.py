@@ -6,6 +6,7 @@ the same base rate and weight decay share it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,24 @@ from utils.config import OptimConfig
 from utils.errors import UserError
 
 OPTIMIZERS = ("SGD", "ADAM")
+
+
+class _Light:
+    """Makes an optimizer without importing torch's compiler, which takes as long as importing torch itself.
+
+    torch wraps this method so that the compiler leaves it alone, and the wrapper imports the compiler. A dry run
+    makes an optimizer and never needs one; a training does at its first step.
+    """
+
+    add_param_group = inspect.unwrap(Optimizer.add_param_group)
+
+
+class _SGD(_Light, SGD):
+    pass
+
+
+class _Adam(_Light, Adam):
+    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +252,8 @@ def build(model: nn.Module, config: OptimConfig) -> tuple[Optimizer, list[ParamG
         for group in groups
     ]
     if config.name.upper() == "SGD":
-        return SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov), groups
-    return Adam(settings, lr=config.lr), groups
+        return _SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov), groups
+    return _Adam(settings, lr=config.lr), groups
 
 
 def _weight_decay(
