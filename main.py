@@ -15,32 +15,30 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch import leave_status
 from utils import keyword, schedule
-from utils.config import Config, resolve
+from utils.config import Config
 from utils.errors import TrainingError, UserError
 from utils.interrupt import SAVED, Stop
 from utils.options import parse
+from utils.resolve import resolve
 
 if TYPE_CHECKING:
-    from logging import Logger
-
     import torch
-    from torch import nn
 
-    from model.summary import Cost
     from utils.data import Loader, Loaders
-    from utils.policy import Steering
-    from utils.precision import Precision
+    from utils.log import MetricsFile
+    from utils.parts import Parts
+    from utils.record import Recorder
     from utils.state import RunState
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
-    "seconds", "images_per_second", "data_wait",
+    "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
 AUDIT_BATCHES = 4
 AUDIT_FAILED = 3  # exit status
@@ -93,11 +91,22 @@ def run(config: Config) -> int:
     if not settings.evaluate:
         check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    import torch
-
-    from model import audit, build, calibrate, convert, health, summary, sync_norm
-    from model.quant import quantizers
-    from utils import checkpoint, distributed, log, optim, policy, precision, report, state
+    from model import audit, build, calibrate, summary, sync_norm
+    from utils import (
+        checkpoint,
+        distributed,
+        fit,
+        log,
+        methods,
+        optim,
+        policy,
+        precision,
+        probe,
+        record,
+        report,
+        state,
+        teacher,
+    )  # fmt: skip
 
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
@@ -111,16 +120,20 @@ def run(config: Config) -> int:
     pretrained = checkpoint.find_pretrained(
         settings.pretrained or "", settings.weights_dir, config.model.name
     )
+    if config.loss.distill is not None:
+        teacher.find(config.loss.distill, settings.weights_dir)
 
     from utils import data
+    from utils.parts import Parts
 
     data.check(config.data)
     with distributed.joined(place, device):
         launchers = distributed.launchers(os.environ)
         found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
-        if settings.evaluate and settings.resume and found.path is None and pretrained is None:
+        if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
-                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate"
+                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
+                "--pretrained none random weights are"
             )
 
         # 2. Build the network and load weights into it.
@@ -128,23 +141,27 @@ def run(config: Config) -> int:
         model = build.build(config.model)
         initial = policy.initialise(model, config.policy)
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
-        cost = trial(model, config)
+        cost = fit.trial(model, config)
+        tutor = None
+        if config.loss.distill is not None and not settings.evaluate:
+            tutor = teacher.Teacher(config.loss.distill, settings.weights_dir)
 
         # 3. Data, and what depends on its length.
         loaders = data.build(config.data, device)
         build.set_stable(model, len(loaders.train))
         steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
         rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
-        rates, shortened = fit_warmups(model, config, len(loaders.train), rates)
+        rates, shortened = fit.warmups(model, config, len(loaders.train), rates)
 
         # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        layout = torch.channels_last if config.precision.channels_last else torch.contiguous_format
+        layout = precision.memory_format(model, config.precision, device)
         model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         initialised = 0
         trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
         if config.model.quant.re_init and found.path is None and trains:
             images, _ = next(iter(loaders.train))
-            initialised = calibrate.initialise_ranges(model, images.to(device, memory_format=layout))
+            images = images.to(device, memory_format=layout)
+            initialised = calibrate.initialise_ranges(model, images, config.model.quant)
         distributed.share_state(model)
         if place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
             seed_generators((settings.seed + place.rank * 1_000_003) % 2**63)
@@ -161,8 +178,18 @@ def run(config: Config) -> int:
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
         steering.load_state_dict(progress.policy)
+        probed = None
+        if config.probe.enable and place.first and not settings.evaluate:
+            images = min(config.data.batch_size, loaders.train.samples)
+            probed = probe.Probe(
+                model, config.probe, folder / "probe", steps=rates.total_steps, images=images
+            )
         arithmetic = precision.build(model, optimizer, config.precision, device)
         arithmetic.load_state_dict(progress.amp)
+        if tutor is not None:
+            tutor.to(device, layout)
+        training = methods.build(config, model, tutor, steering.rates.total_steps)
+        training.load_state_dict(progress.methods, model)
 
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
@@ -178,14 +205,7 @@ def run(config: Config) -> int:
         try:
             for warning in (*warnings, *found.passed_over, *progress.differences):
                 logger.warning("warning: %s", warning)
-            logger.info(
-                "%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords)
-            )
-            if place.world_size > 1:
-                logger.info("%d processes, this one on %s", place.world_size, device)
-            logger.info("%s", cost.totals())
-            if config.model.quant.enabled:
-                logger.info("in full precision: %s", ", ".join(convert.full_precision(model)) or "no layer")
+            report.announce(config, cost, model, groups, logger)
             if loaded is not None:
                 logger.info("pretrained %s: %s", pretrained, loaded.summary())
             if initialised:
@@ -194,17 +214,14 @@ def run(config: Config) -> int:
             if found.path is None:
                 for change in (*initial, *(change for change in steering.plan if change.when == "init")):
                     logger.info("%s", change)
-            logger.debug("%s", optim.table(groups))
-            for name, quantizer in quantizers(model):
-                logger.debug("%s: %s", name, quantizer.config)
-            if found.path is not None:
+            else:
                 part = f" and {progress.position} images of the next" if progress.position else ""
                 logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
-            elif settings.resume:
+            if settings.resume and found.path is None:
                 logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
             network = distributed.parallel(model, device, may_skip=steering.disables)
             parts = Parts(
-                model, network, optimizer, arithmetic, steering, device, layout, config, logger
+                model, network, optimizer, arithmetic, steering, training, device, layout, config, logger, probed
             )  # fmt: skip
 
             # 6. Evaluate only.
@@ -218,80 +235,33 @@ def run(config: Config) -> int:
             if place.first:
                 metrics.truncate_after(progress.epoch + 1)
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
-            board = log.Board(
-                folder / "tensorboard" if settings.tensorboard and place.first else None,
-                purge_step=progress.epoch + 1,
-            )
-            watched = None
-            if place.first and (settings.verbose or settings.tensorboard):
-                watched = health.Health(model)
-            last = config.schedule.epochs + config.schedule.extra_epoch
+            recorder = None
+            if place.first:
+                recorder = record.Recorder(folder, model, config, progress.epoch)
+                if probed is not None:
+                    probed.board = recorder.board
+                if settings.tensorboard:
+                    loaders.train.set_epoch(progress.epoch)
+                    images, _ = next(iter(loaders.train))
+                    recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
             with Stop(logger.info) as stop, checkpoint.Writer() as writer:
-
-                def save(reached: RunState, best: bool = False) -> None:
-                    state.save(
-                        reached,
-                        model,
-                        optimizer,
-                        arithmetic,
-                        steering.rates,
-                        files,
-                        config,
-                        writer,
-                        launchers,
-                        best=best,
-                    )
-
-                for epoch in range(progress.epoch, last):
-                    progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
-                    row = train_row(parts, progress)
-                    if loaders.val is not None and not stopped:
-                        began = time.perf_counter()
-                        reestimate_norms(parts, loaders.train, epoch)
-                        distributed.share_state(model)
-                        row |= {
-                            f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()
-                        }
-                        row["seconds"] += time.perf_counter() - began
-                        stopped = distributed.anyone(stop.asked != "")
-                    if stopped:
-                        save(progress)
-                        writer.wait()
-                        distributed.anyone(False)  # none ends before the first has written
-                        logger.info(
-                            "asked to end by %s: saved, -r goes on from here", stop.asked or "a process"
-                        )
-                        return SAVED
-                    check_epoch(parts, row, loaders)
-                    # A network whose quantizers still let everything pass is not the best low-bit network.
-                    candidate = row.get("val_top1", -math.inf) if build.is_quantized(model) else -math.inf
-                    best = candidate > progress.best_acc
-                    progress = state.RunState(
-                        epoch=epoch + 1,
-                        best_acc=max(progress.best_acc, candidate),
-                        policy=steering.state_dict(),
-                    )
-                    if place.first:
-                        metrics.append(row)
-                    board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch + 1)
-                    if watched is not None:
-                        with arithmetic.autocast():
-                            rows = watched.report(audit_batches(parts, loaders, 1)[0])
-                        report.report_health(rows, board, epoch + 1, logger)
-                    save(progress, best)
-                    logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+                save = partial(state.save, parts=parts, files=files, writer=writer, launchers=launchers)
+                progress, stopped = train(parts, loaders, progress, stop, save, metrics, recorder)
                 writer.wait()
-            board.close()
+                if stopped:
+                    distributed.anyone(False)  # none ends before the first has written
+                    logger.info("asked to end by %s: saved, -r goes on from here", stop.asked or "a process")
+                    return SAVED
 
             # 8. What came of it.
-            if not place.first:
+            if recorder is None:
                 return 0
             with arithmetic.autocast():
                 cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
                 result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
-            report.finish(config, cost, result, progress, folder, files, logger)
+            recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
             return AUDIT_FAILED if result.problems else 0
         except (TrainingError, UserError, OSError, RuntimeError) as error:
             with contextlib.suppress(OSError):  # a full disk takes no log either
@@ -301,36 +271,57 @@ def run(config: Config) -> int:
             log.close()
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a training consists of.
+def train(
+    parts: Parts, loaders: Loaders, progress: RunState, stop: Stop, save: Callable[..., None], metrics: MetricsFile,
+    recorder: Recorder | None,
+) -> tuple[RunState, bool]:  # fmt: skip
+    """Train from `progress` to the end of the run, or until a process was asked to stop.
 
-    Attributes:
-        model: the network.
-        network: the same as it is trained: with several processes, its gradients are their mean.
-        optimizer: of the network's parameters, or of its master weights.
-        precision: how both compute.
-        steering: the policy, and through it the learning rates and the optimizer's options.
-        device: where all of it is.
-        layout: memory format of images.
-        config: the configuration.
-        logger: the log.
+    Args:
+        parts: the training.
+        loaders: the images.
+        progress: how far it is.
+        stop: whether this process was asked to end.
+        save: writes a checkpoint of a state, as the best one too with `best=True`.
+        metrics: gets a row an epoch, from the first process.
+        recorder: what else the first process writes; None in others.
+
+    Returns:
+        How far it came, saved, and whether it was stopped.
     """
+    from model import build
+    from utils import distributed, finite, report, state
 
-    model: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    steering: Steering
-    device: torch.device
-    layout: torch.memory_format
-    config: Config
-    logger: Logger
-
-    def images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] where and how the network takes them."""
-        dtype = self.precision.image_dtype
-        return images.to(self.device, dtype, non_blocking=True, memory_format=self.layout)
+    config = parts.config
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    for epoch in range(progress.epoch, last):
+        progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
+        row = train_row(parts, progress)
+        if loaders.val is not None and not stopped:
+            began = time.perf_counter()
+            row |= validation_row(parts, loaders, epoch, stop)
+            row["seconds"] += time.perf_counter() - began
+            stopped = distributed.anyone(stop.asked != "")
+        if stopped:
+            save(progress)
+            return progress, True
+        finite.check_epoch(parts, row, lambda: audit_batches(parts, loaders, 1)[0])
+        # A network whose quantizers still let everything pass is not the best low-bit network.
+        candidate = row.get("val_top1", -math.inf) if build.is_quantized(parts.model) else -math.inf
+        best = candidate > progress.best_acc
+        progress = state.RunState(
+            epoch=epoch + 1,
+            best_acc=max(progress.best_acc, candidate),
+            policy=parts.steering.state_dict(),
+            methods=parts.methods.state_dict(),
+        )
+        if recorder is not None:
+            metrics.append(row)
+            with parts.precision.autocast():
+                recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], parts.logger)
+        save(progress, best=best)
+        parts.logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+    return progress, False
 
 
 def train_one_epoch(
@@ -340,9 +331,8 @@ def train_one_epoch(
 
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
-    from torch.nn import functional
-
-    from utils import distributed, log, state
+    from utils import distributed, finite, log, state
+    from utils.progress import TrainingBar
 
     config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
     passes, batches = config.optim.iter_size, len(loader)
@@ -356,7 +346,11 @@ def train_one_epoch(
     precision.zero_grad()
     began = time.perf_counter()
     waited = log.Waiting(loader)
-    bar = log.progress(waited, batches - first, f"epoch {start.epoch + 1}", enabled=config.data.rank == 0)
+    last = config.schedule.epochs + config.schedule.extra_epoch
+    bar = TrainingBar(
+        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
+        device=parts.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
+    )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
         report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
@@ -366,15 +360,19 @@ def train_one_epoch(
         step = start.epoch * steering.rates.steps_per_epoch + i // passes
         if i % passes == 0 and steering.advance(start.epoch, step):
             start = dataclasses.replace(start, best_acc=-math.inf)
+        if parts.probe is not None and i % passes == 0:
+            parts.probe.begin(step)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
         with distributed.reduction(parts.network, now=group_ends):
             with precision.autocast():
                 output = parts.network(images)
-                loss = functional.cross_entropy(output.float(), target, label_smoothing=settings.label_smooth)
+                loss = parts.methods.objective(output.float(), target, images, step)
             if look:
-                check_loss(parts, loss, images, where)
+                finite.check_loss(parts, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
+        if parts.probe is not None:
+            parts.probe.end()
         totals.update(loss, output, target)
         if settings.delay > 0:
             time.sleep(settings.delay)
@@ -389,10 +387,13 @@ def train_one_epoch(
         steering.rates.apply(parts.optimizer, step)
         norm = precision.gradient_norm(steering.optim.grad_clip)
         if look and not precision.scaling:
-            check_gradients(parts, norm, where)
-        skipped = precision.step(update=not steering.rates.skip_update(step))
+            finite.check_gradients(parts, norm, where)
+        update = not steering.rates.skip_update(step)
+        skipped = precision.step(update=update)
         if skipped:
             parts.logger.info("%s: %s", where, skipped)
+        if update:
+            parts.methods.after_step(step, precision, parts.model)
         precision.zero_grad()
 
         stopped = vote(stop.asked != "")
@@ -405,6 +406,7 @@ def train_one_epoch(
                 seconds=start.seconds + time.perf_counter() - began,
                 waited=start.waited + waited.seconds,
                 policy=steering.state_dict(),
+                methods=parts.methods.state_dict(),
             )
         if stopped:
             break
@@ -421,6 +423,7 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
     from utils import distributed, log
 
     sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), parts.steering.rates
+    freezing = parts.methods.freezing
     return {
         "epoch": state.epoch + 1,
         "lr": rates.at(state.epoch * rates.steps_per_epoch),
@@ -428,48 +431,23 @@ def train_row(parts: Parts, state: RunState) -> dict[str, float]:
         "seconds": state.seconds,
         "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
         "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
+        **({"frozen": 100 * freezing.share()} if freezing.enabled else {}),
     }
 
 
-def check_loss(parts: Parts, loss: torch.Tensor, images: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when the loss is NaN or infinite."""
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingError(f"the loss is not finite in {where}; {advice(parts, images)}")
+def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
+    """The validation's columns of the metrics, after `epoch` (from 0): of the network and of its averaged weights."""
+    from utils import distributed
 
-
-def check_gradients(parts: Parts, norm: torch.Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
-    if not math.isfinite(float(norm)):
-        bad = [
-            name
-            for name, parameter in parts.model.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-        ]
-        raise TrainingError(
-            f"the gradient of {bad[0] if bad else 'the network'} is not finite in {where}, though the loss is; "
-            "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init"
-        )
-
-
-def check_epoch(parts: Parts, row: dict[str, float], loaders: Loaders) -> None:
-    """Stop the run before it notes an epoch whose last step has ruined the weights."""
-    weights = parts.precision.weights(parts.model)
-    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-    if bad or not math.isfinite(row.get("val_loss", 0.0)):
-        where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
-        images = audit_batches(parts, loaders, 1)[0]
-        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images)}")
-
-
-def advice(parts: Parts, images: torch.Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help."""
-    from model.health import first_nonfinite
-
-    layer = ""
-    if parts.config.data.world_size == 1:  # a pass of one process alone would wait for the others
-        with parts.precision.autocast():
-            layer = f"the first layer with such an output is {first_nonfinite(parts.model, images)}; "
-    return f"{layer}these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+    assert loaders.val is not None  # the caller has asked
+    average, row = parts.methods.average, dict[str, float]()
+    if average.exists:  # first, so that the norms' statistics are the network's own in the end
+        with average.applied(parts.model):
+            reestimate_norms(parts, loaders.train, epoch)
+            row |= {f"ema_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
+    reestimate_norms(parts, loaders.train, epoch)
+    distributed.share_state(parts.model)
+    return row | {f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
 
 
 def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
@@ -481,12 +459,13 @@ def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
     from torch.nn import functional
 
     from utils import distributed, log
+    from utils.progress import progress
 
     parts.model.eval()
     totals = log.Totals(parts.device)
     with torch.no_grad(), parts.precision.autocast():
         enabled = parts.config.data.rank == 0
-        for images, target in log.progress(loader, len(loader), "validation", enabled=enabled):
+        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
             if stop.asked:
                 break
             target = target.to(parts.device, non_blocking=True)
@@ -514,9 +493,11 @@ def evaluate(parts: Parts, loaders: Loaders) -> int:
     from model import audit
 
     assert loaders.val is not None  # checked with the options
-    reestimate_norms(parts, loaders.train, 0)
-    row = validate(parts, loaders.val, Stop())
-    parts.logger.info("top-1 %.2f, top-5 %.2f, loss %.4f", row["top1"], row["top5"], row["loss"])
+    row = validation_row(parts, loaders, 0, Stop())
+    for name, what in (("val", ""), ("ema", "averaged weights: ")):
+        if f"{name}_loss" in row:
+            top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
+            parts.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
     if not parts.config.run.audit or parts.config.data.rank != 0:
         return 0
     with parts.precision.autocast():
@@ -563,54 +544,6 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # NumPy's limit
     torch.manual_seed(seed)
-
-
-def fit_warmups(
-    model: nn.Module, config: Config, batches: int, rates: schedule.Schedule
-) -> tuple[schedule.Schedule, tuple[str, ...]]:
-    """The schedule with warm-ups that fit into the run, and warnings.
-
-    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
-    config, whose warm-ups are for the long one, they shrink to half of what there is.
-    """
-    from model.quant import quantizers
-
-    total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
-    longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
-    skips = rates.skip_update(rates.total_steps - 1)
-    warnings: list[str] = []
-    if config.run.evaluate:
-        return rates, ()
-    if longest >= total:
-        if not config.run.shortened:
-            raise UserError(
-                f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
-            )
-        warnings.append(f"--stable: the shortened run of {total} iterations takes {total // 2} of {longest}")
-        for _, quantizer in quantizers(model):
-            quantizer.stable = total // 2
-    if skips:
-        steps = rates.total_steps
-        if not config.run.shortened:
-            raise UserError(f"--warmup: no iteration of {steps} is left for the optimizer; shorten it")
-        warnings.append(f"--warmup: the shortened run of {steps} iterations takes {steps // 2}")
-        rates = dataclasses.replace(
-            rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
-        )
-    return rates, tuple(warnings)
-
-
-def trial(model: nn.Module, config: Config) -> Cost:
-    """What the network costs, found by running it once, which shows that the image size suits it."""
-    from model import summary
-
-    try:
-        return summary.cost(model, config.model.input_size)
-    except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
-        raise UserError(
-            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
-            f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
-        ) from error
 
 
 if __name__ == "__main__":

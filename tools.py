@@ -1,4 +1,4 @@
-"""Small jobs on checkpoints, name lists and image folders: `python tools.py --keyword WORD[,raw] ...`.
+"""Small jobs on runs, checkpoints, name lists and image folders: `python tools.py --keyword WORD[,raw] ...`.
 
 See docs/tools.md. The exit status is 0 when all is well, 1 when a check found something, 2 for a mistake.
 """
@@ -54,6 +54,7 @@ class Options:
     verbose_list: str | None = None
     workers: int | None = None
     runs: tuple[Path, ...] | None = None
+    output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None
     image_size: tuple[int, int] | None = None
@@ -93,6 +94,23 @@ def compare(options: Options) -> int:
                 print(f"  {folder / name}")
     if any((folder / "tensorboard").exists() for folder in folders):
         print(f"  tensorboard --logdir {os.path.commonpath([str(folder) for folder in folders])}")
+    return 0
+
+
+def report(options: Options) -> int:
+    """Write a page about RUNS, finished or not: curves, quantizers, cost, configuration."""
+    from utils import checkpoint  # imports torch
+    from utils.html_report import page, runs
+
+    folders = options.runs or ()
+    path = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output {path}: name a file in a folder that exists")
+    _check_new(options, path)
+    checkpoint.write_atomic(path, page.render(runs.read(folders)).encode())
+    print(
+        f"{path}: {len(folders)} run{'' if len(folders) == 1 else 's'}, {path.stat().st_size / 2**20:.1f} MiB"
+    )
     return 0
 
 
@@ -395,17 +413,9 @@ def image_files(root: Path) -> Iterator[Path]:
 
     Raises UserError for a folder that cannot be listed.
     """
+    from utils.images import walk  # imports Pillow
 
-    def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-    visited: set[str] = set()  # a link may lead back up
-    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            inside.clear()
-            continue
-        visited.add(real)
+    for folder, names in walk(root):
         for name in names:
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield Path(folder, name)
@@ -428,44 +438,31 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
         findings.append(("mislabelled", f"the file is {form}"))
     if mode == "CMYK":
         findings.append(("CMYK", "four channels"))
-    if mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;"):
+    if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
         findings.append(("single-channel", f"the mode is {mode}"))
+    if path.suffix.lower() == ".gif":
+        findings.append(("GIF", "training passes over files with this ending"))
     return findings
 
 
 def _look(path: Path) -> tuple[str, str] | str:
-    """Format and mode of an image that can be decoded to RGB, else the reason why not, in one line."""
-    import struct
+    """Format and mode of an image that training can decode, else the reason why not, in one line."""
+    import io
     import warnings
-    import zlib
 
     from PIL import Image
 
-    # What Pillow's decoders are known to raise on bad files.
-    failures = (
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    )
+    from utils.images import DECODE_ERRORS, decode, reason_of
+
     try:
         with warnings.catch_warnings():  # odd metadata of an image that decodes
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.convert("RGB")
+            data = path.read_bytes()
+            decode(data)
+            with Image.open(io.BytesIO(data)) as image:
                 return image.format or "unknown", image.mode
-    except failures as error:
-        text = " ".join(str(error).replace(f" {str(path)!r}", "").split())
-        return text.rstrip(":") or type(error).__name__
+    except DECODE_ERRORS as error:
+        return reason_of(error)
 
 
 def make_fake_imagenet(options: Options) -> int:
@@ -504,6 +501,7 @@ class Word:
 
 WORDS: dict[str, Word] = {
     "compare": Word(compare, ("runs",)),
+    "report": Word(report, ("runs",), ("output", "force")),
     "verbose": Word(verbose, ("old",), ("verbose_list",)),
     "load": Word(load, ("old",)),
     "save": Word(save, ("old", "new"), ("raw", "force")),
@@ -551,7 +549,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser = _Parser(
         prog="tools.py",
-        description="Small jobs on checkpoints, name lists and image folders.",
+        description="Small jobs on runs, checkpoints, name lists and image folders.",
         epilog=f"words:\n{words}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -573,8 +571,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument("--image_size", type=_size, metavar="WxH", help="pixels; default: 500x375")
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, exp/CASE")
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="folders of finished runs, exp/CASE"
+        "--output", type=Path, metavar="FILE", help="default: RUN/report.html, of several runs report.html"
     )
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))

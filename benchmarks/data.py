@@ -6,7 +6,11 @@
 Every round measures each way once, one after the other, so that what else the machine does meets all of
 them alike; a ratio is of two figures of the same round, and the median over the rounds is printed. The limit
 of `imagenet` is processes that read and decode whole files with Pillow and do nothing else; that of `dali`
-are threads of DALI that do the same.
+are threads of DALI that do the same. Next to it is what remains of the limit when the images are resized too:
+`imagenet` decodes whole files and `dali` random crops, and the results are thrown away.
+
+The table of CPU time is of one process, `imagenet` without workers and `dali` with one thread of each kind. It
+says where the time goes, and depends little on what else the machine does.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch.nn import functional
 from torchvision.models import resnet18
@@ -35,17 +41,20 @@ from utils.augment import crop_flip
 from utils.config import DataConfig
 from utils.errors import UserError
 from utils.fake import write_folder
-from utils.folder import ImageNames, decode
+from utils.folder import ImageNames, crop_and_flip, resize
+from utils.images import decode
 from utils.loader import Delivery, Loader
 from utils.log import Waiting
 from utils.memory import TensorLoader
 
+Clock = Callable[[], float]
 
-def seconds_of(work: Callable[[], object]) -> float:
+
+def seconds_of(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Run it once."""
-    started = time.perf_counter()
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def epoch(loader: Loader, device: torch.device) -> None:
@@ -56,17 +65,24 @@ def epoch(loader: Loader, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decode_files(paths: Sequence[str]) -> None:
-    """Read and decode whole files with Pillow."""
-    for path in paths:
+def decode_files(size: int | None, paths: Sequence[str]) -> None:
+    """Read and decode whole files with Pillow, and resize random crops of them if there is a size."""
+    for index, path in enumerate(paths):
         with open(path, "rb") as file:
-            decode(file.read())
+            image = decode(file.read())
+        if size is not None:
+            (top, left, height, width), _ = crop_and_flip(image.height, image.width, 0, 0, index)
+            crop = image.crop((left, top, left + width, top + height))
+            resize(torch.from_numpy(np.array(crop)), size, size)
 
 
 def dali_decoder(
-    paths: Sequence[str], threads: int, batch_size: int, device: torch.device
+    paths: Sequence[str], threads: int, batch_size: int, size: int | None, device: torch.device
 ) -> Callable[[], None]:
-    """A pipeline of DALI that reads and decodes whole files; what is returned runs it once over all."""
+    """A pipeline of DALI that reads and decodes whole files, or with a size random crops that are resized.
+
+    What is returned runs it once over all.
+    """
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
@@ -74,23 +90,30 @@ def dali_decoder(
     pipeline = Pipeline(batch_size, threads, device.index or 0 if gpu else None)
     with pipeline:
         encoded, _ = fn.readers.file(files=list(paths))
-        output_type = types.DALIImageType.RGB
-        pipeline.set_outputs(
-            fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=output_type)
-        )
+        how = {"device": "mixed" if gpu else "cpu", "output_type": types.DALIImageType.RGB}
+        if size is None:
+            image = fn.decoders.image(encoded, **how)
+        else:
+            image = fn.decoders.image_random_crop(encoded, random_aspect_ratio=(3 / 4, 4 / 3), **how)
+            image = fn.resize(image, size=(size, size)) if gpu else image
+        pipeline.set_outputs(image)
     pipeline.build()
+    resizers = ThreadPoolExecutor(threads)
 
     def run() -> None:
         for _ in range(len(paths) // batch_size):
-            pipeline.run()
+            (output,) = pipeline.run()
+            if size is not None and not gpu:
+                crops = [torch.from_dlpack(output[i]) for i in range(batch_size)]
+                list(resizers.map(partial(resize, height=size, width=size), crops))
 
     return run
 
 
 def measure_speed(
-    config: DataConfig, device: torch.device, rounds: int, dali: bool
-) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each way in each round, and the number of images of one."""
+    config: DataConfig, device: torch.device, rounds: int, dali: bool, clock: Clock
+) -> tuple[dict[tuple[str, str], list[float]], int]:
+    """Seconds of each data set's ways, "loader", "decode" and "resize", per round; the images of one round."""
     assert config.root is not None
     names = ImageNames(config.root / "train")
     count = len(names) // config.batch_size * config.batch_size
@@ -98,23 +121,62 @@ def measure_speed(
     workers = config.workers
     shares = [paths[rank::workers] for rank in range(workers)]
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        loader = data.build(config, device).train
-        ways: dict[str, Callable[[], object]] = {
-            "Pillow alone": lambda: list(pool.map(decode_files, shares)),
-            "imagenet": lambda: epoch(loader, device),
-        }
-        if dali:
-            fast = data.build(replace(config, dataset="dali"), device).train
-            ways["DALI alone"] = dali_decoder(paths, workers, config.batch_size, device)
-            ways["dali"] = lambda: epoch(fast, device)
+    sizes = {"decode": None, "resize": config.input_size}
+    with ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
+        ways: dict[tuple[str, str], Callable[[], object]] = {}
+        for dataset in ("imagenet", "dali") if dali else ("imagenet",):
+            loader = data.build(replace(config, dataset=dataset), device).train
+            ways[dataset, "loader"] = partial(epoch, loader, device)
+            for name, size in sizes.items():
+                if dataset == "dali":
+                    way = dali_decoder(paths, max(1, workers), config.batch_size, size, device)
+                elif workers:
+                    way = partial(decode_in_pool, pool, size, shares)
+                else:
+                    way = partial(decode_files, size, paths)
+                ways[dataset, name] = way
         for way in ways.values():
             way()  # starts processes and threads
-        taken: dict[str, list[float]] = {name: [] for name in ways}
+        taken: dict[tuple[str, str], list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, way in ways.items():
-                taken[name].append(seconds_of(way))
+                taken[name].append(seconds_of(way, clock))
     return taken, count
+
+
+def decode_in_pool(pool: Executor, size: int | None, shares: Sequence[Sequence[str]]) -> None:
+    """Let each process of a pool decode its share of the files."""
+    list(pool.map(partial(decode_files, size), shares))
+
+
+def ratio(limit: Sequence[float], taken: Sequence[float]) -> str:
+    """The median over the rounds of what the limit took as a share of what this took."""
+    return f"{statistics.median(a / b for a, b in zip(limit, taken, strict=True)):.2f}"
+
+
+def speed_rows(config: DataConfig, device: torch.device, rounds: int, dali: bool) -> list[tuple[str, ...]]:
+    """Images per second of the data sets with a number of workers, and their share of the limit."""
+    taken, count = measure_speed(config, device, rounds, dali, time.perf_counter)
+    rows = []
+    for name in dict.fromkeys(dataset for dataset, _ in taken):
+        loader, alone, resized = (taken[name, way] for way in ("loader", "decode", "resize"))
+        speeds = (f"{count / statistics.median(times):.0f}" for times in (loader, alone))
+        rows.append((name, str(config.workers), *speeds, ratio(alone, loader), ratio(alone, resized)))
+    if dali:
+        quotient = ratio(taken["imagenet", "loader"], taken["dali", "loader"])
+        rows.append(("dali / imagenet", str(config.workers), "", "", quotient, ""))
+    return rows
+
+
+def cpu_rows(config: DataConfig, device: torch.device, rounds: int, dali: bool) -> list[tuple[str, ...]]:
+    """CPU milliseconds per image of one process."""
+    taken, count = measure_speed(replace(config, workers=0), device, rounds, dali, time.process_time)
+    rows = []
+    for name in dict.fromkeys(dataset for dataset, _ in taken):
+        loader, alone, resized = (taken[name, way] for way in ("loader", "decode", "resize"))
+        costs = (f"{1000 * statistics.median(times) / count:.2f}" for times in (alone, resized, loader))
+        rows.append((name, *costs, ratio(alone, loader), ratio(alone, resized)))
+    return rows
 
 
 def share_waited(config: DataConfig, device: torch.device, steps: int) -> tuple[float, float]:
@@ -188,19 +250,12 @@ def main() -> int:
         )
         rows = []
         for workers in given.workers:
-            taken, count = measure_speed(replace(config, workers=workers), device, given.rounds, dali)
-            for name, limit in (("imagenet", "Pillow alone"), ("dali", "DALI alone")):
-                if name not in taken:
-                    continue
-                ratio = statistics.median(a / b for a, b in zip(taken[limit], taken[name], strict=True))
-                speed, most = (count / statistics.median(taken[key]) for key in (name, limit))
-                rows.append((name, str(workers), f"{speed:.0f}", f"{most:.0f}", f"{ratio:.2f}"))
-            if dali:
-                ratio = statistics.median(
-                    a / b for a, b in zip(taken["imagenet"], taken["dali"], strict=True)
-                )
-                rows.append(("dali / imagenet", str(workers), "", "", f"{ratio:.2f}"))
-        print(format_table(("data set", "workers", "images/s", "decoding alone", "ratio"), rows), end="\n\n")
+            rows += speed_rows(replace(config, workers=workers), device, given.rounds, dali)
+        heads = ("data set", "workers", "images/s", "decoding alone", "ratio", "with resizing")
+        print(format_table(heads, rows), end="\n\n")
+        rows = cpu_rows(config, device, given.rounds, dali)
+        heads = ("CPU ms per image", "decoding alone", "and resizing", "data set", "ratio", "with resizing")
+        print(format_table(heads, rows), end="\n\n")
 
         rows = []
         for name in ("imagenet", "dali") if dali else ("imagenet",):

@@ -28,10 +28,11 @@ from torch.nn import functional
 
 import main
 from model import build
-from utils import config as configuration
-from utils import data, optim, policy, precision, schedule, state
+from utils import data, methods, optim, policy, precision, schedule, state
+from utils import resolve as configuration
 from utils.interrupt import Stop
 from utils.loader import Batch, Delivery, Loader, Raw
+from utils.parts import Parts
 
 DEFAULT = (
     "--dataset fake --keyword cifar10,cbsa,origin,dorefa,lsq --width_alpha 0.25 -b 64 -v 0 "
@@ -109,9 +110,10 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     bare_optimizer, _ = optim.build(bare, settings.optim)
     optimizer, groups = optim.build(network, settings.optim)
     rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
-    parts = main.Parts(
+    parts = Parts(
         network, network, optimizer, precision.build(network, optimizer, settings.precision, cpu),
-        policy.Steering((), network, optimizer, groups, settings.optim, rates), cpu, layout, settings,
+        policy.Steering((), network, optimizer, groups, settings.optim, rates),
+        methods.build(settings, network, None, rates.total_steps), cpu, layout, settings,
         logging.getLogger("nobody listens"),
     )  # fmt: skip
     loader = Kept(batches)

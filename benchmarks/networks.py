@@ -28,7 +28,7 @@ from model import layer  # noqa: E402
 from model.build import build  # noqa: E402
 from model.quant import QuantConv2d  # noqa: E402
 from model.resnet import PARTS, Block, ResNet  # noqa: E402
-from utils.config import read  # noqa: E402
+from utils.resolve import read  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 OPTIONS = "--dataset fake --width_alpha 0.125 --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))  # the project is no package
 import model.build  # noqa: E402, F401  (importing registers)
 from model.quant import Quantizer, TensorSite, build  # noqa: E402
 from utils import keyword  # noqa: E402
-from utils.config import quant_config  # noqa: E402
 from utils.options import parse  # noqa: E402
+from utils.resolve.quantizers import quant_config  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 POINTS = 2001

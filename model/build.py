@@ -48,8 +48,10 @@ def build(config: ModelConfig) -> nn.Module:
     source, colon, _ = config.name.partition(":")
     make = library.build if colon and source in library.SOURCES else _MODELS.get(config.name)
     if make is None:
-        names = [*_MODELS, *(f"torchvision:{name}" for name in library.torchvision_names())]
-        close = difflib.get_close_matches(config.name, names, n=3)
+        known = library.torchvision_names()
+        names = {f"torchvision:{name}": f"torchvision:{name}" for name in known}
+        names |= {name: f"torchvision:{name}" for name in known} | {name: name for name in _MODELS}
+        close = dict.fromkeys(names[match] for match in difflib.get_close_matches(config.name, names, n=3))
         others = ", ".join([*_MODELS, *(f"{source}:NAME" for source in library.SOURCES)])
         hint = f"did you mean {' or '.join(close)}?" if close else f"one of {others}"
         raise UserError(f"--model {config.name}: no such network; {hint}")

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from model.dorefa import DoReFaActivation
 from model.observe import observing
 from model.quant import Quantizer, quantized_layers
+from model.uniform import Grid, LearnedRange
+from utils.config import QuantConfig
+
+DEFAULT = QuantConfig()
+CANDIDATES = 100  # clip values that the search for the least squared error tries ...
+ELEMENTS = 2**20  # ... on about so many elements of a tensor
 
 
-def initialise_ranges(model: nn.Module, images: Tensor) -> int:
+def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = DEFAULT) -> int:
     """Initialise every quantizer from what it will quantize; returns how many of them learn a range.
 
     Weights are taken as they are; activations and outputs are those of one pass of `images`
@@ -18,6 +29,10 @@ def initialise_ranges(model: nn.Module, images: Tensor) -> int:
     running statistics of a full-precision network do not fit quantized weights of another scale, and
     ranges found behind them can be wrong by orders of magnitude. The network's modes are restored and
     its norms keep their statistics.
+
+    Clip values are found as `config.re_init_range` says, per group: "paper" by the method's own formula, "mse" as
+    the one of 100 fractions of max |x| whose levels have the least squared error, "percentile" as the
+    `config.re_init_percentile` of |x|. Quantizers without a clip value have only their own way.
     """
     count = 0
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -25,11 +40,13 @@ def initialise_ranges(model: nn.Module, images: Tensor) -> int:
     with observing(model) as hooks:
         for _, layer in quantized_layers(model):
             for part, quantizer in layer.quantizers():
-                count += type(quantizer).initialise_from is not Quantizer.initialise_from
+                count += _is_searched(quantizer, config) or (
+                    type(quantizer).initialise_from is not Quantizer.initialise_from
+                )
                 if part == "quant_weight":
-                    quantizer.initialise_from(layer.weight)
+                    _initialise(quantizer, layer.weight, config)
                 else:
-                    hooks.append(quantizer.register_forward_pre_hook(_initialise))
+                    hooks.append(quantizer.register_forward_pre_hook(partial(_from_inputs, config=config)))
         for norm in norms:
             norm.train()
         model(images)
@@ -39,5 +56,54 @@ def initialise_ranges(model: nn.Module, images: Tensor) -> int:
     return count
 
 
-def _initialise(module: Quantizer, inputs: tuple[Tensor, ...]) -> None:
-    module.initialise_from(inputs[0])
+def _from_inputs(module: Quantizer, inputs: tuple[Tensor, ...], *, config: QuantConfig) -> None:
+    _initialise(module, inputs[0], config)
+
+
+def _is_searched(quantizer: Quantizer, config: QuantConfig) -> bool:
+    return config.re_init_range != "paper" and isinstance(quantizer, LearnedRange | DoReFaActivation)
+
+
+def _initialise(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
+    """Initialise one quantizer from what it will quantize; a group of zeros keeps its clip value."""
+    if not isinstance(quantizer, LearnedRange | DoReFaActivation) or config.re_init_range == "paper":
+        quantizer.initialise_from(x)
+        return
+    with torch.no_grad():
+        rows = quantizer.grouped(quantizer.normalise(x.float()))
+        if config.re_init_range == "mse":
+            found = least_error_clip(rows, quantizer.grid(), quantizer)
+        else:
+            found = quantizer.mean_over_ranks(percentile_clip(rows, config.re_init_percentile))
+        found = found.reshape(quantizer.range_shape())
+        quantizer.set_range(torch.where(found > 0, found, quantizer.current_range()))
+
+
+def least_error_clip(rows: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
+    """The clip value of each row with the least sum of (q(x) - x)^2, of `CANDIDATES` fractions of max |x|.
+
+    Args:
+        rows: float32 [groups, elements]; of many elements every k-th is looked at.
+        grid: the levels.
+        quantizer: sums the errors of all ranks.
+
+    Returns:
+        float32 [groups]; 0 for a row of zeros.
+    """
+    rows = rows[:, :: max(1, rows.numel() // ELEMENTS)]
+    maximum = torch.distributed.ReduceOp.MAX
+    largest = quantizer.over_ranks(rows.abs().amax(dim=1, keepdim=True), maximum)
+    best, least = torch.zeros_like(largest), torch.full_like(largest, math.inf)
+    for number in range(1, CANDIDATES + 1):
+        clip = (largest * (number / CANDIDATES)).clamp_min(torch.finfo(torch.float32).tiny)
+        levels = grid.ratios(grid.numbers(rows / clip)) * clip
+        error = (levels - rows).square().sum(dim=1, keepdim=True)
+        error = quantizer.over_ranks(error, torch.distributed.ReduceOp.SUM)
+        best, least = torch.where(error < least, clip, best), torch.minimum(error, least)
+    return torch.where(largest > 0, best, 0.0).squeeze(1)
+
+
+def percentile_clip(rows: Tensor, percent: float) -> Tensor:
+    """The smallest value of each row that at least `percent` of its |x| do not exceed; float32 [groups]."""
+    count = rows.shape[1]
+    return rows.abs().kthvalue(max(1, math.ceil(percent / 100 * count)), dim=1).values

@@ -6,6 +6,7 @@ How other programs use this: docs/detectron2.md.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
 from model.observe import observing
@@ -30,8 +30,14 @@ LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Li
 USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
-    ShiftedWindowAttention: ("qkv", "proj"),
 }
+SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
+
+
+def _used_without_a_call() -> dict[type[nn.Module], tuple[str, ...]]:
+    """All such modules: a network has torchvision's only where somebody has imported them."""
+    swin = sys.modules.get(SWIN)
+    return USED_WITHOUT_A_CALL | ({swin.ShiftedWindowAttention: ("qkv", "proj")} if swin else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +269,9 @@ def _obstacles(
             found[name] = "has had its forward replaced"
         elif order is not None and name not in order:
             found[name] = "is not called as a module"
+    used = _used_without_a_call()
     for prefix, parent in module.named_modules():
-        for kind, children in USED_WITHOUT_A_CALL.items():
+        for kind, children in used.items():
             if isinstance(parent, kind):
                 names = (f"{prefix}.{child}" if prefix else child for child in children)
                 reason = f"is used by {kind.__name__} without a call"

@@ -1,4 +1,7 @@
-"""Classifiers of other packages, converted in place: `--model torchvision:NAME`, `--model timm:NAME`."""
+"""Classifiers of other packages, converted in place: `--model torchvision:NAME`, `--model timm:NAME`.
+
+The packages are imported where they are used: other networks need not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from model.convert import Selection, called, replace
@@ -17,11 +19,15 @@ from utils.errors import UserError
 
 def torchvision_names() -> list[str]:
     """The networks of torchvision that classify."""
+    import torchvision
+
     return torchvision.models.list_models(module=torchvision.models)
 
 
 def _torchvision(name: str, config: ModelConfig) -> nn.Module:
     """The network without weights; one with a fixed image size gets the configured one."""
+    import torchvision
+
     _check_name("torchvision", name, torchvision_names())
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
@@ -96,6 +102,8 @@ def build(config: ModelConfig) -> nn.Module:
 def _check_name(source: str, name: str, names: list[str]) -> None:
     if name in names:
         return
+    import torchvision
+
     if source == "torchvision" and name in torchvision.models.list_models():
         raise UserError(
             f"--model torchvision:{name} does not classify images; convert it in a program of yours with "

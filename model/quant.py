@@ -10,12 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model import adaptive
 from utils.config import QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
@@ -93,7 +94,7 @@ class Integers:
         rows = torch.zeros_like(self.numbers) if self.rows is None else self.rows.expand(self.numbers.shape)
         value = self.codebook[rows, self.numbers] * self.factor
         if self.deviation is not None and self.mean is not None:
-            value = value * self.deviation + self.mean
+            value = adaptive.restored(value, self.mean, self.deviation)
         return value if self.gamma is None else value * self.gamma
 
 
@@ -165,7 +166,8 @@ class Quantizer(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
-        with torch.autocast(x.device.type, enabled=False):
+        # On the meta device, which has no autocast, only shapes are computed.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             full = x.float()
             if self.training:
                 self.iteration.add_(1)
@@ -197,9 +199,10 @@ class Quantizer(nn.Module):
         normed, mean, deviation = self._normalised(x)
         result = self.quantize(normed)
         if self.config.adaptive_restore and mean is not None and deviation is not None:
-            result = result * deviation + mean
+            result = adaptive.restored(result, mean, deviation)
         if self.training and self.config.proxquant_step > 0:
-            share = (1 - snapshot(self.iteration) / self.config.proxquant_step).clamp_min(0)
+            blended = snapshot(self.iteration) - self.stable
+            share = (1 - blended / self.config.proxquant_step).clamp(0, 1)
             result = share * (x if self.config.adaptive_restore else normed) + (1 - share) * result
         return result * self.per_channel(self.gamma.float()) if self.config.gamma else result
 
@@ -212,7 +215,7 @@ class Quantizer(nn.Module):
         if self.config.adaptive == "none":
             return x, None, None
         mean, deviation = self._statistics(x)
-        return (x - mean) / deviation, mean, deviation
+        return adaptive.normalised(x, mean, deviation), mean, deviation
 
     def warming_up(self) -> Tensor:
         """Bool [1]: the quantizer still passes its input through (`--stable`)."""
@@ -324,10 +327,8 @@ class Quantizer(nn.Module):
         weight = self.config.tag == "wt"
         rows = self.grouped(x) if weight else x.flatten(1)
         shape = self.range_shape() if weight else (-1,) + (1,) * (x.ndim - 1)
-        mean = rows.mean(dim=1).reshape(shape)
-        # One element has no unbiased deviation; like a constant group it is its own mean.
-        spread = rows.std(dim=1) if rows.shape[1] > 1 else torch.zeros_like(rows[:, 0])
-        deviation = self.safe_divisor(spread.reshape(shape))
+        mean, spread = (value.reshape(shape) for value in adaptive.moments(rows))
+        deviation = self.safe_divisor(spread)
         if weight:
             mean, deviation = self.per_channel(mean), self.per_channel(deviation)
         kind = self.config.adaptive
@@ -417,13 +418,14 @@ MIN_DIVISOR = 1e-5
 
 # The registry of methods -----------------------------------------------------------------------
 
+Method = TypeVar("Method", bound=Quantizer)
 _METHODS: dict[tuple[str, str], type[Quantizer]] = {}
 
 
-def register(method: str, *tags: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+def register(method: str, *tags: str) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: `method` on each of `tags` ("fm", "wt", "ot") is this class."""
 
-    def add(cls: type[Quantizer]) -> type[Quantizer]:
+    def add(cls: type[Method]) -> type[Method]:
         for tag in tags:
             if (method, tag) in _METHODS:
                 raise ValueError(f"{method} is registered twice for {tag}")

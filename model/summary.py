@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +151,32 @@ def describe(quantizer: nn.Module | None) -> tuple[str, int]:
 
 
 def cost(model: nn.Module, input_size: int) -> Cost:
-    """Run one black image of `input_size` pixels through `model` and count; its mode is restored."""
+    """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
+
+    Only the image's shape is run, through a copy without weights on the meta device, if the network lets it: all do
+    but those whose forward looks at values, or at tensors that are neither parameters nor buffers.
+
+    Raises:
+        RuntimeError, ValueError: from the network, when it does not take images of this size.
+    """
+    try:
+        layers = _run(_shapes(model), input_size)
+    except (RuntimeError, ValueError, TypeError):  # TypeError: a network that cannot be copied
+        layers = _run(model, input_size)
+    return Cost(layers=layers, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _shapes(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes only; a forward may keep what it likes in it."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        meta = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
+def _run(model: nn.Module, input_size: int) -> tuple[LayerCost, ...]:
+    """The layers' costs from one forward pass."""
     layers: list[LayerCost] = []
 
     def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
@@ -182,7 +210,7 @@ def cost(model: nn.Module, input_size: int) -> Cost:
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
         model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
-    return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
+    return tuple(layers)
 
 
 def _kind(module: nn.Conv2d | nn.Linear) -> str:

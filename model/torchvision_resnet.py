@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from torch import nn
-from torchvision.models import resnet
 
 from model import layer
 from model.convert import Selection, replace
@@ -27,6 +26,8 @@ def build(config: ModelConfig) -> nn.Module:
         raise UserError(
             f"--width_alpha {config.width_alpha}: {config.name} has one width; use {NAMES[config.name]}"
         )
+    from torchvision.models import resnet  # here: other networks need not wait for it
+
     network = getattr(resnet, NAMES[config.name])(
         num_classes=config.num_classes, norm_layer=partial(layer.norm, config=config)
     )

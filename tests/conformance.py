@@ -11,6 +11,7 @@ import math
 import sys
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,11 @@ from model.build import build as build_model
 from model.quant import Quantizer, TensorSite
 from model.quant import build as build_quantizer
 from utils import keyword
-from utils.config import QuantConfig, family_of, model_config, quant_config
+from utils.config import QuantConfig
 from utils.errors import UserError
 from utils.options import Given, parse
+from utils.resolve.network import family_of, model_config
+from utils.resolve.quantizers import quant_config
 
 Case = Mapping[str, Any]
 Array = NDArray[Any]
@@ -42,8 +45,8 @@ OBSOLETE = ("auxil", "codec_vector", "codec_index", "thrs_multiplier")
 
 # What a case can end with short of a result: no case may hide the ones after it.
 FAILURES = (
-    ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError,
-    zipfile.BadZipFile,
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -329,16 +332,26 @@ KINDS: dict[str, Callable[[Result, Case, Mapping[str, Array]], None]] = {
 }
 
 
+def name_of(case: Any) -> str:
+    """What a case is called."""
+    return str(case["name"]) if isinstance(case, dict) and "name" in case else "a case without a name"
+
+
 def run_case(folder: Path, case: Case) -> Result:
     """Run one case of `folder`; whatever goes wrong becomes a problem of its result.
 
     On one thread, as the cases were recorded: several sum in another order, and a random low-bit network
     carries the last bit of a sum across a threshold.
     """
-    result = Result(str(case.get("name", "a case without a name")))
+    result = Result(name_of(case))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        missing = [key for key in ("name", "kind", "argv") if not isinstance(case, dict) or key not in case]
+        if missing:
+            raise UserError(f"it has no {' and no '.join(missing)}")
+        if not isinstance(case["argv"], list) or {"-h", "--help"} & set(case["argv"]):
+            raise UserError("its argv is not a list of options")
         with np.load(folder / f"{case['name']}.npz") as stored:
             arrays = {name: stored[name] for name in stored.files}
         if case["kind"] not in KINDS:
@@ -346,6 +359,8 @@ def run_case(folder: Path, case: Case) -> Result:
         KINDS[case["kind"]](result, case, arrays)
     except UserError as error:
         result.problems.append(str(error))
+    except KeyError as error:
+        result.problems.append(f"{error.args[0]!r} is not recorded")
     except FAILURES as error:
         result.problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
     finally:
@@ -380,8 +395,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     failed = 0
+    counts = Counter(map(name_of, cases))
     for case in cases:
         result = run_case(folder, case)
+        if counts[result.name] > 1:  # they would share their arrays
+            result.problems.append(f"{counts[result.name]} cases have this name")
         failed += not result.passed
         print(result.line(), flush=True)
     print(f"{len(cases) - failed} passed, {failed} failed")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from model.audit import audit
 from model.build import build
 from model.quant import Quantizer, QuantLayer, quantizers
-from utils.config import QuantizerConfig, read
+from utils.config import QuantizerConfig
+from utils.resolve import read
 
 LOW = ("--fm_enable", "--wt_enable", "--fm_bit", "2", "--wt_bit", "2")
 ONE = ("--fm_enable", "--wt_enable", "--fm_bit", "1", "--wt_bit", "1")

@@ -12,7 +12,7 @@ import main
 from model import build
 from model.batch_statistics import reestimate
 from tests.kill import COMMON, NETWORK
-from utils.config import read
+from utils.resolve import read
 
 LINE = (
     COMMON.replace(" --delay 0.01", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch.nn import functional
 from model.build import build
 from model.calibrate import initialise_ranges
 from model.quant import QuantConv2d, quantizers
-from utils.config import QuantConfig, read
+from utils.config import QuantConfig
+from utils.resolve import read
 
 BOTH = ("--fm_enable", "--wt_enable")
 
@@ -225,3 +228,68 @@ def test_a_group_of_zeros_keeps_its_range(keywords: str) -> None:
     torch.testing.assert_close(after[1], before[1])
     assert (after[[0, 2, 3]] != before[[0, 2, 3]]).all()
     assert all(value.isfinite().all() for value in net(images()))
+
+
+# Searches for the range ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keywords", ["dorefa,lsq", "pact", "dorefa"])
+@pytest.mark.parametrize("bits", ["2", "4"])
+def test_least_squared_error(keywords: str, bits: str) -> None:
+    """No other of the 100 fractions of the maximum has a smaller error, per group."""
+    net = chain(quant(*BOTH, "--fm_bit", bits, "--wt_bit", bits, "--re_init", "--re_init_range", "mse",
+                      keywords=keywords))  # fmt: skip
+    config = quant("--re_init", "--re_init_range", "mse", *BOTH, keywords=keywords)
+    initialise_ranges(net, images(), config)
+    steps = 2 ** int(bits) - 1
+    x = images().double().numpy()
+    found = float(net[0].quant_activation.current_range())
+    wanted = best_clip(x.reshape(1, -1), lambda r: np.round(np.clip(r, 0, 1) * steps) / steps)
+    assert found == pytest.approx(wanted[0], rel=1e-5)
+    if keywords == "dorefa,lsq":
+        rows = net[0].weight.detach().double().numpy().reshape(4, -1)
+        levels = best_clip(rows, lambda r: 2 * np.round(steps * (np.clip(r, -1, 1) + 1) / 2) / steps - 1)
+        np.testing.assert_allclose(clip(net[0], "quant_weight").flatten(), levels, rtol=1e-5)
+
+
+def best_clip(rows: np.ndarray, levels: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Of the fractions of each row's largest magnitude the one with the least squared error."""
+    candidates = np.abs(rows).max(axis=1, keepdims=True) * np.arange(1, 101) / 100
+    errors = [((levels(rows / c[:, None]) * c[:, None] - rows) ** 2).sum(axis=1) for c in candidates.T]
+    return candidates[np.arange(len(rows)), np.argmin(errors, axis=0)]
+
+
+@pytest.mark.parametrize("percent", ["50", "90", "100"])
+def test_percentile(percent: str) -> None:
+    """The smallest value that this percentage of |x| does not exceed; 100 is the maximum."""
+    config = quant(*BOTH, "--re_init", "--re_init_range", "percentile", "--re_init_percentile", percent)
+    net = chain(config)
+    initialise_ranges(net, images(), config)
+    rows = np.sort(np.abs(net[0].weight.detach().double().numpy().reshape(4, -1)), axis=1)
+    wanted = rows[:, int(np.ceil(float(percent) / 100 * rows.shape[1])) - 1]
+    np.testing.assert_allclose(clip(net[0], "quant_weight").flatten(), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["mse", "percentile"])
+def test_searches_leave_groups_of_zeros_alone(how: str) -> None:
+    config = quant(*BOTH, "--re_init", "--re_init_range", how, "--wt_boundary", "0.7")
+    net = chain(config)
+    with torch.no_grad():
+        net[0].weight[1].zero_()
+    initialise_ranges(net, images(), config)
+    found = clip(net[0], "quant_weight").flatten()
+    assert found[1] == pytest.approx(0.7) and (found > 0).all()
+
+
+def test_searches_matter() -> None:
+    """A percentile leaves an outlier out; the least squared error of everything weighs it."""
+    errors = {}
+    for how in ("paper", "mse", "percentile"):
+        options = ("--re_init_percentile", "98") if how == "percentile" else ()
+        config = quant(*BOTH, "--fm_bit", "4", "--re_init", "--re_init_range", how, *options)
+        net, x = chain(config), images()
+        x[0, 0, 0, 0] = 100.0
+        initialise_ranges(net, x, config)
+        q = net[0].quant_activation(x).detach()
+        errors[how] = float((q - x)[x <= 1].square().mean())
+    assert errors["percentile"] < errors["paper"] and errors["mse"] > errors["percentile"]

@@ -15,8 +15,9 @@ from model.build import build, models
 from model.mobilenet import InvertedResidual, divisible
 from model.quant import QuantConv2d, QuantLayer, quantizers
 from model.summary import cost
-from utils.config import CLASSICS, FAMILIES, family_of, read
 from utils.errors import UserError
+from utils.resolve import read
+from utils.resolve.network import CLASSICS, FAMILIES, family_of
 
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
 NAMES = tuple(CLASSICS)

@@ -22,10 +22,10 @@ from utils.config import (
     RunConfig,
     ScheduleConfig,
     StemConfig,
-    read,
     to_dict,
 )
 from utils.errors import UserError
+from utils.resolve import read
 
 
 def config_of(line: str) -> Config:
@@ -177,6 +177,10 @@ def test_a_typical_line() -> None:
             "--dataset fake --keyword cifar100",
             {"data.dataset": "fake", "data.num_classes": 100, "data.input_size": 32},
         ),
+        (
+            "--dataset imagenet --root x --keyword small_stem,imagenet --input_size 32 --num_classes 7",
+            {"data.input_size": 32, "model.num_classes": 7, "model.stem.kind": "cifar"},
+        ),
         ("--dataset fake --keyword imagenet", {"data.input_size": 224, "model.stem.kind": "imagenet"}),
         (
             "--dataset fake --keyword imagenet --input_size 64 --num_classes 7",
@@ -206,10 +210,10 @@ def test_a_typical_line() -> None:
         ("-v 0", {"data.batch_size": 128, "data.val_batch_size": 0}),
         ("-e -b 1", {"data.batch_size": 1, "run.evaluate": True}),
         # Words that act outside the network.
-        ("--keyword label-smooth", {"run.label_smooth": 0.1}),
-        ("--keyword label-smooth --label_smooth 0.2", {"run.label_smooth": 0.2}),
-        ("--label_smooth 0.2", {"run.label_smooth": 0.2}),
-        ("--keyword label-smooth --label_smooth 0", {"run.label_smooth": 0.0}),
+        ("--keyword label-smooth", {"loss.label_smooth": 0.1}),
+        ("--keyword label-smooth --label_smooth 0.2", {"loss.label_smooth": 0.2}),
+        ("--label_smooth 0.2", {"loss.label_smooth": 0.2}),
+        ("--keyword label-smooth --label_smooth 0", {"loss.label_smooth": 0.0}),
         ("--keyword lr-test", {"run.lr_test": True}),
         # Skips, stems and branches.
         ("--keyword bacs,preBN", {"model.block.order": "bacs", "model.stem.pre_norm": True}),
@@ -448,11 +452,14 @@ def test_frozen() -> None:
         "QuantConfig",
         "QuantizerConfig",
         "DataConfig",
+        "LossConfig",
         "OptimConfig",
+        "WeightsConfig",
         "ScheduleConfig",
         "PrecisionConfig",
         "DeviceConfig",
         "RunConfig",
+        "ProbeConfig",
     }
     for part in found:
         for name in (*(item.name for item in dataclasses.fields(part)), "another"):

@@ -16,7 +16,9 @@ import torch
 import main
 from model import build
 from model.quant import quantizers
-from utils.config import DATASETS, Config, read
+from utils.config import Config
+from utils.resolve import read
+from utils.resolve.surroundings import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
@@ -81,6 +83,8 @@ def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
 def imitate_data(name: str) -> list[str]:
     """Options that stand in for data and weights which need not be there."""
     small = ["--pretrained", "none", "-b", "2", "-v", "2"]
+    if "-distill." in name:
+        small += ["--distill_teacher", "none"]
     dataset = name.split(".")[3]
     if dataset in ("imagenet", "dali"):
         small += ["--input_size", "64"]
@@ -99,7 +103,7 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
     _, method, _, _, precision, _ = name.split(".")
     if precision in POLICIES:
         return POLICIES[precision]
-    bits = PRECISIONS[precision]
+    bits = PRECISIONS[precision.partition("-")[0]]
     if bits is None:
         return set()
     # FATNN's weights are ternary; at two bits LSQ takes their place.
@@ -114,7 +118,7 @@ def test_name_follows_the_pattern(name: str) -> None:
     assert method in METHODS
     assert phase in ("eval", "train-scratch", "finetune")
     assert dataset in (*DATASETS, "fake")
-    assert precision in (*PRECISIONS, *POLICIES)
+    assert precision.partition("-")[0] in (*PRECISIONS, *POLICIES)  # 2bit-ema: with averaged weights
     assert network in build.models()
 
 

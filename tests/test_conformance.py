@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conformance import Case, Result, fill, load_cases, main, run_case, state_value
-from utils import keyword
+from tests.conformance import Result, fill, load_cases, main, run_case, state_value
 from utils.errors import UserError
-from utils.options import OPTIONS
 
 FOLDER = Path(__file__).parent / "conformance"
 CASES = {case["name"]: case for case in load_cases(FOLDER)}
@@ -24,21 +22,9 @@ CASES = {case["name"]: case for case in load_cases(FOLDER)}
 Arrays = dict[str, np.ndarray]
 
 
-def waits_for(case: Case) -> str:
-    """What the case's keywords and options are declared to wait for; empty when it can run."""
-    names = [word.removeprefix("--") for word in case["argv"] if word.startswith("--")]
-    words = case["argv"][case["argv"].index("--keyword") + 1].split(",")
-    registry = keyword.registry()
-    reasons = [OPTIONS[name].later for name in names] + [registry[word].later for word in words]
-    return "; ".join(dict.fromkeys(filter(None, reasons)))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_published_case(name: str) -> None:
-    case = CASES[name]
-    if reason := waits_for(case):
-        pytest.skip(reason)
-    result = run_case(FOLDER, case)
+    result = run_case(FOLDER, CASES[name])
     assert result.passed, "\n".join(result.problems)
 
 
@@ -174,7 +160,7 @@ def gradient(name: str, norm: float = 1.0, inner: float = 1.0) -> Callable[[dict
         ("lsq-fm-2", lambda c: c["argv"].remove("--fm_enable"), "--fm_enable is not given"),
         ("lsq-fm-2", lambda c: c["argv"].append("--fm_bits"), "unknown option --fm_bits"),
         ("lsq-fm-2", lambda c: c.update(kind="network"), "the kind is 'network'"),
-        ("lsq-fm-2", lambda c: c.pop("tag"), "KeyError"),
+        ("lsq-fm-2", lambda c: c.pop("tag"), "'tag' is not recorded"),
         ("lsq-fm-2", lambda c: c.update(name="lsq-fm-3"), "FileNotFoundError"),
         ("lsq-fm-2-group8", lambda c: c.update(shape=[1, 12, 1, 1]), "does not divide"),
     ],
@@ -323,6 +309,36 @@ def test_command_goes_on_after_a_failure(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["FAIL", "FAIL", "ok", "ok"]
     assert lines[-1] == "2 passed, 2 failed"
+
+
+def test_what_is_no_case_is_a_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with its reason, in front of a good case that still counts."""
+    good = CASES["lsq-fm-2"]
+
+    def changed(name: str, **new: Any) -> dict[str, Any]:
+        return {key: value for key, value in {**good, "name": name, **new}.items() if value is not None}
+
+    wrong = {
+        "twice": (good | {"name": "twice"}, "2 cases have this name"),
+        "kind": (changed("kind", kind="layer"), "the kind is 'layer', must be quantizer or model"),
+        "no argv": (changed("no argv", argv=None), "it has no argv"),
+        "text": (changed("text", argv="--keyword dorefa"), "its argv is not a list of options"),
+        "help": (changed("help", argv=["--help"]), "its argv is not a list of options"),
+        "word": (changed("word", argv=["--keyword", "dorfea", "--fm_enable"]), "dorfea"),
+        "tag": (changed("tag", tag="zz"), "zz"),
+        "shape": (changed("shape", shape=None), "'shape' is not recorded"),
+        "off": (changed("off", argv=["--keyword", "dorefa,lsq"]), "--fm_enable is not given"),
+    }
+    for name in (*wrong, "lsq-fm-2"):
+        shutil.copy(FOLDER / "lsq-fm-2.npz", tmp_path / f"{name}.npz")
+    cases = [wrong["twice"][0], *(case for case, _ in wrong.values()), "no case", None, good]
+    (tmp_path / "index.json").write_text(json.dumps(cases))
+    assert main([str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cases) + 1
+    for line, reason in zip(lines[1:], (reason for _, reason in wrong.values()), strict=False):
+        assert line.startswith("FAIL  ") and reason in line
+    assert lines[-2].startswith("ok    lsq-fm-2: ") and lines[-1] == f"1 passed, {len(cases) - 1} failed"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}"])

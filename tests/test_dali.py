@@ -75,11 +75,18 @@ def test_batches_are_those_of_torchvision(torchvision: DataConfig) -> None:
 @needs_dali
 @pytest.mark.parametrize(
     ("mode", "ending"),
-    [("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("RGB", "webp"), ("RGB", "bmp")],
-)
+    [
+        ("RGB", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("RGBA", "png"), ("RGB", "webp"), ("RGB", "bmp"),
+        ("I;16", "png"), ("I;16", "tiff"),
+    ],
+)  # fmt: skip
 def test_other_modes_and_formats_are_as_with_torchvision(tmp_path: Path, mode: str, ending: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((70, 50)).convert(mode)
+    image = Image.fromarray(pixels).resize((70, 50))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
         for number in range(3):

@@ -24,6 +24,7 @@ from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
 from utils.errors import UserError
 from utils.fake import FakeImages
+from utils.folder import ImageNames
 from utils.loader import Batch, Loader, epoch_order
 
 # torch advises against more workers than cores; two are wanted here on any machine.
@@ -146,7 +147,9 @@ def test_every_epoch_has_its_own_order(config: DataConfig) -> None:
     assert same(read(validation(loaders), 0), read(validation(loaders), 1))
 
 
-def test_resuming_continues_with_the_same_batches(config: DataConfig) -> None:
+@pytest.mark.parametrize("change", [{}, {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "colour": True}])
+def test_resuming_continues_with_the_same_batches(config: DataConfig, change: dict[str, float]) -> None:
+    config = replace(config, **change)
     loader = build(config).train
     for epoch in range(2):  # a history that the resumed loader does not have
         read(loader, epoch)
@@ -587,8 +590,9 @@ DAMAGE = {
 }
 
 
-def test_imagenet_workers_change_nothing(imagenet: DataConfig) -> None:
-    alone, helped = build(imagenet), build(replace(imagenet, workers=2))
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_imagenet_workers_change_nothing(imagenet: DataConfig, workers: int) -> None:
+    alone, helped = build(imagenet), build(replace(imagenet, workers=workers))
     for epoch in (0, 1):
         assert same(read(alone.train, epoch), read(helped.train, epoch))
     assert same(read(alone.train, 1, position=2), read(helped.train, 1, position=2))
@@ -597,6 +601,37 @@ def test_imagenet_workers_change_nothing(imagenet: DataConfig) -> None:
     next(iter(helped.train))
     assert same(read(alone.train, 2), read(helped.train, 2))
     assert same(read(validation(alone)), read(validation(helped)))
+
+
+@pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])
+def test_batches_keep_their_images(imagenet: DataConfig, dataset: str, workers: int) -> None:
+    """Images are read into memory that is used again, which must not change the batches made of them."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    loader = build(replace(imagenet, dataset=dataset, workers=workers, batch_size=2)).train
+    pairs = [(images, images.clone()) for _ in range(2) for images, _ in loader]
+    assert len(pairs) == 18
+    assert all(torch.equal(images, copy) for images, copy in pairs)
+
+
+def test_a_lack_of_shared_memory_says_what_to_write(imagenet: DataConfig) -> None:
+    loader = build(replace(imagenet, workers=1, input_size=10**7)).train
+    with pytest.raises(UserError, match=r"1 workers need \d+ MiB of shared memory .* write fewer --workers"):
+        next(iter(loader))
+
+
+def test_images_below_a_link_that_leads_back_up_are_read_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=2, val=1)
+    (tmp_path / "train" / "ant" / "up").symlink_to(tmp_path / "train" / "ant")
+    deep = tmp_path / "train" / "bee" / "more" / "still more"
+    deep.mkdir(parents=True)
+    (tmp_path / "train" / "bee" / "0.jpg").rename(deep / "7.jpg")
+    (tmp_path / "train" / "bee" / "folder.jpg").mkdir()
+    names = ImageNames(tmp_path / "train")
+    assert [names.path(i).removeprefix(f"{tmp_path}/train/") for i in range(len(names))] == [
+        "ant/0.jpg", "ant/1.jpg", "bee/1.jpg", "bee/more/still more/7.jpg", "cat/0.jpg", "cat/1.jpg",
+    ]  # fmt: skip
+    assert names.target.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig, folder: Path) -> None:

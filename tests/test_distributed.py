@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -39,6 +40,27 @@ epoch:
 """
 GO_ON = f"--resume_file {WEIGHTS}"
 SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.05"
+SPOILS = """
+import os
+import torch
+
+class Spoil(nn.Module):
+    # Infinite in the second process from its fourth pass on.
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return x / (0 if os.environ["RANK"] == "1" and self.passes > 3 else 1)
+
+def spoils(config):
+    network = tiny(config)
+    network.insert(3, Spoil())
+    return network
+
+register_model("spoils", spoils)
+"""
 RUNS: dict[str, dict[str, Any]] = {
     "one": {"world": 1, "line": f"{LINE} -b 16 --case one"},
     "two": {"world": 2, "line": f"{LINE} -b 8 --case two"},
@@ -57,6 +79,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "off-one": {"world": 1, "line": f"{LINE} -b 16 --case off-one --policy off.yaml"},
     "off-two": {"world": 2, "line": f"{LINE} -b 8 --case off-two --policy off.yaml"},
     "off-iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --stable 10 --case off-iter --policy off.yaml"},
+    "spoiled": {"world": 2, "line": f"{LINE.replace('tiny', 'spoils')} -b 8 --case spoiled --epochs 1"},
     "half": {"world": 2, "line": f"{LINE} -b 8 --case half --epochs 1 --fp16 --opt_level O2 --amp_dtype float16"},
 }  # fmt: skip
 
@@ -66,7 +89,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of each run, and under `folder` where they ran."""
     folder = tmp_path_factory.mktemp("together")
     network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
-    (folder / "network.py").write_text(network)
+    (folder / "network.py").write_text(network + SPOILS)
     (folder / "off.yaml").write_text(OFF)
     process = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
@@ -82,10 +105,11 @@ def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
 
 
 def metrics(done: dict[str, Any], case: str) -> list[dict[str, float]]:
-    """The rows of a case but for the times."""
+    """The rows of a case but for the times and for what the run does not have."""
     rows = MetricsFile.read(done["folder"] / "exp" / case / "metrics.csv")
+    times = ("seconds", "images_per_second", "data_wait")
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second", "data_wait")}
+        {name: value for name, value in row.items() if name not in times and not math.isnan(value)}
         for row in rows
     ]
 
@@ -181,6 +205,15 @@ def test_a_process_that_dies_ends_the_others(done: dict[str, Any]) -> None:
     assert status == [1, -signal.SIGKILL]
     assert "main.py: failed: process 0 lost the others" in said[0] and "Traceback" not in said[0]
     assert "ERROR failed: " in (done["folder"] / "exp" / "killed" / "log.txt").read_text()
+
+
+def test_a_loss_that_is_not_finite_names_the_first_layer_of_all_processes(done: dict[str, Any]) -> None:
+    """The second process's layer 3; the synchronised norm behind it spoils the first process's images too."""
+    assert done["spoiled"]["status"] == [1, 1]
+    for said in done["spoiled"]["said"]:
+        assert "the loss is not finite in epoch 1, iteration 4" in said
+        assert "the first layer with such an output is 3; these weights are not saved" in said
+    assert not (done["folder"] / "weights" / "spoils").exists()
 
 
 # Parts -------------------------------------------------------------------------------------------

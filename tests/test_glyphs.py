@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks import glyphs as contact
 from utils.augment import warp
-from utils.config import DataConfig, read
+from utils.config import DataConfig
 from utils.data import Loaders, build, check
 from utils.errors import UserError
 from utils.glyphs import CHARACTERS, HELD_OUT_FONTS, TRAIN_FONTS, font_files, glyphs
 from utils.loader import epoch_order
+from utils.resolve import read
 
 CONFIG = DataConfig(dataset="glyphs", num_classes=62, batch_size=3100, val_batch_size=1240)
 

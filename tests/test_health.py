@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model import build as _methods  # noqa: F401  (registers the methods)
-from model.health import Health, first_nonfinite, table
-from model.quant import QuantConv2d
+from model.health import BINS, Health, first_nonfinite, table
+from model.quant import QuantConv2d, Quantizer
 from utils.config import QuantConfig, QuantizerConfig
 
 
@@ -37,10 +40,89 @@ def test_activations_by_hand() -> None:
     assert row.name == "0.quant_activation"
     assert row.range == 1.0
     assert row.clipped == pytest.approx(3 / 6)
-    assert row.levels == pytest.approx((2 / 6, 1 / 6, 0, 3 / 6))
+    assert row.shares == pytest.approx((2 / 6, 1 / 6, 0, 3 / 6))
     assert row.dead == 1
     assert row.changed is None and row.update is None
     assert row.scalars()["0.quant_activation/level3"] == pytest.approx(0.5)
+
+
+def test_what_is_recorded_by_hand() -> None:
+    """Bins of equal width over values and levels; every finite value is in one of them."""
+    values = (-0.5, 0.12, 0.31, 0.98, 2.02, 2.7)
+    (row,) = Health(layer(fm={"method": "lsq"})).report(image(*values))
+    record = row.record()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    facts = {key: record[key] for key in ("tag", "method", "levels", "bits", "used", "range", "clipped")}
+    assert facts == {
+        "tag": "fm", "method": "lsq", "levels": 4, "bits": 2, "used": 3, "range": 1.0, "clipped": 0.5,
+    }  # fmt: skip
+    assert record["values"] == record["positions"] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-6)
+    edges, counts = record["histogram"]["edges"], record["histogram"]["counts"]
+    assert (edges[0], edges[-1], len(edges), sum(counts)) == (-0.5, pytest.approx(2.7), BINS + 1, 6)
+    expected, _ = np.histogram(values, bins=BINS, range=(-0.5, 2.7))
+    assert counts == expected.tolist()
+
+
+def test_a_histogram_covers_the_levels_and_holds_outliers_at_its_ends() -> None:
+    values = torch.zeros(1000)
+    values[0], values[1] = 1e6, 0.5
+    (row,) = Health(layer(fm={"method": "lsq", "boundary": 3e5})).report(values.reshape(1, 1, 1, -1))
+    edges, counts = row.histogram.edges, row.histogram.counts
+    assert 3e5 <= edges[-1] < 1e6
+    assert (counts[0], counts[-1], sum(counts)) == (999, 1, 1000)
+
+
+def test_values_that_are_not_finite_are_null_and_in_no_bin() -> None:
+    (row,) = Health(layer(fm={"method": "lsq"})).report(image(float("nan"), float("inf"), 0.5, 0.7))
+    assert sum(row.histogram.counts) == 2
+    weights = layer(wt={"method": "lsq", "quant_group": 1})
+    weights.get_parameter("0.weight").data.fill_(float("nan"))
+    (row,) = Health(weights).report(image(1.0))
+    record = row.record()
+    assert record["update"] is None
+    assert "NaN" not in json.dumps(record, allow_nan=False)
+
+
+def test_many_levels_are_counted_and_not_listed() -> None:
+    (row,) = Health(layer(fm={"method": "lsq", "levels": 65536})).report(image(0.0, 0.25, 1.0))
+    assert (row.levels, row.bits, row.used, row.dead) == (65536, 16, 3, 65533)
+    assert row.shares == row.values == ()
+    assert len(json.dumps(row.record())) < 2000
+
+
+def test_a_method_without_integers_has_a_row() -> None:
+    """A user's own quantizer need not tell its codes."""
+
+    class Own(Quantizer):
+        def quantize(self, x: Tensor) -> Tensor:
+            return x.round()
+
+    model = layer(fm={"method": "lsq"})
+    conv = model[0]
+    conv.quant_activation = Own(conv.quant_activation.config, conv.quant_activation.site)
+    (row,) = Health(model).report(image(0.2, 0.6))
+    assert (row.used, row.dead, row.shares, sum(row.histogram.counts)) == (None, 0, (), 2)
+    assert "0.quant_activation" in table([row])
+
+
+def test_levels_of_integers_are_placed_on_their_range() -> None:
+    """FATNN's levels are 0, 1, 2 and 3 whatever the inputs are."""
+    (row,) = Health(layer(fm={"method": "fatnn", "scale": 1.0})).report(image(0.2, 0.6))
+    assert row.values == (0, 1, 2, 3)
+    assert row.range == pytest.approx(3)
+    model = layer(fm={"method": "fatnn", "scale": 0.5})
+    (row,) = Health(model).report(image(0.2, 0.6))
+    assert row.positions == pytest.approx((0, 2, 4, 6))
+
+
+def test_another_number_of_levels_is_no_oscillation() -> None:
+    model = layer(wt={"method": "lsq", "quant_group": 1})
+    health = Health(model)
+    model[0].quant_weight.set_levels(16)
+    (row,) = health.report(image(1.0))
+    assert row.changed is None and row.update == 0
+    (row,) = health.report(image(1.0))
+    assert row.changed == 0
 
 
 def test_weights_from_epoch_to_epoch() -> None:
@@ -52,7 +134,7 @@ def test_weights_from_epoch_to_epoch() -> None:
     norm = float(weight.detach().norm())
     weight.data[2] += 0.5
     (row,) = health.report(image(1.0))
-    assert row.levels == pytest.approx((0.25, 0.25, 0, 0.5))
+    assert row.shares == pytest.approx((0.25, 0.25, 0, 0.5))
     assert row.clipped == pytest.approx(0.25)
     assert row.changed == pytest.approx(0.25)
     assert row.update == pytest.approx(0.5 / norm)
@@ -93,12 +175,12 @@ def test_a_report_leaves_the_network_as_it_was() -> None:
 
 def test_the_first_layer_with_a_non_finite_output_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 2))
-    assert "none of the layers" in first_nonfinite(model, torch.ones(1, 2))
+    assert first_nonfinite(model, torch.ones(1, 2)) is None
     model.get_parameter("2.weight").data[0, 0] = torch.nan
-    assert first_nonfinite(model, torch.ones(1, 2)) == "2 (its weight is not finite)"
+    assert first_nonfinite(model, torch.ones(1, 2)) == (2, "2 (its weight is not finite)")
     model.get_parameter("2.weight").data.fill_(3e38)
     nn.init.ones_(model[0].weight)
-    assert first_nonfinite(model, torch.full((1, 2), 1e10)) == "2"
+    assert first_nonfinite(model, torch.full((1, 2), 1e10)) == (2, "2")
 
 
 @pytest.mark.parametrize("method", ["xnor", "lq"])

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from utils import keyword
-from utils.config import FAMILIES, Config, ModelConfig, QuantizerConfig, read, to_dict
+from utils.config import Config, ModelConfig, QuantizerConfig, to_dict
 from utils.errors import UserError
 from utils.keyword import Keyword, registry, resolve
 from utils.options import TAGS
+from utils.resolve import read
+from utils.resolve.network import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = registry()
@@ -27,7 +29,9 @@ SECTIONS = {
     "stem": "model.stem",
     "quant": "model.quant",
     "data": "data",
+    "loss": "loss",
     "run": "run",
+    "probe": "probe",
 }
 # Fields of every quantizer that a word sets for all tags at once -> their name in `QuantizerConfig`.
 OF_ALL_TAGS = {
@@ -76,8 +80,7 @@ def test_record(record: Keyword) -> None:
         assert other in RECORDS
     assert set(record.families) <= set(FAMILIES)
     assert record.rank in (0, 1, 2)
-    assert record.sets or record.later
-    assert "yet" in record.later or not record.later
+    assert record.sets or record.group == "older configs"
     for name, value in record.sets.items():
         assert isinstance(value, field_type(name)), name  # a switch, too: `True` is an int
 
@@ -103,7 +106,7 @@ def test_every_word_of_the_specification_is_declared() -> None:
     assert set(words.split()) <= RECORDS.keys()
 
 
-@pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if not record.later])
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_word_reaches_the_configuration(name: str) -> None:
     """Each word that is there, with what it requires, sets its own fields of the configuration."""
     needed = [group[0] for group in RECORDS[name].requires]
@@ -170,13 +173,6 @@ def test_mistakes_of_a_list(words: list[str], messages: list[str]) -> None:
     for message in messages:
         assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [name for name, record in RECORDS.items() if record.later])
-def test_what_is_not_there_yet_says_so(name: str) -> None:
-    """Naming the word."""
-    with pytest.raises(UserError, match=f"keyword {name}: .* not there yet"):
-        resolve([name], "resnet")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +335,9 @@ def test_networks_see_no_keywords(path: Path) -> None:
                 modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not any("keyword" in module for module in modules), f"line {node.lineno}"
             case ast.Compare(left=ast.Constant(value=str(text)), ops=[ast.In() | ast.NotIn()]):
-                assert text not in RECORDS, f"line {node.lineno}: {text!r} is looked for"
+                assert text not in RECORDS or not RECORDS[text].sets, (
+                    f"line {node.lineno}: {text!r} is looked for"
+                )
 
 
 def test_there_are_networks_to_look_at() -> None:
@@ -358,7 +356,6 @@ def test_the_table_lists_every_word_under_its_group() -> None:
     for record in RECORDS.values():
         (line,) = [line for line in lines if line.split()[:1] == [record.name] and line.startswith("  ")]
         assert record.help in line
-        assert ("not there yet" in line) == bool(record.later)
         assert all(word in line for word in record.excludes)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,10 @@ from model.build import build
 from model.convert import full_precision
 from model.library import torchvision_names
 from model.quant import QuantLayer, quantized_layers
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
+ROOT = Path(__file__).resolve().parent.parent
 TIMM = importlib.util.find_spec("timm") is not None
 needs_timm = pytest.mark.skipif(not TIMM, reason="the optional package timm is not installed")
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --fm_half_range"
@@ -268,3 +271,23 @@ def test_what_a_mistake_looks_like(
     assert main.main(["--dataset", "fake", "--model", "torchvision:resnet19", "--keyword", "cifar10"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_other_networks_do_not_wait_for_the_packages() -> None:
+    """Neither torchvision nor what data sets alone need is imported for a network of this project and its data."""
+    code = """
+import sys
+from model import build
+from utils import data, optim
+from utils.resolve import read
+
+config = read("--keyword cifar10,origin,cbsa,dorefa,lsq --dataset fake --fm_enable --wt_enable".split())
+build.build(config.model)
+data.build(config.data)
+heavy = {"torchvision", "timm", "sklearn", "scipy", "matplotlib", "nvidia.dali"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import logging
 import math
-import os
 import re
-import struct
-import sys
-import termios
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import log
@@ -239,6 +232,38 @@ def test_metrics_of_other_columns(tmp_path: Path) -> None:
     assert log.MetricsFile.read(metrics.path) == [row(0)]
 
 
+def test_records_are_read_back_and_cut(tmp_path: Path) -> None:
+    """A line that a killed run left unfinished goes; the rest stays byte by byte."""
+    records = log.RecordsFile(tmp_path / "new" / "quantizers.jsonl")
+    records.truncate_after(3)
+    assert not records.path.exists()
+    written = [{"epoch": epoch, "quantizers": [{"range": 1 / epoch, "clipped": None}]} for epoch in (1, 2, 3)]
+    for record in written:
+        records.append(record)
+    assert log.RecordsFile.read(records.path) == written
+    before = records.path.read_bytes().splitlines(keepends=True)
+    with records.path.open("a") as file:
+        file.write('{"epoch": 4, "quant')
+    assert log.RecordsFile.read(records.path) == written
+    records.truncate_after(3)
+    assert records.path.read_bytes() == b"".join(before[:2])
+    records.truncate_after(0)
+    assert records.path.read_bytes() == b""
+    with pytest.raises(ValueError, match="JSON"):
+        records.append({"epoch": 1, "loss": math.nan})
+    assert records.path.read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", ["no JSON\n", "[1, 2]\n", "{}\n", '{"epoch": "one"}\n', "\x00\n"])
+def test_files_that_are_no_records(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "quantizers.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match="is damaged: its line"):
+        log.RecordsFile.read(path)
+    with pytest.raises(UserError, match="is damaged: its line"):
+        log.RecordsFile(path).truncate_after(2)
+
+
 @pytest.mark.parametrize("content", [b"epoch,lr\n0\n", b"epoch,lr\n0,fast\n", b"\x89PNG\r\n\x1a\n\x00\n"])
 def test_files_that_are_no_metrics(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "metrics.csv"
@@ -248,84 +273,8 @@ def test_files_that_are_no_metrics(tmp_path: Path, content: bytes) -> None:
 
 
 def test_metrics_that_are_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the metrics file"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
         log.MetricsFile.read(tmp_path / "none.csv")
-
-
-def events(folder: Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return accumulator
-
-
-def test_board_writes_event_files(tmp_path: Path) -> None:
-    board = log.Board(tmp_path / "board")
-    for step in range(3):
-        board.scalars({"train/loss": 2.0 - step, "lr": 0.5}, step)
-    weights = torch.tensor([[0.0, 1.0], [3.0, math.nan]], dtype=torch.bfloat16, requires_grad=True)
-    board.histogram("weights", weights, 2)
-    board.histogram("diverged", torch.full((4,), math.inf), 2)
-    board.close()
-    read = events(tmp_path / "board")
-    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(0, 2), (1, 1), (2, 0)]
-    assert [event.value for event in read.Scalars("lr")] == [0.5] * 3
-    assert read.Tags()["histograms"] == ["weights"]
-    (histogram,) = read.Histograms("weights")
-    value = histogram.histogram_value
-    assert (histogram.step, value.num, value.min, value.max, value.sum) == (2, 3, 0, 3, 4)
-
-
-def test_a_resumed_board_hides_what_is_done_again(tmp_path: Path) -> None:
-    for purge_step, steps, value in ((None, range(4), 1.0), (2, range(2, 5), 2.0)):
-        board = log.Board(tmp_path, purge_step)
-        for step in steps:
-            board.scalars({"loss": value}, step)
-        board.close()
-    points = [(event.step, event.value) for event in events(tmp_path).Scalars("loss")]
-    assert points == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
-
-
-def test_a_board_without_folder_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    board = log.Board(None)
-    board.scalars({"loss": 1.0}, 0)
-    board.histogram("weights", torch.ones(3), 0)
-    board.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_board_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write TensorBoard's files"):
-        log.Board(tmp_path / "file" / "board")
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_progress_without_terminal_is_silent(
-    enabled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    bar = log.progress(iter("abc"), total=3, description="epoch 0", enabled=enabled)
-    assert list(bar) == ["a", "b", "c"]
-    assert stream.getvalue() == capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(("enabled", "shown"), [(True, True), (False, False)])
-def test_progress_on_a_terminal(enabled: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pseudo-terminal is a real one to whoever writes to it."""
-    reading, writing = os.openpty()
-    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))  # 80 columns
-    with os.fdopen(reading, "rb", buffering=0) as screen:
-        with os.fdopen(writing, "w") as terminal:
-            monkeypatch.setattr(sys, "stderr", terminal)
-            items = list(log.progress(range(3), total=3, description="epoch 7", enabled=enabled))
-            terminal.write("end of test\n")
-        output = b""
-        while b"end of test" not in output:
-            output += screen.read(4096)
-    assert items == [0, 1, 2]
-    assert (b"epoch 7" in output) is shown
 
 
 def curves(epochs: int, **changes: float) -> list[dict[str, float]]:

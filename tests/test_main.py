@@ -28,12 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 from model import build
-from utils import data, optim, policy, precision, schedule, state
+from utils import data, finite, methods, optim, policy, precision, schedule, state
 from utils.checkpoint import read as read_checkpoint
 from utils.checkpoint import save as save_checkpoint
 from utils.config import Config, to_dict
-from utils.config import read as read_config
 from utils.interrupt import SAVED, Stop
+from utils.parts import Parts
+from utils.resolve import read as read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
@@ -144,7 +145,15 @@ def test_files_of_a_run(lsq: Path) -> None:
     assert found == {
         *(
             f"exp/lsq/{name}"
-            for name in ("metrics.csv", "curves.png", "config.yaml", "summary.json", "audit.txt", "log.txt")
+            for name in (
+                "metrics.csv",
+                "quantizers.jsonl",
+                "curves.png",
+                "config.yaml",
+                "summary.json",
+                "audit.txt",
+                "log.txt",
+            )
         ),
         *(
             f"weights/resnet20/lsq-{name}.pth.tar"
@@ -166,7 +175,9 @@ def test_what_the_files_say(lsq: Path) -> None:
     rows = metrics(lsq, "lsq")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert tuple(rows[0]) == main.METRICS
-    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    methods = {"ema_loss", "ema_top1", "ema_top5", "frozen"}  # that this run does not have
+    for row in rows:
+        assert {name for name, value in row.items() if not math.isfinite(float(value))} == methods
     assert float(rows[0]["lr"]) == 0.05
     assert [float(row["train_top1"]) * 32 % 100 for row in rows] == [0, 0]  # of 32 images
     assert [float(row["val_top1"]) * 8 % 100 for row in rows] == [0, 0]  # of 8 images
@@ -226,10 +237,39 @@ def test_tensorboard_shows_the_metrics(lsq: Path) -> None:
         assert points == expected
 
 
+def test_tensorboard_shows_the_network(lsq: Path) -> None:
+    """Images, weights, levels and ranges of every quantizer, and the options with what came of them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = lsq / "exp" / "lsq"
+    events = accumulator.EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0}
+    ).Reload()
+    tags = events.Tags()
+    records = [
+        json.loads(line) for line in (folder / "quantizers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [record["epoch"] for record in records] == [1, 2]
+    for row in records[1]["quantizers"]:
+        name = row["name"]
+        assert [image.step for image in events.Images(f"levels/{name}")] == [1, 2]
+        assert events.Scalars(f"health/{name}/range")[1].value == pytest.approx(row["range"], rel=1e-5)
+        (_, last) = events.Histograms(f"inputs/{name}")
+        assert last.histogram_value.num == sum(row["histogram"]["counts"])
+    assert {"weights/conv1", "weights/fc"} <= set(tags["histograms"])
+    assert {"images/as given", "images/denormalised"} <= set(tags["images"])
+    assert events.Scalars("outcome/last_top1")[0].value == pytest.approx(summary(lsq, "lsq")["last_top1"])
+    options = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert b"model.quant.fm.levels" in options and b"optim.lr" in options
+
+
 def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
     """The seed decides everything; without extra files asked for none are written."""
     assert call(f"{LSQ} --case again --epochs 2 --re_init") == 0
     assert_same_run((lsq, "lsq"), (tmp_path, "again"))
+    first, second = (
+        folder / "exp" / case / "quantizers.jsonl" for folder, case in ((lsq, "lsq"), (tmp_path, "again"))
+    )
+    assert first.read_bytes() == second.read_bytes()
     assert {path.name for path in (tmp_path / "weights" / "resnet20").iterdir()} == {
         "again-checkpoint.pth.tar",
         "again-backup1-checkpoint.pth.tar",
@@ -532,9 +572,10 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
     rates = schedule.Schedule(
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
-    parts = main.Parts(
+    parts = Parts(
         model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")),
         policy.Steering((), model, optimizer, groups, config.optim, rates),
+        methods.build(config, model, None, rates.total_steps),
         torch.device("cpu"), torch.channels_last, config, logging.getLogger("nobody listens"),
     )  # fmt: skip
     start = state.RunState()
@@ -603,7 +644,7 @@ def test_steps_are_those_of_numpy(line: str, groups: list[int]) -> None:
     model, row, config = epoch_of(line)
     start = Linear()
     weight, bias = (p.detach().double().numpy().copy() for p in (start.fc.weight, start.fc.bias))
-    smooth, clip, sched = config.run.label_smooth, config.optim.grad_clip, config.schedule
+    smooth, clip, sched = config.loss.label_smooth, config.optim.grad_clip, config.schedule
     assert smooth == (0.1 if "label-smooth" in line else 0.3 if "label_smooth" in line else 0)
     batches = batches_of(config)
     losses = []
@@ -656,13 +697,14 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
     model = build.build(config.model)
     optimizer, groups = optim.build(model, config.optim)
     rates = schedule.Schedule(config.schedule, 0.1, 6)
-    parts = main.Parts(
+    parts = Parts(
         model, model, optimizer, precision.build(model, optimizer, config.precision, cpu),
-        policy.Steering((), model, optimizer, groups, config.optim, rates), cpu, torch.channels_last, config,
+        policy.Steering((), model, optimizer, groups, config.optim, rates),
+        methods.build(config, model, None, rates.total_steps), cpu, torch.channels_last, config,
         logging.getLogger("nobody"),
     )  # fmt: skip
     for name in ("check_loss", "check_gradients"):
-        monkeypatch.setattr(main, name, lambda *_: None)
+        monkeypatch.setattr(finite, name, lambda *_: None)
     to_list = Tensor.tolist  # which reads by itself
 
     def counted(tensor: Tensor) -> Any:

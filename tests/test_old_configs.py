@@ -163,6 +163,39 @@ CONFIGS = {
         (TWO_BITS, "--width_alpha 0.25 --lr_custom_step 60,120,160 --lr_decay 0.2"),
         model="resnet20", dataset="cifar100", epochs=200, warnings=(f"60,120,160 {BEYOND} 200",),
     ),
+    "bit as a number with a point": Old(
+        "imagenet,origin,cbas,dorefa,lsq",
+        ("--fm_bit 2.0 --fm_enable --wt_bit 2. --wt_enable --report_freq 20.0", "--policy none --fm_custom none"),
+    ),
+    "words that set nothing": Old(
+        "imagenet,dorefa,lsq,save,raw,mean,pretrain", (TWO_BITS, "-e"), model="pytorch-resnet50",
+        warnings=tuple(f"the keyword {word} has no effect" for word in ("save", "raw", "mean", "pretrain")),
+    ),
+    "a word of another method": Old(
+        "imagenet,origin,preBN,bacs,custom-update,debug,dorefa", (TWO_BITS, "--fp16 --opt_level O1"),
+        warnings=("custom-update has no effect on fm", "custom-update has no effect on wt"),
+    ),
+    "an order without its keyword": Old(
+        "cifar100,origin,cbsa,fix,dorefa,lsq", (TWO_BITS, "--order c --width_alpha 0.25"), model="resnet20",
+        dataset="cifar100", warnings=("--order has no effect without the keyword ReShapeResolution",),
+    ),
+    "options that are gone": Old(
+        "imagenet,origin,cbas,dorefa,lsq,proxquant",
+        (TWO_BITS, "--fm_separator 0.38 --wt_separator 0.38 --block_alpha 1.0 --se_reduction 16 --ps 5"),
+        warnings=(
+            "--fm_separator has no effect here", "--wt_separator has no effect here",
+            "--block_alpha has no effect here", "--se_reduction has no effect here",
+        ),
+    ),
+    "evaluated and continued": Old(
+        "imagenet,dorefa,fm_non-uniform,wt_lsq", (TWO_BITS, "-e -r"), model="pytorch-resnet18"
+    ),
+    "mobilenet": Old(
+        "imagenet,origin,cbas", ("--decay_small --lr_policy sgdr --lr_custom_step 120 --eta_min 1e-6",),
+        model="mobilenetv1", epochs=120,
+        warnings=("origin has no effect", "cbas has no effect", f"120 {BEYOND} 120"),
+    ),
+    "none with a capital": Old("imagenet,origin,cbas", ("--pretrained None",)),
     "evaluation": Old("imagenet,origin,cbas,dorefa,lsq", ("-e", TWO_BITS, "--stable 100")),
     "to be continued": Old("imagenet,origin,cbas", ("-r -s 10 --report_freq 200 --no_decay_small",)),
 }  # fmt: skip

@@ -13,8 +13,8 @@ from model import build
 from model.quant import quantizers
 from tests.kill import COMMON, NETWORK
 from utils import optim, policy, schedule
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
 RUN = COMMON.replace("_bit 2", "_bit 8")
 for written, instead in (

@@ -285,6 +285,34 @@ def test_digits_train_as_well_as_in_float32(tmp_path: Path, monkeypatch: pytest.
     assert abs(float(exact.mean() - half.mean())) <= 2 * spread * (2 / 3) ** 0.5 + 0.28, found
 
 
+@pytest.mark.parametrize(
+    ("shape", "format"),
+    [
+        ((8, 16, 1, 2), torch.contiguous_format),
+        ((15, 16, 1, 2), torch.contiguous_format),
+        ((16, 32, 1, 2), torch.channels_last),
+        ((8, 16, 1, 1), torch.channels_last),
+        ((8, 16, 3, 2), torch.channels_last),
+    ],
+)
+def test_channels_last_where_it_does_not_crash(
+    shape: tuple[int, int, int, int], format: torch.memory_format
+) -> None:
+    """Narrow 1x1 convolutions with a stride are what a CPU's backward pass cannot take."""
+    made = nn.Sequential(nn.Conv2d(*shape))
+    assert precision.memory_format(made, PrecisionConfig(), CPU) == format
+    assert precision.memory_format(made, PrecisionConfig(), torch.device("cuda")) == torch.channels_last
+    contiguous = PrecisionConfig(channels_last=False)
+    assert precision.memory_format(made, contiguous, CPU) == torch.contiguous_format
+
+
+def test_a_narrow_network_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a size at which channels last ends the process."""
+    monkeypatch.chdir(tmp_path)
+    line = "--keyword cifar10,origin,cbsa,fix,singleconv --width_alpha 0.125 --input_size 64 --model resnet20"
+    assert main.main(f"{line} --dataset fake --fake_size 4 -b 2 --epochs 1".split()) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,8 @@ import main
 from model import build
 from tests.conformance import LOGITS, fill, load_cases, relative, state_value
 from utils import state
-from utils.config import Config, read
+from utils.config import Config
+from utils.resolve import read
 
 FOLDER = Path(__file__).parent / "conformance"
 CASES = {case["name"]: case for case in load_cases(FOLDER)}

@@ -733,6 +733,31 @@ def test_extreme_values_stay_finite(
         assert parameter.grad.isfinite().all(), name
 
 
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("kind", ["mean", "mean-var"])
+@pytest.mark.parametrize("values", [[1e38, -1e38, 2e38], [LARGEST, -LARGEST], [LARGEST], [LARGEST, 0.0, 1.0]])
+@over(cases(levels=(4, 3, 2)))
+def test_normalised_sums_do_not_overflow(case: Case, values: list[float], kind: str, restore: bool) -> None:
+    quantizer = make(case.with_fields(adaptive=kind, adaptive_restore=restore))
+    count = int(np.prod(SHAPES[case.tag]))
+    x = torch.tensor((values * count)[:count]).reshape(SHAPES[case.tag])
+    y, gx = backward(quantizer, x, torch.full_like(x, 1e-6))  # times the deviation where it is undone
+    assert y.isfinite().all()
+    assert gx.isfinite().all()
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+    assert torch.equal(quantizer.eval().integers(x).dequantize(), quantizer(x))
+
+
+def test_huge_values_are_normalised_as_small_ones() -> None:
+    """1e38 times a tensor, whose sums are no float32: the same levels."""
+    quantizer = make(Case("lsq", "wt", 4, half_range=False, fields=(("adaptive", "var-mean"),)))
+    x = torch.from_numpy(generator("x").standard_normal(SHAPES["wt"])).float().clamp(-3, 3)
+    assert torch.equal(quantizer(x * 2.0**126), quantizer(x))
+
+
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("kind", ["mean", "var-mean"])
 @pytest.mark.parametrize("size", [1, 9])
@@ -1139,6 +1164,17 @@ def test_proxquant_blends_the_quantized_value_in(fields: dict[str, Any]) -> None
     for share in (0.75, 0.5, 0.25, 0.0, 0.0):
         torch.testing.assert_close(quantizer(x), share * x + (1 - share) * plain(x))
     assert torch.equal(quantizer.eval()(x), plain(x))
+
+
+def test_proxquant_begins_after_the_warm_up() -> None:
+    case = Case("lsq", "wt", 4, half_range=False)
+    quantizer, plain = make(case.with_fields(proxquant_step=2, stable=2)), make(case)
+    x = tensor(case)
+    for _ in range(2):
+        assert torch.equal(quantizer(x), x)
+    plain.load_state_dict({"clip_val": quantizer.get_parameter("clip_val")}, strict=False)
+    torch.testing.assert_close(quantizer(x), 0.5 * x + 0.5 * plain(x))
+    assert torch.equal(quantizer(x), plain(x))
 
 
 # Integers ------------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.quant import Quantizer, TensorSite, build
+from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build
 from tests import oracle
+from tests.conformance import options
 from tests.test_quant import METHODS, Case, Method, cases, each_level
+from utils.errors import UserError
 
 search = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -159,3 +161,61 @@ def test_any_first_batch_calibrates(case: Case, x: Tensor) -> None:
     assert len(y.unique()) <= case.levels
     quantizer.eval()
     assert torch.equal(quantizer.integers(x).dequantize(), quantizer(x))
+
+
+WORDS = (
+    "dorefa", "dorefa,wt_bin", "dorefa,lsq", "dorefa,fm_non-uniform,wt_lsq", "dorefa,ot_lsq", "dorefa,non-uniform",
+    "dorefa,non-uniform,closed_form", "pact", "pact,wt_lsq", "lq", "lq,custom-update", "xnor", "xnor,gamma",
+    "dorefa,lsq,wt_gamma,ot_gamma", "dorefa,lsq,proxquant",
+)  # fmt: skip
+CHOICES = {
+    "bit": ("1", "2", "3", "4", "8"),
+    "level": ("2", "3", "5"),
+    "quant_group": ("1", "2", "8", "-1", "-4", "3"),
+    "adaptive": ("none", "mean", "var", "mean-var", "var-mean"),
+    "adaptive_restore": ("",),
+    "half_range": ("",),
+    "grad_type": ("none", "STE", "STE-scale", "Triangle"),
+    "grad_scale": ("fan-scale", "scale-fan", "element-scale", "scale-element", "paper"),
+    "grid": ("midrise", "midtread"),
+    "scale": ("0.9", "3.0"),
+    "boundary": ("0.5", "3.0"),
+}
+
+
+@st.composite
+def lines(draw: st.DrawFn) -> str:
+    """Options of all three quantizers, of a method that `--keyword` names."""
+    line = f"--keyword {draw(st.sampled_from(WORDS))}"
+    for tag in draw(st.lists(st.sampled_from(("fm", "wt", "ot")), min_size=1, unique=True)):
+        line += f" --{tag}_enable --{tag}_bit {draw(st.sampled_from(CHOICES['bit']))}"
+        for name in draw(
+            st.lists(st.sampled_from(sorted(CHOICES.keys() - {"bit"})), max_size=3, unique=True)
+        ):
+            line += f" --{tag}_{name} {draw(st.sampled_from(CHOICES[name]))}".rstrip()
+    return line + draw(
+        st.sampled_from(("", " --stable 1", " --fm_custom channel", " --fm_custom resolution"))
+    )
+
+
+@settings(search, max_examples=50)
+@given(line=lines())
+def test_options_are_refused_or_train(line: str) -> None:
+    """A convolution, a depth-wise one and a linear layer make finite values and gradients."""
+    layers = {(2, 8, 5, 5): QuantConv2d(8, 16, 3, 2, padding=(1, 0)),
+              (2, 8, 4, 4): QuantConv2d(8, 8, (1, 3), groups=8, padding=1),
+              (2, 8): QuantLinear(8, 16)}  # fmt: skip
+    try:
+        config = options({"argv": line.split()})[2]
+        for layer in layers.values():
+            layer.build_quantizers(config, "layer")
+    except UserError:
+        reject()
+    for shape, layer in layers.items():
+        for _ in range(2):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = layer(x)
+            y.square().mean().backward()
+            assert y.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+        assert all(value.isfinite().all() for value in layer.state_dict().values())
+        assert layer.eval()(x).isfinite().all()

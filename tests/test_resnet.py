@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from model.build import build
 from model.quant import QuantLayer, quantizers
-from utils.config import read
 from utils.errors import UserError
+from utils.resolve import read
 
 BASIC = ("resnet18", "resnet20", "resnet32", "resnet34", "resnet44", "resnet56")
 BOTTLENECK = ("resnet50", "resnet101", "resnet152")

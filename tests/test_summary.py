@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from model.build import build
 from model.quant import QuantConv2d, QuantLinear
-from model.summary import cost, format_table, stored_bits
-from utils.config import QuantConfig, read
+from model.summary import _run, _shapes, cost, format_table, stored_bits
+from utils.config import QuantConfig
+from utils.resolve import read
 
 
 def quant(*options: str, keywords: str = "dorefa,lsq") -> QuantConfig:
@@ -194,6 +197,65 @@ def test_a_failing_network_is_left_alone_too() -> None:
     with pytest.raises(RuntimeError):
         cost(net, 8)
     assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("dorefa", "--fm_bit", "2"),
+        ("dorefa", "--fm_bit", "3", "--wt_adaptive", "var-mean", "--fm_quant_group", "4", "--stable", "2"),
+        ("pact", "--fm_bit", "2"),
+        ("dorefa,lsq", "--fm_bit", "4", "--ot_enable", "--ot_bit", "8"),
+        ("lq", "--fm_bit", "2"),
+        ("dorefa,non-uniform", "--fm_level", "3", "--wt_level", "3"),
+        ("xnor,gamma", "--fm_bit", "1", "--wt_bit", "1"),
+    ],
+    ids=lambda options: " ".join(options[:3]),
+)
+def test_a_shape_costs_what_an_image_does(options: tuple[str, ...]) -> None:
+    """Every method's network runs on the meta device, which is many times as fast, and counts the same."""
+    word, *rest = options
+    line = ["--keyword", f"cifar10,origin,cbsa,fix,{word}", "--model", "resnet20", "--width_alpha", "0.25"]
+    net = build(read([*line, "--fm_enable", "--wt_enable", "--wt_bit", "2", *rest]).model)
+    with torch.no_grad():
+        assert _run(_shapes(net), 32) == _run(net, 32) != ()
+
+
+def test_a_network_that_looks_at_values() -> None:
+    """It cannot run on the meta device and gets an image."""
+
+    class Looking(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.sum()) == 0 else x[:, :, :2])
+
+    net = Looking(quant(*LOW))
+    with pytest.raises(RuntimeError, match="meta"):
+        _run(_shapes(net), 8)
+    assert cost(net, 8) == cost(Small(quant(*LOW)), 8)
+
+
+def test_what_a_forward_keeps_is_not_kept() -> None:
+    """A network that remembers tensors between passes is left without the shapes of this one."""
+
+    class Keeping(Small):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x
+            self.first.bias = nn.Parameter(self.first.weight.mean(dim=(1, 2, 3)))
+            return super().forward(x)
+
+    net = Keeping(quant(*LOW))
+    cost(net, 8)
+    assert net.kept is None
+    assert not any(parameter.is_meta for parameter in net.parameters())
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    """It is run itself."""
+    net = Small(quant(*LOW))
+    net.lock = threading.Lock()
+    assert cost(net, 8) == cost(Small(quant(*LOW)), 8)
 
 
 def test_columns_are_aligned() -> None:

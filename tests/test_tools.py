@@ -96,13 +96,13 @@ def test_help_lists_every_word_without_loading_torch() -> None:
     ("arguments", "text"),
     [
         ([], "--keyword"),
-        (["--keyword", ""], "0 words are given; write one of compare, verbose, load"),
+        (["--keyword", ""], "0 words are given; write one of compare, report, verbose, load"),
         (["--keyword", "raw"], "0 words are given"),
         (["--keyword", "verbos", "--old", "x"], "did you mean verbose?"),
         (["--keyword", "verify_image", "--root", "x"], "did you mean verify-image"),
         (
             ["--keyword", "qqq"],
-            "no such word of compare, verbose, load, save, update, swap, sort, verify-image, verify-data, ",
+            "no such word of compare, report, verbose, load, save, update, swap, sort, verify-image, verify-data, ",
         ),
         (["--keyword", "load,save", "--old", "x"], "2 words are given"),
         (["--keyword", "update,row"], "--keyword row: no such word"),
@@ -446,8 +446,8 @@ def test_bad_images_are_listed(tmp_path: Path) -> None:
         str(tmp_path / n) for n in ("cut.jpg", "empty.jpg", "flipped.png", "gone.jpg", "text.png")
     ]
     assert "truncated" in reasons[str(tmp_path / "cut.jpg")]
-    assert reasons[str(tmp_path / "gone.jpg")] == "[Errno 2] No such file or directory"
-    assert reasons[str(tmp_path / "text.png")] == "cannot identify image file"
+    assert reasons[str(tmp_path / "gone.jpg")] == "No such file or directory"
+    assert reasons[str(tmp_path / "text.png")] == "no image"
 
 
 # --- verify-data -----------------------------------------------------------------------------
@@ -468,16 +468,21 @@ def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[:-30])
     (folder / "text.jpg").write_text("no image")
+    image.save(folder / "picture.gif")
+    Image.fromarray(pixels[..., 0].astype(np.float32)).save(folder / "float.tif")
     (tmp_path / "val" / "b").mkdir(parents=True)
     image.save(tmp_path / "val" / "b" / "good.jpg")
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
     assert (done.returncode, done.stderr) == (1, "")
     *lines, last = done.stdout.splitlines()
-    assert last == "9 images: 2 mislabelled, 2 single-channel, 1 truncated, 1 CMYK, 1 broken, 1 class folders"
+    assert last == (
+        "11 images: 2 mislabelled, 2 single-channel, 1 truncated, 2 broken, 1 CMYK, 1 GIF, 1 class folders"
+    )
     found = {tuple(line.removeprefix(f"{folder}/").split(": ", 2)[:2]) for line in lines[:-1]}
     assert found == {
         ("both.jpg", "mislabelled"), ("both.jpg", "single-channel"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
         ("grey.jpg", "single-channel"), ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
+        ("picture.gif", "GIF"), ("float.tif", "broken"),
     }  # fmt: skip
     assert len(lines[:-1]) == len(found)
     assert lines[-1].startswith(
@@ -515,6 +520,21 @@ def test_the_folder_that_is_made_is_good_and_the_same_every_time(call: Call, tmp
         assert (status, out) == (2, "")
         assert text in err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_thousand_images(tmp_path: Path) -> None:
+    """All are counted, a few bad ones among them are found."""
+    pixels = np.random.default_rng(0).integers(256, size=(9, 8, 3), dtype=np.uint8)
+    whole = tmp_path / "0000.jpg"
+    Image.fromarray(pixels).save(whole)
+    bad = {77, 500, 999}
+    for number in range(1, 1000):
+        path = tmp_path / f"{number:04}.jpg"
+        path.write_bytes(b"no image" if number in bad else whole.read_bytes())
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = [f"{tmp_path / f'{number:04}.jpg'}: broken: no image" for number in sorted(bad)]
+    assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
 
 
 @pytest.mark.parametrize(
@@ -582,7 +602,7 @@ def test_the_examples_of_the_documentation(
             # how much of a cut image is left over depends on Pillow's version
             left_over = r"\(\d+ bytes not processed\)"
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
-    assert words == set(tools.WORDS) - {"compare"}  # of finished runs, see test_compare
+    assert words == set(tools.WORDS) - {"compare", "report"}  # of runs, see test_compare and test_report.py
 
 
 def finished(folder: Path, case: str, **changes: object) -> Path:

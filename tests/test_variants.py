@@ -10,8 +10,9 @@ from torch.nn import functional
 from model import layer
 from model.build import build
 from model.resnet import Block, ResNet
-from utils.config import ModelConfig, read
+from utils.config import ModelConfig
 from utils.errors import UserError
+from utils.resolve import read
 
 SMALL = "--model resnet20 --width_alpha 0.0625 --num_classes 5 --input_size 16 --dataset fake"
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Augment = Callable[[Tensor, Tensor], Tensor]
 """Changes images [N, C, H, W] in [0, 255] as draws say, float32 [N, DRAWS] uniform in [0, 1)."""
@@ -114,12 +117,16 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Tran
         A transform of images, float32 [N, 3, S, S], and classes, int64 [N], to mixed images and shares of the
         classes, float32 [N, classes], that draws from torch's generator; None without any.
     """
+    if not mixup_alpha and not cutmix_alpha:
+        return None
+    from torchvision.transforms import v2  # here: other runs need not wait for it
+
     chosen: list[v2.Transform] = []
     if mixup_alpha:
         chosen.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
     if cutmix_alpha:
         chosen.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
-    return v2.RandomChoice(chosen) if chosen else None
+    return v2.RandomChoice(chosen)
 
 
 def random_crop(height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:

@@ -345,8 +345,8 @@ def _closest(word: str, known: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def find_pretrained(value: str, weights_dir: Path, model: str) -> Path | None:
-    """The file that `--pretrained VALUE` means; None for the word `none` or nothing.
+def find_pretrained(value: str, weights_dir: Path, model: str, *, option: str = "pretrained") -> Path | None:
+    """The file that `--pretrained VALUE`, or another `option`, means; None for the word `none` or nothing.
 
     A bare name is looked up in `weights_dir/model/`, then in the current folder; a value with a
     separator is a path. Raises UserError, with close names, when there is no such file.
@@ -367,7 +367,8 @@ def find_pretrained(value: str, weights_dir: Path, model: str) -> Path | None:
     close = difflib.get_close_matches(path.name, names, n=SHOWN, cutoff=0.5)
     there = f"close names there: {_some(close)}" if close else f"in that folder: {_some(names) or 'nothing'}"
     looked = f"{folder} or the current folder" if bare else str(folder)
-    raise UserError(f"--pretrained {value}: no such file in {looked}; {there}; write 'none' to start without")
+    without = "; write 'none' to start without" if option == "pretrained" else ""
+    raise UserError(f"--{option} {value}: no such file in {looked}; {there}{without}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Image files in a folder per class, decoded by NVIDIA's DALI; imported only when `--dataset dali` is asked for.
 
-The order, the crops and the flips are those of `utils.folder`: numbers are drawn here, DALI decodes, crops and
-resizes by them, on the GPU where there is one and on the CPU where there is none.
+The order, the crops and the flips are those of `utils.folder`: numbers are drawn here, DALI decodes and crops by
+them. On the GPU it also resizes and flips. Its resizing on the CPU takes longer than decoding, so that torchvision
+resizes there.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+from nvidia.dali.tensors import TensorCPU
 from PIL import Image
 from torch import Tensor
 
 from utils.augment import centre_crop
-from utils.folder import DECODE_ERRORS, ImageNames, Unreadable, crop_and_flip, decode, note, reason_of
+from utils.folder import ImageNames, Unreadable, crop_and_flip, note, put, resize, resize_to_centre
+from utils.images import DECODE_ERRORS, check_mode, decode, reason_of
 from utils.loader import Delivery, Loader, Raw
 
 FORMATS = (
@@ -44,14 +47,13 @@ class _File(NamedTuple):
         index: its number in the set.
         data: the file, uint8 [bytes].
         crop: top, left, height and width of what is decoded, in pixels, float32 [4].
-        part: top, left, bottom and right of the part of it that fills the result, which may end within a
-            pixel, float32 [4]; with left and right exchanged it is flipped.
+        flip: whether it is flipped left to right.
     """
 
     index: int
     data: np.ndarray
     crop: np.ndarray
-    part: np.ndarray
+    flip: bool
 
 
 _Bad = tuple[int, str]  # the number of an image and why it cannot be read
@@ -64,7 +66,7 @@ class DaliLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: threads that decode on the CPU, and as many that read files; 0 is as 1.
+        workers: threads that decode on the CPU, and as many that read files and resize there; 0 is as 1.
         unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
 
     Raises:
@@ -86,39 +88,39 @@ class DaliLoader(Loader):
         # Taken away for as long as it has batches: an iteration may be given up at any time.
         pipeline, self._idle = self._idle or self._pipeline(self._delivery.batch_size), None
         running: deque[list[_File]] = deque()
-        readers = ThreadPoolExecutor(self._threads)
+        threads = ThreadPoolExecutor(self._threads)
         try:
-            batches_of_files = self._files(batches, epoch, readers)
+            batches_of_files = self._files(batches, epoch, threads)
             while True:
                 while len(running) < _AHEAD and (files := next(batches_of_files, None)):
-                    _feed(pipeline, files)
+                    self._feed(pipeline, files)
                     running.append(files)
                 if not running:
                     break
                 try:
-                    images = self._take(pipeline, len(running[0]))
+                    images = self._take(pipeline, running[0], threads)
                 except RuntimeError:
                     # DALI does not say which image it was, and its pipeline is of no use any more.
                     running[0] = self._without_bad(running[0])
                     pipeline = self._pipeline(self._delivery.batch_size)
                     for files in running:
-                        _feed(pipeline, files)
-                    images = self._take(pipeline, len(running[0]))
+                        self._feed(pipeline, files)
+                    images = self._take(pipeline, running[0], threads)
                 index = torch.tensor([file.index for file in running.popleft()])
                 yield Raw(images, self._target[index], index)
             self._idle = pipeline
         finally:
-            readers.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
 
     def _files(
-        self, batches: Sequence[Tensor], epoch: int, readers: ThreadPoolExecutor
+        self, batches: Sequence[Tensor], epoch: int, threads: ThreadPoolExecutor
     ) -> Iterator[list[_File]]:
         """Read the files of these batches, some batches ahead."""
         waiting: deque[list[Future[_File | _Bad]]] = deque()
         remaining = iter(batches)
         while True:
             while len(waiting) < _AHEAD and (batch := next(remaining, None)) is not None:
-                waiting.append([readers.submit(self._file, index, epoch) for index in batch.tolist()])
+                waiting.append([threads.submit(self._file, index, epoch) for index in batch.tolist()])
             if not waiting:
                 return
             results = [future.result() for future in waiting.popleft()]
@@ -133,6 +135,7 @@ class DaliLoader(Loader):
             with open(self._names.path(index), "rb") as file:
                 data = file.read()
             with Image.open(io.BytesIO(data)) as image:
+                check_mode(image)
                 width, height = image.size
                 # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
                 if image.format == "JPEG" and b"\xff\xd9" not in data[-1024:]:
@@ -141,26 +144,19 @@ class DaliLoader(Loader):
                     return index, f"DALI cannot decode {image.format}, --dataset imagenet can"
         except DECODE_ERRORS as error:
             return index, reason_of(error)
+        crop, flip = (0, 0, height, width), False
         if self._delivery.train:
             crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
-            part = (0, crop[3], crop[2], 0) if flip else (0, 0, crop[2], crop[3])
-        else:
-            crop = (0, 0, height, width)
-            resized_height, resized_width, top, left = centre_crop(height, width, self._size)
-            down, across = height / resized_height, width / resized_width
-            bottom, right = top + self._size, left + self._size
-            part = (top * down, left * across, bottom * down, right * across)
-        crop, part = np.array(crop, np.float32), np.array(part, np.float32)
-        return _File(index, np.frombuffer(data, np.uint8), crop, part)
+        return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
     def _without_bad(self, files: list[_File]) -> list[_File]:
         """Leave out, and take note of, the images that DALI cannot decode, found one by one."""
         good, bad = [], []
         for file in files:
             pipeline = self._pipeline(1)
-            _feed(pipeline, [file])
+            self._feed(pipeline, [file])
             try:
-                self._take(pipeline, 1)
+                pipeline.share_outputs()
                 good.append(file)
             except RuntimeError:
                 bad.append((file.index, _why(file.data.tobytes())))
@@ -168,14 +164,14 @@ class DaliLoader(Loader):
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:
-        """Make a pipeline from files to images, uint8 [S, S, 3]."""
+        """Make a pipeline from files to their crops; on the GPU also to images, uint8 [S, S, 3]."""
         gpu = self._on_cuda
         pipeline = Pipeline(
             batch_size, self._threads, self._delivery.device.index or 0 if gpu else None,
             prefetch_queue_depth=1,  # with more the first run would wait for as many batches
         )  # fmt: skip
         with pipeline:
-            data, crop, part = (fn.external_source(name=name) for name in ("data", "crop", "part"))
+            data, crop = (fn.external_source(name=name) for name in ("data", "crop"))
             image = fn.decoders.image_slice(
                 data, crop[:2], crop[2:], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
                 device="mixed" if gpu else "cpu",  # mixed: from the CPU's memory to the GPU's, in hardware
@@ -183,34 +179,58 @@ class DaliLoader(Loader):
                 adjust_orientation=False,  # nor does torchvision's loader
                 jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
             )  # fmt: skip
-            pipeline.set_outputs(
-                fn.resize(
+            if gpu:
+                part = fn.external_source(name="part")
+                image = fn.resize(
                     image, size=(self._size, self._size), roi_start=part[:2], roi_end=part[2:], antialias=True,
                     interp_type=types.DALIInterpType.INTERP_LINEAR,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+            pipeline.set_outputs(image)
         pipeline.build()
         return pipeline
 
-    def _take(self, pipeline: Pipeline, count: int) -> Tensor:
-        """Return the images of the oldest batch in the pipeline, uint8 [count, 3, S, S]."""
+    def _feed(self, pipeline: Pipeline, files: Sequence[_File]) -> None:
+        """Let the pipeline start on a batch."""
+        pipeline.feed_input("data", [file.data for file in files])
+        pipeline.feed_input("crop", [file.crop for file in files])
+        if self._on_cuda:
+            pipeline.feed_input("part", [self._part(file) for file in files])
+        pipeline.schedule_run()
+
+    def _part(self, file: _File) -> np.ndarray:
+        """Return top, left, bottom and right of the part of a crop that fills the result, float32 [4].
+
+        It may end within a pixel; with left and right exchanged it is flipped.
+        """
+        height, width = file.crop[2:].tolist()
+        if self._delivery.train:
+            part = (0, width, height, 0) if file.flip else (0, 0, height, width)
+        else:
+            resized_height, resized_width, top, left = centre_crop(height, width, self._size)
+            down, across = height / resized_height, width / resized_width
+            bottom, right = top + self._size, left + self._size
+            part = (top * down, left * across, bottom * down, right * across)
+        return np.array(part, np.float32)
+
+    def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
+        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
         (output,) = pipeline.share_outputs()
         device = self._delivery.device
-        images = torch.empty((count, self._size, self._size, 3), dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device) if self._on_cuda else None
-        feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
-        if stream is not None:
+        images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
+        if self._on_cuda:
+            stream = torch.cuda.current_stream(device)
+            feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
             stream.synchronize()  # the copy is done before DALI gets its memory back
+        else:
+            list(threads.map(self._resize, output, files, images))
         pipeline.release_outputs()
         return images.permute(0, 3, 1, 2)
 
-
-def _feed(pipeline: Pipeline, files: Sequence[_File]) -> None:
-    """Let the pipeline start on a batch."""
-    pipeline.feed_input("data", [file.data for file in files])
-    pipeline.feed_input("crop", [file.crop for file in files])
-    pipeline.feed_input("part", [file.part for file in files])
-    pipeline.schedule_run()
+    def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
+        """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
+        size, pixels = self._size, torch.from_dlpack(crop)
+        image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
+        put(image, to, flip=file.flip)
 
 
 def _why(data: bytes) -> str:

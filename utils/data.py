@@ -8,20 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from utils.augment import Augment, crop_flip, mixing, warp
 from utils.config import DataConfig
 from utils.errors import UserError
 from utils.fake import FakeImages
-from utils.folder import FolderLoader, ImageNames, Unreadable, check_folders
 from utils.glyphs import CHARACTERS, font_files, glyphs
 from utils.loader import Delivery, Loader
 from utils.memory import Store, TensorLoader, resize
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 CPU = torch.device("cpu")
 
@@ -219,12 +221,19 @@ def _build_fake(config: DataConfig, device: torch.device) -> Loaders:
 
 @dataclass(frozen=True)
 class Cifar:
-    """A CIFAR set as a `Source`'s functions: where torchvision reads it from, and its usual statistics."""
+    """A CIFAR set as a `Source`'s functions: torchvision's class of it, by name, and its usual statistics."""
 
-    files: type[CIFAR10]
+    name: str
     num_classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def files(self) -> type[CIFAR10]:
+        """Torchvision's class, imported here: other data sets need not wait for it."""
+        from torchvision import datasets
+
+        return getattr(datasets, self.name)
 
     def check(self, config: DataConfig) -> None:
         """Raise `UserError` for a wrong number of classes or a root that is no folder."""
@@ -266,8 +275,8 @@ class Cifar:
         return images, torch.tensor(data.targets)
 
 
-_CIFAR10 = Cifar(CIFAR10, 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-_CIFAR100 = Cifar(CIFAR100, 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+_CIFAR10 = Cifar("CIFAR10", 10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+_CIFAR100 = Cifar("CIFAR100", 100, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
 
 
 # ---- imagenet, dali: a folder of image files
@@ -278,21 +287,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _check_imagenet(config: DataConfig) -> None:
+    from utils.folder import check_folders  # here and below: runs on other data need not wait for torchvision
+
     classes = check_folders(config.root, config.dataset, val=bool(config.val_batch_size))
     _check_classes(config, classes, f"{config.root}")
 
 
 def _build_imagenet(config: DataConfig, device: torch.device) -> Loaders:
+    from utils.folder import FolderLoader
+
     return _folder_loaders(config, device, partial(FolderLoader, randaugment=config.rand_augment))
 
 
 def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[..., Loader]) -> Loaders:
     """Loaders over the folders of `--root`, made by `FolderLoader` or one that takes the same arguments."""
-    unreadable = Unreadable(config.skip_corrupt)
+    from utils.folder import ImageNames, Unreadable
+
+    assert config.root is not None  # checked
+    root, unreadable = config.root, Unreadable(config.skip_corrupt)
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
-            _names(config, delivery),
+            ImageNames(root / ("train" if delivery.train else "val")),
             delivery,
             size=config.input_size,
             workers=config.workers,
@@ -300,11 +316,6 @@ def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[.
         )
 
     return _loaders(config, _deliveries(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
-
-
-def _names(config: DataConfig, delivery: Delivery) -> ImageNames:
-    assert config.root is not None  # checked
-    return ImageNames(config.root / ("train" if delivery.train else "val"))
 
 
 def _check_dali(config: DataConfig) -> None:

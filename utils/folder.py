@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import multiprocessing
+import math
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
-from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
-from utils.interrupt import SIGNALS
-from utils.loader import AUGMENT, Delivery, Loader, Raw, seed_of
+from utils.images import DECODE_ERRORS, decode, reason_of, walk
+from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
-# What Pillow raises for files that are missing, truncated, no image, broken inside or suspiciously large.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_PREFETCH = 2  # batches that each worker may be ahead
 
 
 @dataclass
@@ -69,17 +60,22 @@ class Unreadable:
 
 
 class ImageNames:
-    """Paths and classes of the images in a folder per class.
+    """Paths and classes of the images in a folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
         target: classes, int64 [samples].
+
+    Raises:
+        UserError: a folder cannot be listed.
     """
 
     def __init__(self, folder: Path) -> None:
-        files = ImageFolder(folder)
+        classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        # Not `ImageFolder` itself: it has the images below a link that leads back up some forty times.
+        images = [_images(Path(path)) for path in classes]
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
-        self._paths = np.array([os.fsencode(path) for path, _ in files.samples])
-        self.target = np.array(files.targets)
+        self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
+        self.target = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
 
     def __len__(self) -> int:
         return len(self.target)
@@ -87,6 +83,16 @@ class ImageNames:
     def path(self, index: int) -> str:
         """Return the path of an image."""
         return os.fsdecode(bytes(self._paths[index]))
+
+
+def _images(folder: Path) -> list[str]:
+    """Paths of the image files below a folder, sorted by folder and name."""
+    return [
+        os.path.join(path, name)
+        for path, names in sorted(walk(folder))
+        for name in names
+        if is_image_file(name)
+    ]
 
 
 def crop_and_flip(
@@ -98,122 +104,113 @@ def crop_and_flip(
     return random_crop(height, width, draws), flip < 0.5
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode an image file to RGB. Raises DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], bilinearly with antialiasing, to [3, height, width]."""
+    # A batch in channels-last order: torchvision takes twice as long for any other order.
+    return functional.resize(pixels[None].permute(0, 3, 1, 2), [height, width], antialias=True)[0]
 
 
-def reason_of(error: BaseException) -> str:
-    """Return what is wrong with a file, in one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
-    return " ".join(text.split()) or type(error).__name__
+def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size]."""
+    height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], size)
+    return functional.crop(resize(pixels, height, width), top, left, size, size)
 
 
-# An image [S, S, 3], or the reason why there is none. A value, not an exception: a worker's exception would
-# arrive with its traceback as its message.
-_Sample = Tensor | str
+def put(image: Tensor, to: Tensor, *, flip: bool) -> None:
+    """Copy an image, uint8 [3, S, S], to `to`, uint8 [S, S, 3], if wanted flipped left to right."""
+    rows = max(1, PART // (3 * image.shape[2]))
+    for source, target in zip(image.split(rows, 1), to.split(rows), strict=True):
+        target.copy_((source.flip(-1) if flip else source).permute(1, 2, 0))
 
 
-class _ImageFiles(Dataset[tuple[int, _Sample]]):
-    """Images, decoded, cropped and resized, uint8; a key is (epoch, index)."""
+class _Batch(NamedTuple):
+    """What a worker is asked for: an epoch, images by their numbers, and the slot where they are put."""
+
+    epoch: int
+    numbers: list[int]
+    slot: int
+
+
+_Read = tuple[list[int], list[tuple[int, str]]]
+"""The numbers of a batch's images in the order they are in, and those of unreadable ones with the reason. A
+value, not an exception: a worker's exception would arrive with its traceback as its message."""
+
+
+class _ImageFiles(Dataset[_Read]):
+    """Batches of images, decoded, cropped and resized into `slots`, uint8 [slots, N, S, S, 3]."""
 
     def __init__(
-        self, names: ImageNames, size: int, *, train: bool, randaugment: int | None, seed: int
+        self, names: ImageNames, slots: Tensor, *, train: bool, randaugment: int | None, seed: int
     ) -> None:
         self._names = names
-        self._size = size
+        self._slots = slots
         self._train = train
         self._augment = None if randaugment is None else v2.RandAugment(magnitude=randaugment)
         self._seed = seed
 
-    def __len__(self) -> int:
-        return len(self._names)
+    def __getitem__(self, batch: _Batch) -> _Read:
+        good: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for index in batch.numbers:
+            try:
+                with open(self._names.path(index), "rb") as file:
+                    image = decode(file.read())
+            except DECODE_ERRORS as error:
+                bad.append((index, reason_of(error)))
+                continue
+            self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
+            good.append(index)
+        return good, bad
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, _Sample]:
-        epoch, index = key
-        try:
-            with open(self._names.path(index), "rb") as file:
-                image = decode(file.read())
-        except DECODE_ERRORS as error:
-            return index, reason_of(error)
+    def _fit(self, image: Image.Image, epoch: int, index: int, to: Tensor) -> None:
+        """Crop and resize an image into `to`, uint8 [S, S, 3]."""
+        size = len(to)
         if not self._train:
-            height, width, top, left = centre_crop(image.height, image.width, self._size)
-            pixels = functional.resize(_pixels(image), [height, width], antialias=True)
-            pixels = functional.crop(pixels, top, left, self._size, self._size)
-        else:
-            crop, flip = crop_and_flip(image.height, image.width, self._seed, epoch, index)
-            top, left, height, width = crop
-            pixels = _pixels(image.crop((left, top, left + width, top + height)))
-            pixels = functional.resize(pixels, [self._size, self._size], antialias=True)
+            put(resize_to_centre(_pixels(image), size), to, flip=False)
+            return
+        (top, left, height, width), flip = crop_and_flip(image.height, image.width, self._seed, epoch, index)
+        pixels = resize(_pixels(image.crop((left, top, left + width, top + height))), size, size)
+        if self._augment is not None:
             pixels = pixels.flip(-1) if flip else pixels
-            if self._augment is not None:
-                pixels = rand_augment(self._augment, pixels, self._seed, epoch, index)
-        return index, pixels.permute(1, 2, 0).contiguous()
+            pixels, flip = rand_augment(self._augment, pixels, self._seed, epoch, index), False
+        put(pixels, to, flip=flip)
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """The pixels, uint8 [3, H, W], which torchvision resizes faster than Pillow does an image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """The pixels, uint8 [H, W, 3], which torchvision resizes faster than Pillow does an image."""
+    return torch.from_numpy(np.array(image))
 
 
-def rand_augment(augment: v2.Transform, image: Tensor, seed: int, epoch: int, index: int) -> Tensor:
-    """Apply a transform that draws from torch's generator to an image, uint8 [C, H, W]."""
-    # Only the CPU's generator is touched: `torch.manual_seed` would also change the accelerator's.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed_of(AUGMENT, seed, epoch, index, 1))
-        return augment(image)
-
-
-_Collated = tuple[
-    Tensor, list[int], list[tuple[int, str]]
-]  # images [N, S, S, 3], their numbers; the unreadable
-
-
-def _collate(samples: list[tuple[int, _Sample]]) -> _Collated:
-    good = [(index, image) for index, image in samples if isinstance(image, Tensor)]
-    bad = [(index, reason) for index, reason in samples if isinstance(reason, str)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-    return images, [index for index, _ in good], bad
-
-
-def _start_worker(training: Connection, _: int) -> None:
-    """Let signals be the training's business, which ends its workers when it has saved; end with it at the latest."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-    def end_with_training() -> None:
-        with contextlib.suppress(EOFError):
-            training.recv()  # nothing ever comes, the other end is closed
-        os._exit(0)
-
-    threading.Thread(target=end_with_training, daemon=True).start()
-
-
-def _start_server(context: ForkServerContext) -> None:
-    """Start the process that workers are forked from, as deaf to the signals as they are."""
-    context.set_forkserver_preload([__name__])  # what it has imported need not be imported by each worker
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited; what comes meanwhile is not lost
+def _shared(shape: tuple[int, ...], workers: int) -> Tensor:
+    """Make a tensor of bytes, uint8, in memory that other processes can have too."""
     try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:  # what torch raises when the system has no more
+        raise UserError(
+            f"{workers} workers need {math.prod(shape) >> 20} MiB of shared memory for their batches, which is "
+            "more than there is: write fewer --workers or a smaller --batch_size or --val_batch_size, or let "
+            "the machine or container have more (/dev/shm)"
+        ) from error
 
 
-class _Keys(Sampler[list[tuple[int, int]]]):
-    """The batches of keys (epoch, index) of the coming iteration; the only way an epoch reaches a worker."""
+class _Batches(Sampler[_Batch]):
+    """The batches of the coming iteration; the only way an epoch reaches a worker.
 
-    def __init__(self) -> None:
+    Slots are used in turn. The `DataLoader` asks for a batch when it hands out one that it asked for `ahead`
+    batches before, so that at most `ahead + 1` batches exist, and the loader has finished all earlier ones.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self.slots = ahead + 1
         self.batches: Sequence[Tensor] = ()
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for index in self.batches:
-            yield [(self.epoch, i) for i in index.tolist()]
+    def __iter__(self) -> Iterator[_Batch]:
+        for number, index in enumerate(self.batches):
+            yield _Batch(self.epoch, index.tolist(), number % self.slots)
 
 
 class FolderLoader(Loader):
@@ -244,33 +241,49 @@ class FolderLoader(Loader):
         super().__init__(len(names), delivery)
         self._names = names
         self._target = torch.from_numpy(names.target)
+        self._size = size
+        self._workers = workers
         self._unreadable = unreadable
-        context = start_worker = None
-        if workers:
-            # Forking this process, which has threads, may deadlock. The server has one.
-            context = multiprocessing.get_context("forkserver")
-            _start_server(context)
-            theirs, mine = context.Pipe(duplex=False)
-            Finalize(self, mine.close, exitpriority=0)  # at exit too, before workers are waited for
-            start_worker = partial(_start_worker, theirs)
-        self._keys = _Keys()
-        self._loader = DataLoader(
-            _ImageFiles(names, size, train=delivery.train, randaugment=randaugment, seed=delivery.seed),
-            batch_sampler=self._keys,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=self._on_cuda,
-            persistent_workers=workers > 0,
+        self._randaugment = randaugment
+        self._asked = _Batches(ahead=_PREFETCH * workers)
+        self._slots = torch.empty(0)
+        self._loader: DataLoader[_Read] | None = None  # opened by the first iteration
+
+    def _open(self) -> DataLoader[_Read]:
+        """Make the slots, in memory that is shared with the workers, and what starts these."""
+        count = min(self._delivery.batch_size, self.samples)
+        shape = (self._asked.slots, count, self._size, self._size, 3)
+        context = begin = None
+        # The same memory again and again: fresh pages cost more than what is written into them.
+        if not self._workers:
+            self._slots = torch.empty(shape, dtype=torch.uint8)
+        else:
+            self._slots = _shared(shape, self._workers)
+            context, begin = workers.prepare(self, preload=__name__)
+        return DataLoader(
+            _ImageFiles(
+                self._names, self._slots, train=self._delivery.train,
+                randaugment=self._randaugment, seed=self._delivery.seed,
+            ),
+            sampler=self._asked,
+            batch_size=None,  # what is asked for is a batch already
+            num_workers=self._workers,
+            prefetch_factor=_PREFETCH if self._workers else None,
+            persistent_workers=self._workers > 0,
             multiprocessing_context=context,
-            worker_init_fn=start_worker,
+            worker_init_fn=begin,
             generator=torch.Generator(),  # else each iteration draws from the global one
-        )
+        )  # fmt: skip
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
-        self._keys.batches, self._keys.epoch = batches, epoch
-        for images, numbers, bad in self._loader:
-            note(self._unreadable, self._names, bad, left=len(numbers))
-            index = torch.tensor(numbers)
+        self._loader = self._loader or self._open()
+        asked = self._asked
+        asked.batches, asked.epoch = batches, epoch
+        for number, (good, bad) in enumerate(self._loader):
+            note(self._unreadable, self._names, bad, left=len(good))
+            images = self._slots[number % asked.slots, : len(good)]
+            images = images.pin_memory() if self._on_cuda else images
+            index = torch.tensor(good)
             yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
 
 
@@ -322,8 +335,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _has_image(folder: Path) -> bool:
-    walk = os.walk(folder, followlinks=True)  # as torchvision does
-    return any(is_image_file(name) for _, _, names in walk for name in names)
+    return any(is_image_file(name) for _, names in walk(folder) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:

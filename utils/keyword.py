@@ -30,8 +30,7 @@ class Keyword:
         rank: 0 sets defaults, 1 refines them (`lsq` over `dorefa`), 2 refines one tag (`wt_lsq`).
         requires: groups of words; of each group at least one must be given too.
         excludes: words that cannot be given with this one.
-        families: networks it has an effect on, of `utils.config.FAMILIES`; empty: all.
-        later: what it still waits for; using it is an error until then.
+        families: networks it has an effect on, of `utils.resolve.network.FAMILIES`; empty: all.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Keyword:
     requires: tuple[tuple[str, ...], ...] = ()
     excludes: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
-    later: str = ""
 
 
 _REGISTRY: dict[str, Keyword] = {}
@@ -181,6 +179,16 @@ _declare(
         "space-to-depth by 2, a convolution, then max pooling",
         _sets(stem__space_to_depth=2),
     ),
+    (
+        "small_stem",
+        "the stem for small images, whatever the data set's own: 3x3, no stride, no pooling",
+        {
+            **_sets(stem__kind="cifar"),
+            "rank": 1,
+            "excludes": ("TResNetStem", "TResNetStemMaxPool"),
+            "families": ("resnet", "mobilenet", "classic"),
+        },
+    ),
     families=("resnet",),
 )
 _declare(
@@ -247,7 +255,7 @@ _declare(
     ("wt_bin", "one-bit weights sign(w) * mean|w|",
      {**_sets(quant__wt__binary_scale=True), "requires": (("dorefa", "pact"),)}),
     ("custom-update", "LQ-Nets: the basis as a running mean over iterations",
-     {**_sets(quant__custom_update=True), "requires": (("lq",),)}),
+     _sets(quant__custom_update=True)),
     ("closed_form", "FATNN: multiply the result by a running least-squares scale",
      {**_sets(quant__closed_form=True), "requires": (("non-uniform", "fm_non-uniform", "wt_non-uniform"),)}),
     ("proxquant", "blend quantized values in over --proxquant_step iterations",
@@ -259,7 +267,7 @@ _declare(
     (
         "label-smooth",
         "smooth the labels by --label_smooth, 0.1 when it is not given",
-        _sets(run__label_smooth=0.1),
+        _sets(loss__label_smooth=0.1),
     ),
     (
         "lr-test",
@@ -271,7 +279,20 @@ _declare(
         "log every quantizer's settings, and its state after each epoch, as --verbose does",
         _sets(run__verbose=True),
     ),
-    ("probe", "write tensors of chosen layers", {"later": "probing is not there yet"}),
+    (
+        "probe",
+        "write tensors of quantized layers at some iterations, see --probe_list",
+        _sets(probe__enable=True),
+    ),
+)
+
+
+_declare(
+    "older configs",
+    ("save", "a word of tools.py: nothing here", {}),
+    ("raw", "a word of tools.py: nothing here", {}),
+    ("mean", "nothing here", {}),
+    ("pretrain", "nothing here", {}),
 )
 
 
@@ -297,13 +318,11 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
     """The fields that `words` set, for a network of `family`.
 
     Raises:
-        UserError: naming every unknown word (with close names), word that is not there yet,
-            contradiction and missing requirement.
+        UserError: naming every unknown word (with close names), contradiction and missing requirement.
     """
     words = tuple(dict.fromkeys(words))
     known = [_REGISTRY[word] for word in words if word in _REGISTRY]
     problems = [_unknown(word) for word in words if word not in _REGISTRY]
-    problems += [f"keyword {k.name}: {k.later}" for k in known if k.later]
     problems += _contradictions(known)
     for keyword in known:
         for group in keyword.requires:
@@ -322,6 +341,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
         for k in known
         if k.families and family not in (*k.families, "own")
     )
+    warnings += tuple(f"the keyword {k.name} has no effect: it sets nothing" for k in known if not k.sets)
     return Resolution(fields, origins, warnings)
 
 
@@ -359,7 +379,6 @@ def table() -> str:
 def _relations(keyword: Keyword) -> str:
     notes = [f"needs {' or '.join(group)}" for group in keyword.requires]
     notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
-    notes += ["not there yet"] if keyword.later else []
     return f" ({'; '.join(notes)})" if notes else ""
 
 

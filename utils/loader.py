@@ -11,15 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from utils.augment import COLOUR_DRAWS, colour
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [N, 3, S, S], normalised per channel, in channels-last order, on the loader's device; and
@@ -27,6 +29,10 @@ their classes, int64 [N], or where images are mixed the shares of the classes, f
 
 # The first word of a seed keeps the streams of random numbers apart.
 _ORDER, AUGMENT, PATTERN, NOISE, _COLOUR, _MIX = range(1, 7)
+
+# Torch divides fewer numbers than these not among threads. A batch is finished on a CPU in such parts: they stay
+# in its cache, and threads would have to wait for cores that are decoding the batches to come.
+PART = 2**15
 
 
 def seed_of(*words: int) -> int:
@@ -38,6 +44,14 @@ def seed_of(*words: int) -> int:
 def generator(*words: int) -> torch.Generator:
     """Return a generator of the CPU that is seeded by these words."""
     return torch.Generator().manual_seed(seed_of(*words))
+
+
+def rand_augment(augment: v2.Transform, image: Tensor, seed: int, epoch: int, index: int) -> Tensor:
+    """Apply a transform that draws from torch's generator to an image, uint8 [C, H, W]."""
+    # Only the CPU's generator is touched: `torch.manual_seed` would also change the accelerator's.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed_of(AUGMENT, seed, epoch, index, 1))
+        return augment(image)
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
@@ -58,7 +72,7 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 class Raw(NamedTuple):
-    """A batch as its source has it.
+    """A batch as its source has it; the images only until the next one is read, which may overwrite them.
 
     Attributes:
         images: [N, C, S, S], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
@@ -217,9 +231,13 @@ class Loader(ABC):
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
-        rows = pixels.reshape(count, height, 3 * width).to(torch.float32, copy=True)
-        torch.addcmul(self._shift.repeat(width), rows, self._factor.repeat(width), out=rows)
-        return rows.view(count, height, width, 3).permute(0, 3, 1, 2)
+        rows = pixels.reshape(count * height, 3 * width)
+        shift, factor = self._shift.repeat(width), self._factor.repeat(width)
+        result = torch.empty(rows.shape, device=images.device)
+        part = len(rows) if images.is_cuda else max(1, PART // (3 * width))
+        for into, values in zip(result.split(part), rows.split(part), strict=True):
+            torch.addcmul(shift, into.copy_(values), factor, out=into)
+        return result.view(count, height, width, 3).permute(0, 3, 1, 2)
 
     @abstractmethod
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:

@@ -1,8 +1,9 @@
-"""What a run tells: log, meters, metrics file, TensorBoard, progress and the picture of the curves."""
+"""What a run tells: log, meters, files of an epoch's figures and the picture of the curves."""
 
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch.utils.tensorboard.writer import SummaryWriter
 
     from utils.schedule import Schedule
 
@@ -231,12 +231,7 @@ class MetricsFile:
                 raise UserError(f"{self.path} has other columns than this run writes: move it away")
             column = self.fields.index("epoch")
             kept += [line for line in lines if _numbers(self.path, line, self.fields)[column] < epoch]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        _replace(self.path, kept)
 
     @staticmethod
     def read(path: Path) -> list[dict[str, float]]:
@@ -250,51 +245,42 @@ class MetricsFile:
         return [dict(zip(fields, _numbers(path, line, fields), strict=True)) for line in lines]
 
 
-class Board:
-    """TensorBoard's event files, or nothing.
+class RecordsFile:
+    """A file with one JSON object per epoch and line; the key `epoch` is one of the object's.
 
     Args:
-        folder: where the event files go; None writes nothing and does not import TensorBoard.
-        purge_step: the step a resumed run goes on with; what a former run wrote from there on is hidden.
-
-    Raises:
-        UserError: TensorBoard is not installed, or the folder cannot be written.
+        path: the file; its folder is made when missing, the file with the first record.
     """
 
-    def __init__(self, folder: Path | None, purge_step: int | None = None) -> None:
-        self._writer = None if folder is None else _writer(folder, purge_step)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write one point of each curve."""
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record; a number in it that is not finite is a ValueError, JSON has none."""
+        line = json.dumps(record, allow_nan=False, separators=(",", ":"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Write the distribution of a tensor's finite elements, of any shape, float type and device."""
-        if self._writer is not None:
-            numbers = values.detach().to("cpu", torch.float32)
-            numbers = numbers[numbers.isfinite()]
-            if numbers.numel() > 0:
-                self._writer.add_histogram(tag, numbers, step)
+    def truncate_after(self, epoch: int) -> None:
+        """Drop the records from `epoch` on; as `MetricsFile.truncate_after`."""
+        if self.path.exists():
+            kept = [] if epoch == 0 else [line for line in _lines(self.path) if self._epoch(line) < epoch]
+            _replace(self.path, kept)
 
-    def close(self) -> None:
-        """Write what is held back and end the event file."""
-        if self._writer is not None:
-            self._writer.close()
+    def _epoch(self, line: str) -> int:
+        return _record(self.path, line)["epoch"]
 
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """Read the finished records, in order.
 
-def progress(iterable: Iterable[T], total: int, description: str, enabled: bool) -> tqdm[T]:
-    """Wrap an iterable in a progress bar on standard error.
-
-    Args:
-        iterable: what is iterated.
-        total: its length.
-        description: the word before the bar.
-        enabled: False, or standard error not being a terminal, shows nothing and only passes on.
-    """
-    disable = None if enabled else True  # None: tqdm looks for the terminal
-    return tqdm(iterable, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
+        Raises:
+            UserError: the file does not exist or holds something else.
+        """
+        return [_record(path, line) for line in _lines(path)]
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
@@ -359,27 +345,34 @@ def draw_schedule(rates: Schedule, path: Path, title: str) -> None:
     figure.savefig(path)
 
 
-def _writer(folder: Path, purge_step: int | None) -> SummaryWriter:
-    """Open TensorBoard's writer."""
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
-    try:
-        return SummaryWriter(folder, purge_step=purge_step)
-    except OSError as error:
-        raise UserError(
-            f"cannot write TensorBoard's files to {folder} ({error.strerror}): choose another --log_dir"
-        ) from error
-
-
 def _lines(path: Path) -> list[str]:
     """Read the lines that were written to their end."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"cannot read the metrics file {path} ({error.strerror})") from error
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    """Write a file anew, in one move."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _record(path: Path, line: str) -> dict[str, Any]:
+    """Read a line of a file of records."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        raise UserError(f"{path} is damaged: its line '{line.strip()[:40]}' is not the record of an epoch")
+    return record
 
 
 def _numbers(path: Path, line: str, fields: Sequence[str]) -> list[float]:

@@ -8,11 +8,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from utils.augment import DRAWS, Augment
-from utils.folder import rand_augment
-from utils.loader import AUGMENT, Delivery, Loader, Raw, generator
+from utils.loader import AUGMENT, Delivery, Loader, Raw, generator, rand_augment
 
 
 class Store(Protocol):
@@ -52,6 +50,8 @@ class TensorLoader(Loader):
         self._augment = augment if delivery.train else None
         self._randaugment = None
         if delivery.train and randaugment is not None:
+            from torchvision.transforms import v2  # here: other runs need not wait for it
+
             self._randaugment = v2.RandAugment(magnitude=randaugment)
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:

@@ -20,6 +20,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def integer(text: str) -> int:
+    """An integer, which may be written as 2.0."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
+
+
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated integers."""
     return tuple(int(word) for word in words(text))
@@ -42,7 +50,6 @@ class Option:
         aliases: other spellings, with their dashes.
         choices: the only values.
         many: takes several values.
-        later: what the option still waits for; using it is an error until then.
         undoes: a flag that this one takes back when it comes later.
     """
 
@@ -53,15 +60,12 @@ class Option:
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     many: bool = False
-    later: str = ""
     undoes: str = ""
 
 
 def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **rest: Any) -> Option:
     return Option(name=name, kind=kind, default=default, help=help, **rest)
 
-
-METHOD = "this training method is not there yet"
 
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
@@ -190,9 +194,6 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "training batches that batch norms' statistics are computed from anew before validation; 0: none",
         ),
         _option("delay", float, 0.0, "seconds to wait in each iteration"),
-        _option(
-            "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
-        ),
     ),
     "checkpoints and logs": (
         _option(
@@ -214,17 +215,56 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "save_every", int, 0, "iterations between saves of the latest checkpoint; 0: after epochs only"
         ),
         _option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
-        _option("report_freq", int, 50, "iterations between two lines of the log"),
+        _option("report_freq", integer, 50, "iterations between two lines of the log"),
         _option("tensorboard", bool, False, "write TensorBoard files"),
         _option("verbose", bool, False, "log parameter groups and the details of loading"),
     ),
-    "distillation and losses": (
-        _option("distill_teacher", str, None, "teacher network", later=METHOD),
-        _option("distill_loss_alpha", float, None, "weight of the distillation loss", later=METHOD),
-        _option("distill_loss_temperature", float, None, "softmax temperature", later=METHOD),
-        _option("distill_loss_type", str, None, "kind of the distillation loss", later=METHOD),
-        _option("focal_gamma", float, None, "exponent of the focal loss", later=METHOD),
-        _option("focal_alpha", float, None, "weight of the focal loss", later=METHOD),
+    "loss": (
+        _option(
+            "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
+        ),
+        _option("focal_gamma", float, 0.0, "focal loss: exponent of 1 - p of the class; 0: cross-entropy"),
+        _option("focal_alpha", float, 1.0, "focal loss: factor on all of it"),
+        _option("distill_teacher", str, None, "distillation: the teacher, as --model, or none"),
+        _option(
+            "distill_keyword",
+            words,
+            None,
+            "the teacher's keywords; default: the network's without quantizers",
+        ),
+        _option(
+            "distill_width_alpha", float, None, "the teacher's width; default: the network's width_alpha"
+        ),
+        _option(
+            "distill_pretrained",
+            str,
+            None,
+            "the teacher's checkpoint: a path, or a name in weights_dir/TEACHER",
+        ),
+        _option("distill_loss_alpha", float, 0.5, "share of the distillation loss, the labels' is the rest"),
+        _option("distill_loss_temperature", float, 4.0, "temperature of the soft labels"),
+        _option(
+            "distill_loss_type",
+            str,
+            "kl",
+            "kl: divergence of soft labels; mse: squared error of logits",
+            choices=("kl", "mse"),
+        ),
+        _option("quant_loss", float, 0.0, "factor on the relative quantization error of the weights"),
+        _option(
+            "dampen", float, 0.0, "factor on the dampening of oscillating weights at the end of training"
+        ),
+    ),
+    "weights": (
+        _option("ema_decay", float, 0.0, "decay of averaged weights, evaluated beside the network; 0: none"),
+        _option("ema_weights", bool, False, "take the averaged weights of the --pretrained checkpoint"),
+        _option(
+            "freeze_threshold",
+            floats,
+            (),
+            "freeze weights that oscillate more often in a step; two: from, to, along a cosine",
+        ),
+        _option("freeze_momentum", float, 0.01, "momentum of the frequencies of oscillation"),
     ),
 }
 
@@ -240,7 +280,7 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
     group = "1" if tag != "wt" else "one per output channel"
     options = [
         _option(f"{tag}_enable", bool, False, f"quantize every {what}"),
-        _option(f"{tag}_bit", int, 8, f"bits of the {what} quantizer, 2^bit levels"),
+        _option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
         _option(f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit"),
         _option(f"{tag}_half_range", bool, False, half),
         _option(
@@ -318,6 +358,14 @@ MODEL: dict[str, tuple[Option, ...]] = {
             "initialise the quantizers from the loaded weights and one batch, before training",
         ),
         _option(
+            "re_init_range",
+            str,
+            "paper",
+            "how re_init finds clip values: LSQ's formula, least squared error, or a percentile of |x|",
+            choices=("paper", "mse", "percentile"),
+        ),
+        _option("re_init_percentile", float, 99.9, "the percentile, percent"),
+        _option(
             "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
         ),
         _option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
@@ -330,20 +378,43 @@ MODEL: dict[str, tuple[Option, ...]] = {
             None,
             "YAML file that changes quantizers and training options as the run goes; see docs/policies.md",
         ),
-        _option("proxquant_step", int, 1000, "keyword proxquant: training iterations until all is quantized"),
+        _option(
+            "proxquant_step",
+            int,
+            1000,
+            "keyword proxquant: training iterations until all is quantized",
+            aliases=("--ps",),
+        ),
         _option("mixup_enable", bool, False, "Mixup: train on mixtures of two images"),
         _option("mixup_alpha", float, 0.2, "parameter of Mixup's beta distribution"),
         _option("cutmix_enable", bool, False, "CutMix: paste a part of another image"),
         _option("cutmix_alpha", float, 1.0, "parameter of CutMix's beta distribution"),
-        _option("probe_list", words, None, "layers to look into", later="probing is not there yet"),
-        _option("probe_index", integers, None, "images to look into", later="probing is not there yet"),
         _option(
-            "probe_iteration", integers, None, "iterations to look into", later="probing is not there yet"
+            "probe_list",
+            words,
+            (),
+            "layers whose tensors are written to log_dir/CASE/probe, by name or pattern [every quantized layer]",
+        ),
+        _option("probe_index", integers, (0,), "images of the batch that are kept of them"),
+        _option(
+            "probe_iteration", integers, (), "iterations of the run, from 0, at which [first, middle, last]"
         ),
     ),
 }
 
-GROUPS = {**MODEL, **COMMON}
+OLDER: dict[str, tuple[Option, ...]] = {
+    "older configs (taken, with a warning, and without effect)": (
+        *(
+            _option(f"{tag}_separator", float, None, f"of {what} quantizers that are not here")
+            for tag, what in TAGS.items()
+        ),
+        _option("ot_independent_parameter", bool, False, "of output quantizers that are not here"),
+        _option("block_alpha", float, None, "of networks that are not here"),
+        _option("se_reduction", int, None, "of networks that are not here"),
+    ),
+}
+
+GROUPS = {**MODEL, **COMMON, **OLDER}
 OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}
 
 
@@ -365,7 +436,6 @@ def _parser() -> argparse.ArgumentParser:
         section = parser.add_argument_group(title)
         for option in group:
             spellings = [*option.aliases, f"--{option.name}"]
-            note = " (not there yet)" if option.later else ""
             if option.undoes:
                 section.add_argument(
                     *spellings, dest=option.name, action=_Undo, const=option.undoes, nargs=0, help=option.help
@@ -373,7 +443,7 @@ def _parser() -> argparse.ArgumentParser:
                 continue
             if option.kind is bool:
                 section.add_argument(
-                    *spellings, dest=option.name, action="store_true", default=None, help=option.help + note
+                    *spellings, dest=option.name, action="store_true", default=None, help=option.help
                 )
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
@@ -381,7 +451,7 @@ def _parser() -> argparse.ArgumentParser:
                 *spellings, dest=option.name, action=_Last, type=option.kind, default=None,
                 metavar=_metavar(option),
                 choices=option.choices or None, nargs="+" if option.many else None,
-                help=(option.help + default + note).replace("%", "%%"),
+                help=(option.help + default).replace("%", "%%"),
             )  # fmt: skip
     return parser
 
@@ -389,7 +459,7 @@ def _parser() -> argparse.ArgumentParser:
 def _metavar(option: Option) -> str:
     if option.choices:
         return "{" + ",".join(option.choices) + "}"
-    names = {int: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
+    names = {int: "N", integer: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
     return names.get(option.kind, option.name.upper())
 
 
@@ -438,8 +508,7 @@ def parse(argv: Sequence[str]) -> Given:
     """The options of a command line.
 
     Raises:
-        UserError: for an unknown option (with close names), a value that does not fit, or an option
-            whose machinery is not there yet.
+        UserError: for an unknown option (with close names) or a value that does not fit.
         SystemExit: for `--help`.
     """
     start = argparse.Namespace(replaced={})
@@ -451,7 +520,4 @@ def parse(argv: Sequence[str]) -> Given:
         hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
     written = {name: value for name, value in vars(known).items() if name in OPTIONS and value is not None}
-    for name in written:
-        if OPTIONS[name].later:
-            raise UserError(f"--{name}: {OPTIONS[name].later}")
     return Given(written, known.replaced)

@@ -74,6 +74,22 @@ def _apex(device: torch.device) -> ModuleType:
     return amp
 
 
+def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
+    """How weights and images lie in memory: channels last if that is asked for, but where it would crash.
+
+    On a CPU the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels writes past
+    its memory (oneDNN in torch 2.15). Only very narrow networks have one.
+    """
+    crashes = device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 16
+        for module in model.modules()
+    )
+    return torch.channels_last if config.channels_last and not crashes else torch.contiguous_format
+
+
 def prepare(model: nn.Module, config: PrecisionConfig) -> None:
     """Set how GPUs multiply float32 and, at O3, make all of the network half but its quantizers.
 

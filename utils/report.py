@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from logging import Logger
 from pathlib import Path
+from typing import Any
 
 import yaml
+from torch import nn
 
-from model import health
 from model.audit import Audit
-from model.health import HealthRow
+from model.convert import full_precision
+from model.quant import quantizers
 from model.summary import Cost
-from utils import log
+from utils import log, optim
 from utils.checkpoint import CheckpointFiles
 from utils.config import Config, to_dict
 from utils.errors import UserError
-from utils.log import Board
+from utils.optim import ParamGroup
 from utils.schedule import Schedule
 from utils.state import RunState
 
@@ -49,30 +53,42 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def announce(
+    config: Config, cost: Cost, model: nn.Module, groups: Sequence[ParamGroup], logger: Logger
+) -> None:
+    """What is about to be trained or evaluated, for the log."""
+    logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
+    if config.data.world_size > 1:
+        device = next(model.parameters()).device
+        logger.info("%d processes, this one on %s", config.data.world_size, device)
+    logger.info("%s", cost.totals())
+    if config.model.quant.enabled:
+        logger.info("in full precision: %s", ", ".join(full_precision(model)) or "no layer")
+    logger.debug("%s", optim.table(groups))
+    for name, quantizer in quantizers(model):
+        logger.debug("%s: %s", name, quantizer.config)
+
+
 def epoch_line(row: dict[str, float], last: int, best: float) -> str:
     """One epoch for the log."""
     text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
     if "val_top1" in row:
         text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
+    if "ema_top1" in row:
+        text += f"; averaged weights: top-1 {row['ema_top1']:.2f}"
+    if "frozen" in row:
+        text += f"; frozen {row['frozen']:.2f} %"
     text += (
         f"; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %"
     )
     return f"{text}, {row['seconds']:.1f} s"
 
 
-def report_health(rows: list[HealthRow], board: Board, epoch: int, logger: Logger) -> None:
-    """Each quantizer's state after an epoch, to the log (`--verbose`) and to TensorBoard."""
-    if rows:
-        logger.debug("%s", health.table(rows))
-    for row in rows:
-        board.scalars({f"health/{name}": value for name, value in row.scalars().items()}, epoch)
-
-
 def finish(
     config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles,
     logger: Logger,
-) -> None:  # fmt: skip
-    """Write the run's summary and picture, and name them."""
+) -> dict[str, Any]:  # fmt: skip
+    """Write the run's summary and picture, and name them; returns the summary."""
     metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case
     rows = log.MetricsFile.read(metrics) if metrics.exists() else []
     log.draw_curves(rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)")
@@ -85,12 +101,16 @@ def finish(
         "epochs": state.epoch,
         "best_top1": state.best_acc if math.isfinite(state.best_acc) else None,
         "last_top1": rows[-1]["val_top1"] if rows and math.isfinite(rows[-1]["val_top1"]) else None,
+        "last_ema_top1": rows[-1]["ema_top1"] if rows and math.isfinite(rows[-1]["ema_top1"]) else None,
         "weight_bytes": cost.weight_bytes,
         "float_weight_bytes": cost.float_weight_bytes,
         "macs": cost.macs,
         "bit_operations": cost.bit_operations,
+        "parameters": cost.parameters,
         "audit": found.verdict,
         "seed": config.run.seed,
+        "layers": [asdict(layer) | {"bit_operations": layer.bit_operations} for layer in cost.layers],
+        "quantizers": [asdict(row) | {"problem": row.problem, "note": row.note} for row in found.rows],
     }
     write_text(folder / "summary.json", json.dumps(result, indent=2) + "\n")
     logger.info("audit: %s", found.verdict)
@@ -98,10 +118,14 @@ def finish(
         logger.error("audit: %s", problem)
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
     logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
-    written = ["metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "log.txt"]
+    written = (
+        "metrics.csv", "curves.png", "config.yaml", "audit.txt", "summary.json", "quantizers.jsonl", "log.txt",
+    )  # fmt: skip
     logger.info("look at: %s", ", ".join(str(folder / name) for name in written if (folder / name).exists()))
     if config.run.tensorboard:
         logger.info("TensorBoard: tensorboard --logdir %s", folder / "tensorboard")
+    logger.info("report: python tools.py --keyword report %s", folder)
+    return result
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,8 +19,7 @@ from utils import checkpoint, distributed, log
 from utils.checkpoint import CheckpointFiles, Found, LoadReport
 from utils.config import Config, to_dict
 from utils.errors import TrainingError, UserError
-from utils.precision import Precision
-from utils.schedule import Schedule
+from utils.parts import Parts
 
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
 CHANGEABLE = {
@@ -42,6 +41,7 @@ class RunState:
         best_acc: best top-1 of a validation so far, percent; -inf before the first.
         amp: `Precision.state_dict` to go on with.
         policy: `Steering.state_dict` to go on with.
+        methods: `Methods.state_dict` to go on with.
         differences: options that changed since the checkpoint that the run continues from.
     """
 
@@ -53,6 +53,7 @@ class RunState:
     best_acc: float = -math.inf
     amp: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    methods: Mapping[str, Any] = field(default_factory=dict)
     differences: tuple[str, ...] = ()
 
 
@@ -63,7 +64,10 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
     its iterations from zero, so that a warm-up takes place.
     """
-    state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
+    payload = checkpoint.read(path)
+    state = checkpoint.state_dict_of(payload, source=str(path))
+    if config.run.ema_weights:
+        state |= _averaged(payload, path)
     own = dict(quantizers(model))
     held = set(state)
     for name, quantizer in own.items():
@@ -103,6 +107,15 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
 
 
+def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint."""
+    methods = payload.get("methods", {})
+    average = methods.get("average", {}) if isinstance(methods, dict) else {}
+    if not average:
+        raise UserError(f"--ema_weights: {path} has none; it was trained without --ema_decay")
+    return dict(average["weights"])
+
+
 def restore(
     payload: dict[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
 ) -> RunState:
@@ -119,7 +132,11 @@ def restore(
     for name, quantizer in quantizers(model):
         quantizer.set_levels(_levels(state[f"{name}.level_num"], path))
     if config.run.evaluate:
-        return RunState(epoch=payload.get("epoch", 0), best_acc=payload.get("best_acc", -math.inf))
+        return RunState(
+            epoch=payload.get("epoch", 0),
+            best_acc=payload.get("best_acc", -math.inf),
+            methods={"average": payload.get("methods", {}).get("average", {})},
+        )
     missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
     if missing:
         raise UserError(
@@ -146,6 +163,7 @@ def restore(
         best_acc=payload["best_acc"],
         amp=payload.get("amp", {}),
         policy=payload.get("policy", {}),
+        methods=payload.get("methods", {}),
         differences=changed,
     )
 
@@ -187,7 +205,8 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
     kinds: dict[str, tuple[type, ...]] = {
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
         "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
-        "amp": (dict,), "policy": (dict,), "random_of_others": (list,), "launchers": (list,),
+        "amp": (dict,), "policy": (dict,), "methods": (dict,), "random_of_others": (list,),
+        "launchers": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and not isinstance(payload[name], kind):
@@ -211,8 +230,7 @@ def _levels(value: torch.Tensor, path: Path) -> int:
 
 # Parts of the configuration that say where and how often, not what is trained.
 _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
-              "devices.world_size", "devices.rank"}  # fmt: skip
-_OF_RUN = {"run.label_smooth"}  # of the part `run`, only these change the training
+              "devices.world_size", "devices.rank", "run"}  # fmt: skip
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
@@ -220,7 +238,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     found: list[str] = []
     for name in before.keys() & now.keys():
         old, new, field = before[name], now[name], f"{prefix}{name}"
-        if field in _ELSEWHERE or (prefix == "run." and field not in _OF_RUN):
+        if field in _ELSEWHERE:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{field}.")
@@ -230,9 +248,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 
 def save(
-    state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision,
-    rates: Schedule, files: CheckpointFiles, config: Config, writer: checkpoint.Writer, launchers: Sequence[str],
-    *, best: bool,
+    state: RunState, parts: Parts, files: CheckpointFiles, writer: checkpoint.Writer, launchers: Sequence[str],
+    *, best: bool = False,
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
@@ -242,7 +259,8 @@ def save(
     Raises:
         TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
     """
-    _refuse_nonfinite(precision.weights(model), state)
+    config, rates, weights = parts.config, parts.steering.rates, parts.precision.weights(parts.model)
+    _refuse_nonfinite(weights, state)
     of_ranks = distributed.gathered((list(state.sums), checkpoint.random_state()))
     if config.data.rank != 0:
         return
@@ -254,13 +272,14 @@ def save(
         "sums": [sums for sums, _ in of_ranks],
         "seconds": state.seconds,
         "waited": state.waited,
-        "state_dict": precision.weights(model),
-        "optimizer": optimizer.state_dict(),
+        "state_dict": weights,
+        "optimizer": parts.optimizer.state_dict(),
         "scheduler": {"step": step},
         "best_acc": state.best_acc,
         "learning_rate": rates.at(max(step - 1, 0)),
-        "amp": precision.state_dict(),
+        "amp": parts.precision.state_dict(),
         "policy": dict(state.policy),
+        "methods": dict(state.methods),
         "random": of_ranks[0][1],
         "random_of_others": [random for _, random in of_ranks[1:]],
         "config": to_dict(config),

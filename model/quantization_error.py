@@ -1,0 +1,33 @@
+"""A penalty on the distance of weights from their levels (`--quant_loss`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.quant import Quantizer, quantized_layers
+from model.uniform import LearnedClip, LearnedRange
+
+
+def quantization_error(model: nn.Module) -> Tensor:
+    """Mean over layers of sum (q - w)^2 / sum w^2, w the weights and q their levels; float32 [].
+
+    With gradient it pulls each weight to its level: q and sum w^2 count as constants, since the straight-through
+    gradient of q would cancel that of w. Learned clip values get the gradient of the same error through q with
+    constant w (`LearnedClip`), which leads to the range of least squared error. Quantizers whose levels are
+    values of another kind than the weights are left to the caller to refuse.
+    """
+    errors = []
+    for _, layer in quantized_layers(model):
+        quantizer = layer.quant_weight
+        if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
+            continue
+        weight = layer.weight.float()
+        fixed = weight.detach()
+        size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        error = (weight - quantizer.integers(fixed).dequantize()).square().sum()
+        if isinstance(quantizer, LearnedRange) and quantizer.config.adaptive == "none":
+            learned = LearnedClip.apply(fixed, quantizer.clip(fixed), quantizer.grid())
+            error = error + (learned - fixed).square().sum()
+        errors.append(error / size)
+    return torch.stack(errors).mean()

@@ -1,0 +1,110 @@
+"""Finding image files below a folder, and decoding one."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.errors import UserError
+from utils.images import DECODE_ERRORS, decode, reason_of, walk
+
+RAMP = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
+
+
+def written(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bits_become_their_upper_eight(form: str) -> None:
+    pixels = np.asarray(decode(written(Image.fromarray(RAMP), form)))
+    np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None] // 256, 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
+    with pytest.raises(DECODE_ERRORS, match=r"pixels of 32 bits, mode [IF]: convert them to 8 or 16 bits"):
+        decode(written(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = Image.fromarray((RAMP // 256).astype(np.uint8)).convert(mode)
+    decoded = decode(written(image, "PNG"))
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::RuntimeWarning"
+)  # Pillow's, of odd metadata and sizes
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF"])
+def test_damage_is_one_of_the_known_errors(form: str) -> None:
+    """Cut short and with bytes changed, in the header above all."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8))
+    whole = written(image.convert("P") if form == "GIF" else image, form)
+    words = np.random.default_rng(1)
+    bad = 0
+    for _ in range(200):
+        data = np.frombuffer(whole, np.uint8).copy()
+        places = words.integers(0, len(data) if words.random() < 0.3 else 60, words.choice([1, 4]))
+        data[places] = words.integers(0, 256, len(places))
+        try:
+            decode(data[: words.integers(1, len(data))].tobytes() if words.random() < 0.3 else data.tobytes())
+        except DECODE_ERRORS as error:
+            bad += 1
+            assert reason_of(error)
+            assert "\n" not in reason_of(error)
+    assert bad > 20
+
+
+def test_reasons_are_short() -> None:
+    with pytest.raises(DECODE_ERRORS) as caught:
+        decode(b"")
+    assert reason_of(caught.value) == "no image"
+    assert reason_of(FileNotFoundError(2, "No such file", "x.jpg")) == "No such file"
+    assert reason_of(ValueError("two\n  lines:")) == "two lines"
+    assert reason_of(EOFError()) == "EOFError"
+
+
+def test_every_folder_is_visited_once(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "b", root / "a" / "deep", elsewhere):
+        folder.mkdir(parents=True)
+        for name in ("2.jpg", "1.jpg"):
+            (folder / name).touch()
+    (root / "a" / "up").symlink_to(root)
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked again").symlink_to(elsewhere)
+    (root / "self").symlink_to(root / "self")
+    found = dict(walk(root))
+    assert {str(Path(path).relative_to(root)): names for path, names in found.items()} == {
+        ".": ["self"], "a": [], "a/deep": ["1.jpg", "2.jpg"], "b": ["1.jpg", "2.jpg"], "linked": ["1.jpg", "2.jpg"],
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match=r"closed: cannot be listed \(Permission denied\)"):
+        list(walk(tmp_path))
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none: cannot be listed \(No such file or directory\)"):
+        list(walk(tmp_path / "none"))
+
+
+def test_torch_is_not_imported() -> None:
+    """`tools.py` starts a process per core that decodes."""
+    code = "import sys, utils.images; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,57 @@
+"""What of the options shows only beside the network and the data: warm-ups and the size of images."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from model.quant import quantizers
+from model.summary import Cost, cost
+from utils.config import Config
+from utils.errors import UserError
+from utils.schedule import Schedule
+
+
+def warmups(
+    model: nn.Module, config: Config, batches: int, rates: Schedule
+) -> tuple[Schedule, tuple[str, ...]]:
+    """The schedule with warm-ups that fit into the run, and warnings.
+
+    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
+    config, whose warm-ups are for the long one, they shrink to half of what there is.
+    """
+    total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
+    longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
+    skips = rates.skip_update(rates.total_steps - 1)
+    warnings: list[str] = []
+    if config.run.evaluate:
+        return rates, ()
+    if longest >= total:
+        if not config.run.shortened:
+            raise UserError(
+                f"--stable: a warm-up of {longest} iterations is the whole run of {total}; shorten it"
+            )
+        warnings.append(f"--stable: the shortened run of {total} iterations takes {total // 2} of {longest}")
+        for _, quantizer in quantizers(model):
+            quantizer.stable = total // 2
+    if skips:
+        steps = rates.total_steps
+        if not config.run.shortened:
+            raise UserError(f"--warmup: no iteration of {steps} is left for the optimizer; shorten it")
+        warnings.append(f"--warmup: the shortened run of {steps} iterations takes {steps // 2}")
+        rates = dataclasses.replace(
+            rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
+        )
+    return rates, tuple(warnings)
+
+
+def trial(model: nn.Module, config: Config) -> Cost:
+    """What the network costs, found by running it once, which shows that the image size suits it."""
+    try:
+        return cost(model, config.model.input_size)
+    except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
+        raise UserError(
+            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
+            f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
+        ) from error

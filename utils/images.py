@@ -1,0 +1,82 @@
+"""Image files: finding them below a folder, and decoding one; without torch."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow is known to raise for files that are missing, truncated, no image, broken or suspiciously large."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file to RGB, 16 bits to their upper 8. Raises DECODE_ERRORS."""
+    with Image.open(io.BytesIO(data)) as image:
+        check_mode(image)
+        if image.mode == "RGB":
+            image.load()  # `convert` would copy it
+            return image
+        if image.mode.startswith("I;16"):
+            # `convert` would make white of all but the darkest greys.
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raise `ValueError` for pixels whose range is not known."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}: convert them to 8 or 16 bits")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what is wrong with a file, in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
+    return " ".join(text.split()).rstrip(":") or type(error).__name__
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield `root` and every folder below it, with the sorted names of the files in it.
+
+    Links are followed, but a folder that was visited already, as by a link that leads back up, is passed over.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+    visited: set[str] = set()
+    for folder, inside, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            inside.clear()
+            continue
+        visited.add(real)
+        inside.sort()  # of two links to one folder always the same one is passed over
+        yield folder, sorted(names)

@@ -1,0 +1,128 @@
+"""What a training minimises: the labels' loss, a teacher's, and penalties on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.oscillation import dampening, dampening_factor
+from model.quantization_error import quantization_error
+from utils.config import LossConfig
+from utils.teacher import Teacher
+
+
+def classification_loss(
+    logits: Tensor, target: Tensor, *, smoothing: float = 0.0, gamma: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """Cross-entropy, or the focal loss: mean over images of `-alpha * sum_c y_c * (1 - p_c)^gamma * log p_c`.
+
+    y is the label's one-hot vector or a mixture of labels, smoothed: `(1 - s) * y + s / C`. With gamma 0 and
+    alpha 1 it is the cross-entropy. Gradient: autograd's, finite also at p_c = 1. Source: Lin et al., "Focal
+    Loss for Dense Object Detection", arXiv 1708.02002, equation 5, for more than two classes.
+
+    Args:
+        logits: float32 [N, C].
+        target: int64 [N], or float32 [N, C] of mixed images.
+        smoothing: s, from 0 to below 1.
+        gamma: exponent, not negative; the larger, the less a well classified image counts.
+        alpha: factor on all of it.
+
+    Returns:
+        float32 [].
+    """
+    if gamma == 0:
+        loss = functional.cross_entropy(logits, target, label_smoothing=smoothing)
+        return loss if alpha == 1 else alpha * loss
+    classes = logits.shape[1]
+    if not target.is_floating_point():
+        target = functional.one_hot(target, classes).to(logits.dtype)
+    target = target * (1 - smoothing) + smoothing / classes
+    log_p = functional.log_softmax(logits, dim=1)
+    # 1 - p, exact for small p; the floor keeps the power's gradient finite where p is 1.
+    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(logits.dtype).tiny)
+    return -alpha * (target * rest.pow(gamma) * log_p).sum(dim=1).mean()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float, kind: str) -> Tensor:
+    """How far the network's outputs are from a teacher's, mean over images.
+
+    `kl`: T^2 * KL(softmax(teacher / T) || softmax(logits / T)), whose gradient to the logits,
+    T * (softmax(logits / T) - softmax(teacher / T)) / N, keeps its size when T grows. `mse`: mean squared
+    difference of the logits. Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv
+    1503.02531, section 2.
+
+    Args:
+        logits: float32 [N, C].
+        teacher: float32 [N, C], without gradient.
+        temperature: T > 0.
+        kind: "kl" or "mse".
+
+    Returns:
+        float32 [].
+    """
+    if kind == "mse":
+        return functional.mse_loss(logits, teacher)
+    return temperature**2 * functional.kl_div(
+        functional.log_softmax(logits / temperature, dim=1),
+        functional.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+class Objective:
+    """The loss of a training: `(1 - a) * labels + a * teacher + quant_loss * error + dampen(t) * oscillation`.
+
+    Args:
+        config: which parts, and their factors.
+        model: the network whose weights the penalties are on.
+        teacher: None without distillation.
+        total_steps: optimizer steps of the run, over which the dampening grows.
+    """
+
+    def __init__(
+        self, config: LossConfig, model: nn.Module, teacher: Teacher | None, total_steps: int
+    ) -> None:
+        self.config = config
+        self.teacher = teacher
+        self._model = model
+        self._total_steps = total_steps
+
+    def __call__(self, logits: Tensor, target: Tensor, images: Tensor, step: int) -> Tensor:
+        """The loss, float32 [].
+
+        Args:
+            logits: float32 [N, C].
+            target: int64 [N], or float32 [N, C] of mixed images.
+            images: [N, 3, S, S], for the teacher.
+            step: optimizer steps done.
+        """
+        config = self.config
+        loss = classification_loss(
+            logits, target, smoothing=config.label_smooth, gamma=config.focal_gamma, alpha=config.focal_alpha
+        )
+        if self.teacher is not None and config.distill is not None:
+            distill = config.distill
+            theirs = distillation_loss(
+                logits, self.teacher(images), temperature=distill.temperature, kind=distill.kind
+            )
+            loss = (1 - distill.alpha) * loss + distill.alpha * theirs
+        if config.quant_loss > 0:
+            loss = loss + config.quant_loss * quantization_error(self._model)
+        if config.dampen > 0:
+            factor = config.dampen * dampening_factor(step, self._total_steps)
+            loss = loss + factor * dampening(self._model)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must find again: which teacher it is."""
+        return {} if self.teacher is None else {"teacher": self.teacher.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Refuse, with a `UserError`, another teacher than that of the run that goes on."""
+        if self.teacher is not None and "teacher" in state:
+            self.teacher.check_same(state["teacher"])

@@ -1,0 +1,57 @@
+"""Options that were written and that nothing of the run reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.options import OLDER, TAGS, Given
+
+METHODS = ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")  # the project's own, without a user's
+
+
+def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
+    """Warnings for options that were written and that nothing of this run reads."""
+    policy = given["lr_policy"]
+    dataset = given["dataset"] or fields.get("data.dataset", "digits")
+    calibrates = bool(given["stable"] or given["stable_epoch"])
+    idle = {
+        "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
+        "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
+        "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
+        "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
+        "freeze_momentum": (not given["freeze_threshold"], "without --freeze_threshold"),
+        "focal_alpha": (given["focal_gamma"] == 0, "without --focal_gamma"),
+        "distill_loss_temperature": (given["distill_loss_type"] == "mse", "with --distill_loss_type mse"),
+        "re_init_range": (not given["re_init"], "without --re_init"),
+        "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
+        "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
+        "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
+        "fake_size": (dataset != "fake", f"with the data set {dataset}"),
+        "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
+        "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
+        "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
+        **{
+            name: (bool(given["evaluate"]), "with --evaluate")
+            for name in ("probe_list", "probe_index", "probe_iteration")
+        },
+        "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
+        "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
+        **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
+        **{
+            f"{tag}_adaptive_restore": (given[f"{tag}_adaptive"] == "none", f"without --{tag}_adaptive")
+            for tag in TAGS
+        },
+        **{
+            f"{tag}_ratio": (fields.get(f"quant.{tag}.method") in METHODS, "with the methods of this project")
+            for tag in TAGS
+        },
+        **{option.name: (True, f"here: it is {option.help}") for group in OLDER.values() for option in group},
+    }
+    return [
+        f"--{name} has no effect {when}"
+        for name, (vain, when) in idle.items()
+        if vain and name in given.explicit
+    ]
