@@ -1,10 +1,11 @@
 """What the training loop costs beside the bare step: the program's epoch against a minimal loop.
 
-    OMP_NUM_THREADS=1 python benchmarks/loop.py [--rounds 15] [--iterations 20] [options of main.py]
+    OMP_NUM_THREADS=1 python benchmarks/loop.py [--rounds 40] [--iterations 10] [options of main.py]
 
 Both train copies of one network on the same batches with the same optimizer. They take turns, so that what
-else the machine does falls on both; a round is an epoch of each. Printed are the medians of the rounds'
-processor times per iteration, and the median and the quartiles of the rounds' ratios.
+else the machine does falls on both; a round is a short epoch of each, and who begins changes. Printed are the
+medians of the rounds' times per iteration, of the processor and of the clock, and the median and the quartiles of
+the rounds' differences and ratios. On a machine that does other things the processor's times say more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -71,11 +73,28 @@ class Kept(Loader):
         raise NotImplementedError  # they are finished already
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Processor time of this process in `work`."""
-    began = time.process_time()
+class Times(NamedTuple):
+    """Seconds of this process's processor time and of the clock."""
+
+    processor: float
+    clock: float
+
+
+def times_of(work: Callable[[], object]) -> Times:
+    """How long `work` takes."""
+    processor, clock = time.process_time(), time.perf_counter()
     work()
-    return time.process_time() - began
+    return Times(time.process_time() - processor, time.perf_counter() - clock)
+
+
+def show(name: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
+    """Print what came of the rounds, seconds per iteration of either loop."""
+    differences = [1000 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    ratios = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+    print(f"{name}: minimal loop {1000 * statistics.median(theirs):.2f} ms an iteration; the program's takes")
+    for values, unit in ((differences, "ms"), (ratios, "%")):
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"  {middle:+.2f} {unit} more (quartiles {low:+.2f} and {high:+.2f})")
 
 
 def run(rounds: int, iterations: int, line: list[str]) -> None:
@@ -107,23 +126,18 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
 
     epoch()  # both once, to warm caches
     bare_epoch()
-    times = []
+    ours, theirs = list[Times](), list[Times]()
     for number in range(rounds):
-        if number % 2:
-            ours, theirs = seconds(epoch), seconds(bare_epoch)
-        else:
-            theirs, ours = seconds(bare_epoch), seconds(epoch)
-        times.append((ours / iterations, theirs / iterations))
-    ratios = [100 * (ours / theirs - 1) for ours, theirs in times]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    ours, theirs = (1000 * statistics.median(column) for column in zip(*times, strict=True))
-    print(f"minimal loop {theirs:.2f} ms, the program's {ours:.2f} ms per iteration ({' '.join(line)})")
-    print(f"overhead: median {middle:+.2f} %, quartiles {low:+.2f} % and {high:+.2f} %, {rounds} rounds")
+        for measured, work in ((ours, epoch), (theirs, bare_epoch))[:: 1 if number % 2 else -1]:
+            measured.append(times_of(work))
+    print(f"{rounds} rounds of {iterations} iterations: {' '.join(line)}")
+    for kind in Times._fields:
+        show(kind, *([getattr(one, kind) / iterations for one in side] for side in (ours, theirs)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compare the training loop with a minimal one.")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=10)
     known, rest = parser.parse_known_args()
     run(known.rounds, known.iterations, rest or list(DEFAULT.split()))

@@ -2,12 +2,13 @@
 
     python tests/kill.py 200 [--seed 0]
 
-Each training is a process of its own that writes checkpoints nearly all the time. It is ended at a random
+Each training is one process, or two over gloo, and writes checkpoints nearly all the time. It is ended at a random
 moment by SIGKILL, SIGTERM or SIGINT or by a disk that becomes full, sometimes the newest checkpoint is then
-damaged, and it is started again with -r until it is done. Weights, optimizer, random states, sums, best
+damaged, and it is started again with -r until it is done. Weights, optimizer, random states, sums, policy, best
 checkpoint and metrics must then be, bit by bit, those of a training that nobody ended.
 
-Processes are forked from this one, which has loaded everything, so that a start costs little.
+Another way of training is one more entry of `VARIANTS`. Processes are forked from this one, which has loaded
+everything, so that a start costs little.
 """
 
 from __future__ import annotations
@@ -16,22 +17,27 @@ import argparse
 import collections
 import hashlib
 import importlib
+import math
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import torch
+from PIL import Image
 
 import main
 from utils import checkpoint, log
@@ -55,38 +61,115 @@ COMMON = (
     "--model tiny --keyword_file network.py --dataset fake --keyword cifar10,dorefa,lsq --input_size 8 -b 8 -v 16 "
     "--fake_size 96 --epochs 4 --lr 0.05 --lr_policy sgdr --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --delay 0.01"
 )
+POLICY = """
+init:
+  - bit: 4
+epoch:
+  - {at: 1, tag: wt, bit: 3, progressive: true}
+  - {at: 3, bit: 2}
+iteration:
+  - {at: 8, tag: fm, enable: false}
+  - {at: 13, tag: fm, enable: true, boundary: 1.5}
+  - {at: 15, lr: 0.02}
+"""
+FILES = COMMON.replace(
+    "--dataset fake --keyword cifar10,",
+    "--dataset imagenet --root images --num_classes 3 --keyword imagenet,",
+).replace("--fake_size 96", "")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of training.
+
+    Attributes:
+        line: options of main.py.
+        processes: how many train together.
+    """
+
+    line: str
+    processes: int = 1
+
+
 VARIANTS = (
-    f"{COMMON} --save_every 1 --re_init",
-    f"{COMMON} --save_every 3 --stable 20 --nesterov --keep 3 -s 2",
-    f"{COMMON} --save_every 2 --iter_size 5 --optimizer ADAM --lr 0.01",
-    f"{COMMON} --save_every 1 --wakeup 30 --fp16 --amp_dtype float16 --grad_clip 1",
+    Variant(f"{COMMON} --save_every 1 --re_init"),
+    Variant(f"{COMMON} --save_every 3 --stable 20 --nesterov --keep 3 -s 2"),
+    Variant(f"{COMMON} --save_every 2 --iter_size 5 --optimizer ADAM --lr 0.01"),
+    Variant(f"{COMMON} --save_every 1 --wakeup 30 --fp16 --amp_dtype float16 --grad_clip 1"),
+    Variant(f"{COMMON} --save_every 2 --iter_size 2 --policy policy.yaml"),
+    Variant(f"{FILES} --save_every 1 -j 1 --stable 10"),
+    Variant(f"{COMMON} --save_every 1 -b 4 --sync_bn --re_init", processes=2),
+    Variant(f"{COMMON} --save_every 2 -b 4 --iter_size 2 --policy policy.yaml", processes=2),
 )
 TIMES = ("seconds", "images_per_second", "data_wait")
 LIMIT = 8192  # bytes that a file may have on a full disk: a line of the log, but no checkpoint
+MOST = 6  # ends of one training
+PATIENCE = 30  # seconds that a process gets when another one of its run has ended, as torchrun gives it
 
 
-def start(folder: Path, line: str, said_in: str = "said.txt") -> int:
-    """Fork a process that trains in a folder; returns its PID."""
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(folder: Path, line: str, processes: int = 1) -> list[int]:
+    """Fork the processes of a training in a folder; returns their PIDs in the order of their ranks.
+
+    What each says goes into the file said0.txt and so on.
+    """
     sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            os.chdir(folder)
-            said = os.open(said_in, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(said, 1), os.dup2(said, 2)
-            status = main.main(line.split())
-            sys.stdout.flush(), sys.stderr.flush()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
+    pids, port = [], free_port()
+    for rank in range(processes):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()})
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                os.chdir(folder)
+                said = os.open(f"said{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(said, 1), os.dup2(said, 2)
+                status = main.main(line.split())
+                sys.stdout.flush(), sys.stderr.flush()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        pids.append(pid)
+    return pids
 
 
-def status_of(pid: int) -> int:
-    """Wait for a process; its exit status, negative for the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def said(folder: Path, processes: int) -> list[str]:
+    """What each process of the last training said."""
+    return [(folder / f"said{rank}.txt").read_text() for rank in range(processes)]
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has ended."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def statuses_of(pids: list[int]) -> list[int]:
+    """Wait for the processes of a training; their exit statuses, negative for the signal that ended one.
+
+    As torchrun does, end the others when one has failed.
+    """
+    wait(pids, lambda: any(ended(pid) and status_of(pid, keep=True) != 0 for pid in pids))
+    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, math.inf)):
+        for pid in pids:
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience
+        wait(pids, lambda deadline=deadline: time.monotonic() >= deadline)
+    return [status_of(pid) for pid in pids]
+
+
+def status_of(pid: int, *, keep: bool = False) -> int:
+    """The exit status of a process that has ended, negative for the signal; to `keep` is to be able to ask again."""
+    found = os.waitid(os.P_PID, pid, os.WEXITED | (os.WNOWAIT if keep else 0))
+    assert found is not None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 def digest(folder: Path, case: str) -> str:
@@ -126,83 +209,113 @@ def damage(path: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
-def wait(pid: int, until: Callable[[], bool]) -> None:
-    """Wait until something is so, or the process has ended."""
-    while not until() and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+def wait(pids: list[int], until: Callable[[], bool]) -> None:
+    """Wait until something is so, or all processes have ended."""
+    while not until() and not all(map(ended, pids)):
         time.sleep(0.001)
 
 
-def end(folder: Path, pid: int, how: str, after: float, begun: Path | None) -> str:
-    """End a process `after` so many seconds, counted from its start or from when it wrote the file `begun`.
+def end(folder: Path, pids: list[int], whom: list[int], how: str, after: float, begun: Path | None) -> str:
+    """End a training `after` so many seconds, counted from its start or from when it wrote the file `begun`.
 
-    Returns what came of it.
+    Args:
+        folder: where it runs.
+        pids: its processes.
+        whom: those that are signalled.
+        how: the signal, or `full disk`.
+        after: seconds.
+        begun: written when the training itself begins.
+
+    Returns:
+        What came of it.
     """
     started = time.time_ns()
     if begun is not None:
-        wait(pid, lambda: begun.exists() and begun.stat().st_mtime_ns > started)
+        wait(pids, lambda: begun.exists() and begun.stat().st_mtime_ns > started)
     deadline = time.monotonic() + after
-    wait(pid, lambda: time.monotonic() >= deadline)
-    if how == "full disk":
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
-    else:
-        os.kill(pid, signal.Signals[how])
-    status = status_of(pid)
-    if status == 0:
+    wait(pids, lambda: time.monotonic() >= deadline)
+    for pid in whom:
+        if how == "full disk":
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+        else:
+            os.kill(pid, signal.Signals[how])
+    statuses = statuses_of(pids)
+    if statuses[0] == 0:  # the others may have been ended behind their last step
         return "was done before"
     # SIGTERM and SIGINT before training has begun have their usual effect.
     expected = {
-        "SIGKILL": (-signal.SIGKILL,),
-        "SIGTERM": (SAVED, -signal.SIGTERM),
-        "SIGINT": (SAVED, 130),
-        "full disk": (1, 2),
-    }
-    if status not in expected[how]:
-        said = (folder / "said.txt").read_text()[-3000:]
-        raise SystemExit(f"a process ended by {how} has the exit status {status}: {said}")
-    when = "in training" if begun is not None else "at any time"
-    return f"{how} {when}"
+        "SIGKILL": {-signal.SIGKILL},
+        "SIGTERM": {SAVED, -signal.SIGTERM},
+        "SIGINT": {SAVED, 130},
+        "full disk": {1, 2},
+    }[how]
+    if len(pids) > 1:  # another one lost it, or was ended for that
+        expected |= {1, SAVED, -signal.SIGTERM}
+    if not set(statuses) <= expected:
+        texts = "".join(text[-3000:] for text in said(folder, len(pids)))
+        raise SystemExit(f"a training ended by {how} has the exit statuses {statuses}: {texts}")
+    together = "" if len(pids) == 1 else " of two processes"
+    return f"{how} {'in training' if begun is not None else 'at any time'}{together}"
+
+
+def prepare(folder: Path) -> None:
+    """Write what the trainings read."""
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "policy.yaml").write_text(POLICY)
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 32), ("val", 7)):
+        for name in ("ant", "bee", "cat"):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+                image.save(folder / "images" / split / name / f"{number}.png")
+
+
+def finish(folder: Path, pids: list[int]) -> None:
+    """Wait for a training that nobody ends."""
+    if set(statuses_of(pids)) != {0}:
+        raise SystemExit("".join(said(folder, len(pids))))
 
 
 def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
-    """End processes until there were `kills` ends; returns how many of each kind."""
+    """End trainings until there were `kills` ends; returns how many of each kind."""
     chance = random.Random(seed)
-    (folder / "network.py").write_text(NETWORK)
+    prepare(folder)
     counts: collections.Counter[str] = collections.Counter()
     whole: dict[int, tuple[str, float, float]] = {}
     number = 0
     while sum(counts.values()) - counts["damaged"] < kills:
-        variant = number % len(VARIANTS)
-        if variant not in whole:
+        index = number % len(VARIANTS)
+        variant = VARIANTS[index]
+        if index not in whole:
             began = time.monotonic()
-            if status_of(start(folder, f"{VARIANTS[variant]} --case whole{variant}")) != 0:
-                raise SystemExit((folder / "said.txt").read_text())
-            rows = log.MetricsFile.read(folder / "exp" / f"whole{variant}" / "metrics.csv")
+            finish(folder, start(folder, f"{variant.line} --case whole{index}", variant.processes))
+            rows = log.MetricsFile.read(folder / "exp" / f"whole{index}" / "metrics.csv")
             training = sum(row["seconds"] for row in rows)
-            whole[variant] = digest(folder, f"whole{variant}"), time.monotonic() - began, training
-        expected, seconds, training = whole[variant]
+            whole[index] = digest(folder, f"whole{index}"), time.monotonic() - began, training
+        expected, seconds, training = whole[index]
         case = f"run{number}"
         latest = folder / "weights" / "tiny" / f"{case}-checkpoint.pth.tar"
-        while True:
-            pid = start(folder, f"{VARIANTS[variant]} --case {case} -r")
-            if sum(counts.values()) - counts["damaged"] < kills:
-                how = chance.choice(["SIGKILL"] * 5 + ["SIGTERM", "SIGINT", "full disk"])
-                if chance.random() < 0.75:
-                    begun = folder / "exp" / case / "config.yaml"  # written when training begins
-                    came = end(folder, pid, how, chance.uniform(0, 0.4 * training), begun)
-                else:
-                    came = end(folder, pid, how, chance.uniform(0, 0.6 * seconds), None)
-                if came == "was done before":
-                    break
-                counts[came] += 1
-                if latest.exists() and chance.random() < 0.15:
-                    counts["damaged"] += 1
-                    damage(latest, chance)
-            elif status_of(pid) != 0:
-                raise SystemExit((folder / "said.txt").read_text())
-            else:
+        for left in range(chance.randint(1, MOST), -1, -1):
+            pids = start(folder, f"{variant.line} --case {case} -r", variant.processes)
+            if left == 0 or sum(counts.values()) - counts["damaged"] >= kills:
+                finish(folder, pids)
                 break
+            how = chance.choice(["SIGKILL"] * 5 + ["SIGTERM", "SIGINT", "full disk"])
+            whom = pids if chance.random() < 0.5 or how == "full disk" else [chance.choice(pids)]
+            if chance.random() < 0.75:
+                begun = folder / "exp" / case / "config.yaml"  # written when training begins
+                came = end(folder, pids, whom, how, chance.uniform(0, 0.4 * training), begun)
+            else:
+                came = end(folder, pids, whom, how, chance.uniform(0, 0.6 * seconds), None)
+            if came == "was done before":
+                break
+            counts[came] += 1
+            if latest.exists() and chance.random() < 0.15:
+                counts["damaged"] += 1
+                damage(latest, chance)
         if digest(folder, case) != expected:
-            raise SystemExit(f"{folder}: {case} does not end as whole{variant} did")
+            raise SystemExit(f"{folder}: {case} does not end as whole{index} did")
         if list(latest.parent.glob("*.tmp")) or list(latest.parent.glob(".*.tmp")):
             raise SystemExit(f"{latest.parent}: a temporary file was left")
         number += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -19,30 +18,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.kill import load_everything, start, status_of
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+from tests.kill import load_everything, said, start, status_of
 
 
 def run(world: int, line: str, signal_name: str = "", whom: list[int] | None = None, when: str = "") -> Any:
     """Start the processes of a run, end some of them if asked to, and wait for all."""
-    port, pids = free_port(), []
-    for rank in range(world):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in own.items()})
-        pids.append(start(Path.cwd(), line, f"said{rank}.txt"))
+    pids = start(Path.cwd(), line, world)
     deadline = time.monotonic() + 60
     while when and not Path(when).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     for rank in whom or []:
         os.kill(pids[rank], signal.Signals[signal_name])
     statuses = [status_of(pid) for pid in pids]
-    return {"status": statuses, "said": [Path(f"said{rank}.txt").read_text() for rank in range(world)]}
+    return {"status": statuses, "said": said(Path.cwd(), world)}
 
 
 if __name__ == "__main__":
