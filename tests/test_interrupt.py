@@ -195,7 +195,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path, launcher: tuple[str, ...]
         job.process.terminate()
         time.sleep(0.1)
     status, said, errors = job.ended()
-    # The last of the signals may meet a process that has taken its own handler down already: a shell's 143 all the same.
+    # The last signal may meet a process that has taken its handler down already; to a shell both are 143.
     assert status in (128 + signal.SIGTERM, -signal.SIGTERM) and errors == ""
     assert said.count("SIGTERM: ends after this step, saved; a signal after 5 seconds ends at once") == 1
     job_is_gone(everyone)
