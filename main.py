@@ -444,6 +444,7 @@ def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> di
     if average.exists:  # first, so that the norms' statistics are the network's own in the end
         with average.applied(parts.model):
             reestimate_norms(parts, loaders.train, epoch)
+            distributed.share_state(parts.model)
             row |= {f"ema_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
     reestimate_norms(parts, loaders.train, epoch)
     distributed.share_state(parts.model)

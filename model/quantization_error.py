@@ -30,4 +30,6 @@ def quantization_error(model: nn.Module) -> Tensor:
             learned = LearnedClip.apply(fixed, quantizer.clip(fixed), quantizer.grid())
             error = error + (learned - fixed).square().sum()
         errors.append(error / size)
-    return torch.stack(errors).mean()
+    return (
+        torch.stack(errors).mean() if errors else torch.zeros(())
+    )  # a policy may have turned all of them off

@@ -159,6 +159,14 @@ def test_quantization_error_is_the_formula() -> None:
     assert float(quantization_error(model).detach()) == pytest.approx(np.mean(wanted), rel=1e-5)
 
 
+def test_penalties_without_a_quantized_weight() -> None:
+    """A policy may turn every weight's quantizer off: nothing is added."""
+    model = network()
+    for layer in model:
+        layer.quant_weight.enabled = False
+    assert float(quantization_error(model)) == float(dampening(model)) == 0
+
+
 def test_quantization_error_brings_weights_and_levels_together() -> None:
     """Descending it alone makes weights and levels meet; both move."""
     model = network()

@@ -95,6 +95,16 @@ def test_averaged_weights_are_evaluated_and_loaded(capsys: pytest.CaptureFixture
     assert "averaged weights: top-1" in said and f"loss {last['ema_loss']:.4f}\n" in said
 
 
+def test_an_average_that_is_not_continued_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """A resumed run without `--ema_decay` validates no average of long ago."""
+    run(f"{LSQ} --epochs 1 --ema_decay 0.9", "ema")
+    run(f"{LSQ} --epochs 2 -r", "ema")
+    first, second = rows("ema")
+    assert first["ema_loss"] == first["ema_loss"] and second["ema_loss"] != second["ema_loss"]  # nan
+    assert payload("ema")["methods"]["average"] == {}
+    assert "weights.ema_decay was 0.9 and is 0.0 now" in capsys.readouterr().out
+
+
 def test_averaging_changes_no_training() -> None:
     """The network beside the average is the one without it."""
     run(f"{LSQ} --epochs 2", "plain")

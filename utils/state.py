@@ -163,9 +163,14 @@ def restore(
         best_acc=payload["best_acc"],
         amp=payload.get("amp", {}),
         policy=payload.get("policy", {}),
-        methods=payload.get("methods", {}),
+        methods=_wanted(payload.get("methods", {}), config),
         differences=changed,
     )
+
+
+def _wanted(methods: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The state of the methods of training, without an average that is not continued."""
+    return methods if config.weights.ema_decay > 0 else {**methods, "average": {}}
 
 
 def _own_sums(of_ranks: list[list[float]], rank: int, world_size: int) -> tuple[float, ...]:
