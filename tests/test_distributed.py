@@ -61,6 +61,7 @@ def spoils(config):
 
 register_model("spoils", spoils)
 """
+METHODS = "--ema_decay 0.9 --dampen 0.01 --quant_loss 0.1 --focal_gamma 1"
 RUNS: dict[str, dict[str, Any]] = {
     "one": {"world": 1, "line": f"{LINE} -b 16 --case one"},
     "two": {"world": 2, "line": f"{LINE} -b 8 --case two"},
@@ -75,6 +76,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "evaluated": {"world": 2, "line": f"{LINE} -b 8 -e --case eval --pretrained {WEIGHTS}/one-checkpoint.pth.tar"},
     "init-one": {"world": 1, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 16 --case init-one --epochs 1"},
     "init-two": {"world": 2, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 8 --case init-two --epochs 1"},
+    "methods-one": {"world": 1, "line": f"{LINE} {METHODS} -b 16 --case methods-one"},
+    "methods-two": {"world": 2, "line": f"{LINE} {METHODS} -b 8 --case methods-two"},
     "iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --case iter"},
     "off-one": {"world": 1, "line": f"{LINE} -b 16 --case off-one --policy off.yaml"},
     "off-two": {"world": 2, "line": f"{LINE} -b 8 --case off-two --policy off.yaml"},
@@ -136,10 +139,21 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
         "half",
         "off-two",
         "off-iter",
+        "methods-one",
+        "methods-two",
     ],
 )
 def test_status(done: dict[str, Any], case: str) -> None:
     assert set(done[case]["status"]) == {0}, done[case]["said"]
+
+
+def test_methods_of_training_in_two_processes(done: dict[str, Any]) -> None:
+    """Losses, penalties and averages are those of one process with the doubled batch."""
+    one, two = payload(done, "methods-one"), payload(done, "methods-two")
+    assert_close(one["state_dict"], two["state_dict"])
+    assert_close(one["methods"]["average"]["weights"], two["methods"]["average"]["weights"])
+    for mine, expected in zip(metrics(done, "methods-two"), metrics(done, "methods-one"), strict=True):
+        assert mine["ema_loss"] == pytest.approx(expected["ema_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("case", ["two", "one-two", "two-one", "mid-one", "iter"])
