@@ -120,7 +120,7 @@ def run(config: Config) -> int:
     pretrained = checkpoint.find_pretrained(
         settings.pretrained or "", settings.weights_dir, config.model.name
     )
-    if config.loss.distill is not None:
+    if config.loss.distill is not None and not settings.evaluate:
         teacher.find(config.loss.distill, settings.weights_dir)
 
     from utils import data
@@ -392,7 +392,7 @@ def train_one_epoch(
         skipped = precision.step(update=update)
         if skipped:
             parts.logger.info("%s: %s", where, skipped)
-        if update:
+        if update and not skipped:
             parts.methods.after_step(step, precision, parts.model)
         precision.zero_grad()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -90,7 +91,7 @@ def least_error_clip(rows: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
     Returns:
         float32 [groups]; 0 for a row of zeros.
     """
-    rows = rows[:, :: max(1, rows.numel() // ELEMENTS)]
+    rows = rows[:, :: rows.numel() // ELEMENTS | 1]  # odd, so that it does not keep to columns of an image
     maximum = torch.distributed.ReduceOp.MAX
     largest = quantizer.over_ranks(rows.abs().amax(dim=1, keepdim=True), maximum)
     best, least = torch.zeros_like(largest), torch.full_like(largest, math.inf)
@@ -105,5 +106,7 @@ def least_error_clip(rows: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
 
 def percentile_clip(rows: Tensor, percent: float) -> Tensor:
     """The smallest value of each row that at least `percent` of its |x| do not exceed; float32 [groups]."""
-    count = rows.shape[1]
-    return rows.abs().kthvalue(max(1, math.ceil(percent / 100 * count)), dim=1).values
+    rank = math.ceil(
+        Fraction(str(percent)) * rows.shape[1] / 100
+    )  # exact: a rounded product may go up by one
+    return rows.abs().kthvalue(max(1, rank), dim=1).values

@@ -7,7 +7,6 @@ Training", arXiv 2203.11086.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.quant import Integers, Quantizer, QuantLayer, quantized_layers
+from model.quant import Quantizer, QuantLayer, quantized_layers
 from utils.errors import UserError
 
 
@@ -29,12 +28,17 @@ def dampening(model: nn.Module) -> Tensor:
     for _, layer, quantizer in _weights(model):
         weight = layer.weight.float()
         found = quantizer.integers(weight)
-        level = found.dequantize()
+        level = found.unscaled(found.numbers)
         last = quantizer.levels - 1
         clipped = ((found.numbers == last) & (weight > level)) | ((found.numbers == 0) & (weight < level))
-        part = (weight - level).masked_fill(clipped, 0.0).square().sum()
+        part = (weight - level).masked_fill(clipped, 0.0).square().sum() * quantizes(quantizer)
         total = part if total is None else total + part
     return torch.zeros(()) if total is None else total
+
+
+def quantizes(quantizer: Quantizer) -> Tensor:
+    """1 when the quantizer's warm-up is over, in which levels mean nothing, else 0; float32 []."""
+    return (quantizer.iteration >= quantizer.stable).float().squeeze()
 
 
 def dampening_factor(step: int, total_steps: int) -> float:
@@ -57,7 +61,8 @@ class Freezing:
     In each step a weight oscillates when its level's number changes in the direction opposite to its last change.
     With f the exponential mean of that (momentum m) and n that of the level's number, a weight with
     f > threshold is put on the level round(n) and stays there, whatever the optimizer does to it.
-    The threshold goes from the first to the second of two values along a cosine.
+    The threshold goes from the first to the second of two values along a cosine. A layer whose levels a policy changes,
+    or whose quantizer it turns off, begins anew.
 
     Args:
         model: the network; its quantized weights as they are now.
@@ -94,19 +99,22 @@ class Freezing:
         """
         if not self.enabled:
             return
-        for name, layer, quantizer in _weights(self._model):
+        layers = _weights(self._model)
+        for name in self._tracked.keys() - {name for name, _, _ in layers}:  # turned off by a policy
+            del self._tracked[name]
+        for name, layer, quantizer in layers:
             weight = weights[f"{name}.weight"]
             found = quantizer.integers(weight)
             numbers = found.numbers.to(torch.int32)
+            grid = [quantizer.levels, int(quantizer.config.half_range)]
             state = self._tracked.get(name)
-            if state is None or int(state["levels"]) != quantizer.levels:  # a policy has changed the levels
-                self._tracked[name] = self._start(numbers, quantizer.levels)
+            if state is None or state["grid"].tolist() != grid:
+                self._tracked[name] = self._start(numbers, grid)
                 continue
             changed = (numbers - state["numbers"]).sign()
             moved = changed != 0
-            quantizes = quantizer.iteration >= quantizer.stable
-            oscillates = moved & (changed == -state["direction"]) & quantizes
-            state["frequency"].lerp_(oscillates.float(), self._momentum)
+            oscillates = moved & (changed == -state["direction"])
+            state["frequency"].lerp_(oscillates * quantizes(quantizer), self._momentum)
             state["mean"].lerp_(numbers.float(), self._momentum)
             state["direction"].copy_(torch.where(moved, changed, state["direction"]))
             newly = (state["frequency"] > self.threshold(step)) & ~state["frozen"]
@@ -114,15 +122,15 @@ class Freezing:
             state["kept"].copy_(kept)
             state["frozen"] |= newly
             state["numbers"].copy_(torch.where(state["frozen"], kept, numbers))
-            weight.copy_(torch.where(state["frozen"], _values(found, kept), weight))
+            weight.copy_(torch.where(state["frozen"], found.unscaled(kept.long()), weight))
             if layer.weight.data_ptr() != weight.data_ptr():  # half of it is what the network computes with
                 layer.weight.copy_(weight)
 
     @staticmethod
-    def _start(numbers: Tensor, levels: int) -> dict[str, Tensor]:
-        """What is followed of a layer's weight: int32, float32 or bool of its shape, but for `levels` []."""
+    def _start(numbers: Tensor, grid: list[int]) -> dict[str, Tensor]:
+        """What is followed of a layer's weight: int32, float32 or bool of its shape, but for `grid`, on the CPU."""
         return {
-            "levels": torch.tensor(levels),
+            "grid": torch.tensor(grid),
             "numbers": numbers.clone(),
             "direction": torch.zeros_like(numbers),
             "frequency": torch.zeros_like(numbers, dtype=torch.float32),
@@ -149,17 +157,12 @@ class Freezing:
         """
         if not self.enabled:
             return
-        layers = {name: layer.weight for name, layer, _ in _weights(self._model)}
+        layers = dict(quantized_layers(self._model))
         for name, tensors in state.items():
-            weight = layers.get(name)
+            weight = layers[name].weight if name in layers else None
             if weight is None or tensors["numbers"].shape != weight.shape:
                 raise UserError(f"the checkpoint's frozen weights of {name} do not fit the network")
             self._tracked[name] = {
-                key: value.clone() if key == "levels" else value.to(weight.device, copy=True)
+                key: value.clone() if key == "grid" else value.to(weight.device, copy=True)
                 for key, value in tensors.items()
             }
-
-
-def _values(found: Integers, numbers: Tensor) -> Tensor:
-    """The weights that stand for these levels' numbers; without the learned scale, which comes after them."""
-    return dataclasses.replace(found, numbers=numbers.long(), gamma=None).dequantize()

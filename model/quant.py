@@ -91,11 +91,16 @@ class Integers:
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the integers stand for, exactly the fake-quantized one."""
-        rows = torch.zeros_like(self.numbers) if self.rows is None else self.rows.expand(self.numbers.shape)
-        value = self.codebook[rows, self.numbers] * self.factor
+        value = self.unscaled(self.numbers)
+        return value if self.gamma is None else value * self.gamma
+
+    def unscaled(self, numbers: Tensor) -> Tensor:
+        """The values of the levels of these numbers, int64 [shape of the tensor], before the learned scale."""
+        rows = torch.zeros_like(numbers) if self.rows is None else self.rows.expand(numbers.shape)
+        value = self.codebook[rows, numbers] * self.factor
         if self.deviation is not None and self.mean is not None:
             value = adaptive.restored(value, self.mean, self.deviation)
-        return value if self.gamma is None else value * self.gamma
+        return value
 
 
 class Quantizer(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model.oscillation import quantizes
 from model.quant import Quantizer, quantized_layers
 from model.uniform import LearnedClip, LearnedRange
 
@@ -25,11 +26,12 @@ def quantization_error(model: nn.Module) -> Tensor:
         weight = layer.weight.float()
         fixed = weight.detach()
         size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        error = (weight - quantizer.integers(fixed).dequantize()).square().sum()
+        found = quantizer.integers(fixed)
+        error = (weight - found.unscaled(found.numbers)).square().sum()
         if isinstance(quantizer, LearnedRange) and quantizer.config.adaptive == "none":
             learned = LearnedClip.apply(fixed, quantizer.clip(fixed), quantizer.grid())
             error = error + (learned - fixed).square().sum()
-        errors.append(error / size)
+        errors.append(quantizes(quantizer) * error / size)
     return (
         torch.stack(errors).mean() if errors else torch.zeros(())
     )  # a policy may have turned all of them off

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.build import build
-from model.calibrate import initialise_ranges
+from model.calibrate import initialise_ranges, percentile_clip
 from model.quant import QuantConv2d, quantizers
 from utils.config import QuantConfig
 from utils.resolve import read
@@ -268,6 +268,15 @@ def test_percentile(percent: str) -> None:
     rows = np.sort(np.abs(net[0].weight.detach().double().numpy().reshape(4, -1)), axis=1)
     wanted = rows[:, int(np.ceil(float(percent) / 100 * rows.shape[1])) - 1]
     np.testing.assert_allclose(clip(net[0], "quant_weight").flatten(), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("percent", "count", "rank"), [(99.9, 1000, 999), (99.9, 5000, 4995), (50, 3, 2), (0.001, 10, 1)]
+)
+def test_percentile_is_exact(percent: float, count: int, rank: int) -> None:
+    """No rounding goes up by one."""
+    rows = torch.arange(1.0, count + 1).flip(0).neg().reshape(1, -1)
+    assert percentile_clip(rows, percent).tolist() == [rank]
 
 
 @pytest.mark.parametrize("how", ["mse", "percentile"])

@@ -133,6 +133,29 @@ def test_the_teacher_is_the_same_network_in_full_precision(teacher: Path) -> Non
     assert other is not None and other.teacher.block.order == "cbsa" and other.teacher.width_alpha == 0.5
 
 
+def test_freezing_goes_on_where_a_policy_turns_weights_off() -> None:
+    """A resumed run finds the layers that are off, and ends as the one that was not stopped."""
+    Path("off.yaml").write_text(
+        "epoch:\n  - {at: 1, tag: wt, enable: false}\n  - {at: 3, tag: wt, enable: true}\n"
+    )
+    line = f"{LSQ} --epochs 4 --freeze_threshold 0.05 --freeze_momentum 0.3 --policy off.yaml"
+    run(f"{line} -s 2", "whole")
+    run(f"{line} --resume_file weights/resnet20/whole-epoch2-checkpoint.pth.tar", "rest")
+    assert everything(payload("whole")["state_dict"]) == everything(payload("rest")["state_dict"])
+    assert [row["frozen"] > 0 for row in rows("whole")][:3] == [True, False, False]
+
+
+def test_evaluating_needs_no_teacher(teacher: Path) -> None:
+    line = f"{FP} -e --pretrained none --distill_teacher resnet20 --distill_pretrained gone.pth"
+    assert main.main(line.split()) == 0
+
+
+def test_a_teacher_of_one_width_takes_it() -> None:
+    """The network's width is not the teacher's where that has none."""
+    distill = read(f"{LSQ} {TEACHER} --distill_teacher torchvision:resnet18".split()).loss.distill
+    assert distill is not None and distill.teacher.width_alpha == 1
+
+
 def test_another_teacher_does_not_go_on(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The teacher is part of what a resumed run must find again."""
     run(f"{LSQ} {have(teacher)} --epochs 2 -s 1", "pupil")
@@ -192,6 +215,10 @@ def test_what_is_recorded() -> None:
             f"{TEACHER} --distill_keyword cifar100,cbas",
             "--distill_teacher resnet20 has 100 classes, the network 10",
         ),
+        (
+            f"{TEACHER} --distill_keyword cifar10,cbas,dorefa,lsq",
+            "a teacher is in full precision; leave dorefa, lsq",
+        ),
         (TEACHER, "--distill_pretrained teacher-checkpoint.pth.tar"),
         ("--re_init_range median", "--re_init_range"),
         ("--re_init_range percentile --re_init_percentile 0", "--re_init_percentile 0.0: must be above 0"),
@@ -229,6 +256,13 @@ def test_penalties_need_levels_of_the_weights_own_scale(
     assert message in capsys.readouterr().err
 
 
+def test_a_teacher_that_does_not_exist(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{LSQ} {have(teacher)} --distill_teacher resnet21"
+    assert main.main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert "--distill_teacher: --model resnet21: no such network" in said and said.count("\n") == 1
+
+
 def test_a_teacher_of_another_width(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(f"{LSQ} {have(teacher)} --distill_width_alpha 0.25".split()) == 2
     said = capsys.readouterr().err
@@ -238,7 +272,6 @@ def test_a_teacher_of_another_width(teacher: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--focal_alpha 0.5", "--focal_alpha has no effect without --focal_gamma"),
         ("--freeze_momentum 0.5", "--freeze_momentum has no effect without --freeze_threshold"),
         ("--re_init_percentile 90", "--re_init_percentile has no effect without --re_init_range percentile"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from model.convert import build_quantizers
 from model.oscillation import Freezing, dampening, dampening_factor
 from model.quant import QuantConv2d
+from model.quantization_error import quantization_error
 from utils.errors import UserError
 from utils.resolve import read
 
@@ -117,6 +119,50 @@ def test_other_levels_begin_anew() -> None:
     model[0].quant_weight.set_levels(8)
     freezing.after_step(5, weights(model))
     assert freezing.share() == 0
+
+
+def test_another_range_begins_anew() -> None:
+    """When a policy moves the levels into [0, c], their numbers mean other values."""
+    model = nn.Sequential(layer(torch.zeros(2)))
+    quantizer = model[0].quant_weight
+    freezing = Freezing(model, (0.05,), 0.5, 100)
+    run(model, freezing, [1, 2, 1, 2, 1])
+    before = model[0].weight.clone()
+    quantizer.config = dataclasses.replace(quantizer.config, half_range=True)
+    freezing.after_step(5, weights(model))
+    assert freezing.share() == 0 and model[0].weight.equal(before)
+
+
+def test_a_layer_that_is_turned_off_begins_anew() -> None:
+    """Nothing of it is frozen meanwhile, nor after."""
+    model = nn.Sequential(layer(torch.zeros(2)))
+    quantizer = model[0].quant_weight
+    freezing = Freezing(model, (0.05,), 0.5, 100)
+    run(model, freezing, [1, 2, 1, 2, 1])
+    quantizer.enabled = False
+    freezing.after_step(5, weights(model))
+    assert freezing.share() == 0 and freezing.state_dict() == {}
+    quantizer.enabled = True
+    assert run(model, freezing, [3]) == [3]
+
+
+def test_a_learned_scale_is_no_part_of_the_weights() -> None:
+    """With `wt_gamma` the weights' own levels count, which the scale is multiplied onto."""
+    plain, scaled = (nn.Sequential(layer(torch.linspace(-1.2, 1.2, 9), keywords=words))
+                     for words in ("dorefa,lsq", "dorefa,lsq,wt_gamma"))  # fmt: skip
+    with torch.no_grad():
+        scaled[0].quant_weight.gamma.fill_(3.0)
+    assert dampening(scaled).equal(dampening(plain))
+    assert quantization_error(scaled).equal(quantization_error(plain))
+
+
+def test_penalties_wait_for_the_warm_up() -> None:
+    """While weights pass, their levels mean nothing."""
+    model = nn.Sequential(layer(torch.linspace(-1, 1, 9)))
+    model[0].quant_weight.stable = 5
+    assert float(dampening(model).detach()) == float(quantization_error(model).detach()) == 0
+    model[0].quant_weight.iteration.fill_(5)
+    assert float(dampening(model).detach()) > 0 and float(quantization_error(model).detach()) > 0
 
 
 def test_nothing_is_frozen_while_weights_pass() -> None:

@@ -29,8 +29,9 @@ class Repository:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "config").mkdir(parents=True)
-        for name in ("train.sh", "launch.py"):
-            shutil.copy(ROOT / name, folder)
+        (folder / "utils").mkdir()
+        for name in ("train.sh", "launch.py", "utils/__init__.py", "utils/interrupt.py"):
+            shutil.copy(ROOT / name, folder / name)
         (folder / "main.py").write_text(STUB)
 
     def config(self, text: str, name: str = "config.test") -> str:

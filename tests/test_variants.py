@@ -200,7 +200,6 @@ BAD = {
     "inside": ("--keyword cifar10,cabs,prone,bn_before_restore", "cbas or cbsa"),
     "fixup bacs": ("--keyword cifar10,bacs,fixup", "cbas or cbsa"),
     "bias alone": ("--keyword cifar10,cbsa,bias", "bias needs fixup"),
-    "order alone": ("--keyword cifar10,cbsa --order cb", "ReShapeResolution"),
     "order letters": ("--keyword cifar10,cbsa,ReShapeResolution --order xy", "letters"),
     "order without c": ("--keyword cifar10,cbsa,ReShapeResolution --order ba", "letters"),
     "stem kernel alone": ("--keyword imagenet,cbsa --stem_kernel 3", "TResNetStem"),

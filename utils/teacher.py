@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,7 +26,13 @@ class Teacher:
     def __init__(self, config: DistillConfig, weights_dir: Path) -> None:
         path = find(config, weights_dir)
         self._path = path
-        self._network = build.build(config.teacher)
+        try:
+            self._network = build.build(config.teacher)
+        except UserError as error:
+            raise UserError(
+                f"--distill_teacher: {error}; the teacher's own options are --distill_teacher, --distill_keyword and "
+                "--distill_width_alpha"
+            ) from error
         state = checkpoint.state_dict_of(checkpoint.read(path), source=str(path))
         try:
             checkpoint.load_weights(self._network, state, allow_missing=lambda name: False, source=str(path))
@@ -43,7 +50,7 @@ class Teacher:
         with torch.no_grad():
             return self._network(images.float()).float()
 
-    @property
+    @cached_property
     def fingerprint(self) -> int:
         """A checksum of its weights, to tell it from others."""
         return _checksum(self._network)

@@ -23,7 +23,6 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
         "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
         "freeze_momentum": (not given["freeze_threshold"], "without --freeze_threshold"),
-        "focal_alpha": (given["focal_gamma"] == 0, "without --focal_gamma"),
         "distill_loss_temperature": (given["distill_loss_type"] == "mse", "with --distill_loss_type mse"),
         "re_init_range": (not given["re_init"], "without --re_init"),
         "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),

@@ -53,14 +53,20 @@ def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) ->
         return None
     if source in (None, "none"):
         raise UserError("--distill_teacher needs its weights: give --distill_pretrained CHECKPOINT")
-    theirs = given["distill_keyword"]
+    theirs, registry = given["distill_keyword"], keywords.registry()
     if theirs is None:
-        theirs = tuple(word for word in words if keywords.registry()[word].group != "quantizer")
+        theirs = tuple(word for word in words if registry[word].group != "quantizer")
+    quantizing = [word for word in theirs if word in registry and registry[word].group == "quantizer"]
+    if quantizing:
+        raise UserError(
+            f"--distill_keyword: a teacher is in full precision; leave {', '.join(quantizing)} out"
+        )
     if not set(theirs) & set(DATASETS.values()):
         theirs = (*(word for word in words if word in DATASETS.values()), *theirs)
+    has_width = family_of(name) not in ("pytorch", "torchvision", "timm")
     options = {
         "model": name,
-        "width_alpha": given["distill_width_alpha"] or given["width_alpha"],
+        "width_alpha": given["distill_width_alpha"] or (given["width_alpha"] if has_width else 1.0),
         **{name: given[name] for name in ("num_classes", "input_size") if name in given.explicit},
     }
     try:
