@@ -97,6 +97,9 @@ VARIANTS = (
     Variant(f"{COMMON} --save_every 2 --iter_size 5 --optimizer ADAM --lr 0.01"),
     Variant(f"{COMMON} --save_every 1 --wakeup 30 --fp16 --amp_dtype float16 --grad_clip 1"),
     Variant(f"{COMMON} --save_every 2 --iter_size 2 --policy policy.yaml"),
+    Variant(
+        f"{COMMON} --save_every 1 --ema_decay 0.9 --freeze_threshold 0.1,0.02 --freeze_momentum 0.3 --dampen 0.01"
+    ),
     Variant(f"{FILES} --save_every 1 -j 1 --stable 10"),
     Variant(f"{COMMON} --save_every 1 -b 4 --sync_bn --re_init", processes=2),
     Variant(f"{COMMON} --save_every 2 -b 4 --iter_size 2 --policy policy.yaml", processes=2),
