@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ def parallel(model: nn.Module, device: torch.device, *, may_skip: bool) -> nn.Mo
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # its old name
     buffers: dict[str, Any] = {option: False}
+    # Of 1x1 kernels in channels-last order, whose strides say the same in two ways.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=may_skip, **buffers)
 
 
