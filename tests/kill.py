@@ -252,8 +252,8 @@ def end(folder: Path, pids: list[int], whom: list[int], how: str, after: float, 
         "SIGINT": {SAVED, 130},
         "full disk": {1, 2},
     }[how]
-    if len(pids) > 1:  # another one lost it, or was ended for that
-        expected |= {1, SAVED, -signal.SIGTERM}
+    if len(pids) > 1:  # another one was behind its last step, lost this one, or was ended for that
+        expected |= {0, 1, SAVED, -signal.SIGTERM}
     if not set(statuses) <= expected:
         texts = "".join(text[-3000:] for text in said(folder, len(pids)))
         raise SystemExit(f"a training ended by {how} has the exit statuses {statuses}: {texts}")
