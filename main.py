@@ -120,8 +120,8 @@ def run(config: Config) -> int:
     pretrained = checkpoint.find_pretrained(
         settings.pretrained or "", settings.weights_dir, config.model.name
     )
-    if config.loss.distill is not None and not settings.evaluate:
-        teacher.find(config.loss.distill, settings.weights_dir)
+    distill = None if settings.evaluate else config.loss.distill
+    taught_by = None if distill is None else teacher.find(distill, settings.weights_dir)
 
     from utils import data
     from utils.parts import Parts
@@ -143,8 +143,8 @@ def run(config: Config) -> int:
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
         cost = fit.trial(model, config)
         tutor = None
-        if config.loss.distill is not None and not settings.evaluate:
-            tutor = teacher.Teacher(config.loss.distill, settings.weights_dir)
+        if distill is not None and taught_by is not None:
+            tutor = teacher.Teacher(distill, taught_by)
 
         # 3. Data, and what depends on its length.
         loaders = data.build(config.data, device)

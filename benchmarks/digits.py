@@ -73,8 +73,9 @@ class Method:
     block: str = BLOCK
 
 
-def _bits(bits: int) -> str:
-    return f"{BOTH} --fm_bit {bits} --wt_bit {bits}"
+def bits(count: int) -> str:
+    """The options of weights and activations of so many bits."""
+    return f"{BOTH} --fm_bit {count} --wt_bit {count}"
 
 
 FULL_PRECISION = Method("full precision", "32/32", "", "", None)
@@ -84,29 +85,29 @@ BINARY_BLOCK_FULL_PRECISION = Method(
 TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
 LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
 CENTRED = "--wt_adaptive var-mean"  # DoReFa-Net's weights per channel: one range for all is too coarse for three levels
-QUICK = (Method("LSQ", "2/2", "dorefa,lsq", _bits(2), LIMIT[2]),)
+QUICK = (Method("LSQ", "2/2", "dorefa,lsq", bits(2), LIMIT[2]),)
 ALL = (
-    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("LSQ", "ternary", "dorefa,lsq", TERNARY, 1.0),
-    Method("LSQ", "1/1", "dorefa,lsq", f"{_bits(1)} --wt_grad_scale paper", LIMIT[1]),
-    *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{_bits(b)} --wt_grid midtread", LIMIT[b])
+    Method("LSQ", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper", LIMIT[1]),
+    *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{bits(b)} --wt_grid midtread", LIMIT[b])
       for b in (4, 3, 2)),
-    *(Method("PACT", f"{b}/{b}", "pact", _bits(b), LIMIT[b]) for b in (4, 3, 2)),
+    *(Method("PACT", f"{b}/{b}", "pact", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("PACT, centred weights", "ternary", "pact", f"{TERNARY} {CENTRED}", 1.0),
     Method("PACT", "ternary", "pact", TERNARY, None),
-    Method("PACT, binary weights", "1/1", "pact,wt_bin", _bits(1), LIMIT[1]),
-    *(Method("DoReFa-Net, clip 1", f"{b}/{b}", "dorefa", _bits(b), None) for b in (4, 3, 2)),
-    *(Method("DoReFa-Net, clip 3", f"{b}/{b}", "dorefa", f"{_bits(b)} --fm_boundary 3", LIMIT[b])
+    Method("PACT, binary weights", "1/1", "pact,wt_bin", bits(1), LIMIT[1]),
+    *(Method("DoReFa-Net, clip 1", f"{b}/{b}", "dorefa", bits(b), None) for b in (4, 3, 2)),
+    *(Method("DoReFa-Net, clip 3", f"{b}/{b}", "dorefa", f"{bits(b)} --fm_boundary 3", LIMIT[b])
       for b in (4, 3, 2)),
     Method("DoReFa-Net, clip 3, centred weights", "ternary", "dorefa", f"{TERNARY} --fm_boundary 3 {CENTRED}", 1.0),
     Method("DoReFa-Net, clip 3", "ternary", "dorefa", f"{TERNARY} --fm_boundary 3", None),
-    Method("DoReFa-Net, clip 3", "1/1", "dorefa,wt_bin", f"{_bits(1)} --fm_boundary 3", LIMIT[1]),
-    *(Method("LQ-Nets", f"{b}/{b}", "lq", _bits(b), LIMIT[b]) for b in (4, 3, 2, 1)),
-    Method("FATNN, LSQ weights", "2/2", "dorefa,fm_non-uniform,wt_lsq", _bits(2), LIMIT[2]),
+    Method("DoReFa-Net, clip 3", "1/1", "dorefa,wt_bin", f"{bits(1)} --fm_boundary 3", LIMIT[1]),
+    *(Method("LQ-Nets", f"{b}/{b}", "lq", bits(b), LIMIT[b]) for b in (4, 3, 2, 1)),
+    Method("FATNN, LSQ weights", "2/2", "dorefa,fm_non-uniform,wt_lsq", bits(2), LIMIT[2]),
     Method("FATNN", "ternary", "dorefa,non-uniform", TERNARY, 1.0),
-    Method("XNOR-Net", "1/1", "xnor", f"{_bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
-    Method("XNOR-Net++", "1/1", "xnor,gamma", f"{_bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
-    Method("Bi-Real gradient", "1/1", "xnor", f"{_bits(1)} --fm_grad_type Triangle", LIMIT[1], BINARY_BLOCK),
+    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
+    Method("XNOR-Net++", "1/1", "xnor,gamma", f"{bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
+    Method("Bi-Real gradient", "1/1", "xnor", f"{bits(1)} --fm_grad_type Triangle", LIMIT[1], BINARY_BLOCK),
 )  # fmt: skip
 
 

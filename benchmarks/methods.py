@@ -93,7 +93,7 @@ def outcomes(setup: str, seeds: Sequence[int], jobs: int, fresh: bool) -> list[O
         case = f"bench-{setup}-methods-{digits.slug(row.name) or 'plain'}-{seed}"
         checkpoint = f"{start.format(seed=seed)}-checkpoint.pth.tar"
         keywords = "dorefa,lsq" + (f",{row.keyword}" if row.keyword else "")
-        options = f"{TUNE} --pretrained {checkpoint} {digits._bits(2)} {row.options.format(start=checkpoint)}"
+        options = f"{TUNE} --pretrained {checkpoint} {digits.bits(2)} {row.options.format(start=checkpoint)}"
         argv = digits.command(setup, case, seed, digits.BLOCK, keywords, options.strip())
         summary = digits.run(case, argv, fresh)
         text = shlex.join(["python", *argv[1:]])

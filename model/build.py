@@ -67,10 +67,7 @@ def build(config: ModelConfig) -> nn.Module:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether no quantizer still lets its input pass (`--stable`); true in full precision."""
-    return all(
-        quantizer.enabled and not bool(quantizer.iteration < quantizer.stable)
-        for _, quantizer in quantizers(model)
-    )
+    return all(quantizer.enabled and bool(quantizer.warmed_up()) for _, quantizer in quantizers(model))
 
 
 def set_stable(model: nn.Module, steps_per_epoch: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,14 @@ def _from_inputs(module: Quantizer, inputs: tuple[Tensor, ...], *, config: Quant
     _initialise(module, inputs[0], config)
 
 
-def _is_searched(quantizer: Quantizer, config: QuantConfig) -> bool:
+def _is_searched(quantizer: Quantizer, config: QuantConfig) -> TypeGuard[LearnedRange | DoReFaActivation]:
+    """Whether its clip value is searched for, not left to its own formula."""
     return config.re_init_range != "paper" and isinstance(quantizer, LearnedRange | DoReFaActivation)
 
 
 def _initialise(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
     """Initialise one quantizer from what it will quantize; a group of zeros keeps its clip value."""
-    if not isinstance(quantizer, LearnedRange | DoReFaActivation) or config.re_init_range == "paper":
+    if not _is_searched(quantizer, config):
         quantizer.initialise_from(x)
         return
     with torch.no_grad():
@@ -106,7 +108,6 @@ def least_error_clip(rows: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
 
 def percentile_clip(rows: Tensor, percent: float) -> Tensor:
     """The smallest value of each row that at least `percent` of its |x| do not exceed; float32 [groups]."""
-    rank = math.ceil(
-        Fraction(str(percent)) * rows.shape[1] / 100
-    )  # exact: a rounded product may go up by one
+    # Exact, since a rounded product may go up by one.
+    rank = math.ceil(Fraction(str(percent)) * rows.shape[1] / 100)
     return rows.abs().kthvalue(max(1, rank), dim=1).values

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.quant import Quantizer, QuantLayer, quantized_layers
+from model.quant import quantized_layers, quantized_weights
 from utils.errors import UserError
 
 
@@ -22,37 +22,23 @@ def dampening(model: nn.Module) -> Tensor:
     """The sum over quantized weights of (q - clip(w))^2, q the level of w, constant; float32 [] (section 4.2).
 
     Gradient 2 * (w - q) for weights within the range, 0 for those beyond its ends, which pulls a weight to the
-    middle of what rounds to its level.
+    middle of what rounds to its level. In a warm-up, in which levels mean nothing, a layer counts for nothing.
     """
     total = None
-    for _, layer, quantizer in _weights(model):
+    for _, layer, quantizer in quantized_weights(model):
         weight = layer.weight.float()
         found = quantizer.integers(weight)
         level = found.unscaled(found.numbers)
         last = quantizer.levels - 1
         clipped = ((found.numbers == last) & (weight > level)) | ((found.numbers == 0) & (weight < level))
-        part = (weight - level).masked_fill(clipped, 0.0).square().sum() * quantizes(quantizer)
+        part = (weight - level).masked_fill(clipped, 0.0).square().sum() * quantizer.warmed_up().squeeze()
         total = part if total is None else total + part
     return torch.zeros(()) if total is None else total
-
-
-def quantizes(quantizer: Quantizer) -> Tensor:
-    """1 when the quantizer's warm-up is over, in which levels mean nothing, else 0; float32 []."""
-    return (quantizer.iteration >= quantizer.stable).float().squeeze()
 
 
 def dampening_factor(step: int, total_steps: int) -> float:
     """From 0 at the first step to 1 at the last along a cosine (section 4.2): (1 - cos(pi * t / T)) / 2."""
     return (1 - math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
-
-
-def _weights(model: nn.Module) -> list[tuple[str, QuantLayer, Quantizer]]:
-    """The layers whose weights are quantized now."""
-    return [
-        (name, layer, layer.quant_weight)
-        for name, layer in quantized_layers(model)
-        if isinstance(layer.quant_weight, Quantizer) and layer.quant_weight.enabled
-    ]
 
 
 class Freezing:
@@ -99,7 +85,7 @@ class Freezing:
         """
         if not self.enabled:
             return
-        layers = _weights(self._model)
+        layers = list(quantized_weights(self._model))
         for name in self._tracked.keys() - {name for name, _, _ in layers}:  # turned off by a policy
             del self._tracked[name]
         for name, layer, quantizer in layers:
@@ -113,8 +99,8 @@ class Freezing:
                 continue
             changed = (numbers - state["numbers"]).sign()
             moved = changed != 0
-            oscillates = moved & (changed == -state["direction"])
-            state["frequency"].lerp_(oscillates * quantizes(quantizer), self._momentum)
+            oscillates = moved & (changed == -state["direction"]) & quantizer.warmed_up()
+            state["frequency"].lerp_(oscillates.float(), self._momentum)
             state["mean"].lerp_(numbers.float(), self._momentum)
             state["direction"].copy_(torch.where(moved, changed, state["direction"]))
             newly = (state["frequency"] > self.threshold(step)) & ~state["frozen"]

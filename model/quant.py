@@ -223,7 +223,11 @@ class Quantizer(nn.Module):
 
     def warming_up(self) -> Tensor:
         """Bool [1]: the quantizer still passes its input through (`--stable`)."""
-        return self.iteration <= self.stable if self.training else self.iteration < self.stable
+        return self.iteration <= self.stable if self.training else ~self.warmed_up()
+
+    def warmed_up(self) -> Tensor:
+        """Bool [1]: the next forward pass comes after the warm-up, between the passes of training too."""
+        return self.iteration >= self.stable
 
     def set_stable(self, steps_per_epoch: int) -> None:
         """Fix the length of the warm-up: the longer of `stable` and `stable_epoch` epochs."""
@@ -569,6 +573,13 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer) and any(True for _ in module.quantizers()):
             yield name, module
+
+
+def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantLayer, Quantizer]]:
+    """Every layer whose weight is quantized now, which a policy may have turned off, with its name and quantizer."""
+    for name, layer in quantized_layers(model):
+        if isinstance(layer.quant_weight, Quantizer) and layer.quant_weight.enabled:
+            yield name, layer, layer.quant_weight
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.oscillation import quantizes
-from model.quant import Quantizer, quantized_layers
+from model.quant import quantized_weights
 from model.uniform import LearnedClip, LearnedRange
 
 
@@ -19,10 +18,7 @@ def quantization_error(model: nn.Module) -> Tensor:
     values of another kind than the weights are left to the caller to refuse.
     """
     errors = []
-    for _, layer in quantized_layers(model):
-        quantizer = layer.quant_weight
-        if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
-            continue
+    for _, layer, quantizer in quantized_weights(model):
         weight = layer.weight.float()
         fixed = weight.detach()
         size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
@@ -31,7 +27,7 @@ def quantization_error(model: nn.Module) -> Tensor:
         if isinstance(quantizer, LearnedRange) and quantizer.config.adaptive == "none":
             learned = LearnedClip.apply(fixed, quantizer.clip(fixed), quantizer.grid())
             error = error + (learned - fixed).square().sum()
-        errors.append(quantizes(quantizer) * error / size)
-    return (
-        torch.stack(errors).mean() if errors else torch.zeros(())
-    )  # a policy may have turned all of them off
+        errors.append(quantizer.warmed_up().squeeze() * error / size)
+    if not errors:  # a policy may have turned all of them off
+        return torch.zeros(())
+    return torch.stack(errors).mean()

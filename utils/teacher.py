@@ -19,12 +19,11 @@ class Teacher:
     """Gives its logits for the images that the network is trained on.
 
     Args:
-        config: its network and its checkpoint.
-        weights_dir: where a checkpoint that is no path is looked up.
+        config: its network.
+        path: the checkpoint, as `find` says.
     """
 
-    def __init__(self, config: DistillConfig, weights_dir: Path) -> None:
-        path = find(config, weights_dir)
+    def __init__(self, config: DistillConfig, path: Path) -> None:
         self._path = path
         try:
             self._network = build.build(config.teacher)

@@ -15,12 +15,12 @@ from plotly import graph_objects
 from plotly.offline import get_plotlyjs
 
 from utils.html_report.runs import Run
+from utils.options import TAGS
 
 FOLDER = Path(__file__).resolve().parent
 COLOURS = ("#3b82c4", "#e07b39", "#2fa37c", "#c46fa3", "#b8952f", "#6f7bd9", "#c9544d", "#58a6b0")
 GREY, LINES = "#7d8590", "rgba(128, 128, 128, 0.22)"  # seen on light and on dark ground
 SHOWN_EPOCHS = 12  # of which histograms are on the page
-TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
 CURVES = (  # heading, column of the training, column of the validation
     ("Loss", "train_loss", "val_loss"),
     ("Top-1 accuracy, %", "train_top1", "val_top1"),
