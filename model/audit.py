@@ -100,7 +100,7 @@ class _Watch:
             self.values = [row.unique() for row in rows]
             return
         # Rows of samples (per-sample normalisation) are groups of their own in each batch.
-        same = rows.shape[0] == len(self.values) and not module.levels_per_sample
+        same = rows.shape[0] == len(self.values) and not module.levels_per_sample()
         old = self.values if same else [row[:0] for row in rows]
         fresh = [torch.cat([a, row.unique()]).unique() for a, row in zip(old, rows, strict=True)]
         self.values = fresh if same else [*self.values, *fresh]

@@ -32,7 +32,6 @@ class DoReFaActivation(Quantizer):
             "clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates
         )
 
-    @property
     def zero_to_zero(self) -> bool:
         """See `Quantizer`; `STE-scale` counts elements."""
         config = self.config

@@ -190,7 +190,6 @@ class FATNNActivation(_FATNN):
         super().__init__(config, site)
         self.register_buffer("clip_val", torch.full(self.range_shape(), config.boundary))
 
-    @property
     def zero_to_zero(self) -> bool:
         """See `Quantizer`."""
         return self.config.adaptive == "none"

@@ -47,11 +47,6 @@ class PACT(LearnedRange):
         clip_val: float32, `range_shape`; starts at `boundary`.
     """
 
-    @property
-    def zero_to_zero(self) -> bool:
-        """See `LearnedRange`; `STE-scale` counts elements."""
-        return super().zero_to_zero and self.config.grad_type != "STE-scale"
-
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
         return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")

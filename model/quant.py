@@ -140,7 +140,8 @@ class Quantizer(nn.Module):
         if config.gamma:
             self.gamma = nn.Parameter(torch.ones(self.range_shape()))
 
-    @property
+    # Methods, not properties: in a graph of `torch.compile`, `super().some_property` is the property itself, which
+    # is true whatever its value is.
     def zero_to_zero(self) -> bool:
         """Whether 0 becomes exactly 0, so that padding may come before or after."""
         return False
@@ -312,14 +313,13 @@ class Quantizer(nn.Module):
             return x.reshape(1, -1)
         return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
 
-    @property
     def levels_per_sample(self) -> bool:
         """The levels of a tensor's samples differ: normalised per sample and restored."""
         return self.config.tag != "wt" and self.config.adaptive != "none" and self.config.adaptive_restore
 
     def level_rows(self, output: Tensor) -> Tensor:
         """A quantized tensor's values as rows that share their levels: [rows, values]."""
-        if not self.levels_per_sample:
+        if not self.levels_per_sample():
             return self.grouped(output)
         channels = output.movedim(self.site.channel_dim, 1)
         return channels.reshape(output.shape[0] * self.groups, -1)
@@ -525,7 +525,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def _pads_first(self) -> bool:
         quantizer = self.quant_activation
-        return isinstance(quantizer, Quantizer) and not (self.padding_after_quant or quantizer.zero_to_zero)
+        return isinstance(quantizer, Quantizer) and not (self.padding_after_quant or quantizer.zero_to_zero())
 
     def forward(self, x: Tensor) -> Tensor:
         """Input [N, in, H, W], output [N, out, H', W'], or both without N, as `nn.Conv2d`."""

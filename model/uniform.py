@@ -207,13 +207,13 @@ class LearnedRange(Quantizer):
         super().__init__(config, site)
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
 
-    @property
     def zero_to_zero(self) -> bool:
-        """See `Quantizer`; false also where padding changes the gradient's factor."""
+        """See `Quantizer`; false also where padding changes a factor of the gradients, which counts elements."""
         config = self.config
         return (
             config.half_range
             and config.adaptive == "none"
+            and config.grad_type != "STE-scale"
             and config.grad_scale not in ("element-scale", "scale-element", "paper")
         )
 

@@ -69,10 +69,9 @@ class XNORActivation(_Binary):
             return mean_magnitude(x, dim)
         return x.new_ones(1)
 
-    @property
     def levels_per_sample(self) -> bool:
         """A factor per position or channel of each sample makes levels of their own."""
-        return self.config.custom != "none" or super().levels_per_sample
+        return self.config.custom != "none" or super().levels_per_sample()
 
     def level_rows(self, output: Tensor) -> Tensor:
         """Values that share a factor as rows."""

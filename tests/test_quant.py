@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import model.build  # noqa: F401  (registers every method)
 from model.lq import LQ
+from model.pact import PACT
 from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build, methods, quantizers, register
 from tests import oracle
 from tests.oracle import Array, Groups, Result
@@ -1440,18 +1441,30 @@ def one_of_each_class() -> list[Case]:
     found: dict[object, Case] = {}
     for case in cases():
         fields = {name: value for name, value in case.method.fields.items() if name != "grad_type"}
-        key = (methods()[case.method.method, case.tag], case.method.half_range, *fields.items())
+        key = (methods()[case.method.method, case.tag], case.half_range, *fields.items())
         found.setdefault(key, case)
     return list(found.values())
+
+
+def test_one_of_each_class_leaves_no_range_out() -> None:
+    """A range that is never compiled may be compiled into another function unnoticed."""
+    def ranges(found: Sequence[Case]) -> set[object]:
+        return {(methods()[case.method.method, case.tag], case.half_range) for case in found}
+
+    assert ranges(one_of_each_class()) == ranges(cases())
 
 
 def layer_config(case: Case) -> QuantConfig:
     return dataclasses.replace(QuantConfig(), **{case.tag: case.config})
 
 
-LAYERS = one_of_each_class() + [
-    next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields)
-    for name, tag, fields in EXTRAS
+LAYERS = [
+    *one_of_each_class(),
+    *(case.with_fields(adaptive="mean-var", stable=1) for case in one_of_each_class()),
+    *(
+        next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields)
+        for name, tag, fields in EXTRAS
+    ),
 ]
 
 
@@ -1482,6 +1495,22 @@ def compiled_equals_eager(config: QuantConfig, backend: str, forwards: int) -> N
 @over(LAYERS)
 def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "aot_eager", forwards=3 if case.config.stable else 1)
+
+
+def test_a_method_may_ask_its_parent_about_padding(fresh_compiler: None) -> None:
+    """In a compiled graph too the answer is the parent's."""
+
+    class Asking(PACT):
+        def zero_to_zero(self) -> bool:
+            return super().zero_to_zero()
+
+    config = QuantizerConfig(tag="fm", enable=True, method="pact", levels=4, half_range=False)
+    layer = conv(QuantConfig(fm=config), (8, 8), padding=1)
+    assert isinstance(layer.quant_activation, PACT)
+    layer.quant_activation.__class__ = Asking
+    x = image(2, 8, 5, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.slow
