@@ -76,14 +76,21 @@ class Result:
             self.problems.append(f"{quantity} deviates by {deviation:.1e}, more than {tolerance:.0e}")
 
     def line(self) -> str:
-        """The case on one line."""
+        """The case on one line: its largest deviation, whether it passed or not, and the first problem."""
+        parts = []
+        if self.deviations:
+            quantity, deviation = max(self.deviations.items(), key=_size)
+            parts.append(f"{deviation:.1e} {quantity}")
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-            return f"FAIL  {self.name}: {self.problems[0]}{more}"
-        if not self.deviations:
-            return f"FAIL  {self.name}: nothing to compare"
-        quantity = max(self.deviations, key=lambda name: self.deviations[name])
-        return f"ok    {self.name}: {self.deviations[quantity]:.1e} {quantity}"
+            parts.append(f"{self.problems[0]}{more}")
+        verdict = "ok   " if self.passed else "FAIL "
+        return f"{verdict} {self.name}: {'; '.join(parts) or 'nothing to compare'}"
+
+
+def _size(deviation: tuple[str, float]) -> float:
+    """What a deviation counts as in a comparison of them: one that is no number is the largest."""
+    return math.inf if math.isnan(deviation[1]) else deviation[1]
 
 
 def fill(text: str, shape: Sequence[int]) -> Array:

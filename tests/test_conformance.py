@@ -365,6 +365,17 @@ def test_a_result_without_a_comparison_has_not_passed() -> None:
     assert result.line() == "FAIL  empty: nothing to compare"
 
 
+@pytest.mark.parametrize("worst", [0.25, np.inf, np.nan])
+def test_a_failure_shows_its_largest_deviation(worst: float) -> None:
+    """Not only the first one that was too large; one that is no number is larger than all."""
+    result = Result("case")
+    for quantity, deviation in (("y", 2e-5), ("gx", worst), ("grad.clip_val", 3e-3)):
+        result.compare(quantity, deviation, 1e-5)
+    line = result.line()
+    assert line.startswith(f"FAIL  case: {worst:.1e} gx; y deviates by 2.0e-05")
+    assert line.endswith("(and 2 more)")
+
+
 def test_filling_leaves_the_random_state_alone() -> None:
     np.random.seed(0)
     wanted = np.random.standard_normal(3)

@@ -1448,6 +1448,7 @@ def one_of_each_class() -> list[Case]:
 
 def test_one_of_each_class_leaves_no_range_out() -> None:
     """A range that is never compiled may be compiled into another function unnoticed."""
+
     def ranges(found: Sequence[Case]) -> set[object]:
         return {(methods()[case.method.method, case.tag], case.half_range) for case in found}
 
