@@ -22,6 +22,7 @@ from model.lq import LQ
 from model.pact import PACT
 from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build, methods, quantizers, register
 from tests import oracle
+from tests.conformance import options
 from tests.oracle import Array, Groups, Result
 from utils.config import QuantConfig, QuantizerConfig
 from utils.errors import UserError
@@ -631,6 +632,23 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
         y = quantizer(torch.from_numpy(x).float()).detach()
         np.testing.assert_allclose(quantizer.get_buffer("output_scale").numpy().ravel(), scale, rtol=1e-5)
         np.testing.assert_allclose(y.numpy(), codes * groups.spread(scale, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("closed_form", [False, True])
+@pytest.mark.parametrize("tag", ["fm", "wt", "ot"])
+def test_fatnn_for_one_tag_by_its_keyword(tag: str, closed_form: bool) -> None:
+    """Three levels: integers, or with the keyword `closed_form` their multiples."""
+    words = f"dorefa,{tag}_non-uniform" + (",closed_form" if closed_form else "")
+    argv = ["--keyword", words, f"--{tag}_enable", f"--{tag}_level", "3"]
+    layer = QuantLinear(64, 64)
+    layer.build_quantizers(options({"argv": argv})[2], "layer")
+    ((_, quantizer),) = layer.quantizers()
+    assert quantizer.config.method == "fatnn" and quantizer.config.tag == tag
+    x = generator("x", words).standard_normal((64, 64)).astype(np.float32)
+    y = quantizer(torch.from_numpy(x))
+    integral = torch.equal(y, y.round())
+    assert integral != closed_form
+    assert [len(row.unique()) for row in quantizer.level_rows(y)] == [3] * quantizer.groups
 
 
 # The frame -----------------------------------------------------------------------------------------
