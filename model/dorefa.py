@@ -14,6 +14,8 @@ from utils.config import QuantizerConfig
 from utils.errors import UserError
 
 SMALLEST = torch.finfo(torch.float32).tiny
+# A smaller max|tanh(w)| is not divided by: the gradient, up to the sum of the arriving one over it, overflows.
+SMALLEST_MAXIMUM = 1e-30
 
 
 @register("dorefa", "fm", "ot")
@@ -71,7 +73,7 @@ class DoReFaActivation(Quantizer):
 class DoReFaWeight(Quantizer):
     """t = tanh(w), u = t / (2 max|t|) + 1/2, q = 2 * round(n * u) / n - 1, n = levels - 1.
 
-    The maximum is over the whole tensor (paper, equation 9). Gradient: straight-through the rounding
+    The maximum is over the whole tensor (paper, equation 9); below 1e-30 it is taken as 1. Gradient: straight-through the rounding
     alone, exact through tanh and the maximum. With `binary_scale` (keyword `wt_bin`) at two levels:
     sign(w) * mean|w| over the tensor, straight-through (equation 7).
     """
@@ -103,7 +105,7 @@ class DoReFaWeight(Quantizer):
     def _squashed(x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
         largest = squashed.abs().amax()
-        return squashed / torch.where(largest < 1e-12, 1.0, largest)
+        return squashed / torch.where(largest < SMALLEST_MAXIMUM, 1.0, largest)
 
 
 class SignTimesMean(torch.autograd.Function):

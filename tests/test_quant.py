@@ -492,6 +492,20 @@ def test_dorefa_weight_gradient_is_that_of_the_smooth_part(levels: int) -> None:
     np.testing.assert_allclose(gx.numpy(), numeric, atol=1e-5 * np.abs(numeric).max(), rtol=0)
 
 
+@pytest.mark.parametrize("unit", [1e-11, 1e-20, 1e-29])
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+def test_dorefa_weights_of_any_size_follow_the_formula(levels: int, unit: float) -> None:
+    """Only the ratio of the weights counts where tanh is linear."""
+    case = Case("dorefa-wt", "wt", levels, half_range=False)
+    w = away_from_jumps(sample(case) * np.float32(1e-6), expectation(case, make(case)))
+    gy = generator("gy").standard_normal(w.shape).astype(np.float32)
+    w = (w * np.float32(1e6) * unit).astype(np.float64)
+    expected = oracle.dorefa_weight(w, gy.astype(np.float64), levels=levels)
+    y, gx = backward(make(case), torch.from_numpy(w).float(), torch.from_numpy(gy))
+    assert_close(y, expected.y, "output")
+    assert_close(gx, expected.gx, "gradient to x")
+
+
 @over(cases(groups=(None, 1), where=lambda method: method.range_name == "clip_val"))
 def test_outside_the_range_the_gradient_to_the_clip_value_is_the_slope_of_the_output(case: Case) -> None:
     """Where all is clipped the output is smooth in the clip value, for LSQ below the range too."""
