@@ -99,7 +99,7 @@ class Integers:
         rows = torch.zeros_like(numbers) if self.rows is None else self.rows.expand(numbers.shape)
         value = self.codebook[rows, numbers] * self.factor
         if self.deviation is not None and self.mean is not None:
-            value = adaptive.restored(value, self.mean, self.deviation)
+            value = adaptive.restored(value, adaptive.Taken(self.mean, self.deviation))
         return value
 
 
@@ -192,19 +192,19 @@ class Quantizer(nn.Module):
         warm-up.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            normed, mean, deviation = self._normalised(x.float())
+            normed, taken = self._normalised(x.float())
             extra: dict[str, Tensor] = {}
-            if self.config.adaptive_restore and mean is not None and deviation is not None:
-                extra = {"mean": mean, "deviation": deviation}
+            if self.config.adaptive_restore and taken is not None:
+                extra = {"mean": taken.mean, "deviation": taken.deviation}
             if self.config.gamma:
                 extra["gamma"] = self.per_channel(self.gamma.float())
             return dataclasses.replace(self.encode(normed), **extra)
 
     def _transform(self, x: Tensor) -> Tensor:
-        normed, mean, deviation = self._normalised(x)
+        normed, taken = self._normalised(x)
         result = self.quantize(normed)
-        if self.config.adaptive_restore and mean is not None and deviation is not None:
-            result = adaptive.restored(result, mean, deviation)
+        if self.config.adaptive_restore and taken is not None:
+            result = adaptive.restored(result, taken)
         if self.training and self.config.proxquant_step > 0:
             blended = snapshot(self.iteration) - self.stable
             share = (1 - blended / self.config.proxquant_step).clamp(0, 1)
@@ -215,12 +215,16 @@ class Quantizer(nn.Module):
         """Float32 `x` as the method sees it, after `adaptive`."""
         return self._normalised(x)[0]
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The tensor as the method sees it, and the mean and deviation that were taken out."""
+    def _normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Taken | None]:
+        """The tensor as the method sees it, and what was taken out."""
         if self.config.adaptive == "none":
-            return x, None, None
-        mean, deviation = self._statistics(x)
-        return adaptive.normalised(x, mean, deviation), mean, deviation
+            return x, None
+        taken = adaptive.Taken(*self._statistics(x))
+        # The gradient of a learned value is itself that of the restored tensor times the deviation.
+        learned = [name for name, _ in self.named_parameters(recurse=False) if name != "gamma"]
+        if self.config.adaptive_restore and not learned:
+            taken = taken._replace(unit=adaptive.gradient_unit(taken.deviation))
+        return adaptive.normalised(x, taken), taken
 
     def warming_up(self) -> Tensor:
         """Bool [1]: the quantizer still passes its input through (`--stable`)."""
