@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
 from model.observe import observing
-from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear
+from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.summary import format_table
 from utils.config import QuantConfig
 from utils.errors import UserError
@@ -214,6 +214,8 @@ def replace(
         reason = obstacles.get(name) or _deselected(name, layer, config, select, ends)
         if reason:
             left.append(Left(name, reason))
+            if not isinstance(layer, QuantLayer):
+                keep_full_precision(layer, reason)
             continue
         replaced.append(name)
         # A quantized class only adds quantizers, so that a layer becomes one without a copy; this also keeps

@@ -73,9 +73,9 @@ class DoReFaActivation(Quantizer):
 class DoReFaWeight(Quantizer):
     """t = tanh(w), u = t / (2 max|t|) + 1/2, q = 2 * round(n * u) / n - 1, n = levels - 1.
 
-    The maximum is over the whole tensor (paper, equation 9); below 1e-30 it is taken as 1. Gradient: straight-through the rounding
-    alone, exact through tanh and the maximum. With `binary_scale` (keyword `wt_bin`) at two levels:
-    sign(w) * mean|w| over the tensor, straight-through (equation 7).
+    The maximum is over the whole tensor (paper, equation 9); below 1e-30 it is taken as 1. Gradient:
+    straight-through the rounding alone, exact through tanh and the maximum. With `binary_scale` (keyword
+    `wt_bin`) at two levels: sign(w) * mean|w| over the tensor, straight-through (equation 7).
     """
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.quant import QuantConv2d, QuantLinear
+from model.quant import QuantConv2d, QuantLinear, keep_full_precision
 from utils.config import ModelConfig
 from utils.errors import UserError
 
@@ -127,7 +127,8 @@ def conv(
     size: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "bias": False, "groups": groups}
     depthwise = 1 < groups == channels_in
     if full_precision or not config.quant.enabled or (depthwise and not config.quant.depthwise):
-        return nn.Conv2d(channels_in, channels_out, kernel, **size)
+        made = nn.Conv2d(channels_in, channels_out, kernel, **size)
+        return keep_full_precision(made, "is kept so by its network" if full_precision else "is depth-wise")
     after = config.quant.padding_after_quant
     made = QuantConv2d(channels_in, channels_out, kernel, **size, padding_after_quant=after)
     made.signed_input = signed
@@ -160,7 +161,9 @@ def unit(
 def linear(features_in: int, features_out: int, config: ModelConfig) -> nn.Linear:
     """The last layer, in full precision unless the first and last layers are quantized too."""
     quantized = config.quant.first_last and config.quant.enabled
-    return (QuantLinear if quantized else nn.Linear)(features_in, features_out)
+    if quantized:
+        return QuantLinear(features_in, features_out)
+    return keep_full_precision(nn.Linear(features_in, features_out), "is the last layer")
 
 
 class SpaceToDepthConv(nn.Module):

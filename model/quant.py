@@ -572,6 +572,27 @@ class QuantLinear(QuantLayer, nn.Linear):
         return self.quant_output(functional.linear(self.quant_activation(x), weight, self.bias))
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def keep_full_precision(layer: Module, reason: str) -> Module:
+    """Note on a convolution or linear layer that it computes in full precision on purpose; returns the layer.
+
+    The audit of a quantized network fails where such a layer bears no note.
+
+    Args:
+        layer: any layer.
+        reason: the rest of a sentence about it: "is the last layer".
+    """
+    vars(layer)["full_precision_reason"] = reason
+    return layer
+
+
+def full_precision_reason(layer: nn.Module) -> str:
+    """What `keep_full_precision` noted on a layer; empty where nothing is noted."""
+    return vars(layer).get("full_precision_reason", "")
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
     """Every quantized layer of a network with its name."""
     for name, module in model.named_modules():

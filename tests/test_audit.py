@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.audit import audit
 from model.build import build
-from model.quant import Quantizer, QuantLayer, quantizers
+from model.convert import build_quantizers
+from model.quant import (
+    QuantConv2d,
+    Quantizer,
+    QuantLayer,
+    QuantLinear,
+    keep_full_precision,
+    quantizers,
+)
 from utils.config import QuantizerConfig
 from utils.resolve import read
 
@@ -165,6 +176,164 @@ def test_a_quantizer_that_is_not_there_is_caught() -> None:
     layer.quant_weight = nn.Identity()
     config = read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant
     assert audit(net, batches(), config).problems == ("layer1.0.conv1.0.quant_weight was never reached",)
+
+
+# What the layers multiply -----------------------------------------------------------------------
+
+
+class WeightIgnored(QuantConv2d):
+    """Calls its quantizers and multiplies by the weight itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.quant_weight(self.weight)
+        return self.quant_output(self._conv_forward(self.quant_activation(x), self.weight, self.bias))
+
+
+class InputIgnored(QuantConv2d):
+    """Calls its quantizers and multiplies the input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.quant_activation(x)
+        return self.quant_output(self._conv_forward(x, self.quant_weight(self.weight), self.bias))
+
+
+class BothIgnored(QuantConv2d):
+    """Multiplies what it would without quantizers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        super().forward(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+class Corrected(QuantConv2d):
+    """Adds what quantizing took away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        full = self._conv_forward(x, self.weight, self.bias)
+        return super().forward(x) + 0.5 * full
+
+
+class OutputIgnored(QuantConv2d):
+    """Its quantizers see all, but what leaves is not the last one's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._conv_forward(self.quant_activation(x), self.quant_weight(self.weight), self.bias)
+        self.quant_output(y)
+        return y
+
+
+class Unfolded(QuantConv2d):
+    """The same convolution as a matrix product, padded by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.pad(self.quant_activation(x), (1, 1, 1, 1))
+        columns = functional.unfold(x, 3).mT
+        y = columns @ self.quant_weight(self.weight).flatten(1).T
+        return self.quant_output(y.mT.unflatten(2, (x.shape[2] - 2, x.shape[3] - 2)))
+
+
+THREE = ("--ot_enable", "--ot_bit", "3")
+
+
+def with_layer(kind: type[QuantConv2d]) -> tuple[nn.Module, str]:
+    """A network of which one convolution is of this class, and its name."""
+    net, name = network(options=(*LOW, *THREE)), "layer2.1.conv2.0"
+    net.get_submodule(name).__class__ = kind
+    return net, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (WeightIgnored, "multiplies values that quant_weight did not put out"),
+        (InputIgnored, "multiplies values that quant_activation did not put out"),
+        (BothIgnored, "multiplies values that quant_activation and quant_weight did not put out"),
+        (Corrected, "multiplies values that quant_activation and quant_weight did not put out"),
+        (OutputIgnored, "puts out values that quant_output did not"),
+    ],
+)
+def test_a_layer_that_ignores_its_quantizers_is_caught(kind: type[QuantConv2d], problem: str) -> None:
+    net, name = with_layer(kind)
+    result = audit(net, batches())
+    assert result.problems == (f"{name} {problem}",)
+    assert result.verdict == "FAILED: 1 layer"
+    assert [line.split()[0] for line in result.table().splitlines() if problem in line] == [name]
+
+
+def test_a_layer_without_a_product_is_caught() -> None:
+    net = nn.Sequential(nn.Identity(), QuantConv2d(3, 3, 1))
+    build_quantizers(net, read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant)
+
+    class Elementwise(QuantConv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.quant_activation(x) * self.quant_weight(self.weight).sum(dim=(1, 2, 3)).reshape(
+                -1, 1, 1
+            )
+
+    net[1].__class__ = Elementwise
+    assert audit(net, batches()).problems == (
+        "1 has no convolution and no matrix product that could be looked at",
+    )
+
+
+def test_a_layer_of_ones_own_that_multiplies_what_is_quantized_passes() -> None:
+    net, _ = with_layer(Unfolded)
+    assert not audit(net, batches()).problems
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_autocast_rounds_passes(dtype: torch.dtype) -> None:
+    net = network("lq")
+    with torch.autocast("cpu", dtype=dtype):
+        assert not audit(net, batches()).problems
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("padding", [1, (2, 1), "same"])
+@pytest.mark.parametrize("after", [False, True])
+def test_any_padding_passes(after: bool, padding: Any, mode: str) -> None:
+    net = nn.Sequential(
+        QuantConv2d(3, 4, (5, 3), padding=padding, padding_mode=mode, padding_after_quant=after),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        QuantLinear(16, 16),
+        QuantLinear(16, 5),
+    )
+    build_quantizers(net, read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant)
+    result = audit(net, batches())
+    assert (len(result.rows), result.problems) == (6, ())
+
+
+def test_a_layer_that_was_never_quantized_is_caught() -> None:
+    """Put in behind the back of `build`, or forgotten by it."""
+    net = network()
+    block = net.get_submodule("layer2.1.conv2")
+    block[0] = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    names = [name for name, _ in quantizers(net)]
+    net.add_module("tail", nn.Linear(10, 10))
+    result = audit(net, batches())
+    message = "computes in full precision, and nothing says that it should"
+    assert result.problems == (f"layer2.1.conv2.0 {message}", f"tail {message}")
+    assert [row.name for row in result.rows] == names
+    assert result.verdict == "FAILED: 2 layers"
+    keep_full_precision(net.get_submodule("tail"), "is new")
+    keep_full_precision(block[0], "is the most important one")
+    result = audit(net, batches())
+    assert result.problems == ()
+    assert "full precision: it is the most important one" in result.table()
+
+
+def test_layers_in_full_precision_are_listed() -> None:
+    result = audit(network("dorefa,lsq,real_skip"), batches())
+    assert result.problems == ()
+    assert {row.name: row.reason for row in result.layers} == {
+        "conv1": "is kept so by its network",
+        "layer2.0.skip.1": "is kept so by its network",
+        "layer3.0.skip.1": "is kept so by its network",
+        "fc": "is the last layer",
+    }
+    lines = [line.split(maxsplit=1) for line in result.table().splitlines()]
+    assert ["fc", "full precision: it is the last layer"] in lines
 
 
 def test_full_precision_has_nothing_to_audit() -> None:
