@@ -50,6 +50,7 @@ class HealthRow:
         bits: of a stored value.
         used: levels that some value takes; None where the method of a user's own knows no integers.
         range: mean over the groups of the clip value (or top level); None where a method has none.
+        range_lowest, range_highest: the least and the greatest of the groups; likewise.
         clipped: share of values below the lowest or above the highest value of the range; likewise.
         shares: share of each level, from the lowest; empty with more than `KEPT_LEVELS`.
         values: the levels, mean over the groups, before a normalisation is undone and without `gamma`; likewise.
@@ -67,6 +68,8 @@ class HealthRow:
     bits: int
     used: int | None
     range: float | None
+    range_lowest: float | None
+    range_highest: float | None
     clipped: float | None
     shares: tuple[float, ...]
     values: tuple[float, ...]
@@ -81,6 +84,11 @@ class HealthRow:
         return 0 if self.used is None else self.levels - self.used
 
     @property
+    def notice(self) -> str:
+        """What needs somebody's attention; empty when nothing does."""
+        return "constant, carries nothing" if self.used == 1 else ""
+
+    @property
     def positions(self) -> tuple[float, ...]:
         """Where the levels lie among the values that come in.
 
@@ -93,8 +101,11 @@ class HealthRow:
 
     def scalars(self) -> dict[str, float]:
         """The row as curves: `NAME/range` and so on."""
+        grouped = self.range_lowest != self.range_highest
         optional = {
             "range": self.range,
+            "range_lowest": self.range_lowest if grouped else None,
+            "range_highest": self.range_highest if grouped else None,
             "clipped": self.clipped,
             "changed": self.changed,
             "update": self.update,
@@ -209,6 +220,7 @@ def _measure(quantizer: Quantizer, x: Tensor, integers: Integers | None) -> dict
         if bounds is not None:
             lowest, highest = (quantizer.per_channel(bound) for bound in bounds)
             figures["range"] = bounds[1].mean()
+            figures["range_lowest"], figures["range_highest"] = bounds[1].aminmax()
             figures["clipped"] = ((normed < lowest) | (normed > highest)).double().mean()
             levels = torch.stack([bound.mean() for bound in bounds])
         if isinstance(quantizer, LQ):
@@ -257,7 +269,8 @@ def _fetch(measured: Iterable[dict[str, Tensor]]) -> list[dict[str, list[float]]
 
 
 def _row(name: str, quantizer: Quantizer, figures: dict[str, list[float]]) -> HealthRow:
-    single = {key: figures[key][0] for key in ("range", "clipped", "changed", "update") if key in figures}
+    names = ("range", "range_lowest", "range_highest", "clipped", "changed", "update")
+    single = {name: figures[name][0] for name in names if name in figures}
     low, high = figures["ends"]
     return HealthRow(
         name=name,
@@ -267,6 +280,8 @@ def _row(name: str, quantizer: Quantizer, figures: dict[str, list[float]]) -> He
         bits=stored_bits(quantizer.levels),
         used=int(figures["used"][0]) if "used" in figures else None,
         range=single.get("range"),
+        range_lowest=single.get("range_lowest"),
+        range_highest=single.get("range_highest"),
         clipped=single.get("clipped"),
         shares=tuple(figures.get("shares", ())),
         values=tuple(figures.get("values", ())),
@@ -291,17 +306,20 @@ def table(rows: list[HealthRow]) -> str:
             row.name,
             " ".join(f"{value:.3g}" for value in row.basis)
             or ("" if row.range is None else f"{row.range:.4g}"),
+            ""
+            if row.range_lowest == row.range_highest
+            else f"{row.range_lowest:.3g} - {row.range_highest:.3g}",
             percent(row.clipped),
             str(row.dead),
             " ".join(percent(share) for share in row.shares) if len(row.shares) <= SHOWN_LEVELS else "",
             percent(row.changed),
             "" if row.update is None else f"{row.update:.2g}",
+            row.notice,
         )
         for row in rows
     ]
-    return format_table(
-        ("quantizer", "range or basis", "clipped %", "dead", "levels %", "changed %", "update"), cells
-    )
+    head = ("quantizer", "range or basis", "over groups", "clipped %", "dead", "levels %", "changed %", "update")
+    return format_table((*head, ""), cells)
 
 
 def first_nonfinite(model: nn.Module, images: Tensor) -> tuple[int, str] | None:

@@ -46,6 +46,43 @@ def test_activations_by_hand() -> None:
     assert row.scalars()["0.quant_activation/level3"] == pytest.approx(0.5)
 
 
+def test_one_bad_channel_shows() -> None:
+    """The mean over four channels hides a clip value that is next to nothing."""
+    model = layer(wt={"method": "lsq"})
+    quantizer = model[0].quant_weight
+    with torch.no_grad():
+        quantizer.clip_val.copy_(torch.tensor([1.0, -1.5, 0.001, 0.5]).reshape(4, 1, 1, 1))
+    (row,) = Health(model).report(image(1.0))
+    assert row.range == pytest.approx(3.001 / 4)
+    assert (row.range_lowest, row.range_highest) == pytest.approx((0.001, 1.5))
+    assert (row.record()["range_lowest"], row.record()["range_highest"]) == (0.001, 1.5)
+    scalars = row.scalars()
+    assert scalars["0.quant_weight/range_lowest"] == pytest.approx(0.001)
+    assert scalars["0.quant_weight/range_highest"] == pytest.approx(1.5)
+    assert "0.001 - 1.5" in table([row])
+    (row,) = Health(layer(wt={"method": "lsq", "quant_group": 1})).report(image(1.0))
+    assert row.range_lowest == row.range_highest == row.range
+    assert "0.quant_weight/range_lowest" not in row.scalars()
+    assert " - " not in table([row])
+
+
+def test_activations_beyond_the_basis_of_lq_are_noticed() -> None:
+    """All take the top level, whose codes make the least squares singular: the basis stays where it is."""
+    model = layer(fm={"method": "lq"}).train()
+    quantizer = model[0].quant_activation
+    before = quantizer.basis.clone()
+    x = torch.linspace(9, 11, 24).reshape(1, 1, 4, 6)
+    for _ in range(50):
+        model(x)
+    assert torch.equal(quantizer.basis, before)
+    (row,) = Health(model).report(x)
+    assert (row.used, row.dead, row.clipped, row.shares) == (1, 3, 1.0, (0, 0, 0, 1))
+    assert row.notice == "constant, carries nothing" and row.notice in table([row])
+    quantizer.initialise_from(x)
+    (row,) = Health(model).report(x)
+    assert row.notice == "" and row.used > 1
+
+
 def test_what_is_recorded_by_hand() -> None:
     """Bins of equal width over values and levels; every finite value is in one of them."""
     values = (-0.5, 0.12, 0.31, 0.98, 2.02, 2.7)
