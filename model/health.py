@@ -318,7 +318,16 @@ def table(rows: list[HealthRow]) -> str:
         )
         for row in rows
     ]
-    head = ("quantizer", "range or basis", "over groups", "clipped %", "dead", "levels %", "changed %", "update")
+    head = (
+        "quantizer",
+        "range or basis",
+        "over groups",
+        "clipped %",
+        "dead",
+        "levels %",
+        "changed %",
+        "update",
+    )
     return format_table((*head, ""), cells)
 
 
