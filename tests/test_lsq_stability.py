@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.calibrate import initialise_ranges
 from model.lsq import LSQ
-from model.quant import TensorSite
-from utils.config import QuantizerConfig
+from model.quant import QuantConv2d, TensorSite
+from utils.config import QuantConfig, QuantizerConfig
 
 STEPS = 200
 
@@ -87,3 +93,103 @@ def test_a_run_whose_clip_value_crosses_zero() -> None:
     # x >= 0 over a negative clip value is clamped to zero everywhere: no signal, no gradient to recover by.
     assert naive_clip == torch.tensor(-0.05).item()
     assert naive[-1] > losses[-1]
+
+
+# A network of 2-bit weights and activations -------------------------------------------------------
+
+
+class TextbookLSQ(nn.Module):
+    """LSQ as its paper has it (arXiv 1902.08153): a step, its first value and gradient scale, no precautions."""
+
+    def __init__(self, lowest: int, highest: int) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(math.nan))
+        self.lowest, self.highest = lowest, highest
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step.isnan():
+            self.step.data = 2 * x.detach().abs().mean() / math.sqrt(self.highest)
+        scale = 1 / math.sqrt(x.numel() * self.highest)
+        step = self.step * scale + (self.step - self.step * scale).detach()
+        codes = (x / step).clamp(self.lowest, self.highest)
+        return (codes + (codes.round() - codes).detach()) * step
+
+
+class Textbook(nn.Conv2d):
+    """A convolution of 2-bit activations and weights."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16, 3, padding=1)
+        self.quant_activation, self.quant_weight = TextbookLSQ(0, 3), TextbookLSQ(-2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.quant_activation(x), self.quant_weight(self.weight), self.bias)
+
+
+def ours() -> QuantConv2d:
+    """The same, by the project's options for the same grids and gradients."""
+    fields = {"enable": True, "method": "lsq", "levels": 4, "grad_scale": "paper", "quant_group": 1}
+    conv = QuantConv2d(16, 16, 3, padding=1)
+    config = QuantConfig(
+        fm=QuantizerConfig(tag="fm", half_range=True, **fields),
+        wt=QuantizerConfig(tag="wt", grid="midtread", **fields),
+    )
+    conv.build_quantizers(config, "conv")
+    return conv
+
+
+class Block(nn.Module):
+    """x + conv(relu(conv(x))), which starts as the identity when the last convolution starts at zero."""
+
+    def __init__(self, make: Callable[[], nn.Conv2d], starts_at_zero: bool) -> None:
+        super().__init__()
+        self.first, self.last = make(), make()
+        if starts_at_zero:
+            nn.init.zeros_(self.last.weight)
+            nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x + self.last(functional.relu(self.first(x))))
+
+
+def train_digits(make: Callable[[], nn.Conv2d], starts_at_zero: bool) -> list[float]:
+    """The losses of 100 steps from scratch on images of digits; stops at one that is not finite."""
+    torch.manual_seed(0)
+    blocks = [Block(make, starts_at_zero) for _ in range(2)]
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), *blocks,
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    targets = torch.from_numpy(digits.target)
+    initialise_ranges(
+        model, images[:64]
+    )  # nothing to do for the textbook's, which begin with their first batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    losses: list[float] = []
+    while len(losses) < 100 and all(map(math.isfinite, losses)):
+        batch = torch.randint(len(images), (32,), generator=generator)
+        loss = functional.cross_entropy(model(images[batch]), targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def learned(losses: list[float]) -> bool:
+    return all(map(math.isfinite, losses)) and sum(losses[-10:]) < 0.3 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("starts_at_zero", [False, True])
+def test_a_residual_network_of_two_bits_learns(starts_at_zero: bool) -> None:
+    """With the last convolution of each block at zero, as Fixup and zero-init-residual start, too."""
+    assert learned(train_digits(ours, starts_at_zero))
+
+
+def test_the_textbook_form_learns_only_where_no_tensor_starts_at_zero() -> None:
+    """The step of weights that are zero is zero, and 0 / 0 no number: the first loss is NaN already."""
+    assert learned(train_digits(Textbook, starts_at_zero=False))
+    assert math.isnan(train_digits(Textbook, starts_at_zero=True)[-1])
