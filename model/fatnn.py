@@ -115,6 +115,10 @@ class _FATNN(Quantizer):
             self._update_scale(x.detach(), codes.detach())
         return codes * self.per_channel(snapshot(self.output_scale).float())
 
+    def gathers(self) -> bool:
+        """The running scale is that of all ranks, as is the range of a warm-up."""
+        return (self.config.closed_form and self.enabled) or self.calibrates
+
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
         rows, coded = self.grouped(x), self.grouped(codes)

@@ -112,6 +112,10 @@ class LQ(Quantizer):
         moved = like.movedim(self.site.channel_dim, 0)
         return rows.reshape(moved.shape).movedim(0, self.site.channel_dim)
 
+    def gathers(self) -> bool:
+        """The least squares are those of all ranks, as is the range of a warm-up."""
+        return self.enabled or self.calibrates
+
     def _update(self, rows: Tensor, numbers: Tensor) -> None:
         """Move the basis towards the least-squares one of these codes."""
         with torch.no_grad():

@@ -61,9 +61,10 @@ class Integers:
     """A quantized tensor as integers.
 
     For engines: `(codes - zero_point) * scale`, or the codebook's entries where levels are not evenly
-    spaced. Exactly the value that training sees, to the last bit, is `codebook[rows, numbers] * factor`;
-    normalisation that was undone and the learned scale come on top: `value * deviation + mean`, then
-    `value * gamma`. All but the integers are float32 and broadcast to the tensor.
+    spaced. This agrees with what training sees to rounding, 2^-22 = 2.4e-7 of the largest level in magnitude,
+    which is more of a level that is next to zero. To the last bit it is `codebook[rows, numbers] * factor`, which
+    `dequantize` computes; normalisation that was undone and the learned scale come on top:
+    `value * deviation + mean`, then `value * gamma`. All but the integers are float32 and broadcast to the tensor.
 
     Attributes:
         codes: int32, the shape of the tensor.
@@ -371,6 +372,10 @@ class Quantizer(nn.Module):
             for tensor, old in zip(floats, before, strict=True):
                 tensor.copy_(torch.where(collecting, tensor, old))
 
+    def gathers(self) -> bool:
+        """Whether a training forward reduces statistics over all ranks, which wait for each other there."""
+        return self.calibrates
+
     def mean_over_ranks(self, statistic: Tensor) -> Tensor:
         """The mean over all ranks of a statistic of their tensors, which are of one size; see `over_ranks`."""
         total = self.over_ranks(
@@ -506,13 +511,29 @@ class QuantLayer(nn.Module):
             if isinstance(quantizer, Quantizer):
                 yield part, quantizer
 
+    def check_empty(self) -> None:
+        """Whether this layer may pass an empty input on without its quantizers.
+
+        Raises:
+            ValueError: in training, where other processes would wait for this one's statistics for ever.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not self.training or not distributed or torch.distributed.get_world_size() == 1:
+            return
+        for part, quantizer in self.quantizers():
+            if part != "quant_weight" and quantizer.gathers():
+                raise ValueError(
+                    f"{quantizer.site.name}: an empty input on this process, while others wait for the statistics that "
+                    f"its {part} ({quantizer.config.method}) gathers; give each process something in every step"
+                )
+
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantizers on its input, weight and output.
 
     By default the input is padded first and then quantized, so that padded positions take a real
     level; `padding_after_quant` quantizes first and pads with exact zeros. Of an empty input, such as a
-    detector's head gets when nothing was found, only the weight is quantized.
+    detector's head gets when nothing was found, only the weight is quantized; see `check_empty`.
     """
 
     def __init__(self, *args: Any, padding_after_quant: bool = False, **kwargs: Any) -> None:
@@ -537,6 +558,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
+            self.check_empty()
             return self._conv_forward(x, weight, self.bias)
         if self._pads_first():
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -568,6 +590,7 @@ class QuantLinear(QuantLayer, nn.Linear):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
+            self.check_empty()
             return functional.linear(x, weight, self.bias)
         return self.quant_output(functional.linear(self.quant_activation(x), weight, self.bias))
 

@@ -1232,6 +1232,8 @@ def test_proxquant_begins_after_the_warm_up() -> None:
 
 # Integers ------------------------------------------------------------------------------------------
 
+ROUNDING = 2.0**-22  # of the top level: how far an engine's code times scale may be from what training sees
+
 
 @over(each_level(cases(groups=(None, 2))))
 def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
@@ -1253,7 +1255,9 @@ def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
     else:
         assert -case.levels < low <= high < case.levels
     if found.scale is not None:
-        torch.testing.assert_close((found.codes - found.zero_point) * found.scale, y)
+        engine = (found.codes - found.zero_point) * found.scale
+        largest = found.codebook.abs().max() * found.factor
+        assert ((engine - y).abs() <= ROUNDING * largest).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import model.build  # noqa: F401  (registers the methods)
-from model.quant import Quantizer, TensorSite, build
-from utils.config import QuantizerConfig
+from model.quant import QuantConv2d, Quantizer, TensorSite, build
+from utils.config import QuantConfig, QuantizerConfig
 
 RANKS = 2
 STEPS = 4
 START = ("lsq", "lq", "fatnn", "pact")  # methods of which --re_init finds the range
 CASES = {
+    "lsq": QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True),
     "lq": QuantizerConfig(tag="fm", enable=True, method="lq", levels=4, half_range=True),
     "lq-groups": QuantizerConfig(
         tag="fm", enable=True, method="lq", levels=4, half_range=True, quant_group=4
@@ -36,6 +38,25 @@ CASES = {
         tag="fm", enable=True, method="fatnn", levels=4, half_range=True, closed_form=True
     ),
     "lq-weight": QuantizerConfig(tag="wt", enable=True, method="lq", levels=4),
+    "lq-output": QuantizerConfig(tag="ot", enable=True, method="lq", levels=4),
+    "lq-adaptive": QuantizerConfig(
+        tag="fm", enable=True, method="lq", levels=4, half_range=True, adaptive="var", adaptive_restore=True
+    ),
+    "lsq-output-stable": QuantizerConfig(
+        tag="ot", enable=True, method="lsq", levels=8, stable=3, quant_group=4
+    ),
+    "lsq-adaptive-stable": QuantizerConfig(
+        tag="fm", enable=True, method="lsq", levels=4, adaptive="mean-var", stable=3
+    ),
+    "lsq-midtread-stable": QuantizerConfig(
+        tag="fm", enable=True, method="lsq", levels=4, grid="midtread", stable=3
+    ),
+    "lsq-weight-stable": QuantizerConfig(
+        tag="wt", enable=True, method="lsq", levels=4, grid="midtread", adaptive="var-mean", stable=3
+    ),
+    "fatnn-ternary-closed-form": QuantizerConfig(
+        tag="ot", enable=True, method="fatnn", levels=3, closed_form=True, stable=1
+    ),
 }
 
 
@@ -50,6 +71,19 @@ def make(config: QuantizerConfig) -> Quantizer:
     )
     assert isinstance(quantizer, Quantizer)
     return quantizer.train()
+
+
+def empty_input(config: QuantizerConfig) -> str:
+    """What a convolution with this quantizer says to an empty batch in training; empty where it passes."""
+    layer = QuantConv2d(4, 4, 3)
+    layer.build_quantizers(dataclasses.replace(QuantConfig(), **{config.tag: config}), "head")
+    nothing = torch.empty(0, 4, 5, 5)
+    assert layer.eval()(nothing).shape == (0, 4, 3, 3)
+    try:
+        assert layer.train()(nothing).shape == (0, 4, 3, 3)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def work(rank: int, folder: str) -> None:
@@ -68,13 +102,19 @@ def work(rank: int, folder: str) -> None:
         quantizer.initialise_from(images(1).chunk(RANKS)[rank])
         states[f"start-{method}"] = quantizer.state_dict()
     torch.save(states, f"{folder}/{rank}.pt")
+    torch.save({name: empty_input(config) for name, config in CASES.items()}, f"{folder}/empty-{rank}.pt")
     distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def states(folder: Path) -> list[dict[str, dict[str, Tensor]]]:
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
@@ -89,10 +129,26 @@ def test_ranks_agree_with_each_other_and_with_one_process(
     expected = single.state_dict()
     first, second = (state[name] for state in states)
     fresh = make(config).state_dict()
-    assert any(not torch.equal(fresh[key], value) for key, value in first.items() if key != "iteration")
+    changed = [key for key, value in first.items() if not torch.equal(fresh[key], value)]
+    assert len(changed) > (name != "lsq")  # beside the counter
     for key, value in expected.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_empty_batch_is_refused_where_other_ranks_would_wait(name: str, folder: Path) -> None:
+    for rank in range(RANKS):
+        said = torch.load(folder / f"empty-{rank}.pt", weights_only=True)[name]
+        if CASES[name].tag == "wt" or name == "lsq":
+            assert said == ""
+        else:
+            assert said.startswith(
+                "head: an empty input on this process, while others wait for the statistics"
+            )
+    layer = QuantConv2d(4, 4, 3)  # alone nobody waits
+    layer.build_quantizers(dataclasses.replace(QuantConfig(), **{CASES[name].tag: CASES[name]}), "head")
+    assert layer(torch.empty(0, 4, 5, 5)).shape == (0, 4, 3, 3)
 
 
 @pytest.mark.parametrize("method", START)
