@@ -85,6 +85,29 @@ def test_a_published_file_computes_the_published_logits(
         assert relative(logits.numpy(), arrays["logits"]) <= LOGITS
 
 
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ("--model pytorch-resnet18 --keyword imagenet --input_size 32", 102),
+        ("--model resnet20 --keyword cifar10,origin,cbsa,fix,dorefa,lsq --fm_enable --wt_enable", None),
+    ],
+)
+def test_files_without_batch_norms_counters(options: str, count: int | None, tmp_path: Path) -> None:
+    """PyTorch before 0.4.1 wrote none, as in torchvision's first official files; the report says so."""
+    config = read([*options.split(), *TRY.split(), "-e"])
+    weights = build.build(config.model).state_dict()
+    kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    old = {name: value + 1 if value.is_floating_point() else value for name, value in kept.items()}
+    assert len(old) == (count or len(old)) < len(weights)
+    torch.save(old, tmp_path / "old.pth")
+    network = build.build(config.model)
+    report = state.load_pretrained(network, tmp_path / "old.pth", config)
+    assert set(report.missing) == weights.keys() - old.keys()
+    assert "missing (bn1." in report.summary()
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in old.items())
+
+
 NAME = "resnet20-lsq-2bit"
 
 
