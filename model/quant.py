@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -123,6 +123,7 @@ class Quantizer(nn.Module):
     level_num: Tensor
     range_mean: Tensor
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
+    published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__()
@@ -269,6 +270,13 @@ class Quantizer(nn.Module):
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """The entries of this quantizer in a checkpoint of another number of levels, as they fit this one."""
         return entries | {"level_num": self.level_num.clone()}
+
+    def learned(self) -> set[str]:
+        """The names in its state that training gives values to, without which it cannot be evaluated.
+
+        The parameters, and behind a warm-up the count that says that it is over.
+        """
+        return {name for name, _ in self.named_parameters()} | ({"iteration"} if self.calibrates else set())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
