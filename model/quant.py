@@ -103,6 +103,23 @@ class Integers:
         return value
 
 
+def group_count(requested: int, channels: int) -> int | None:
+    """How many groups `channels` fall into: `requested`, or groups of -`requested`; None where it does not divide."""
+    size = -requested if requested < 0 else requested
+    if size == 0 or channels % size:
+        return None
+    return channels // size if requested < 0 else requested
+
+
+def undivided(tag: str, requested: int, channels: int) -> str:
+    """What to say when `group_count` is None."""
+    meaning = f"groups of {-requested}" if requested < 0 else f"{requested} groups"
+    return (
+        f"--{tag}_quant_group {requested} ({meaning}) does not divide its {channels} channels; "
+        f"use a divisor of {channels}"
+    )
+
+
 class Quantizer(nn.Module):
     """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
 
@@ -289,13 +306,9 @@ class Quantizer(nn.Module):
         weight = self.config.tag == "wt"
         if requested is None:
             return channels if weight else 1
-        groups = channels // -requested if requested < 0 and channels % -requested == 0 else requested
-        if groups <= 0 or channels % groups != 0:
-            meaning = f"groups of {-requested}" if requested < 0 else f"{requested} groups"
-            raise UserError(
-                f"{self.site.name}: --{self.config.tag}_quant_group {requested} ({meaning}) does not divide "
-                f"its {channels} channels; use a divisor of {channels}"
-            )
+        groups = group_count(requested, channels)
+        if groups is None:
+            raise UserError(f"{self.site.name}: {undivided(self.config.tag, requested, channels)}")
         return groups
 
     def range_shape(self) -> tuple[int, ...]:
