@@ -102,7 +102,7 @@ def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
             f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
         )
     if kernel is not None:
-        if not stem.space_to_depth:
+        if not stem.space_to_depth and kernel != 1:
             raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")
         if kernel not in (1, 3):
             raise UserError(f"--stem_kernel {kernel}: must be 1 or 3")
