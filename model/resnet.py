@@ -113,7 +113,11 @@ def downsample(channels_in: int, channels_out: int, stride: int, config: ModelCo
     norm_width = channels_in if "b" in order and order.index("b") < order.index("c") else channels_out
     parts: dict[str, Callable[[], nn.Module]] = {
         "c": lambda: layer.SpaceToDepthConv(
-            channels_in, channels_out, stride, 1, config,
+            channels_in,
+            channels_out,
+            stride,
+            1,
+            config,
             full_precision=config.block.shortcut_full_precision,
         ),
         "b": lambda: layer.norm(norm_width, config),
@@ -358,7 +362,9 @@ def zero_last_norms(model: ResNet) -> None:
     for block in model.modules():
         if not isinstance(block, Block):
             continue
-        inside = [conv.bn for conv in getattr(block, f"conv{block.units}") if isinstance(conv, layer.ProneConv)]
+        inside = [
+            conv.bn for conv in getattr(block, f"conv{block.units}") if isinstance(conv, layer.ProneConv)
+        ]
         for norms in ([block.fix_bn], inside, getattr(block, f"bn{block.units}")):
             scaled = [norm for norm in norms if isinstance(getattr(norm, "weight", None), nn.Parameter)]
             for norm in scaled:

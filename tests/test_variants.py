@@ -121,9 +121,7 @@ IDLE = {
     "bacs,origin,preBN,group-net": "the keyword group-net has no effect beside preBN",
     "bacs,origin,preBN,group-net,patch_preBN_stem": "the keyword group-net has no effect beside preBN",
     "bacs,origin,preBN,patch_preBN_stem,fix_pooling,group-net": "",
-    "cbsa,fix_pooling": "the keyword fix_pooling has no effect beside cifar10",
-    "cbsa,fix_pooling,TResNetStem": "the keyword fix_pooling has no effect beside ",
-    "cbsa,fix_pooling,TResNetStemMaxPool": "",
+    "bacs,origin,preBN,fix_pooling": "the keyword fix_pooling has no effect beside preBN",
     "cbsa,origin,fix,zir,instance-norm": "the keyword zir has no effect beside instance-norm",
     **{
         f"cbsa,origin,fix,fixup,{norm}": f"the keyword {norm} has no effect beside fixup"

@@ -272,8 +272,9 @@ def load_weights(
 
     Every name must be on both sides with the same shape. Exceptions: names that contain an entry of
     `scope` are skipped; names of the model for which `allow_missing(name)`, and batch norms' counters, may be
-    absent from the file; one-element tensors match in any rank; the obsolete tables of published files are passed over. Data
-    types and whether an entry is a parameter or a buffer do not matter. `source` names the file in messages.
+    absent from the file; one-element tensors match in any rank; the obsolete tables of published files are passed
+    over. Data types and whether an entry is a parameter or a buffer do not matter. `source` names the file in
+    messages.
 
     Raises UserError, before anything is copied, when the names or shapes do not fit, when an entry of `scope`
     matches no name, or when nothing at all would be loaded.
@@ -306,9 +307,7 @@ def load_weights(
     )
 
     absent = tuple(
-        name
-        for name in report.missing
-        if name.rpartition(".")[2] not in COUNTERS and not allow_missing(name)
+        name for name in report.missing if name.rpartition(".")[2] not in COUNTERS and not allow_missing(name)
     )
     if absent or report.unused or mismatched:
         problems = [f"{len(absent)} missing ({_some(_with_shape(absent, own))})"] if absent else []

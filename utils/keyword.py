@@ -162,21 +162,12 @@ _declare(
     ("DCHR", "shortcuts double channels by concatenating pooled copies", _sets(block__shortcut_repeat=True)),
     families=("resnet",),
 )  # fmt: skip
-_PATCHED = ("preBN", "patch_preBN_stem")
-_WITHOUT_STEM_NORM_OR_POOL = {
-    **dict.fromkeys(
-        ("cifar10", "cifar100", "digits", "glyphs"), (_PATCHED, ("TResNetStemMaxPool",))
-    ),
-    "small_stem": (_PATCHED,),
-    "TResNetStem": (_PATCHED,),
-    "preBN": (_PATCHED,),
-}
 _declare(
     "stem and head",
     (
         "fix_pooling",
         "norm and activation before the stem's pooling",
-        {**_sets(stem__norm_before_pool=True), "idle_with": _WITHOUT_STEM_NORM_OR_POOL},
+        {**_sets(stem__norm_before_pool=True), "idle_with": {"preBN": (("patch_preBN_stem",),)}},
     ),
     (
         "preBN",
@@ -359,9 +350,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
         fields.update(keyword.sets)
         origins.update(dict.fromkeys(keyword.sets, keyword.name))
     warnings = tuple(
-        f"the keyword {k.name} has no effect on this network"
-        for k in known
-        if not _acts(k, family)
+        f"the keyword {k.name} has no effect on this network" for k in known if not _acts(k, family)
     )
     warnings += tuple(f"the keyword {k.name} has no effect: it sets nothing" for k in known if not k.sets)
     warnings += tuple(

@@ -60,9 +60,9 @@ class RunState:
 def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """Load weights into the network; quantizers that the file does not have keep their start values.
 
-    To be evaluated the file must have all that quantizers learn. The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
-    2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
-    its iterations from zero, so that a warm-up takes place.
+    To be evaluated the file must have all that quantizers learn. The number of levels is the command line's,
+    not the file's, so that a 4-bit checkpoint can start a 2-bit network; evaluating it at other levels than it
+    was trained for is an error. Training counts its iterations from zero, so that a warm-up takes place.
     """
     payload = checkpoint.read(path)
     state = checkpoint.state_dict_of(payload, source=str(path))
