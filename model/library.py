@@ -52,7 +52,9 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
         "timm", name, timm.list_models()
     )  # its names with a colon or a folder, which fetch files, are none
     known = timm.models.get_pretrained_cfg(name)
-    size = {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
+    size: dict[str, Any] = (
+        {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
+    )
     return timm.create_model(name, pretrained=False, num_classes=config.num_classes, **size)
 
 

@@ -366,8 +366,10 @@ def zero_last_norms(model: ResNet) -> None:
             conv.bn for conv in getattr(block, f"conv{block.units}") if isinstance(conv, layer.ProneConv)
         ]
         for norms in ([block.fix_bn], inside, getattr(block, f"bn{block.units}")):
-            scaled = [norm for norm in norms if isinstance(getattr(norm, "weight", None), nn.Parameter)]
-            for norm in scaled:
-                nn.init.zeros_(norm.weight)
-            if scaled:
+            scales = [
+                scale for norm in norms if isinstance(scale := getattr(norm, "weight", None), nn.Parameter)
+            ]
+            for scale in scales:
+                nn.init.zeros_(scale)
+            if scales:
                 break
