@@ -86,7 +86,10 @@ STEMS = (
     "group-net", "TResNetStem", "TResNetStemMaxPool",
 )  # fmt: skip
 PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
-    "orders": [[Panel(f"{order}, layer2.0", f"cifar10,{order}") for order in ORDERS]],
+    "orders": [
+        [Panel(f"{order}, layer2.0", f"cifar10,{order}") for order in ORDERS],
+        [Panel(f"{order},fix, layer2.0", f"cifar10,{order},fix") for order in ORDERS],
+    ],
     "orders-origin": [
         [Panel(f"{order},origin, layer2.0", f"cifar10,{order},origin") for order in ORDERS],
         [Panel(f"{order},origin,fix, layer2.0", f"cifar10,{order},origin,fix") for order in ORDERS],
@@ -104,6 +107,13 @@ PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
         [Panel(f"bacs,{words}".rstrip(","), f"imagenet,origin,bacs,{words}".rstrip(","), "", "resnet18")
          for words in row]
         for row in (STEMS[:4], STEMS[4:])
+    ] + [
+        [
+            Panel("cifar10: bacs", "cifar10,origin,bacs", ""),
+            Panel("cifar10: bacs,preBN", "cifar10,origin,bacs,preBN", ""),
+            Panel("cbsa,fixup,bias", "imagenet,origin,cbsa,fix,fixup,bias", "", "resnet18"),
+            Panel("cbsa,fixup,bias,fix_pooling", "imagenet,origin,cbsa,fix,fixup,bias,fix_pooling", "", "resnet18"),
+        ]
     ],
     "variants": [
         [
@@ -116,7 +126,25 @@ PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
                 "cifar10,cbsa,origin,fix,prone,bn_before_restore",
             ),
             Panel("cbsa,origin,fix,ReShapeResolution, layer2.0", "cifar10,cbsa,origin,fix,ReShapeResolution"),
-        ]
+        ],
+        [
+            Panel("cbsa,origin,fix,fixup, layer2.0", "cifar10,cbsa,origin,fix,fixup"),
+            Panel(
+                "cbsa,origin,fix,prone,no_prone_downsample, layer2.0",
+                "cifar10,cbsa,origin,fix,prone,no_prone_downsample",
+            ),
+            *(
+                Panel(
+                    f"cbsa,origin,fix,ReShapeResolution --order {order}, layer2.0",
+                    "cifar10,cbsa,origin,fix,ReShapeResolution", options=f"--order {order}",
+                )
+                for order in ("c", "bac")
+            ),
+            Panel(
+                "cbsa,origin,fix,ReShapeResolution,real_skip, layer2.0",
+                "cifar10,cbsa,origin,fix,ReShapeResolution,real_skip",
+            ),
+        ],
     ],
 }  # fmt: skip
 """Rows of panels by the picture's name."""
@@ -206,6 +234,8 @@ def _kind(module: nn.Module) -> tuple[str, str]:
         return "ReLU", ACTIVATION
     if isinstance(module, nn.Linear):
         return "linear", CONVOLUTION
+    if isinstance(module, layer.PadToBlocks):
+        return f"zeros to a multiple of {module.block}", OTHER
     if isinstance(module, layer.RepeatChannels):
         return f"channels x {module.times}", OTHER
     names = {nn.AvgPool2d: "average pooling", nn.MaxPool2d: "max pooling", nn.AdaptiveAvgPool2d: "average"}

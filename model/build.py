@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from model import library, torchvision_resnet
+from model import layer, library, torchvision_resnet
 from model.convert import build_quantizers
 from model.mobilenet import MobileNetV1, MobileNetV2
 from model.nin import NIN
@@ -56,6 +56,7 @@ def build(config: ModelConfig) -> nn.Module:
         hint = f"did you mean {' or '.join(close)}?" if close else f"one of {others}"
         raise UserError(f"--model {config.name}: no such network; {hint}")
     network = make(config)
+    layer.check_norms(network)
     build_quantizers(network, config.quant)
     if config.quant.enabled and not any(True for _ in quantizers(network)):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -57,11 +58,13 @@ class _FATNN(Quantizer):
 
     State:
         alpha0, alpha1, ...: float32, `range_shape`; the slopes.
-        output_scale: float32, `range_shape`; the running scale (only with `closed_form`).
+        output_scale: float32, `range_shape`; the running scale (only with `closed_form`). Published
+            checkpoints call it `basis` and hold one for activations only.
     """
 
     output_scale: Tensor
     level_limit: ClassVar[int | None] = 4
+    published: ClassVar[Mapping[str, str]] = {"basis": "output_scale"}
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__(config, site)
@@ -80,6 +83,11 @@ class _FATNN(Quantizer):
             raise UserError(
                 f"{self.site.name}: FATNN has {slopes} slopes and cannot change from {self.levels} to {levels} levels"
             )
+
+    def learned(self) -> set[str]:
+        """See `Quantizer`; of `closed_form`'s scales the activations', since published weights have none."""
+        scaled = self.config.closed_form and self.config.tag != "wt"
+        return super().learned() | ({"output_scale"} if scaled else set())
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without the slopes that fewer levels do not have."""

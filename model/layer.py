@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.quant import QuantConv2d, QuantLinear, keep_full_precision
+from model.quant import QuantConv2d, QuantLinear, group_count, keep_full_precision, undivided
 from utils.config import ModelConfig
 from utils.errors import UserError
 
@@ -65,21 +65,30 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def norm(channels: int, config: ModelConfig) -> nn.Module:
-    """The network's normalisation of `channels` channels.
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of as many groups as a group option asks for (`model.quant.group_count`).
 
-    Raises:
-        UserError: when the groups of a group normalisation do not divide the channels.
+    Where they do not divide the channels it is `unfit`, and `check_norms` refuses it by its name.
     """
+
+    def __init__(self, requested: int, channels: int) -> None:
+        groups = group_count(requested, channels)
+        super().__init__(groups or 1, channels)
+        self.unfit = "" if groups else undivided("fm", requested, channels)
+
+
+def norm(channels: int, config: ModelConfig) -> nn.Module:
+    """The network's normalisation of `channels` channels."""
     if config.norm == "group":
-        groups = config.quant.fm.quant_group or 1
-        if channels % groups:
-            raise UserError(
-                f"the keyword group-norm takes its groups from --fm_quant_group {groups}, which does not "
-                f"divide {channels} channels"
-            )
-        return nn.GroupNorm(groups, channels)
+        return GroupNorm(config.quant.fm.quant_group or 1, channels)
     return NORMS[config.norm](channels)
+
+
+def check_norms(network: nn.Module) -> None:
+    """Refuse, with a `UserError`, a group normalisation whose groups do not divide the channels."""
+    for name, module in network.named_modules():
+        if isinstance(module, GroupNorm) and module.unfit:
+            raise UserError(f"{name}, a norm by the keyword group-norm: {module.unfit}")
 
 
 # Activations -------------------------------------------------------------------------------------
@@ -198,8 +207,9 @@ class ProneConv(nn.Module):
 
     Space-to-depth by 2 * stride, 1x1 convolution to 4 * out channels, depth-to-space by 2.
 
-    Input [N, in, H, W], output [N, out, ceil(H / stride), ceil(W / stride)]. A size that 2 * stride does
-    not divide is padded with zeros, half of the remainder on each side, and the surplus cut off again.
+    Input [N, in, H, W]. A size that 2 * stride does not divide is padded with zeros first, half of the
+    remainder on each side, and the output is (padded size) / stride, as in published networks (14 becomes 8
+    with stride 2). An odd remainder has no halves: the output is cut to ceil(size / stride).
     With `norm_inside` the norm comes before depth-to-space.
     """
 
@@ -213,13 +223,39 @@ class ProneConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        height, width = (-(-size // self.stride) for size in x.shape[-2:])
-        rows, columns = (-size % self.block for size in x.shape[-2:])
-        if rows or columns:
-            x = functional.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        x = functional.pixel_shuffle(self.bn(self.conv(functional.pixel_unshuffle(x, self.block))), 2)
+        remainders = tuple(-size % self.block for size in x.shape[-2:])
+        height, width = (
+            (-(-size // self.stride) if rest % 2 else (size + rest) // self.stride)
+            for size, rest in zip(x.shape[-2:], remainders, strict=True)
+        )
+        x = functional.pixel_unshuffle(_padded(x, remainders), self.block)
+        x = functional.pixel_shuffle(self.bn(self.conv(x)), 2)
         top, left = (x.shape[-2] - height) // 2, (x.shape[-1] - width) // 2
         return x[..., top : top + height, left : left + width]
+
+
+class PadToBlocks(nn.Module):
+    """Zeros around [N, C, H, W] until `block` divides height and width; a size with an odd remainder stays.
+
+    What a strided layer beside a `ProneConv` of this block needs to give outputs of the same size.
+    """
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        rests = (-size % self.block for size in x.shape[-2:])
+        return _padded(x, tuple(0 if rest % 2 else rest for rest in rests))
+
+
+def _padded(x: Tensor, remainders: tuple[int, ...]) -> Tensor:
+    """`x` with zeros above and below, and left and right: half of the remainders of height and width on each side."""
+    rows, columns = remainders
+    if rows or columns:
+        return functional.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    return x
 
 
 class RepeatChannels(nn.Module):

@@ -35,7 +35,7 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
     elif name.startswith("maxvit_"):
         options["input_size"] = (config.input_size, config.input_size)
     elif name in ("googlenet", "inception_v3"):
-        # Their auxiliary classifiers would put out a tuple in training.
+        # Their auxiliary classifiers would put out a tuple in training; `--unresume_scope` passes weights of them.
         options |= {"aux_logits": False, "init_weights": True}
     return torchvision.models.get_model(name, weights=None, num_classes=config.num_classes, **options)
 
@@ -43,7 +43,7 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
 def _timm(name: str, config: ModelConfig) -> nn.Module:
     """The network without weights; one with a fixed image size gets the configured one."""
     try:
-        import timm  # pyright: ignore[reportMissingImports]  (optional)
+        import timm
     except ImportError as error:
         raise UserError(
             f"--model timm:{name} needs the package timm, which is not there ({error}): pip install timm"
@@ -52,7 +52,9 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
         "timm", name, timm.list_models()
     )  # its names with a colon or a folder, which fetch files, are none
     known = timm.models.get_pretrained_cfg(name)
-    size = {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
+    size: dict[str, Any] = (
+        {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
+    )
     return timm.create_model(name, pretrained=False, num_classes=config.num_classes, **size)
 
 
@@ -92,9 +94,12 @@ def build(config: ModelConfig) -> nn.Module:
         )
     if config.quant.enabled:
         signed = (order[0],) if config.quant.first_last else ()  # images have negative values
-        if not replace(network, config.quant, Selection(signed=signed), order).replaced:
+        report = replace(network, config.quant, Selection(signed=signed), order)
+        if not report.replaced:
+            why = next((left for left in report.left if left.name not in (order[0], order[-1])), None)
+            reason = "" if why is None else f": {why.name} {why.reason}"
             raise UserError(
-                f"--model {config.name} has no layer that can be quantized; choose another network"
+                f"--model {config.name} has no layer that can be quantized{reason}; choose another network"
             )
     return network
 

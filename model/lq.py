@@ -63,6 +63,10 @@ class LQ(Quantizer):
         codes = numbers.float() if config.half_range else 2.0 * numbers - 1.0
         self.register_buffer("codes", codes, persistent=False)  # [levels, bits]
 
+    def learned(self) -> set[str]:
+        """See `Quantizer`; the basis."""
+        return super().learned() | {"basis"}
+
     def initial_scale(self) -> float:
         """The largest entry of the first basis."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -104,6 +104,23 @@ class Integers:
         return value
 
 
+def group_count(requested: int, channels: int) -> int | None:
+    """How many groups `channels` fall into: `requested`, or groups of -`requested`; None where it does not divide."""
+    size = -requested if requested < 0 else requested
+    if size == 0 or channels % size:
+        return None
+    return channels // size if requested < 0 else requested
+
+
+def undivided(tag: str, requested: int, channels: int) -> str:
+    """What to say when `group_count` is None."""
+    meaning = f"groups of {-requested}" if requested < 0 else f"{requested} groups"
+    return (
+        f"--{tag}_quant_group {requested} ({meaning}) does not divide its {channels} channels; "
+        f"use a divisor of {channels}"
+    )
+
+
 class Quantizer(nn.Module):
     """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
 
@@ -124,6 +141,7 @@ class Quantizer(nn.Module):
     level_num: Tensor
     range_mean: Tensor
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
+    published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
 
     def __init__(self, config: QuantizerConfig, site: TensorSite) -> None:
         super().__init__()
@@ -276,6 +294,13 @@ class Quantizer(nn.Module):
         """The entries of this quantizer in a checkpoint of another number of levels, as they fit this one."""
         return entries | {"level_num": self.level_num.clone()}
 
+    def learned(self) -> set[str]:
+        """The names in its state that training gives values to, without which it cannot be evaluated.
+
+        The parameters, and behind a warm-up the count that says that it is over.
+        """
+        return {name for name, _ in self.named_parameters()} | ({"iteration"} if self.calibrates else set())
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.levels = int(self.level_num)
@@ -287,13 +312,9 @@ class Quantizer(nn.Module):
         weight = self.config.tag == "wt"
         if requested is None:
             return channels if weight else 1
-        groups = channels // -requested if requested < 0 and channels % -requested == 0 else requested
-        if groups <= 0 or channels % groups != 0:
-            meaning = f"groups of {-requested}" if requested < 0 else f"{requested} groups"
-            raise UserError(
-                f"{self.site.name}: --{self.config.tag}_quant_group {requested} ({meaning}) does not divide "
-                f"its {channels} channels; use a divisor of {channels}"
-            )
+        groups = group_count(requested, channels)
+        if groups is None:
+            raise UserError(f"{self.site.name}: {undivided(self.config.tag, requested, channels)}")
         return groups
 
     def range_shape(self) -> tuple[int, ...]:

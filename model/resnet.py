@@ -106,13 +106,19 @@ def shortcut(channels_in: int, channels_out: int, stride: int, config: ModelConf
 def downsample(channels_in: int, channels_out: int, stride: int, config: ModelConfig) -> nn.Sequential:
     """Lossless downsampling from [N, in, H, W] to [N, out, H / stride, W / stride].
 
-    Space-to-depth with a 1x1 convolution (c), a norm (b) and an activation (a) in the configured order.
+    Space-to-depth with a 1x1 convolution (c), a norm (b) and an activation (a) in the configured order. The
+    convolution stays in full precision where those of shortcuts do.
     """
     order = config.block.downsample_order
     norm_width = channels_in if "b" in order and order.index("b") < order.index("c") else channels_out
     parts: dict[str, Callable[[], nn.Module]] = {
         "c": lambda: layer.SpaceToDepthConv(
-            channels_in, channels_out, stride, 1, config, full_precision=False
+            channels_in,
+            channels_out,
+            stride,
+            1,
+            config,
+            full_precision=config.block.shortcut_full_precision,
         ),
         "b": lambda: layer.norm(norm_width, config),
         "a": lambda: layer.activation(config),
@@ -150,6 +156,8 @@ class Block(nn.Module):
 
         self.skip = shortcut(channels_in, out, stride, config)
         self.identity_skip = not any(True for _ in self.skip.children())
+        # Space-to-depth may pad; the strided layers beside it then do, too.
+        self.grow = layer.PadToBlocks(2 * stride) if block.prone and stride != 1 else nn.Identity()
         for k, unit in enumerate(units, start=1):
             norm_first = block.order.index("b") < block.order.index("c")
             norm_width = unit.channels_in if norm_first else unit.channels_out
@@ -185,7 +193,7 @@ class Block(nn.Module):
                     continue
                 if letter == "c" and self.fixup_bias:
                     x = x + getattr(self, f"fixup_bias{k}a")
-                x = getattr(self, f"{PARTS[letter]}{k}")[branch](x)
+                x = self._layer(getattr(self, f"{PARTS[letter]}{k}")[branch], x)
                 if letter == "b" and self.fixup:
                     x = self._fixup_norm(x, k)
         return x
@@ -200,7 +208,16 @@ class Block(nn.Module):
         """The skip connection; a convolving one sees Fixup's first bias."""
         if self.fixup_bias and not self.identity_skip:
             x = x + self.fixup_bias1a
-        return self.skip(x)
+        if isinstance(self.grow, nn.Identity):
+            return self.skip(x)
+        for part in self.skip.children():
+            x = self._layer(part, x)
+        return x
+
+    def _layer(self, part: nn.Module, x: Tensor) -> Tensor:
+        """A layer of the block; a strided one of a block that goes through space-to-depth pads as that does."""
+        strided = isinstance(part, nn.Conv2d | nn.AvgPool2d) and part.stride not in (1, (1, 1))
+        return part(self.grow(x) if strided else x)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -339,9 +356,22 @@ def initialise_fixup(model: ResNet, blocks: int) -> None:
 
 
 def zero_last_norms(model: ResNet) -> None:
-    """Start the scale of each block's last norm at zero, so that a block begins as its shortcut."""
+    """Start the scale of each block's last norm at zero, so that a block begins as its shortcut.
+
+    The last norm is the one of the block's output where there is one, else the last unit's, which is inside
+    a convolution through space-to-depth where that asks for it.
+    """
     for block in model.modules():
-        if isinstance(block, Block):
-            for norm in getattr(block, f"bn{block.units}"):
-                if isinstance(getattr(norm, "weight", None), nn.Parameter):
-                    nn.init.zeros_(norm.weight)
+        if not isinstance(block, Block):
+            continue
+        inside = [
+            conv.bn for conv in getattr(block, f"conv{block.units}") if isinstance(conv, layer.ProneConv)
+        ]
+        for norms in ([block.fix_bn], inside, getattr(block, f"bn{block.units}")):
+            scales = [
+                scale for norm in norms if isinstance(scale := getattr(norm, "weight", None), nn.Parameter)
+            ]
+            for scale in scales:
+                nn.init.zeros_(scale)
+            if scales:
+                break

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,8 +64,11 @@ def swin_transformer() -> nn.Module:
 
 
 def timm_vit() -> nn.Module:
-    timm = pytest.importorskip("timm", reason="the optional package timm is not installed")
-    return timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32)
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, img_size=32)
+
+
+def timm_network(name: str) -> nn.Module:
+    return timm.create_model(name, pretrained=False, num_classes=5)
 
 
 def detector() -> nn.Module:
@@ -107,6 +111,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Loss, int, int]] = {
     "vision transformer": (vision_transformer, 32, logits_loss, 4, 6),
     "Swin transformer": (swin_transformer, 32, logits_loss, 5, 6),
     "timm's vision transformer": (timm_vit, 32, logits_loss, 48, 2),
+    "timm's MobileNetV3": (lambda: timm_network("mobilenetv3_small_050"), 64, logits_loss, 52, 2),
+    "timm's EfficientNet": (lambda: timm_network("test_efficientnet"), 64, logits_loss, 16, 2),
+    "timm's ConvNeXt": (lambda: timm_network("test_convnext"), 64, logits_loss, 30, 2),
     "Faster R-CNN": (detector, 64, detector_loss, 71, 2),
     "DeepLabV3": (segmenter, 64, segmenter_loss, 70, 2),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional
 
 import main
 from model.audit import audit
@@ -18,12 +19,11 @@ from model.build import build
 from model.convert import full_precision
 from model.library import torchvision_names
 from model.quant import QuantLayer, quantized_layers
+from utils import state
 from utils.errors import UserError
 from utils.resolve import read
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMM = importlib.util.find_spec("timm") is not None
-needs_timm = pytest.mark.skipif(not TIMM, reason="the optional package timm is not installed")
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --fm_half_range"
 LSQ = f"cifar10,dorefa,lsq {QUANTIZED}"
 
@@ -147,12 +147,22 @@ def test_a_mistake(model: str, rest: str, message: str) -> None:
         network(model, rest)
 
 
-@pytest.mark.skipif(TIMM, reason="timm is installed")
-def test_without_timm() -> None:
-    with pytest.raises(
-        UserError, match=r"timm:vit_tiny_patch16_224 needs the package timm, .*pip install timm"
-    ):
-        network("timm:vit_tiny_patch16_224", "cifar10")
+def test_without_timm(tmp_path: Path) -> None:
+    """It is optional: one line, and nothing written."""
+    code = """
+import sys
+sys.modules["timm"] = None  # importing it is an ImportError
+import main
+sys.exit(main.main("--model timm:vit_tiny_patch16_224 --keyword cifar10 --dataset fake".split()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--model timm:vit_tiny_patch16_224 needs the package timm" in done.stderr
+    assert done.stderr.endswith("pip install timm\n") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_torchvision_has_the_networks_of_the_other_tests() -> None:
@@ -185,14 +195,29 @@ def test_levels_from_zero_are_a_warning(options: str, warned: bool) -> None:
     assert any("give --fm_half_range" in warning for warning in warnings) == warned
 
 
+def test_weights_of_auxiliary_classifiers_are_passed_over(tmp_path: Path) -> None:
+    """The networks have none, official files do."""
+    weights = torchvision.models.googlenet(num_classes=10, init_weights=False).state_dict()
+    torch.save(weights, tmp_path / "official.pth")
+    line = "--model torchvision:googlenet --keyword cifar10 -e"
+    net = network("torchvision:googlenet", "cifar10")
+    with pytest.raises(UserError, match="20 unused"):
+        state.load_pretrained(net, tmp_path / "official.pth", read(line.split()))
+    report = state.load_pretrained(
+        net, tmp_path / "official.pth", read(f"{line} --unresume_scope aux".split())
+    )
+    assert len(report.skipped) == 20 and len(report.loaded) == len(weights) - 20
+
+
 # timm ----------------------------------------------------------------------------------------------
 
 
-@needs_timm
 @pytest.mark.parametrize(
     ("name", "left"),
     [
         ("test_vit", {"patch_embed.proj": "", "head": ""}),
+        ("efficientnet_lite0", {"conv_stem": "", "classifier": ""}),
+        ("convnext_atto", {"stem.0": "", "head.fc": ""}),
         ("mobilenetv3_small_050", {"conv_stem": "", "classifier": ""}),
         ("tf_mobilenetv3_small_minimal_100", {"conv_stem": "Conv2dSame", "classifier": ""}),
     ],
@@ -208,11 +233,13 @@ def test_a_network_of_timm(name: str, left: dict[str, str]) -> None:
         layer for layer, kind in left.items() if not kind
     }
     x = torch.randn(2, 3, 64, 64)
-    assert net(x).shape == (2, 7)
     assert not audit(net, [x]).problems
+    logits = net.train()(x)
+    assert logits.shape == (2, 7)
+    functional.cross_entropy(logits, torch.arange(2)).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@needs_timm
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -220,12 +247,17 @@ def test_a_network_of_timm(name: str, left: dict[str, str]) -> None:
         ("vit_tiny_patch16_224.augreg_in21k", "no such network; did you mean timm:vit_tiny_patch16_224"),
         ("hf_hub:timm/vit_tiny_patch16_224", "no such network"),
         ("../resnet18", "no such network"),
+        (
+            "resnetv2_50x1_bit --fm_enable --wt_enable",
+            r"no layer that can be quantized: stages\.0\.\S+ is a StdConv2d, whose forward .*; see register_layer",
+        ),
     ],
 )
 def test_a_name_that_is_none_of_timms(name: str, message: str) -> None:
     """Names that would fetch weights are refused too."""
+    model, *options = name.split(" ", 1)
     with pytest.raises(UserError, match=message):
-        network(f"timm:{name}", "cifar10")
+        network(f"timm:{model}", " ".join(["cifar10,lsq --input_size 64", *options]))
 
 
 # Runs ----------------------------------------------------------------------------------------------
@@ -238,7 +270,7 @@ TINY = "--dataset fake -b 8 --fake_size 16 --workers 0"
     [
         "torchvision:mobilenet_v3_small",
         "torchvision:squeezenet1_1",
-        pytest.param("timm:test_vit", marks=needs_timm),
+        "timm:test_vit",
     ],
 )
 def test_dry_run(
@@ -252,13 +284,19 @@ def test_dry_run(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "full"),
+    [("torchvision:resnet18", "conv1, fc"), ("timm:test_vit --input_size 64", "patch_embed.proj, head")],
+)
+def test_a_run(
+    model: str, full: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained and audited, then evaluated from its checkpoint."""
     monkeypatch.chdir(tmp_path)
-    line = f"{TINY} --model torchvision:resnet18 --keyword {LSQ} --epochs 1 --lr 0.01 --re_init"
+    line = f"{TINY} --model {model} --keyword {LSQ} --epochs 1 --lr 0.01 --re_init"
     assert main.main(line.split()) == 0
     printed = capsys.readouterr().out
-    assert "in full precision: conv1, fc\n" in printed and "audit: passed" in printed
+    assert f"in full precision: {full}\n" in printed and "audit: passed" in printed
     assert main.main(f"{line} -e -r --audit".split()) == 0
     assert "audit: passed" in capsys.readouterr().out
 

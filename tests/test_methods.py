@@ -200,7 +200,7 @@ def test_what_is_recorded() -> None:
         ("--focal_alpha 0", "--focal_alpha 0.0: must be a number greater than 0"),
         ("--dampen nan", "--dampen nan: must be a number that is not negative"),
         ("--quant_loss inf", "--quant_loss inf: must be a number that is not negative"),
-        ("--distill_loss_alpha 0.5", "--distill_loss_alpha needs a teacher: give --distill_teacher"),
+        ("--distill_width_alpha 0.5", "--distill_width_alpha needs a teacher: give --distill_teacher"),
         ("--distill_teacher resnet20", "--distill_teacher needs its weights: give --distill_pretrained"),
         (f"{TEACHER} --distill_loss_alpha 1.5", "--distill_loss_alpha 1.5: must be above 0 and at most 1"),
         (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import PICTURES, Panel, boxes, draw, main, network, places
-from model.layer import RepeatChannels
+from model.layer import PadToBlocks, RepeatChannels
 
 PANELS = {
     f"{picture}: {panel.title}": panel for picture, rows in PICTURES.items() for row in rows for panel in row
@@ -17,7 +17,7 @@ PANELS = {
 
 LAYERS = (
     nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d,
-    RepeatChannels,
+    PadToBlocks, RepeatChannels,
 )  # fmt: skip
 
 

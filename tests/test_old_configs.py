@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import main
+from utils import options
+from utils.resolve import read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -201,6 +203,31 @@ CONFIGS = {
 }  # fmt: skip
 
 
+# Defaults that the earlier parser had, and forms that it took: what is written, and the warning if there is one.
+# The networks have the words imagenet,origin,cbas,dorefa,lsq and 2 bits.
+LEGAL = {
+    "--probe_index 0 1 2": "", "--probe_list ''": "", "--save_freq -1": "", "-s -1": "", "--order none": "",
+    "--opt_level O0": "", "--opt_level O1": "--opt_level has no effect without --fp16", "--stem_kernel 1": "",
+    **{f"--{tag}_quant_group 0": "" for tag in ("fm", "wt")},
+    **{f"--{tag}_level {value}": "" for tag in ("fm", "wt") for value in (-1, 0)},
+    "--world_size 1 --rank 0": "", "--device-ids 0": "", "--policy none": "", "--base 1 --width_alpha 1.0": "",
+    "--resume_file checkpoint.pth.tar": "--resume_file has no effect here", "--pretrained ''": "",
+    "--resume_file checkpoint.pth.tar -r": "", "--weights_dir ./weights/ --log_dir exp": "",
+    "--distill_teacher ''": "",
+    "--distill_loss_alpha 0.1": "--distill_loss_alpha has no effect without --distill_teacher",
+    "--distill_loss_temperature 5": "--distill_loss_temperature has no effect without --distill_teacher",
+    "--distill_loss_type soft": "--distill_loss_type has no effect without --distill_teacher",
+    "--focal_alpha -1": "", "--focal_alpha -1.": "", "--focal_gamma 2 --focal_alpha -1e0": "",
+    "--custom_lr_list clip_val": "--custom_lr_list without --custom_lr: it is 1e-05",
+    "--custom_decay_list clip_val": "--custom_decay_list without --custom_decay: it is 0.02",
+    "--custom_lr_list '' --custom_decay_list ''": "",
+    "--wakeup_lr 0.01": "--wakeup_lr has no effect here", "--repvgg_block ''": "",
+    "--repvgg_block a": "--repvgg_block has no effect here", "--fm_correlate -1.": "--fm_correlate has no effect",
+    "--fm_adaptive none --fm_grad_type none --fm_grad_scale none --fm_custom none": "",
+    "--delay 0 --extra_epoch 0 --stable 0 --wakeup 0 --momentum 0.9 --report_freq 20.0": "",
+}  # fmt: skip
+
+
 def train(config: Path, *arguments: str, modes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run train.sh on a config."""
     inherited = {
@@ -239,6 +266,49 @@ def test_an_old_config(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(part in line for part, line in zip(CONFIGS[name].warnings, found, strict=True))
     assert lines[-1] == "dry run: everything checked, nothing trained"
     assert list(tmp_path.iterdir()) == [config]
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.parametrize("written", LEGAL)
+def test_a_legal_form_of_an_old_option(written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs and changes nothing that its warning does not say."""
+    line = f"--model resnet20 --keyword imagenet,origin,cbas,dorefa,lsq {TWO_BITS} {TRY} --dry_run"
+    assert main.main([*line.split(), *shlex.split(written)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [one for one in lines if one.startswith("warning: ") and "no GPU is available" not in one]
+    assert len(found) == bool(LEGAL[written])
+    assert all(LEGAL[written] in one for one in found)
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("--probe_index 0 1 2", {"probe_index": (0, 1, 2)}),
+        ("--probe_index 0,1 2", {"probe_index": (0, 1, 2)}),
+        ("--fm_level 3 --fm_level -1", {"fm_level": None}),
+        ("--save_freq -1", {"save_freq": 0}),
+        ("--focal_alpha -1.", {"focal_alpha": 1.0}),
+        ("--focal_alpha -0.5", {"focal_alpha": -0.5}),
+        ("--distill_loss_type soft", {"distill_loss_type": "kl"}),
+        ("--probe_list ''", {"probe_list": ()}),
+        ("--order none", {"order": None}),
+    ],
+)
+def test_what_a_legal_form_means(written: str, taken: dict[str, object]) -> None:
+    """Values that mean "not given" are not given, and take earlier ones back."""
+    given = options.parse(shlex.split(written))
+    assert {name: given[name] for name in taken} == taken
+    defaults = {name: options.OPTIONS[name].default for name in taken}
+    assert given.explicit == {name for name in taken if taken[name] != defaults[name] or "soft" in written}
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+def test_a_checkpoint_of_the_older_defaults_name_is_taken(tmp_path: Path) -> None:
+    """When it is there."""
+    line = "--keyword cifar10,cbas --resume_file checkpoint.pth.tar"
+    assert read(line.split()).run.resume_file is None
+    (tmp_path / "checkpoint.pth.tar").touch()
+    assert read(line.split()).run.resume_file == Path("checkpoint.pth.tar")
 
 
 @pytest.mark.usefixtures("in_a_folder_of_its_own")

@@ -16,6 +16,7 @@ from model import build
 from tests.conformance import LOGITS, fill, load_cases, relative, state_value
 from utils import state
 from utils.config import Config
+from utils.errors import UserError
 from utils.resolve import read
 
 FOLDER = Path(__file__).parent / "conformance"
@@ -85,6 +86,29 @@ def test_a_published_file_computes_the_published_logits(
         assert relative(logits.numpy(), arrays["logits"]) <= LOGITS
 
 
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ("--model pytorch-resnet18 --keyword imagenet --input_size 32", 102),
+        ("--model resnet20 --keyword cifar10,origin,cbsa,fix,dorefa,lsq --fm_enable --wt_enable", None),
+    ],
+)
+def test_files_without_batch_norms_counters(options: str, count: int | None, tmp_path: Path) -> None:
+    """PyTorch before 0.4.1 wrote none, as in torchvision's first official files; the report says so."""
+    config = read([*options.split(), *TRY.split(), "-e"])
+    weights = build.build(config.model).state_dict()
+    kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    old = {name: value + 1 if value.is_floating_point() else value for name, value in kept.items()}
+    assert len(old) == (count or len(old)) < len(weights)
+    torch.save(old, tmp_path / "old.pth")
+    network = build.build(config.model)
+    report = state.load_pretrained(network, tmp_path / "old.pth", config)
+    assert set(report.missing) == weights.keys() - old.keys()
+    assert "missing (bn1." in report.summary()
+    loaded = network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in old.items())
+
+
 NAME = "resnet20-lsq-2bit"
 
 
@@ -131,6 +155,68 @@ def test_what_does_not_fit_is_one_line(
     assert done.err.count("\n") == 1
     assert done.out == ""
     assert list(published.parent.iterdir()) == [published]
+
+
+@pytest.mark.parametrize(
+    ("method", "learned"),
+    [
+        ("dorefa,lsq", "clip_val"),
+        ("pact", "quant_activation.clip_val"),
+        ("lq", "basis"),
+        ("dorefa,non-uniform --fm_level 3 --wt_level 3", "alpha1"),
+        ("dorefa,non-uniform,closed_form --fm_level 3 --wt_level 3", "quant_activation.output_scale"),
+        ("xnor,gamma --fm_bit 1 --wt_bit 1", "gamma"),
+    ],
+)
+def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, tmp_path: Path) -> None:
+    """A training may start without it; counters are never needed."""
+    line = f"--model resnet20 --width_alpha 0.125 --fm_enable --fm_bit 2 --wt_enable --wt_bit 2 {TRY}"
+    line += f" --keyword cifar10,origin,cbsa,fix,{method}"
+    weights = build.build(read(line.split()).model).state_dict()
+    counters = ("iteration", "level_num")
+    whole = {name: value for name, value in weights.items() if not name.endswith(counters)}
+    part = {name: value for name, value in whole.items() if not name.endswith(learned)}
+    torch.save(whole, tmp_path / "whole.pth")
+    torch.save(part, tmp_path / "part.pth")
+
+    def load(file: str, *more: str) -> set[str]:
+        config = read([*line.split(), *more])
+        return set(state.load_pretrained(build.build(config.model), tmp_path / file, config).missing)
+
+    counted = weights.keys() - whole.keys()
+    lost = whole.keys() - part.keys()
+    assert len(lost) >= 18
+    assert load("whole.pth", "-e") == counted
+    assert load("part.pth") == counted | lost
+    with pytest.raises(UserError, match=rf"{len(lost)} missing \(layer1.0.conv1.0.*{learned} "):
+        load("part.pth", "-e")
+    assert load("part.pth", "-e", "--unresume_scope", learned.rpartition(".")[2]) == counted
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_published_closed_form(own: bool, tmp_path: Path) -> None:
+    """Its scale of activations is called `basis` there, beside a table, and weights have none."""
+    line = f"--model resnet20 --width_alpha 0.125 {TRY} --fm_enable --fm_level 3 --wt_enable --wt_level 3"
+    config = read(f"{line} --keyword cifar10,origin,cbsa,fix,dorefa,non-uniform,closed_form -e".split())
+    trained = build.build(config.model).eval()
+    file: dict[str, Tensor] = {}
+    for name, value in trained.state_dict().items():
+        place, _, last = name.rpartition(".")
+        if last == "output_scale" and place.endswith("quant_activation"):
+            value.uniform_(0.5, 1.5)
+        if last != "output_scale" or own:
+            file[name] = value
+        elif place.endswith("quant_activation"):
+            file |= {f"{place}.basis": value, f"{place}.auxil": torch.zeros(1)}
+    torch.save({"state_dict": file}, tmp_path / "f.pth.tar")
+    network = build.build(config.model).eval()
+    report = state.load_pretrained(network, tmp_path / "f.pth.tar", config)
+    assert len(report.obsolete) == (0 if own else 20)
+    assert all(name.endswith("quant_weight.output_scale") for name in report.missing)
+    assert len(report.missing) == (0 if own else 20)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(images), trained(images))
 
 
 def test_the_scope_passes_what_does_not_fit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from model import layer
 from model.build import build
+from model.quant import quantized_layers
 from model.resnet import Block, ResNet
 from utils.config import ModelConfig
 from utils.errors import UserError
@@ -90,10 +91,92 @@ def test_repeated_channels_are_pooled_copies() -> None:
     assert not list(block.skip.parameters())
 
 
-def test_zero_initialised_norms_make_blocks_shortcuts() -> None:
-    model = network("cifar10,cbsa,origin,fix,zir").eval()
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cbsa,origin,fix", "cbas,origin,fix", "cbsa,origin,fix,reverse-bn", "cbsa,origin,fix,static-bn",
+        "cbsa,origin,fix,group-norm", "cbsa,origin,fix,prone", "cbsa,origin,fix,prone,bn_before_restore",
+        "bacs,origin,fix", "bcas,origin,fix", "cabs,origin,fix", "cabs,origin,fix --base 2",
+    ],
+)  # fmt: skip
+def test_zero_initialised_norms_make_blocks_shortcuts(words: str) -> None:
+    """And they learn: no branch is lost."""
+    model = network(f"cifar10,zir,{words}").eval()
+    block = model.get_submodule("layer1.1")
     x = torch.randn(2, 4, 8, 8).abs()
-    assert torch.equal(model.get_submodule("layer1.1")(x), x)
+    assert torch.equal(block(x), x)
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    block.train()(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(block.eval()(x), x)
+    assert not any("zir" in text for text in read(f"{SMALL} --keyword cifar10,zir,{words}".split()).warnings)
+
+
+ZERO = "zir: an activation follows the norm that starts at zero"
+IDLE = {
+    "cbsa,origin,fix,real_skip,DCHR": "the keyword real_skip has no effect beside DCHR",
+    "cbsa,origin,fix,real_skip,DCHR,ReShapeResolution": "",
+    "cbsa,origin,fix,singleconv,DCHR": "the keyword singleconv has no effect beside DCHR",
+    "cbsa,origin,singleconv,ReShapeResolution": "the keyword singleconv has no effect beside ReShapeResolution",
+    "bacs,origin,preBN,group-net": "the keyword group-net has no effect beside preBN",
+    "bacs,origin,preBN,group-net,patch_preBN_stem": "the keyword group-net has no effect beside preBN",
+    "bacs,origin,preBN,patch_preBN_stem,fix_pooling,group-net": "",
+    "bacs,origin,preBN,fix_pooling": "the keyword fix_pooling has no effect beside preBN",
+    "cbsa,origin,fix,zir,instance-norm": "the keyword zir has no effect beside instance-norm",
+    **{
+        f"cbsa,origin,fix,fixup,{norm}": f"the keyword {norm} has no effect beside fixup"
+        for norm in ("group-norm", "static-bn", "freeze-bn", "reverse-bn", "instance-norm")
+    },
+    "cbsa,origin,fix,fixup,ReShapeResolution,static-bn": "",
+    "cbsa,origin,zir": ZERO,
+    "cbsa,zir": "",
+    "cbas,zir": ZERO,
+    "bacs,preBN,zir": ZERO,
+    "bcas,origin,preBN,zir": ZERO,
+    "bcas,origin,preBN,zir,PReLU": "",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_words_that_do_nothing_beside_others_are_warnings(words: str) -> None:
+    """A warning and no difference, or a difference and no warning."""
+    warnings = read(f"{SMALL} --keyword cifar10,{words}".split()).warnings
+    assert all(IDLE[words] and IDLE[words] in warning for warning in warnings)
+    assert bool(warnings) == bool(IDLE[words])
+    if warnings == () or IDLE[words] == ZERO:
+        return
+    idle = warnings[0].split()[2]
+    others = words.replace(f",{idle}", "")
+    kept, left = (network(f"cifar10,dorefa,lsq,{part}", QUANTIZED) for part in (words, others))
+    assert kept.state_dict().keys() == left.state_dict().keys()
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(kept(x), left(x))
+
+
+@pytest.mark.parametrize("words", [words for words, message in IDLE.items() if message == ZERO])
+def test_norms_behind_whose_zero_an_activation_stands_never_learn(words: str) -> None:
+    model = network(f"cifar10,{words}")
+    model(torch.randn(4, 3, 16, 16)).sum().backward()
+    block = model.get_submodule("layer2.1")
+    gradient = block.get_parameter("bn2.0.weight").grad
+    assert gradient is None or not gradient.any()
+
+
+@pytest.mark.parametrize(("words", "quantized"), [("", True), (",real_skip", False)])
+def test_real_skip_keeps_the_lossless_downsampling_in_full_precision(words: str, quantized: bool) -> None:
+    model = network(f"cifar10,cbsa,origin,fix,ReShapeResolution,dorefa,lsq{words}", QUANTIZED)
+    names = [name for name, _ in quantized_layers(model)]
+    assert ("layer2.0.shrink.0.conv" in names) is quantized
+    assert "layer2.0.conv1.0" in names
+
+
+@pytest.mark.parametrize(("requested", "groups"), [(2, (2, 2)), (-2, (2, 4)), (-4, (1, 2)), (1, (1, 1))])
+def test_groups_of_a_group_norm(requested: int, groups: tuple[int, int]) -> None:
+    """So many, or of so many channels each."""
+    model = network("cifar10,cbsa,origin,group-norm", f"--fm_quant_group {requested}")
+    norms = [model.get_submodule(f"layer{stage}.1.bn1.0") for stage in (1, 2)]
+    assert all(isinstance(norm, nn.GroupNorm) for norm in norms)
+    assert tuple(norm.num_groups for norm in norms if isinstance(norm, nn.GroupNorm)) == groups
 
 
 def test_fixup_starts_as_published() -> None:
@@ -127,14 +210,34 @@ def test_fixup_biases_where_the_paper_has_them() -> None:
     torch.testing.assert_close(block(x), functional.relu(y + skip))
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [7, 8, 9, 10])
-def test_prone_keeps_the_size_of_a_3x3_convolution(size: int, stride: int) -> None:
-    config = ModelConfig()
-    module = layer.ProneConv(3, 5, stride, config, norm_inside=False)
-    x = torch.randn(2, 3, size, size)
-    reference = nn.Conv2d(3, 5, 3, stride=stride, padding=1)(x)
-    assert module(x).shape == reference.shape
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(7, 1, 7), (8, 1, 8), (9, 1, 9), (7, 2, 4), (8, 2, 4), (9, 2, 5), (10, 2, 6), (14, 2, 8)],
+)
+def test_sizes_that_space_to_depth_gives(size: int, stride: int, expected: int) -> None:
+    """Those of a 3x3 convolution, but for an even remainder: both halves of the padding stay."""
+    module = layer.ProneConv(3, 5, stride, ModelConfig(), norm_inside=False)
+    assert module(torch.randn(2, 3, size, 8)).shape == (2, 5, expected, 8 // stride)
+
+
+@pytest.mark.parametrize("words", ["singleconv", "", "DCHR", "singleconv,no_prone_downsample", "bacs"])
+def test_strided_layers_beside_space_to_depth_pad_as_it_does(words: str) -> None:
+    """6 pixels, stride 2: padded to 8 in the branch and in the shortcut, as published code does with singleconv."""
+    order = words if words == "bacs" else f"cbsa,{words}"
+    model = network(f"cifar10,origin,fix,prone,{order}".rstrip(","))
+    block = model.get_submodule("layer2.0")
+    assert isinstance(block, Block)
+    block.eval()
+    x = torch.randn(2, 4, 6, 10)
+    assert block(x).shape == (2, 8, 4, 6)
+    if words.startswith("singleconv"):
+        padded = functional.pad(x, (1, 1, 1, 1))
+        expected = block.skip(padded)
+        found: list[Tensor] = []
+        block.skip[2].register_forward_hook(lambda _, __, output: found.append(output))
+        block(x)
+        assert torch.equal(found[-1], expected)
+    assert model(torch.randn(2, 3, 12, 12)).shape == (2, 5)
 
 
 def test_prone_pads_half_of_the_remainder_on_each_side() -> None:
@@ -194,8 +297,15 @@ BAD = {
     "bottleneck": ("--model resnet50 --keyword imagenet,cbsa", "origin"),
     "group-norm": (
         "--model resnet20 --width_alpha 0.25 --keyword cifar10,cbsa,group-norm --fm_quant_group 3",
-        "divide",
+        r"^bn1.0, .* group-norm: --fm_quant_group 3 .* does not divide its 16 channels",
     ),
+    "group-norm, size": (
+        "--model resnet20 --width_alpha 0.25 --keyword cifar10,cbsa,group-norm --fm_quant_group -32",
+        r"^bn1.0, .*-32 \(groups of 32\) does not divide its 16 channels",
+    ),
+    "fixup identify_norm": ("--keyword cifar10,cbsa,fixup,identify_norm", "fixup contradicts identify_norm"),
+    "fixup inside": ("--keyword cifar10,cbsa,fixup,prone,bn_before_restore", "fixup contradicts bn_before"),
+    "zir freeze-bn": ("--keyword cifar10,cbsa,zir,freeze-bn", "zir contradicts freeze-bn"),
     "prone preBN": ("--keyword cifar10,bacs,preBN,prone", "preBN contradicts prone"),
     "inside": ("--keyword cifar10,cabs,prone,bn_before_restore", "cbas or cbsa"),
     "fixup bacs": ("--keyword cifar10,bacs,fixup", "cbas or cbsa"),

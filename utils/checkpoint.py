@@ -28,6 +28,10 @@ from utils.errors import UserError
 # Tables that published LQ-Nets files store beside the basis; they are recomputed from it here.
 OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
 
+# Batch norms of the default momentum count batches and use the count for nothing; files of PyTorch before 0.4.1 have
+# none.
+COUNTERS = frozenset({"num_batches_tracked"})
+
 SHOWN = 5  # names listed in a message before "..."
 
 # What zipfile and torch.load are known to raise on files with missing or changed bytes.
@@ -267,9 +271,10 @@ def load_weights(
     """Copy `state` into `model` by name and value, all of it or nothing.
 
     Every name must be on both sides with the same shape. Exceptions: names that contain an entry of
-    `scope` are skipped; names of the model for which `allow_missing(name)` may be absent from the file;
-    one-element tensors match in any rank; the obsolete tables of published files are passed over. Data
-    types and whether an entry is a parameter or a buffer do not matter. `source` names the file in messages.
+    `scope` are skipped; names of the model for which `allow_missing(name)`, and batch norms' counters, may be
+    absent from the file; one-element tensors match in any rank; the obsolete tables of published files are passed
+    over. Data types and whether an entry is a parameter or a buffer do not matter. `source` names the file in
+    messages.
 
     Raises UserError, before anything is copied, when the names or shapes do not fit, when an entry of `scope`
     matches no name, or when nothing at all would be loaded.
@@ -301,7 +306,9 @@ def load_weights(
         obsolete=tuple(name for name in extra if name.rpartition(".")[2] in OBSOLETE),
     )
 
-    absent = tuple(name for name in report.missing if not allow_missing(name))
+    absent = tuple(
+        name for name in report.missing if name.rpartition(".")[2] not in COUNTERS and not allow_missing(name)
+    )
     if absent or report.unused or mismatched:
         problems = [f"{len(absent)} missing ({_some(_with_shape(absent, own))})"] if absent else []
         if report.unused:

@@ -31,6 +31,8 @@ class Keyword:
         requires: groups of words; of each group at least one must be given too.
         excludes: words that cannot be given with this one.
         families: networks it has an effect on, of `utils.resolve.network.FAMILIES`; empty: all.
+        idle_with: a word beside which this one has no effect -> groups of words, each of which gives it one
+            all the same.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Keyword:
     requires: tuple[tuple[str, ...], ...] = ()
     excludes: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
+    idle_with: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
 _REGISTRY: dict[str, Keyword] = {}
@@ -152,16 +155,20 @@ _declare(
     ("fix", "the sum of a block is activated (c-first orders) or its output normalised (b-first)",
      _sets(block__fix=True)),
     ("singleconv", "shortcuts stride in their convolution instead of pooling",
-     _sets(block__shortcut_pool=False)),
-    ("real_skip", "the shortcuts' convolutions stay in full precision",
-     _sets(block__shortcut_full_precision=True)),
+     {**_sets(block__shortcut_pool=False), "idle_with": {"DCHR": (), "ReShapeResolution": ()}}),
+    ("real_skip", "convolutions of shortcuts and of ReShapeResolution stay in full precision",
+     {**_sets(block__shortcut_full_precision=True), "idle_with": {"DCHR": (("ReShapeResolution",),)}}),
     ("identify_norm", "a norm on identity shortcuts too", _sets(block__identity_norm=True)),
     ("DCHR", "shortcuts double channels by concatenating pooled copies", _sets(block__shortcut_repeat=True)),
     families=("resnet",),
 )  # fmt: skip
 _declare(
     "stem and head",
-    ("fix_pooling", "norm and activation before the stem's pooling", _sets(stem__norm_before_pool=True)),
+    (
+        "fix_pooling",
+        "norm and activation before the stem's pooling",
+        {**_sets(stem__norm_before_pool=True), "idle_with": {"preBN": (("patch_preBN_stem",),)}},
+    ),
     (
         "preBN",
         "no norm in the stem, one before the final pooling (for b-first orders)",
@@ -172,7 +179,11 @@ _declare(
         "an activation after preBN's norm; with fix_pooling the stem's norm and activation again",
         {**_sets(stem__pre_norm_activation=True), "requires": (("preBN",),)},
     ),
-    ("group-net", "no activation in the stem", _sets(stem__activation=False)),
+    (
+        "group-net",
+        "no activation in the stem",
+        {**_sets(stem__activation=False), "idle_with": {"preBN": (("patch_preBN_stem", "fix_pooling"),)}},
+    ),
     ("TResNetStem", "space-to-depth by 4, then a convolution", _sets(stem__space_to_depth=4)),
     (
         "TResNetStemMaxPool",
@@ -208,12 +219,14 @@ _declare(
     ("reverse-bn", "the affine part before normalising", _sets(model__norm="reverse")),
     ("instance-norm", "instance normalisation", _sets(model__norm="instance")),
     families=("resnet", "pytorch", "mobilenet", "classic"),
+    idle_with={"fixup": (("ReShapeResolution",),)},
 )
 _declare(
     "network variant",
-    ("zir", "the last norm of each block starts at zero", _sets(block__zero_init=True)),
+    ("zir", "the last norm of each block starts at zero",
+     {**_sets(block__zero_init=True), "excludes": ("freeze-bn",), "idle_with": {"instance-norm": ()}}),
     ("fixup", "Fixup: no norms, scaled initialisation",
-     {**_sets(block__fixup=True), "excludes": ("preBN", "zir")}),
+     {**_sets(block__fixup=True), "excludes": ("preBN", "zir", "identify_norm", "bn_before_restore")}),
     ("bias", "Fixup's scalar biases", {**_sets(block__fixup_bias=True), "requires": (("fixup",),)}),
     ("prone", "3x3 convolutions become 1x1 ones through space-to-depth",
      {**_sets(block__prone=True), "excludes": ("preBN",)}),
@@ -338,12 +351,21 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
         fields.update(keyword.sets)
         origins.update(dict.fromkeys(keyword.sets, keyword.name))
     warnings = tuple(
-        f"the keyword {k.name} has no effect on this network"
-        for k in known
-        if k.families and family not in (*k.families, "own")
+        f"the keyword {k.name} has no effect on this network" for k in known if not _acts(k, family)
     )
     warnings += tuple(f"the keyword {k.name} has no effect: it sets nothing" for k in known if not k.sets)
+    warnings += tuple(
+        f"the keyword {k.name} has no effect beside {other}"
+        for k in known
+        for other, rescues in k.idle_with.items()
+        if other in words and not any(set(group) <= set(words) for group in rescues) and _acts(k, family)
+    )
     return Resolution(fields, origins, warnings)
+
+
+def _acts(keyword: Keyword, family: str) -> bool:
+    """Whether networks of `family` know the keyword; nobody knows whether a user's own do."""
+    return not keyword.families or family in (*keyword.families, "own")
 
 
 def _unknown(word: str) -> str:
@@ -380,6 +402,11 @@ def table() -> str:
 def _relations(keyword: Keyword) -> str:
     notes = [f"needs {' or '.join(group)}" for group in keyword.requires]
     notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
+    idle: dict[str, list[str]] = {}
+    for other, rescues in keyword.idle_with.items():
+        unless = " or ".join(" and ".join(word for word in group if word != other) for group in rescues)
+        idle.setdefault(f" without {unless}" if unless else "", []).append(other)
+    notes += [f"no effect beside {' or '.join(others)}{unless}" for unless, others in idle.items()]
     return f" ({'; '.join(notes)})" if notes else ""
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,6 +34,11 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words(text))
 
 
+def loss_type(text: str) -> str:
+    """A distillation loss; soft is an older name of kl."""
+    return "kl" if text == "soft" else text
+
+
 def floats(text: str) -> tuple[float, ...]:
     """Comma-separated numbers."""
     return tuple(float(word) for word in words(text))
@@ -51,6 +57,7 @@ class Option:
         choices: the only values.
         many: takes several values.
         undoes: a flag that this one takes back when it comes later.
+        unset: values that mean that it is not given: defaults that configs of an earlier implementation write out.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     undoes: str = ""
+    unset: tuple[Any, ...] = ()
 
 
 def _option(name: str, kind: Callable[[str], Any], default: Any, help: str, **rest: Any) -> Option:
@@ -108,9 +116,9 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("decay_small", bool, False, "weight decay for one-dimensional and depth-wise weights too"),
         _option("no_decay_small", bool, False, "takes a --decay_small before it back", undoes="decay_small"),
         _option("custom_decay_list", words, (), "parameters whose name contains one of these words ..."),
-        _option("custom_decay", float, 0.0, "... have this weight decay"),
+        _option("custom_decay", float, 0.02, "... have this weight decay"),
         _option("custom_lr_list", words, (), "parameters whose name contains one of these words ..."),
-        _option("custom_lr", float, None, "... have this base learning rate"),
+        _option("custom_lr", float, 1e-5, "... have this base learning rate"),
         _option("grad_clip", float, None, "largest norm of the gradient; default: no clipping"),
         _option("iter_size", int, 1, "forward and backward passes per optimizer step"),
     ),
@@ -210,6 +218,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             0,
             "epochs between checkpoints that are kept; 0: the latest and the best only",
             aliases=("-s",),
+            unset=(-1,),
         ),
         _option(
             "save_every", int, 0, "iterations between saves of the latest checkpoint; 0: after epochs only"
@@ -224,8 +233,8 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"
         ),
         _option("focal_gamma", float, 0.0, "focal loss: exponent of 1 - p of the class; 0: cross-entropy"),
-        _option("focal_alpha", float, 1.0, "focal loss: factor on all of it"),
-        _option("distill_teacher", str, None, "distillation: the teacher, as --model, or none"),
+        _option("focal_alpha", float, 1.0, "focal loss: factor on all of it", unset=(-1.0,)),
+        _option("distill_teacher", str, None, "distillation: the teacher, as --model, or none", unset=("",)),
         _option(
             "distill_keyword",
             words,
@@ -245,7 +254,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
         _option("distill_loss_temperature", float, 4.0, "temperature of the soft labels"),
         _option(
             "distill_loss_type",
-            str,
+            loss_type,
             "kl",
             "kl: divergence of soft labels; mse: squared error of logits",
             choices=("kl", "mse"),
@@ -281,13 +290,16 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
     options = [
         _option(f"{tag}_enable", bool, False, f"quantize every {what}"),
         _option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
-        _option(f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit"),
+        _option(
+            f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit", unset=(-1, 0)
+        ),
         _option(f"{tag}_half_range", bool, False, half),
         _option(
             f"{tag}_quant_group",
             int,
             None,
             f"groups that share parameters, -k: groups of k; default: {group}",
+            unset=(0,),
         ),
         _option(f"{tag}_boundary", float, 1.0, "initial clipping value"),
         _option(
@@ -349,7 +361,13 @@ MODEL: dict[str, tuple[Option, ...]] = {
         _option("width_alpha", float, 1.0, "factor on the network's width (64 channels in the first stage)"),
         _option("base", int, 1, "parallel branches of a block (Group-Net)"),
         _option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),
-        _option("order", str, None, "keyword ReShapeResolution: its layers, of c, b and a; default: cba"),
+        _option(
+            "order",
+            str,
+            None,
+            "keyword ReShapeResolution: its layers, of c, b and a; default: cba",
+            unset=("none",),
+        ),
         _option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
         _option(
             "re_init",
@@ -394,8 +412,9 @@ MODEL: dict[str, tuple[Option, ...]] = {
             words,
             (),
             "layers whose tensors are written to log_dir/CASE/probe, by name or pattern [every quantized layer]",
+            unset=((),),
         ),
-        _option("probe_index", integers, (0,), "images of the batch that are kept of them"),
+        _option("probe_index", integers, (0,), "images of the batch that are kept of them", many=True),
         _option(
             "probe_iteration", integers, (), "iterations of the run, from 0, at which [first, middle, last]"
         ),
@@ -411,6 +430,8 @@ OLDER: dict[str, tuple[Option, ...]] = {
         _option("ot_independent_parameter", bool, False, "of output quantizers that are not here"),
         _option("block_alpha", float, None, "of networks that are not here"),
         _option("se_reduction", int, None, "of networks that are not here"),
+        _option("repvgg_block", str, None, "of networks that are not here", unset=("",)),
+        _option("wakeup_lr", float, None, "of a warm-up that does not begin at zero, which is not here"),
     ),
 }
 
@@ -448,7 +469,7 @@ def _parser() -> argparse.ArgumentParser:
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
             section.add_argument(
-                *spellings, dest=option.name, action=_Last, type=option.kind, default=None,
+                *spellings, dest=option.name, action=_Last, const=option, type=option.kind, default=None,
                 metavar=_metavar(option),
                 choices=option.choices or None, nargs="+" if option.many else None,
                 help=(option.help + default).replace("%", "%%"),
@@ -463,6 +484,10 @@ def _metavar(option: Option) -> str:
     return names.get(option.kind, option.name.upper())
 
 
+_BARE = re.compile(r"--\w+")
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
 def _canonical(argument: str) -> str:
     """`--iter-size=2` as `--iter_size=2`; other arguments unchanged."""
     if not argument.startswith("--"):
@@ -471,10 +496,29 @@ def _canonical(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
+def _joined(arguments: Iterable[str]) -> list[str]:
+    """With `--name -1.` as `--name=-1.`: argparse takes not every negative number for a value."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and _NEGATIVE.fullmatch(argument) and _BARE.fullmatch(joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 class _Last(argparse.Action):
-    """Stores the last of several values and keeps the earlier ones: what a config had said."""
+    """Stores the last of several values and keeps the earlier ones: what a config had said.
+
+    `const` is the `Option`. Several words of one become one tuple.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        option: Any = self.const
+        if option.many:
+            values = tuple(value for word in values for value in word)
+        if values in option.unset:
+            values = None
         before = getattr(namespace, self.dest)
         if before is not None:
             namespace.replaced.setdefault(self.dest, []).append(before)
@@ -512,7 +556,7 @@ def parse(argv: Sequence[str]) -> Given:
         SystemExit: for `--help`.
     """
     start = argparse.Namespace(replaced={})
-    known, unknown = _parser().parse_known_args([_canonical(argument) for argument in argv], start)
+    known, unknown = _parser().parse_known_args(_joined(map(_canonical, argv)), start)
     if unknown:
         spellings = [f"--{name}" for name in OPTIONS] + [a for o in OPTIONS.values() for a in o.aliases]
         first = unknown[0].partition("=")[0]

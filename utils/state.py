@@ -60,15 +60,19 @@ class RunState:
 def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """Load weights into the network; quantizers that the file does not have keep their start values.
 
-    The number of levels is the command line's, not the file's, so that a 4-bit checkpoint can start a
-    2-bit network; evaluating it at other levels than it was trained for is an error. Training counts
-    its iterations from zero, so that a warm-up takes place.
+    To be evaluated the file must have all that quantizers learn. The number of levels is the command line's,
+    not the file's, so that a 4-bit checkpoint can start a 2-bit network; evaluating it at other levels than it
+    was trained for is an error. Training counts its iterations from zero, so that a warm-up takes place.
     """
     payload = checkpoint.read(path)
     state = checkpoint.state_dict_of(payload, source=str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)
     own = dict(quantizers(model))
+    for name, quantizer in own.items():
+        for theirs, ours in quantizer.published.items():
+            if f"{name}.{theirs}" in state:
+                state[f"{name}.{ours}"] = state.pop(f"{name}.{theirs}")
     held = set(state)
     for name, quantizer in own.items():
         levels = state.get(f"{name}.level_num")
@@ -94,12 +98,15 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
                 key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
             }
             state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
+    needed: set[str] = set()
+    if config.run.evaluate:
+        needed = {f"{name}.{part}" for name, one in own.items() if one.enabled for part in one.learned()}
     prefixes = tuple(f"{name}." for name in own)
     held -= set(state)
     report = checkpoint.load_weights(
         model,
         state,
-        allow_missing=lambda name: name.startswith(prefixes) if prefixes else False,
+        allow_missing=lambda name: name.startswith(prefixes) and name not in needed,
         scope=config.run.unresume_scope,
         source=str(path),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.options import OLDER, TAGS, Given
+from utils.resolve.surroundings import resume_file
 
 METHODS = ("dorefa", "pact", "lsq", "lq", "fatnn", "xnor")  # the project's own, without a user's
 
@@ -15,6 +16,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     policy = given["lr_policy"]
     dataset = given["dataset"] or fields.get("data.dataset", "digits")
     calibrates = bool(given["stable"] or given["stable_epoch"])
+    untaught = given["distill_teacher"] in (None, "none")
     idle = {
         "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
         "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
@@ -23,7 +25,19 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
         "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
         "freeze_momentum": (not given["freeze_threshold"], "without --freeze_threshold"),
-        "distill_loss_temperature": (given["distill_loss_type"] == "mse", "with --distill_loss_type mse"),
+        "distill_loss_temperature": (
+            untaught or given["distill_loss_type"] == "mse",
+            "without --distill_teacher" if untaught else "with --distill_loss_type mse",
+        ),
+        **{
+            name: (untaught, "without --distill_teacher")
+            for name in ("distill_loss_alpha", "distill_loss_type")
+        },
+        "resume_file": (
+            given["resume_file"] is not None and resume_file(given) is None and not given["resume"],
+            "here: checkpoint.pth.tar is no file, and -r continues a case",
+        ),
+        "opt_level": (not given["fp16"] and given["opt_level"] != "O0", "without --fp16: all is float32"),
         "re_init_range": (not given["re_init"], "without --re_init"),
         "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
@@ -49,8 +63,12 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         },
         **{option.name: (True, f"here: it is {option.help}") for group in OLDER.values() for option in group},
     }
-    return [
+    warnings = [
         f"--{name} has no effect {when}"
         for name, (vain, when) in idle.items()
         if vain and name in given.explicit
     ]
+    for name in ("custom_lr", "custom_decay"):
+        if given[f"{name}_list"] and name not in given.explicit:
+            warnings.append(f"--{name}_list without --{name}: it is {given[name]}")
+    return warnings

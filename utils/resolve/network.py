@@ -51,6 +51,13 @@ def model_config(
         warnings.append(
             f"{block.order} without the keyword preBN leaves the last block's output unnormalised"
         )
+    activation = fields.get("model.activation", "relu6" if given["model"] == "mobilenetv2" else "relu")
+    if resnet and block.zero_init and activation in ("relu", "relu6") and _activates_last_norm(block):
+        needed = "fix" if block.skip == "block" else "origin and fix"
+        warnings.append(
+            f"zir: an activation follows the norm that starts at zero, has no gradient there and leaves it at "
+            f"zero: {block.order} needs {needed}"
+        )
     if (
         family in ("torchvision", "timm")
         and quant.fm.enable
@@ -72,11 +79,19 @@ def model_config(
         block=block,
         stem=stem,
         norm=fields.get("model.norm", "batch"),
-        activation=fields.get("model.activation", "relu6" if given["model"] == "mobilenetv2" else "relu"),
+        activation=activation,
         quant=quant,
         extra=extra(fields),
     )
     return model, tuple(warnings)
+
+
+def _activates_last_norm(block: BlockConfig) -> bool:
+    """Whether an activation stands between the last norm of a branch and the sum with the shortcut."""
+    if block.skip == "block" and block.fix and block.order != "cabs":
+        return False  # it has moved behind the sum, or a norm follows it
+    behind = block.order.partition("b")[2]
+    return "a" in (behind if block.skip == "block" else behind.partition("s")[0])
 
 
 def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
@@ -87,7 +102,7 @@ def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
             f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
         )
     if kernel is not None:
-        if not stem.space_to_depth:
+        if not stem.space_to_depth and kernel != 1:
             raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")
         if kernel not in (1, 3):
             raise UserError(f"--stem_kernel {kernel}: must be 1 or 3")

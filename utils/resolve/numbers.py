@@ -6,6 +6,7 @@ import math
 
 from utils.errors import UserError
 from utils.options import TAGS, Given
+from utils.resolve.surroundings import resume_file
 
 
 def _positive(given: Given, *names: str) -> None:
@@ -45,10 +46,8 @@ def check_numbers(given: Given) -> None:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["batch_size"] == 1 and not given["evaluate"]:
         raise UserError("--batch_size 1: batch statistics need at least 2 images")
-    if given["resume"] and given["resume_file"] is not None:
+    if given["resume"] and resume_file(given) is not None:
         raise UserError("--resume contradicts --resume_file: keep one of them")
-    if given["custom_lr_list"] and given["custom_lr"] is None:
-        raise UserError("--custom_lr_list needs --custom_lr RATE")
     if "proxquant_step" in given.explicit and given["proxquant_step"] <= 0:
         raise UserError(f"--proxquant_step {given['proxquant_step']}: must be greater than 0")
     if (given["mean"] is None) != (given["std"] is None):

@@ -72,8 +72,6 @@ def _quantizer_config(
     if not enable:
         written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
         warnings.extend(f"--{name} has no effect without --{tag}_enable" for name in written)
-    if given[f"{tag}_quant_group"] == 0:
-        raise UserError(f"--{tag}_quant_group 0: give the number of groups, or -k for groups of k channels")
     levels = 2**bit if level is None else level
     if method == "xnor" and level is None and f"{tag}_bit" not in given.explicit:
         levels = 2

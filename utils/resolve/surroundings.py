@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,14 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
 
 def device_config(given: Given) -> DeviceConfig:
     """The devices and processes."""
-    ids = tuple(index for part in given["device_ids"] or () for index in part)
+    ids = given["device_ids"] or ()
     written = " ".join(map(str, ids))
     if any(index < 0 for index in ids):
         raise UserError(f"--device_ids {written}: GPUs are counted from 0")
     if len(set(ids)) < len(ids):
         raise UserError(f"--device_ids {written}: each GPU takes one process, name it once")
-    for name in ("world_size", "rank"):
-        if given[name] is not None and not given["distributed"]:
+    for name, alone in (("world_size", 1), ("rank", 0)):
+        if given[name] not in (None, alone) and not given["distributed"]:
             raise UserError(f"--{name} {given[name]} belongs to --distributed: add it or leave --{name} out")
     world, rank = given["world_size"], given["rank"]
     if world is not None and world < 1:
@@ -93,6 +94,14 @@ def device_config(given: Given) -> DeviceConfig:
     )
 
 
+def resume_file(given: Given) -> Path | None:
+    """The checkpoint to continue from; the default of an earlier implementation means none where it is no file."""
+    value = given["resume_file"]
+    if value is None or (value == "checkpoint.pth.tar" and not os.path.isfile(value)):
+        return None
+    return Path(value)
+
+
 def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
     """What is done, where results go."""
     return RunConfig(
@@ -103,7 +112,7 @@ def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         dry_run=bool(given["dry_run"]),
         lr_test=bool(fields.get("run.lr_test", False)),
         resume=bool(given["resume"]),
-        resume_file=None if given["resume_file"] is None else Path(given["resume_file"]),
+        resume_file=resume_file(given),
         pretrained=given["pretrained"],
         ema_weights=bool(given["ema_weights"]),
         unresume_scope=given["unresume_scope"],

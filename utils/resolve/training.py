@@ -17,7 +17,7 @@ from utils.config import (
     WeightsConfig,
 )  # fmt: skip
 from utils.errors import UserError
-from utils.options import OPTIONS, Given
+from utils.options import Given
 from utils.resolve.network import family_of, model_config
 from utils.resolve.surroundings import DATASETS
 
@@ -46,10 +46,9 @@ def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) ->
     if name == "none":  # takes a config's teacher back
         return None
     if name is None:
-        others = [option for option in OPTIONS if option.startswith("distill_") and option in given.explicit]
-        others = [option for option in others if option != "distill_teacher"]
-        if others:
-            raise UserError(f"--{others[0]} needs a teacher: give --distill_teacher MODEL or leave it out")
+        for option in ("distill_keyword", "distill_width_alpha", "distill_pretrained"):
+            if option in given.explicit:
+                raise UserError(f"--{option} needs a teacher: give --distill_teacher MODEL or leave it out")
         return None
     if source in (None, "none"):
         raise UserError("--distill_teacher needs its weights: give --distill_pretrained CHECKPOINT")
@@ -171,10 +170,10 @@ def schedule_config(given: Given) -> tuple[ScheduleConfig, tuple[str, ...]]:
 
 def precision_config(given: Given) -> PrecisionConfig:
     """The floating types."""
-    for name in ("opt_level", "amp_dtype", "amp_backend"):
+    for name in ("amp_dtype", "amp_backend"):
         if given[name] is not None and not given["fp16"]:
             raise UserError(f"--{name} {given[name]} needs --fp16: without it everything is float32")
-    level = given["opt_level"] or ("O1" if given["fp16"] else "O0")
+    level = (given["opt_level"] or "O1") if given["fp16"] else "O0"
     return PrecisionConfig(
         level=level,
         dtype=given["amp_dtype"] or "bfloat16",
