@@ -447,19 +447,16 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
 
 def _look(path: Path) -> tuple[str, str] | str:
     """Format and mode of an image that training can decode, else the reason why not, in one line."""
-    import io
     import warnings
 
-    from PIL import Image
-
-    from utils.images import DECODE_ERRORS, decode, reason_of
+    from utils.images import DECODE_ERRORS, decode, parse, read, reason_of
 
     try:
         with warnings.catch_warnings():  # odd metadata of an image that decodes
             warnings.simplefilter("ignore")
-            data = path.read_bytes()
+            data = read(path)
             decode(data)
-            with Image.open(io.BytesIO(data)) as image:
+            with parse(data) as image:
                 return image.format or "unknown", image.mode
     except DECODE_ERRORS as error:
         return reason_of(error)

@@ -19,12 +19,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from utils.augment import crop_flip, warp
+from utils.augment import centre_crop, crop_flip, warp
 from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
 from utils.errors import UserError
 from utils.fake import FakeImages
-from utils.folder import ImageNames
+from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
 
 # torch advises against more workers than cores; two are wanted here on any machine.
@@ -678,6 +678,90 @@ def test_an_unreadable_image_is_named(tmp_path: Path, dataset: str, workers: int
     assert message.startswith(f"cannot read the image {path} (")
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_what_is_no_file_is_named(tmp_path: Path, dataset: str) -> None:
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=1)
+    path = tmp_path / "train" / "bee" / "1.jpg"
+    path.unlink()
+    path.symlink_to("/dev/null")
+    config = DataConfig(dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=0)
+    with pytest.raises(UserError, match=r"bee/1.jpg \(not a regular file\)"):
+        read(build(config).train)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 90_000)])
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_slender_images_need_little_memory(tmp_path: Path, dataset: str, shape: tuple[int, int]) -> None:
+    """Resized as a whole such an image would have some 200 GB."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=1)
+    Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "val" / "bee" / "0.png")
+    Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "train" / "bee" / "0.png")
+    config = DataConfig(
+        dataset=dataset,
+        root=tmp_path,
+        num_classes=3,
+        input_size=1024,
+        batch_size=7,
+        val_batch_size=6,
+        workers=0,
+    )
+    loaders = build(config)
+    [(images, _)] = validation(loaders)
+    np.testing.assert_allclose(pixels(images, loaders)[2, :, 500, 500], (10, 100, 200), atol=1e-3)
+    read(loaders.train)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (40, 40), (30, 480), (480, 30), (7, 9), (500, 375)])
+def test_the_centre_of_ordinary_images_is_that_of_the_whole(shape: tuple[int, int]) -> None:
+    """To the bit."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    height, width, top, left = centre_crop(*shape, 24)
+    whole = resize(image, height, width)
+    assert torch.equal(resize_to_centre(image, 24), whole[:, top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("shape", [(20, 700), (701, 20), (5, 801), (40, 1900)])
+def test_the_centre_of_slender_images_is_that_of_the_whole_within_a_pixel(shape: tuple[int, int]) -> None:
+    """A slope along the longer side shows how far the picture has moved."""
+    longer = max(shape)
+    slope = torch.linspace(0, 255, longer).view((-1, 1) if shape[0] == longer else (1, -1))
+    image = slope.expand(shape).round().to(torch.uint8)[..., None].expand(-1, -1, 3).contiguous()
+    height, width, top, left = centre_crop(*shape, 24)
+    whole = resize(image, height, width)[:, top : top + 24, left : left + 24]
+    difference = (resize_to_centre(image, 24).int() - whole.int()).abs().max()
+    assert difference <= math.ceil(255 / max(height, width)) + 1
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("error", [RuntimeError("you tried to allocate too much"), MemoryError()])
+def test_an_image_that_cannot_be_fitted_is_named(
+    tmp_path: Path, dataset: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory does not suffice for one."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=2)
+    Image.new("RGB", (70, 70)).save(tmp_path / "val" / "bee" / "1.jpg")
+
+    def fit(image: Tensor, size: int) -> Tensor:
+        if image.shape[0] == 70:
+            raise error
+        return resize_to_centre(image, size)
+
+    monkeypatch.setattr(f"utils.{'dali' if dataset == 'dali' else 'folder'}.resize_to_centre", fit)
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=3, workers=0
+    )
+    with pytest.raises(UserError, match=f"cannot read .*bee/1.jpg \\({str(error) or 'MemoryError'}\\)"):
+        read(validation(build(config)))
+    targets = [target for _, target in read(validation(build(replace(config, skip_corrupt=1))))]
+    assert torch.cat(targets).tolist() == [0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 2), ("dali", 1)])

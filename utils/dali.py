@@ -7,7 +7,6 @@ resizes there.
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +18,11 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from nvidia.dali.tensors import TensorCPU
-from PIL import Image
 from torch import Tensor
 
 from utils.augment import centre_crop
 from utils.folder import ImageNames, Unreadable, crop_and_flip, note, put, resize, resize_to_centre
-from utils.images import DECODE_ERRORS, check_mode, decode, reason_of
+from utils.images import DECODE_ERRORS, decode, parse, read, reason_of
 from utils.loader import Delivery, Loader, Raw
 
 FORMATS = (
@@ -54,6 +52,10 @@ class _File(NamedTuple):
     data: np.ndarray
     crop: np.ndarray
     flip: bool
+
+
+class _Undecodable(RuntimeError):
+    """DALI could not decode one of a batch's images."""
 
 
 _Bad = tuple[int, str]  # the number of an image and why it cannot be read
@@ -99,9 +101,9 @@ class DaliLoader(Loader):
                     break
                 try:
                     images = self._take(pipeline, running[0], threads)
-                except RuntimeError:
+                except DECODE_ERRORS:
                     # DALI does not say which image it was, and its pipeline is of no use any more.
-                    running[0] = self._without_bad(running[0])
+                    running[0] = self._without_bad(running[0], threads)
                     pipeline = self._pipeline(self._delivery.batch_size)
                     for files in running:
                         self._feed(pipeline, files)
@@ -132,13 +134,11 @@ class DaliLoader(Loader):
     def _file(self, index: int, epoch: int) -> _File | _Bad:
         """Read a file, look at its header and draw the crop."""
         try:
-            with open(self._names.path(index), "rb") as file:
-                data = file.read()
-            with Image.open(io.BytesIO(data)) as image:
-                check_mode(image)
+            data = read(self._names.path(index))
+            with parse(data) as image:
                 width, height = image.size
                 # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
-                if image.format == "JPEG" and b"\xff\xd9" not in data[-1024:]:
+                if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
                 if image.format not in FORMATS:
                     return index, f"DALI cannot decode {image.format}, --dataset imagenet can"
@@ -149,17 +149,19 @@ class DaliLoader(Loader):
             crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
         return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
-    def _without_bad(self, files: list[_File]) -> list[_File]:
-        """Leave out, and take note of, the images that DALI cannot decode, found one by one."""
+    def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
+        """Leave out, and take note of, the images that cannot be decoded or resized, found one by one."""
         good, bad = [], []
         for file in files:
             pipeline = self._pipeline(1)
             self._feed(pipeline, [file])
             try:
-                pipeline.share_outputs()
+                self._take(pipeline, [file], threads)
                 good.append(file)
-            except RuntimeError:
+            except _Undecodable:
                 bad.append((file.index, _why(file.data.tobytes())))
+            except DECODE_ERRORS as error:
+                bad.append((file.index, reason_of(error)))
         note(self._unreadable, self._names, bad, left=len(good))
         return good
 
@@ -214,7 +216,10 @@ class DaliLoader(Loader):
 
     def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
         """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
-        (output,) = pipeline.share_outputs()
+        try:
+            (output,) = pipeline.share_outputs()
+        except RuntimeError as error:
+            raise _Undecodable from error
         device = self._delivery.device
         images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
         if self._on_cuda:

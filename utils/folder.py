@@ -22,9 +22,10 @@ from torchvision.transforms.v2 import functional
 from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
-from utils.images import DECODE_ERRORS, decode, reason_of, walk
+from utils.images import DECODE_ERRORS, decode, printable, read, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
+SLENDER = 16  # times longer than wide
 _PREFETCH = 2  # batches that each worker may be ahead
 
 
@@ -44,18 +45,19 @@ class Unreadable:
         """Leave an image out and say so in the log. Raises `UserError` when it is one too many."""
         if path in self.paths:
             return
+        shown = printable(path)
         if len(self.paths) >= self.limit:
             more = (
                 f"{self.limit} others are left out already" if self.limit else "--skip_corrupt N leaves out N"
             )
             raise UserError(
-                f"cannot read the image {path} ({reason}): replace or remove it ({more}; "
+                f"cannot read the image {shown} ({reason}): replace or remove it ({more}; "
                 "tools.py --keyword verify-data lists all such files)"
             )
         self.paths.add(path)
         logging.getLogger("train").warning(
             "left out an image that cannot be read, %d of %d: %s (%s)",
-            len(self.paths), self.limit, path, reason,
+            len(self.paths), self.limit, shown, reason,
         )  # fmt: skip
 
 
@@ -111,7 +113,15 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
-    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size]."""
+    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size].
+
+    Of one that is more than `SLENDER` times as long as wide only the middle is resized, since the whole would be as
+    much longer than the centre. That may move the picture by up to a pixel.
+    """
+    for side in (0, 1):
+        beyond = pixels.shape[side] - SLENDER * pixels.shape[1 - side]
+        if beyond > 0:
+            pixels = pixels.narrow(side, beyond // 2, pixels.shape[side] - beyond)
     height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], size)
     return functional.crop(resize(pixels, height, width), top, left, size, size)
 
@@ -153,12 +163,11 @@ class _ImageFiles(Dataset[_Read]):
         bad: list[tuple[int, str]] = []
         for index in batch.numbers:
             try:
-                with open(self._names.path(index), "rb") as file:
-                    image = decode(file.read())
+                image = decode(read(self._names.path(index)))
+                self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
                 continue
-            self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             good.append(index)
         return good, bad
 
@@ -293,7 +302,7 @@ def note(unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str
         unreadable.add(names.path(index), reason)
     if not left:
         raise UserError(
-            f"no image of a batch can be read, the last is {names.path(bad[-1][0])}: replace or remove them "
+            f"no image of a batch can be read, the last is {printable(names.path(bad[-1][0]))}: replace or remove them "
             "(tools.py --keyword verify-data lists all such files)"
         )
 
