@@ -6,19 +6,23 @@ See docs/tools.md. The exit status is 0 when all is well, 1 when a check found s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError
+from utils.interrupt import SIGNALS, Requests
 
 # torch, Pillow and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
 if TYPE_CHECKING:
@@ -383,11 +387,11 @@ def _tell(path: Path, text: str) -> None:
 
 def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
     """What `look` says of every image below --root, in --workers processes, with a progress bar."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     from tqdm import tqdm
+
+    from utils import workers
 
     root = _given(options.root)
     if not root.is_dir():
@@ -395,12 +399,10 @@ def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[P
     images = sorted(image_files(root))
     if not images:
         raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
-    workers = options.workers if options.workers is not None else os.cpu_count() or 1
-    # Fresh processes rather than forks: safe beside the threads of the progress bar.
-    context = multiprocessing.get_context("spawn")
+    count = min(options.workers or os.cpu_count() or 1, len(images))
     try:
-        with ProcessPoolExecutor(min(workers, len(images)), mp_context=context) as pool:
-            found = pool.map(look, images, chunksize=min(64, -(-len(images) // workers)))
+        with workers.pool(count, preload="utils.images") as pool:
+            found = pool.map(look, images, chunksize=min(64, -(-len(images) // count)))
             # disable=None: a bar on a terminal only
             progress = tqdm(found, total=len(images), unit="image", disable=None)
             yield from zip(images, progress, strict=True)
@@ -514,10 +516,14 @@ WORDS: dict[str, Word] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one word; returns the exit status, after printing a user's mistake as one line."""
     try:
-        word, options = parse(sys.argv[1:] if arguments is None else arguments)
-        status = WORDS[word].run(options)
-        sys.stdout.flush()
+        with _signals():
+            word, options = parse(sys.argv[1:] if arguments is None else arguments)
+            status = WORDS[word].run(options)
+            sys.stdout.flush()
         return status
+    except _Signalled as error:
+        print(f"tools.py: ended by {error.signal.name}", file=sys.stderr)
+        return 128 + error.signal
     except UserError as error:
         print(f"tools.py: error: {error}", file=sys.stderr)
         return 2
@@ -525,6 +531,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`head`) has all it wanted; the flush at exit must not fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM asks the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `_Signalled`, once: repeats do not disturb how the program ends."""
+    requests = Requests()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if requests.new():
+            raise _Signalled(number)
+
+    # What is ignored stays so: a shell has Ctrl-C ignored by what it runs in the background.
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    former = {number: handler for number, handler in former.items() if handler is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Signalled:
+        former = dict.fromkeys(former, signal.SIG_IGN)  # also while the interpreter ends
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import tools
+from tests.test_interrupt import job_is_gone, processes, started_by
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -535,6 +539,31 @@ def test_a_thousand_images(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     lines = [f"{tmp_path / f'{number:04}.jpg'}: broken: no image" for number in sorted(bad)]
     assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_with_a_line_and_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
+    """As a terminal sends them, to every process, several times."""
+    Image.effect_noise((1500, 1000), 50).convert("RGB").save(tmp_path / "0.jpg")
+    for name in range(1, 5000):  # a minute or two of decoding
+        (tmp_path / f"{name}.jpg").symlink_to("0.jpg")
+    process = subprocess.Popen(
+        [sys.executable, "tools.py", "--keyword", "verify-data", "--root", tmp_path, "-j", "2"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a runner in the background ignores SIGINT
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(started_by(process.pid)) < 5:  # itself, two that decode, what these are forked from, a tracker
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    everyone = started_by(process.pid)
+    for _ in range(3):
+        for pid in everyone & processes().keys():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", f"tools.py: ended by {number.name}\n")
+    job_is_gone(everyone)
 
 
 @pytest.mark.parametrize(

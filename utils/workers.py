@@ -1,4 +1,4 @@
-"""Processes that read images for a training: deaf to its signals, and gone when it is."""
+"""Processes that read images for another one: deaf to its signals, and gone when it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -30,6 +31,27 @@ def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[i
     theirs, mine = context.Pipe(duplex=False)
     Finalize(owner, mine.close, exitpriority=0)  # at exit too, before workers are waited for
     return context, partial(_begin, theirs)
+
+
+@contextlib.contextmanager
+def pool(count: int, preload: str) -> Iterator[ProcessPoolExecutor]:
+    """Processes for functions that are mapped; left by an exception they end at once, whatever they are at.
+
+    Args:
+        count: number of processes.
+        preload: the module that they need.
+    """
+    context = multiprocessing.get_context("forkserver")
+    _start_server(context, preload)
+    theirs, mine = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(theirs, 0))
+    try:
+        yield executor
+        executor.shutdown()
+    finally:
+        mine.close()  # which ends them
+        executor.shutdown(cancel_futures=True)
+        theirs.close()
 
 
 def _begin(training: Connection, _: int) -> None:
