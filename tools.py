@@ -399,6 +399,8 @@ def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[P
     images = sorted(image_files(root))
     if not images:
         raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
+    if options.workers is not None:
+        workers.check(options.workers)
     count = min(options.workers or os.cpu_count() or 1, len(images))
     try:
         with workers.pool(count, preload="utils.images") as pool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +170,20 @@ def test_without_dali_an_error_says_how_to_install_it(
     for function in (check, build):
         with pytest.raises(UserError, match=r"needs NVIDIA's DALI: pip install nvidia-dali-cuda130"):
             function(config)
+
+
+def test_a_broken_dali_is_an_error_with_its_reason(torchvision: DataConfig, tmp_path: Path) -> None:
+    for name in ("nvidia", "nvidia/dali"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "nvidia" / "dali" / "__init__.py").write_text("raise OSError('libcuda.so: no such file')")
+    arguments = f"main.py --dataset dali --root {torchvision.root} --num_classes 4 --input_size 32"
+    done = subprocess.run(
+        [sys.executable, *arguments.split()], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "cannot be imported (libcuda.so: no such file): pip install nvidia-dali-cuda130" in done.stderr
 
 
 @needs_dali

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import multiprocessing
 import pickle
 import tarfile
 from dataclasses import replace
@@ -26,9 +27,6 @@ from utils.errors import UserError
 from utils.fake import FakeImages
 from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
-
-# torch advises against more workers than cores; two are wanted here on any machine.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -603,6 +601,14 @@ def test_imagenet_workers_change_nothing(imagenet: DataConfig, workers: int) -> 
     assert same(read(validation(alone)), read(validation(helped)))
 
 
+def test_there_are_no_more_workers_than_batches(imagenet: DataConfig) -> None:
+    """Nor does torch warn of many."""
+    children = set(multiprocessing.active_children())
+    loader = build(replace(imagenet, workers=30)).train
+    assert same(read(loader), read(build(imagenet).train))
+    assert len(set(multiprocessing.active_children()) - children) == len(loader) == 4
+
+
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])
 def test_batches_keep_their_images(imagenet: DataConfig, dataset: str, workers: int) -> None:
     """Images are read into memory that is used again, which must not change the batches made of them."""
@@ -837,6 +843,10 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
         ({"mean": (0.5,)}, "--mean has 1 values: write three"),
         ({"std": (0.5, 0.5, 0.5, 0.5)}, "--std has 4 values: write three"),
         ({"std": (0.5, 0.0, 0.5)}, "--std has the value 0: write numbers above 0"),
+        ({"std": (0.5, 1e-46, 0.5)}, "--std has the value 1e-46: write numbers above 0, 1e-06 at the least"),
+        ({"std": (0.5, 1e39, 0.5)}, r"--std has the value 1e\+39: write 1e\+06 at the most"),
+        ({"mean": (0.5, -1e39, 0.5)}, r"--mean has the value -1e\+39: write 1e\+06 at the most"),
+        ({"workers": 100_000}, r"--workers 100000: at most \d+ on a machine of \d+ cores"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_built(

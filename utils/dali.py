@@ -68,7 +68,8 @@ class DaliLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: threads that decode on the CPU, and as many that read files and resize there; 0 is as 1.
+        workers: threads that decode on the CPU, and as many that read files and resize there, no more than images of a
+            batch; 0 is as 1.
         unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
 
     Raises:
@@ -82,7 +83,7 @@ class DaliLoader(Loader):
         self._names = names
         self._target = torch.from_numpy(names.target)
         self._size = size
-        self._threads = max(1, workers)
+        self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
         self._idle: Pipeline | None = None  # a pipeline without batches in it
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import workers
 from utils.augment import Augment, crop_flip, mixing, warp
 from utils.config import DataConfig
 from utils.errors import UserError
@@ -319,11 +320,18 @@ def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[.
 
 
 def _check_dali(config: DataConfig) -> None:
+    install = (
+        "pip install nvidia-dali-cuda130 (or the one of your CUDA version); --dataset imagenet reads the same "
+        "folders without it"
+    )
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError(f"--dataset dali needs NVIDIA's DALI: {install}")
+    try:
+        from utils import dali  # noqa: F401
+    except (ImportError, OSError) as error:  # one of another platform, or a library that it needs
         raise UserError(
-            "--dataset dali needs NVIDIA's DALI: pip install nvidia-dali-cuda130 (or the one of your CUDA "
-            "version); --dataset imagenet reads the same folders without it"
-        )
+            f"--dataset dali: NVIDIA's DALI is installed but cannot be imported ({error}): {install}"
+        ) from error
     _check_imagenet(config)
 
 
@@ -345,6 +353,11 @@ SOURCES: dict[str, Source] = {
 """Every data set by its name."""
 
 
+_FARTHEST = (
+    1e6  # of a mean or deviation from 1, where images are in [0, 1]; float32 has room for their quotient
+)
+
+
 def check(config: DataConfig) -> None:
     """Look for mistakes that are cheap to find, before anything heavy is built.
 
@@ -353,8 +366,9 @@ def check(config: DataConfig) -> None:
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
-            validation; a mean or std that is not of three channels; RandAugment where it is not;
-            DALI that is not installed.
+            validation; a mean or std that is not of three channels or too large or
+            small for float32; RandAugment where it is not;
+            too many workers; DALI that is not installed or cannot be imported.
     """
     if config.dataset not in SOURCES:
         raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
@@ -365,8 +379,15 @@ def check(config: DataConfig) -> None:
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != 3:
             raise UserError(f"--{name} has {len(values)} values: write three, for red, green and blue")
-    if config.std is not None and min(config.std) <= 0:
-        raise UserError(f"--std has the value {min(config.std):g}: write numbers above 0")
+        if values is not None and max(map(abs, values)) > _FARTHEST:
+            raise UserError(
+                f"--{name} has the value {max(values, key=abs):g}: write {_FARTHEST:g} at the most"
+            )
+    if config.std is not None and min(config.std) < 1 / _FARTHEST:
+        raise UserError(
+            f"--std has the value {min(config.std):g}: write numbers above 0, {1 / _FARTHEST:g} at the least"
+        )
+    workers.check(config.workers)
     try:
         SOURCES[config.dataset].check(config)
     except OSError as error:

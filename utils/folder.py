@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,7 @@ class FolderLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: number of processes, which stay between epochs; 0: read in this process.
+        workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
         unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
         randaugment: magnitude of RandAugment in training; None: none.
 
@@ -251,10 +252,10 @@ class FolderLoader(Loader):
         self._names = names
         self._target = torch.from_numpy(names.target)
         self._size = size
-        self._workers = workers
+        self._workers = min(workers, len(self))
         self._unreadable = unreadable
         self._randaugment = randaugment
-        self._asked = _Batches(ahead=_PREFETCH * workers)
+        self._asked = _Batches(ahead=_PREFETCH * self._workers)
         self._slots = torch.empty(0)
         self._loader: DataLoader[_Read] | None = None  # opened by the first iteration
 
@@ -269,6 +270,8 @@ class FolderLoader(Loader):
         else:
             self._slots = _shared(shape, self._workers)
             context, begin = workers.prepare(self, preload=__name__)
+        # Of more workers than cores, which was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         return DataLoader(
             _ImageFiles(
                 self._names, self._slots, train=self._delivery.train,

@@ -15,7 +15,18 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import Finalize
 
+from utils.errors import UserError
 from utils.interrupt import SIGNALS
+
+
+def check(count: int) -> None:
+    """Raise `UserError` for a number of processes that is beyond reason: more than 64 and 4 for each core."""
+    cores = os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if count > most:
+        raise UserError(
+            f"--workers {count}: at most {most} on a machine of {cores} cores; write about {cores}"
+        )
 
 
 def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[int], None]]:
