@@ -381,8 +381,9 @@ def _tell(path: Path, text: str) -> None:
     """Print a line about a path above the progress bar."""
     from tqdm import tqdm
 
-    line = f"{path}: {text}".encode(errors="backslashreplace").decode()
-    tqdm.write(line, file=sys.stdout)
+    from utils.images import printable
+
+    tqdm.write(printable(f"{path}: {text}"), file=sys.stdout)
 
 
 def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:

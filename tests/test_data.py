@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import multiprocessing
+import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -797,6 +798,26 @@ def test_unreadable_images_are_left_out_counted_and_reported(
     for number, (line, name) in enumerate(zip(sorted(lines), damaged, strict=True), 1):
         assert line.startswith(f"left out an image that cannot be read, {number} of 3: ")
         assert any(str(tmp_path / name) in line for line in lines)
+
+
+def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path, train=2, val=1)
+    name = tmp_path / "train" / "bee" / os.fsdecode(b"a\n\x1b\xff.jpg")
+    name.write_text("no image")
+    config = DataConfig(
+        dataset="imagenet",
+        root=tmp_path,
+        num_classes=3,
+        input_size=16,
+        batch_size=7,
+        workers=0,
+        skip_corrupt=1,
+    )
+    read(build(config).train)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.endswith(r"bee/a\n\x1b\udcff.jpg (no image)")
+    with pytest.raises(UserError, match=r"bee/a\\n\\x1b\\udcff.jpg \(no image\)"):
+        read(build(replace(config, skip_corrupt=0)).train)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])

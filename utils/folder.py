@@ -353,4 +353,4 @@ def _has_image(folder: Path) -> bool:
 def _some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(map(printable, names[:3])) + more
