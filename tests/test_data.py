@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import math
 import multiprocessing
 import os
 import pickle
+import shutil
+import socket
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -568,11 +575,108 @@ def test_cifar_that_cannot_be_downloaded_says_what_to_put_where(
         assert part in message
 
 
+PROCESS = """
+import hashlib, sys
+from pathlib import Path
+from torchvision.datasets import CIFAR10
+from utils.config import DataConfig
+from utils.data import build
+
+root = Path(sys.argv[1])
+CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta = eval(sys.argv[2])
+CIFAR10.tgz_md5 = hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest()
+print("ready", flush=True)
+sys.stdin.readline()
+print(build(DataConfig(dataset="cifar10", root=root)).train.samples)
+"""
+
+
+def test_cifar_is_unpacked_by_one_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it, and do not unpack it again."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / CIFAR10.filename, "w:gz") as file:
+        file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    lists = repr((CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta))
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, root, lists], cwd=Path(__file__).parent.parent, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for other in others:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+    folder = root / CIFAR10.base_folder
+    handle = os.open(root, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as the one that unpacks
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+    deadline = time.monotonic() + 60
+    while sum(f"{root.stat().st_ino} " in line and "->" in line for line in locks()) < 2:
+        assert all(other.poll() is None for other in others) and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not folder.exists()
+    shutil.copytree(tmp_path / "elsewhere" / CIFAR10.base_folder, folder)
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (root / CIFAR10.filename).unlink()
+    os.close(handle)
+    for other in others:
+        assert other.communicate(timeout=60) == ("100\n", "")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+
+
+def locks() -> list[str]:
+    """The locks of all processes; those that are waited for have an arrow."""
+    return Path("/proc/locks").read_text().splitlines()
+
+
+def test_a_server_that_is_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.data._PATIENCE", 0.1)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/{CIFAR10.filename}")
+        end = threading.Timer(60, server.close)  # should it be waited for after all
+        end.start()
+        with pytest.raises(UserError, match=r"the download failed: .*timed out"):
+            build(DataConfig(dataset="cifar10", root=tmp_path))
+        end.cancel()
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_cifar_with_a_cut_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archived: bool
+) -> None:
+    """Whether its checksum shows it or, not known, unpacking does."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    archive.write_bytes(archive.read_bytes()[:-5000])
+    if archived:
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
+    with pytest.raises(UserError, match=f"{archive} is damaged, and .* put it at {archive}"):
+        build(DataConfig(dataset="cifar10", root=tmp_path))
+
+
 def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"checksums differ.*remove that folder"):
+    with pytest.raises(UserError, match=r"checksums differ.*remove that folder if .* download http"):
+        build(DataConfig(dataset="cifar10", root=tmp_path))
+    archive = tmp_path / CIFAR10.filename
+    archive.touch()
+    with pytest.raises(
+        UserError, match=f"checksums differ.*remove that folder; the next start unpacks {archive}"
+    ):
         build(DataConfig(dataset="cifar10", root=tmp_path))
 
 
@@ -818,6 +922,27 @@ def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCa
     assert line.endswith(r"bee/a\n\x1b\udcff.jpg (no image)")
     with pytest.raises(UserError, match=r"bee/a\\n\\x1b\\udcff.jpg \(no image\)"):
         read(build(replace(config, skip_corrupt=0)).train)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("damage", ["text", "halved"])
+def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
+    tmp_path: Path, dataset: str, damage: str
+) -> None:
+    """It would have no batch statistics; validation needs none."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=2)
+    for path in (tmp_path / "train" / "bee" / "1.jpg", tmp_path / "val" / "bee" / "1.jpg"):
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=2, val_batch_size=2, workers=0,
+        skip_corrupt=9,
+    )  # fmt: skip
+    loaders = build(config)
+    assert [len(target) for _, target in read(validation(loaders))] == [2, 1, 2]
+    with pytest.raises(UserError, match=r"a single image of a training batch can be read.*bee/1.jpg"):
+        read(loaders.train)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])

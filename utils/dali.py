@@ -129,7 +129,7 @@ class DaliLoader(Loader):
             results = [future.result() for future in waiting.popleft()]
             files = [result for result in results if isinstance(result, _File)]
             bad = [result for result in results if not isinstance(result, _File)]
-            note(self._unreadable, self._names, bad, left=len(files))
+            note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
             yield files
 
     def _file(self, index: int, epoch: int) -> _File | _Bad:
@@ -163,7 +163,7 @@ class DaliLoader(Loader):
                 bad.append((file.index, _why(file.data.tobytes())))
             except DECODE_ERRORS as error:
                 bad.append((file.index, reason_of(error)))
-        note(self._unreadable, self._names, bad, left=len(good))
+        note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:

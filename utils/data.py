@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import http.client
 import importlib.util
-from collections.abc import Callable
+import os
+import pickle
+import socket
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -220,6 +227,42 @@ def _build_fake(config: DataConfig, device: torch.device) -> Loaders:
 # ---- cifar10, cifar100: the python files of https://www.cs.toronto.edu/~kriz/cifar.html
 
 
+_PATIENCE = 30.0  # seconds that a server may be silent
+_CIFAR_ERRORS = (
+    OSError,
+    RuntimeError,
+    http.client.HTTPException,
+    EOFError,
+    pickle.UnpicklingError,
+    tarfile.TarError,
+    zlib.error,
+)
+"""What a download, a damaged archive and damaged files raise."""
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process has this folder for itself, then have it: one unpacks, others find it done."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Wait for a silent server no longer than `_PATIENCE`; torchvision has no option for it."""
+    former = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(former)
+
+
 @dataclass(frozen=True)
 class Cifar:
     """A CIFAR set as a `Source`'s functions: torchvision's class of it, by name, and its usual statistics."""
@@ -261,16 +304,28 @@ class Cifar:
     def _load(self, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [n, 3, 32, 32], and classes, int64 [n]; torchvision verifies checksums."""
         files = self.files
-        folder = root / files.base_folder
+        folder, archive = root / files.base_folder, root / files.filename
         names = [name for name, _ in files.train_list + files.test_list] + [files.meta["filename"]]
-        missing = not all((folder / name).is_file() for name in names)
+        missing, archived = False, archive.is_file()
         try:
-            data = files(root, train=train, download=missing)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            root.mkdir(exist_ok=True)
+            with _alone(root):
+                missing = not all((folder / name).is_file() for name in names)
+                if missing:
+                    with _patient():
+                        files(root, download=True)
+            data = files(root, train=train)
+        except _CIFAR_ERRORS as error:
             reason = f"the download failed: {error}" if missing else "checksums differ"
+            if missing and archived:
+                reason = f"{archive} is damaged, and {reason}"
+            elif archived:
+                raise UserError(
+                    f"no usable files in {folder} ({reason}): remove that folder; the next start unpacks {archive}"
+                ) from error
             raise UserError(
                 f"no usable files in {folder} ({reason}): remove that folder if there is one, download "
-                f"{files.url} and put it at {root / files.filename}, which the next start unpacks"
+                f"{files.url} and put it at {archive}, which the next start unpacks"
             ) from error
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(data.targets)

@@ -292,21 +292,27 @@ class FolderLoader(Loader):
         asked = self._asked
         asked.batches, asked.epoch = batches, epoch
         for number, (good, bad) in enumerate(self._loader):
-            note(self._unreadable, self._names, bad, left=len(good))
+            note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
             yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
 
 
-def note(unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int) -> None:
-    """Take note of a batch's unreadable images. Raises `UserError` also when nothing is left of the batch."""
+def note(
+    unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int, *, train: bool
+) -> None:
+    """Take note of a batch's unreadable images.
+
+    Raises `UserError` also when too few are left of the batch: none, or in training one, which has no batch statistics.
+    """
     for index, reason in bad:
         unreadable.add(names.path(index), reason)
-    if not left:
+    if bad and left <= int(train):
+        few = "a single image of a training batch" if left else "no image of a batch"
         raise UserError(
-            f"no image of a batch can be read, the last is {printable(names.path(bad[-1][0]))}: replace or remove them "
-            "(tools.py --keyword verify-data lists all such files)"
+            f"{few} can be read, the last that cannot is {printable(names.path(bad[-1][0]))}: replace or remove them "
+            "(tools.py --keyword verify-data lists all such files), or write a larger --batch_size"
         )
 
 
