@@ -357,6 +357,12 @@ def verify_image(options: Options) -> int:
 
 def verify_data(options: Options) -> int:
     """Decode every image below --root; list bad ones, odd ones and wrong class folders."""
+    try:
+        import pyvips  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"verify-data needs pyvips ({error}): pip install pyvips pyvips-binary; verify-image does without"
+        ) from error
     counts: Counter[str] = Counter()
     images = 0
     for path, findings in _each_image(options, image_findings):
@@ -428,43 +434,68 @@ def image_files(root: Path) -> Iterator[Path]:
 
 def image_error(path: Path) -> str | None:
     """Why the image cannot be decoded to RGB, in one line; None when it can."""
-    found = _look(path)
+    found = _decodable(path)
     return found if isinstance(found, str) else None
 
 
 def image_findings(path: Path) -> list[tuple[str, str]]:
     """What is wrong or odd about an image: the kind of each finding, and the reason in one line."""
-    found = _look(path)
-    if isinstance(found, str):
-        return [("truncated" if "truncated" in found.lower() else "broken", found)]
-    form, mode = found
+    import warnings
+
+    from PIL import Image
+
+    from utils.images import not_for_dali, parse
+
+    data = _decodable(path)
+    if isinstance(data, str):
+        return [("truncated" if "truncated" in data.lower() else "broken", data)]
+    with warnings.catch_warnings(action="ignore"), parse(data) as image:
+        form, mode, (width, height), refused = image.format or "", image.mode, image.size, not_for_dali(image)
+    ending = path.suffix.lower()
     findings = []
-    if path.suffix.lower() not in FORMATS.get(form, ()):
+    if form in ("JPEG", "MPO") and (warning := _warning(data)):
+        findings.append(("damaged", warning))
+    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
+        findings.append(("huge", f"{width}x{height} pixels in {len(data)} bytes"))
+    if ending not in FORMATS.get(form, ()):
         findings.append(("mislabelled", f"the file is {form}"))
     if mode == "CMYK":
         findings.append(("CMYK", "four channels"))
     if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
         findings.append(("single-channel", f"the mode is {mode}"))
-    if path.suffix.lower() == ".gif":
+    if ending == ".gif":
         findings.append(("GIF", "training passes over files with this ending"))
+    elif refused:
+        findings.append(("not for dali", f"DALI cannot decode {refused}, --dataset imagenet can"))
     return findings
 
 
-def _look(path: Path) -> tuple[str, str] | str:
-    """Format and mode of an image that training can decode, else the reason why not, in one line."""
+def _decodable(path: Path) -> bytes | str:
+    """The image's file, if training can decode it; else the reason why not, in one line."""
     import warnings
 
-    from utils.images import DECODE_ERRORS, decode, parse, read, reason_of
+    from utils.images import DECODE_ERRORS, decode, read, reason_of
 
     try:
-        with warnings.catch_warnings():  # odd metadata of an image that decodes
-            warnings.simplefilter("ignore")
-            data = read(path)
+        data = read(path)
+        with warnings.catch_warnings(action="ignore"):  # odd metadata of an image that decodes
             decode(data)
-            with parse(data) as image:
-                return image.format or "unknown", image.mode
     except DECODE_ERRORS as error:
         return reason_of(error)
+    return data
+
+
+def _warning(data: bytes) -> str:
+    """What the JPEG decoder warns of, which Pillow does not pass on: data that ends early, or that means nothing."""
+    os.environ["VIPS_CONCURRENCY"] = "1"  # threads; the processes are as many as the cores
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    try:
+        pyvips.Image.new_from_buffer(data, "", fail_on="warning", access="sequential").avg()
+    except pyvips.Error as error:
+        return " ".join(error.detail.split()).removeprefix("VipsJpeg: ")
+    return ""
 
 
 def make_fake_imagenet(options: Options) -> int:

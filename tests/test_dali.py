@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -27,6 +28,12 @@ except ImportError:
 else:
     missing = False
 needs_dali = pytest.mark.skipif(missing, reason="NVIDIA's DALI is not installed")
+
+
+def written(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +167,30 @@ def test_a_format_that_dali_lacks_is_named(torchvision: DataConfig, tmp_path: Pa
     config = replace(torchvision, dataset="dali", root=tmp_path, num_classes=1)
     with pytest.raises(UserError, match=r"one/0.jpg \(DALI cannot decode GIF, --dataset imagenet can\)"):
         list(build(config).train)
+
+
+@needs_dali
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P5 40 30 100\n" + bytes(range(100)) * 12,
+        b"P3 40 30 255\n" + b"1 2 3 " * 1200,
+        written(Image.linear_gradient("L").convert("LA"), "TIFF"),
+        written(Image.new("LAB", (40, 30)), "TIFF"),
+        written(Image.new("1", (40, 30)), "TIFF"),
+        written(Image.new("RGB", (40, 30)), "JPEG2000"),
+    ],
+)
+def test_what_dali_would_decode_otherwise_is_refused(
+    torchvision: DataConfig, tmp_path: Path, data: bytes
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one" / "0.jpg").write_bytes(data)
+    usual, fast = both(replace(torchvision, root=tmp_path, num_classes=1))
+    list(val(usual))
+    with pytest.raises(UserError, match=r"DALI cannot decode \w+.*, --dataset imagenet can"):
+        list(val(fast))
 
 
 def test_without_dali_an_error_says_how_to_install_it(

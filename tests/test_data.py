@@ -16,6 +16,8 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from utils.augment import centre_crop, crop_flip, warp
 from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
 from utils.errors import UserError
-from utils.fake import FakeImages
+from utils.fake import FakeImages, photograph
 from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
 
@@ -683,13 +685,19 @@ def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytes
 # ---- imagenet
 
 
+def as_png(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 DAMAGE = {
     "halved": lambda data: data[: len(data) // 2],
     "cut": lambda data: data[:-20],
     "text": lambda data: b"not an image",
     "empty": lambda data: b"",
     # Whole to look at: what is missing shows in decoding only.
-    "broken": lambda data: data[: len(data) // 2] + b"\xff\xd9",
+    "broken": lambda data: as_png(data)[: len(data) // 2],
 }
 
 
@@ -902,6 +910,44 @@ def test_unreadable_images_are_left_out_counted_and_reported(
     for number, (line, name) in enumerate(zip(sorted(lines), damaged, strict=True), 1):
         assert line.startswith(f"left out an image that cannot be read, {number} of 3: ")
         assert any(str(tmp_path / name) in line for line in lines)
+
+
+def unnoticed(data: bytes) -> bytes:
+    """Half of the picture is missing, and the end is there."""
+    return data[: len(data) // 2] + b"\xff\xd9"
+
+
+def with_an_odd_marker(data: bytes) -> bytes:
+    """In the middle of the picture's data is what no JPEG has."""
+    middle = len(data) // 2
+    return data[:middle] + b"\xff\x02" + data[middle + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "damage", "seen"),
+    [
+        ("imagenet", unnoticed, False),
+        ("imagenet", with_an_odd_marker, True),
+        ("dali", unnoticed, False),
+        ("dali", with_an_odd_marker, False),
+    ],
+)
+def test_which_damage_of_a_photograph_training_sees(
+    tmp_path: Path, dataset: str, damage: Callable[[bytes], bytes], seen: bool
+) -> None:
+    """What docs/data.md says of it; `verify-data` sees all of this, see test_tools.py."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    path = tmp_path / "val" / "one" / "0.jpg"
+    for folder in (tmp_path / "train" / "one", path.parent):
+        folder.mkdir(parents=True)
+        photograph(0, 0, 1, 500, 375).save(folder / "0.jpg", quality=95)
+    path.write_bytes(damage(path.read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=1, input_size=32, val_batch_size=1, workers=0
+    )
+    with pytest.raises(UserError, match="cannot read the image") if seen else nullcontext():
+        read(validation(build(config)))
 
 
 def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

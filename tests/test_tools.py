@@ -25,6 +25,7 @@ import tools
 from tests.test_interrupt import job_is_gone, processes, started_by
 from utils import checkpoint
 from utils.errors import UserError
+from utils.fake import photograph
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -540,6 +541,54 @@ def test_a_thousand_images(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     lines = [f"{tmp_path / f'{number:04}.jpg'}: broken: no image" for number in sorted(bad)]
     assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
+
+
+def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:
+    """In files of the size of photographs; what means another picture is no damage to a decoder."""
+    photograph(0, 0, 1, 500, 375).save(tmp_path / "good.jpg", quality=95)
+    photograph(0, 0, 1, 500, 375).save(tmp_path / "steps.jpg", quality=95, progressive=True)
+    good, steps = ((tmp_path / name).read_bytes() for name in ("good.jpg", "steps.jpg"))
+    size = good.index(b"\xff\xc0") + 5  # of two bytes each: rows and columns
+    middle = len(good) // 2
+    files = {
+        "half.jpg": good[:middle] + b"\xff\xd9",
+        "half steps.jpg": steps[: len(steps) // 2] + b"\xff\xd9",
+        "marker.jpg": good[:middle] + b"\xff\xd3" + good[middle + 2 :],
+        "rows.jpg": good[:size] + (475).to_bytes(2, "big") + good[size + 2 :],
+        "huge.jpg": good[:size] + (12000).to_bytes(2, "big") * 2 + good[size + 4 : 1500] + b"\xff\xd9",
+        "more.jpg": good + b"more",
+        "zeros.jpg": good[:middle] + bytes(500) + good[middle + 500 :],
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert tools.image_error(tmp_path / name) is None
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    found = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
+    short = "damaged: Corrupt JPEG data: premature end of data segment"
+    names = ("half steps.jpg", "half.jpg", "huge.jpg", "marker.jpg", "rows.jpg")
+    listed = [*(f"{name}: {short}" for name in names), "huge.jpg: huge: 12000x12000 pixels in 1502 bytes"]
+    assert found == [*sorted(listed), "9 images: 5 damaged, 1 huge"]
+
+
+def test_what_dali_decodes_otherwise_is_listed(tmp_path: Path) -> None:
+    grey = Image.linear_gradient("L")
+    grey.convert("RGB").save(tmp_path / "gif.jpg", "GIF")
+    grey.convert("LA").save(tmp_path / "LA.tiff")
+    Image.new("LAB", (8, 8)).save(tmp_path / "LAB.tiff")
+    (tmp_path / "levels.pgm").write_bytes(b"P5 2 2 100\n1234")
+    (tmp_path / "good.ppm").write_bytes(b"P6 1 1 255\n123")
+    found = {path.name: tools.image_findings(path) for path in tmp_path.iterdir()}
+    assert {name for name, kinds in found.items() if "not for dali" in dict(kinds)} == {
+        "gif.jpg", "LA.tiff", "LAB.tiff", "levels.pgm",
+    }  # fmt: skip
+
+
+def test_verify_data_needs_pyvips(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    status, out, err = call("--keyword", "verify-data", "--root", tmp_path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "verify-data needs pyvips" in err and "pip install pyvips pyvips-binary" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -22,19 +22,9 @@ from torch import Tensor
 
 from utils.augment import centre_crop
 from utils.folder import ImageNames, Unreadable, crop_and_flip, note, put, resize, resize_to_centre
-from utils.images import DECODE_ERRORS, decode, parse, read, reason_of
+from utils.images import DECODE_ERRORS, decode, not_for_dali, parse, read, reason_of
 from utils.loader import Delivery, Loader, Raw
 
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "PPM",
-    "JPEG2000",
-)  # Pillow's names of what DALI decodes
 _AHEAD = 2  # batches that DALI has, and batches whose files are being read
 
 
@@ -138,11 +128,12 @@ class DaliLoader(Loader):
             data = read(self._names.path(index))
             with parse(data) as image:
                 width, height = image.size
+                if what := not_for_dali(image):
+                    image.load()
+                    return index, f"DALI cannot decode {what}, --dataset imagenet can"
                 # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
                 if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
-                if image.format not in FORMATS:
-                    return index, f"DALI cannot decode {image.format}, --dataset imagenet can"
         except DECODE_ERRORS as error:
             return index, reason_of(error)
         crop, flip = (0, 0, height, width), False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from utils.errors import UserError
 
@@ -46,7 +46,7 @@ def read(path: str | Path) -> bytes:
         return file.read()
 
 
-def parse(data: bytes) -> Image.Image:
+def parse(data: bytes) -> ImageFile.ImageFile:
     """Read the header of an image file; of a picture that can be trained with. Raises DECODE_ERRORS."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_mode(image)
@@ -76,6 +76,20 @@ def reason_of(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
     return " ".join(text.split()).rstrip(":") or type(error).__name__
+
+
+def not_for_dali(image: ImageFile.ImageFile) -> str:
+    """Say what an image is that DALI cannot decode or decodes to other pixels; empty: it is none of these.
+
+    Only the header has been read, see `parse`.
+    """
+    if image.format not in ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM"):
+        return str(image.format)
+    if image.format == "PPM" and image.tile[0].codec_name != "raw":
+        return "PPM with text or other than 255 levels"
+    if image.format == "TIFF" and image.mode in ("1", "LA", "LAB"):
+        return f"TIFF of the mode {image.mode}"
+    return ""
 
 
 def printable(text: str) -> str:
