@@ -371,11 +371,11 @@ def verify_data(options: Options) -> int:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
     root = _given(options.root)
-    if (root / "train").is_dir():
+    if (root / "train").is_dir() or (root / "val").is_dir():
         from utils.folder import check_folders  # imports torch
 
         try:
-            check_folders(root, "imagenet", val=(root / "val").is_dir())
+            check_folders(root, "imagenet", val=True)
         except UserError as error:
             counts["class folders"] += 1
             _tell(root, f"class folders: {error}")

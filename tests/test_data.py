@@ -1081,6 +1081,15 @@ def test_image_folders_are_checked(
             function(config)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_folder_that_is_a_lost_link_is_no_silent_loss(tmp_path: Path, split: str) -> None:
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / split / "dog").symlink_to(tmp_path / "gone")
+    config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=3)
+    with pytest.raises(UserError, match=f"{split} has links that lead nowhere: mend or remove dog$"):
+        check(config)
+
+
 def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> None:
     write_folder(tmp_path, train=1, val=0)
     for name in CLASSES:

@@ -543,6 +543,17 @@ def test_a_thousand_images(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
 
 
+@pytest.mark.parametrize(("there", "missing"), [("train", "val"), ("val", "train")])
+def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path, there: str, missing: str) -> None:
+    (tmp_path / there / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / there / "a" / "0.png")
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stderr) == (1, "")
+    line, last = done.stdout.splitlines()
+    assert line.startswith(f"{tmp_path}: class folders: {tmp_path / missing} is missing")
+    assert last == "1 images: 1 class folders"
+
+
 def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:
     """In files of the size of photographs; what means another picture is no damage to a decoder."""
     photograph(0, 0, 1, 500, 375).save(tmp_path / "good.jpg", quality=95)

@@ -320,7 +320,8 @@ def check_folders(root: Path | None, dataset: str, *, val: bool) -> int:
     """Return the number of classes of `train/` in `root`, and of `val/` when that is wanted.
 
     Raises:
-        UserError: a folder is missing, has no class folders, or some without images; the classes differ.
+        UserError: a folder is missing, has no class folders, some without images or a link that leads nowhere; the
+            classes differ.
     """
     if root is None:
         raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")
@@ -343,7 +344,11 @@ def _class_folders(folder: Path) -> list[str]:
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
             "per class"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    lost = [entry.name for entry in entries if not os.path.exists(entry.path)]
+    if lost:
+        raise UserError(f"{folder} has links that lead nowhere: mend or remove {_some(lost)}")
+    classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
         raise UserError(f"{folder} has no class folders: put its images into one folder per class")
     empty = [name for name in classes if not _has_image(folder / name)]
