@@ -148,6 +148,7 @@ def run(config: Config) -> int:
 
         # 3. Data, and what depends on its length.
         loaders = data.build(config.data, device)
+        fit.batches(config, loaders.train.samples)
         build.set_stable(model, len(loaders.train))
         steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
         rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)

@@ -6,19 +6,23 @@ See docs/tools.md. The exit status is 0 when all is well, 1 when a check found s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from utils.errors import UserError
+from utils.interrupt import SIGNALS, Requests
 
 # torch, Pillow and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
 if TYPE_CHECKING:
@@ -353,6 +357,12 @@ def verify_image(options: Options) -> int:
 
 def verify_data(options: Options) -> int:
     """Decode every image below --root; list bad ones, odd ones and wrong class folders."""
+    try:
+        import pyvips  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"verify-data needs pyvips ({error}): pip install pyvips pyvips-binary; verify-image does without"
+        ) from error
     counts: Counter[str] = Counter()
     images = 0
     for path, findings in _each_image(options, image_findings):
@@ -361,11 +371,11 @@ def verify_data(options: Options) -> int:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
     root = _given(options.root)
-    if (root / "train").is_dir():
+    if (root / "train").is_dir() or (root / "val").is_dir():
         from utils.folder import check_folders  # imports torch
 
         try:
-            check_folders(root, "imagenet", val=(root / "val").is_dir())
+            check_folders(root, "imagenet", val=True)
         except UserError as error:
             counts["class folders"] += 1
             _tell(root, f"class folders: {error}")
@@ -377,17 +387,18 @@ def _tell(path: Path, text: str) -> None:
     """Print a line about a path above the progress bar."""
     from tqdm import tqdm
 
-    line = f"{path}: {text}".encode(errors="backslashreplace").decode()
-    tqdm.write(line, file=sys.stdout)
+    from utils.images import printable
+
+    tqdm.write(printable(f"{path}: {text}"), file=sys.stdout)
 
 
 def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
     """What `look` says of every image below --root, in --workers processes, with a progress bar."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     from tqdm import tqdm
+
+    from utils import workers
 
     root = _given(options.root)
     if not root.is_dir():
@@ -395,12 +406,12 @@ def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[P
     images = sorted(image_files(root))
     if not images:
         raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
-    workers = options.workers if options.workers is not None else os.cpu_count() or 1
-    # Fresh processes rather than forks: safe beside the threads of the progress bar.
-    context = multiprocessing.get_context("spawn")
+    if options.workers is not None:
+        workers.check(options.workers)
+    count = min(options.workers or os.cpu_count() or 1, len(images))
     try:
-        with ProcessPoolExecutor(min(workers, len(images)), mp_context=context) as pool:
-            found = pool.map(look, images, chunksize=min(64, -(-len(images) // workers)))
+        with workers.pool(count, preload="utils.images") as pool:
+            found = pool.map(look, images, chunksize=min(64, -(-len(images) // count)))
             # disable=None: a bar on a terminal only
             progress = tqdm(found, total=len(images), unit="image", disable=None)
             yield from zip(images, progress, strict=True)
@@ -423,46 +434,68 @@ def image_files(root: Path) -> Iterator[Path]:
 
 def image_error(path: Path) -> str | None:
     """Why the image cannot be decoded to RGB, in one line; None when it can."""
-    found = _look(path)
+    found = _decodable(path)
     return found if isinstance(found, str) else None
 
 
 def image_findings(path: Path) -> list[tuple[str, str]]:
     """What is wrong or odd about an image: the kind of each finding, and the reason in one line."""
-    found = _look(path)
-    if isinstance(found, str):
-        return [("truncated" if "truncated" in found.lower() else "broken", found)]
-    form, mode = found
+    import warnings
+
+    from PIL import Image
+
+    from utils.images import not_for_dali, parse
+
+    data = _decodable(path)
+    if isinstance(data, str):
+        return [("truncated" if "truncated" in data.lower() else "broken", data)]
+    with warnings.catch_warnings(action="ignore"), parse(data) as image:
+        form, mode, (width, height), refused = image.format or "", image.mode, image.size, not_for_dali(image)
+    ending = path.suffix.lower()
     findings = []
-    if path.suffix.lower() not in FORMATS.get(form, ()):
+    if form in ("JPEG", "MPO") and (warning := _warning(data)):
+        findings.append(("damaged", warning))
+    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
+        findings.append(("huge", f"{width}x{height} pixels in {len(data)} bytes"))
+    if ending not in FORMATS.get(form, ()):
         findings.append(("mislabelled", f"the file is {form}"))
     if mode == "CMYK":
         findings.append(("CMYK", "four channels"))
     if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
         findings.append(("single-channel", f"the mode is {mode}"))
-    if path.suffix.lower() == ".gif":
+    if ending == ".gif":
         findings.append(("GIF", "training passes over files with this ending"))
+    elif refused:
+        findings.append(("not for dali", f"DALI cannot decode {refused}, --dataset imagenet can"))
     return findings
 
 
-def _look(path: Path) -> tuple[str, str] | str:
-    """Format and mode of an image that training can decode, else the reason why not, in one line."""
-    import io
+def _decodable(path: Path) -> bytes | str:
+    """The image's file, if training can decode it; else the reason why not, in one line."""
     import warnings
 
-    from PIL import Image
-
-    from utils.images import DECODE_ERRORS, decode, reason_of
+    from utils.images import DECODE_ERRORS, decode, read, reason_of
 
     try:
-        with warnings.catch_warnings():  # odd metadata of an image that decodes
-            warnings.simplefilter("ignore")
-            data = path.read_bytes()
+        data = read(path)
+        with warnings.catch_warnings(action="ignore"):  # odd metadata of an image that decodes
             decode(data)
-            with Image.open(io.BytesIO(data)) as image:
-                return image.format or "unknown", image.mode
     except DECODE_ERRORS as error:
         return reason_of(error)
+    return data
+
+
+def _warning(data: bytes) -> str:
+    """What the JPEG decoder warns of, which Pillow does not pass on: data that ends early, or that means nothing."""
+    os.environ["VIPS_CONCURRENCY"] = "1"  # threads; the processes are as many as the cores
+    import pyvips
+
+    pyvips.cache_set_max(0)
+    try:
+        pyvips.Image.new_from_buffer(data, "", fail_on="warning", access="sequential").avg()
+    except pyvips.Error as error:
+        return " ".join(error.detail.split()).removeprefix("VipsJpeg: ")
+    return ""
 
 
 def make_fake_imagenet(options: Options) -> int:
@@ -517,10 +550,14 @@ WORDS: dict[str, Word] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one word; returns the exit status, after printing a user's mistake as one line."""
     try:
-        word, options = parse(sys.argv[1:] if arguments is None else arguments)
-        status = WORDS[word].run(options)
-        sys.stdout.flush()
+        with _signals():
+            word, options = parse(sys.argv[1:] if arguments is None else arguments)
+            status = WORDS[word].run(options)
+            sys.stdout.flush()
         return status
+    except _Signalled as error:
+        print(f"tools.py: ended by {error.signal.name}", file=sys.stderr)
+        return 128 + error.signal
     except UserError as error:
         print(f"tools.py: error: {error}", file=sys.stderr)
         return 2
@@ -528,6 +565,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (`head`) has all it wanted; the flush at exit must not fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM asks the program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `_Signalled`, once: repeats do not disturb how the program ends."""
+    requests = Requests()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if requests.new():
+            raise _Signalled(number)
+
+    # What is ignored stays so: a shell has Ctrl-C ignored by what it runs in the background.
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    former = {number: handler for number, handler in former.items() if handler is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, end)
+    try:
+        yield
+    except _Signalled:
+        former = dict.fromkeys(former, signal.SIG_IGN)  # also while the interpreter ends
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -245,6 +245,8 @@ WITH_NETWORK_AND_DATA = [
     ("--dataset imagenet --root none", "--root none"),
     ("--dataset imagenet --root no_images", "no_images images cat"),
     ("--dataset cifar10 --root none", "--root none"),
+    (f"{FP} --fake_size 1", "1 training image batch statistics 2"),
+    ("--dataset digits -j 100000", "--workers 100000"),
     # The optimizer.
     ("--optimizer RMSprop", "--optimizer RMSprop SGD ADAM"),
     (f"{FP} --case fp --custom_lr_list claps --custom_lr 1", "--custom_lr_list claps"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +28,12 @@ except ImportError:
 else:
     missing = False
 needs_dali = pytest.mark.skipif(missing, reason="NVIDIA's DALI is not installed")
+
+
+def written(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +169,30 @@ def test_a_format_that_dali_lacks_is_named(torchvision: DataConfig, tmp_path: Pa
         list(build(config).train)
 
 
+@needs_dali
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"P5 40 30 100\n" + bytes(range(100)) * 12,
+        b"P3 40 30 255\n" + b"1 2 3 " * 1200,
+        written(Image.linear_gradient("L").convert("LA"), "TIFF"),
+        written(Image.new("LAB", (40, 30)), "TIFF"),
+        written(Image.new("1", (40, 30)), "TIFF"),
+        written(Image.new("RGB", (40, 30)), "JPEG2000"),
+    ],
+)
+def test_what_dali_would_decode_otherwise_is_refused(
+    torchvision: DataConfig, tmp_path: Path, data: bytes
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one" / "0.jpg").write_bytes(data)
+    usual, fast = both(replace(torchvision, root=tmp_path, num_classes=1))
+    list(val(usual))
+    with pytest.raises(UserError, match=r"DALI cannot decode \w+.*, --dataset imagenet can"):
+        list(val(fast))
+
+
 def test_without_dali_an_error_says_how_to_install_it(
     torchvision: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +201,20 @@ def test_without_dali_an_error_says_how_to_install_it(
     for function in (check, build):
         with pytest.raises(UserError, match=r"needs NVIDIA's DALI: pip install nvidia-dali-cuda130"):
             function(config)
+
+
+def test_a_broken_dali_is_an_error_with_its_reason(torchvision: DataConfig, tmp_path: Path) -> None:
+    for name in ("nvidia", "nvidia/dali"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    (tmp_path / "nvidia" / "dali" / "__init__.py").write_text("raise OSError('libcuda.so: no such file')")
+    arguments = f"main.py --dataset dali --root {torchvision.root} --num_classes 4 --input_size 32"
+    done = subprocess.run(
+        [sys.executable, *arguments.split()], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "cannot be imported (libcuda.so: no such file): pip install nvidia-dali-cuda130" in done.stderr
 
 
 @needs_dali

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import math
+import multiprocessing
+import os
 import pickle
+import shutil
+import socket
+import subprocess
+import sys
 import tarfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,16 +30,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from utils.augment import crop_flip, warp
+from utils.augment import centre_crop, crop_flip, warp
 from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
 from utils.errors import UserError
-from utils.fake import FakeImages
-from utils.folder import ImageNames
+from utils.fake import FakeImages, photograph
+from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
-
-# torch advises against more workers than cores; two are wanted here on any machine.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -569,15 +577,118 @@ def test_cifar_that_cannot_be_downloaded_says_what_to_put_where(
         assert part in message
 
 
+PROCESS = """
+import hashlib, sys
+from pathlib import Path
+from torchvision.datasets import CIFAR10
+from utils.config import DataConfig
+from utils.data import build
+
+root = Path(sys.argv[1])
+CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta = eval(sys.argv[2])
+CIFAR10.tgz_md5 = hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest()
+print("ready", flush=True)
+sys.stdin.readline()
+print(build(DataConfig(dataset="cifar10", root=root)).train.samples)
+"""
+
+
+def test_cifar_is_unpacked_by_one_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it, and do not unpack it again."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    root = tmp_path / "root"
+    root.mkdir()
+    with tarfile.open(root / CIFAR10.filename, "w:gz") as file:
+        file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    lists = repr((CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta))
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, root, lists], cwd=Path(__file__).parent.parent, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for other in others:
+        assert other.stdout is not None and other.stdout.readline() == "ready\n"
+    folder = root / CIFAR10.base_folder
+    handle = os.open(root, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as the one that unpacks
+    for other in others:
+        assert other.stdin is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+    deadline = time.monotonic() + 60
+    while sum(f"{root.stat().st_ino} " in line and "->" in line for line in locks()) < 2:
+        assert all(other.poll() is None for other in others) and time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not folder.exists()
+    shutil.copytree(tmp_path / "elsewhere" / CIFAR10.base_folder, folder)
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (root / CIFAR10.filename).unlink()
+    os.close(handle)
+    for other in others:
+        assert other.communicate(timeout=60) == ("100\n", "")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+
+
+def locks() -> list[str]:
+    """The locks of all processes; those that are waited for have an arrow."""
+    return Path("/proc/locks").read_text().splitlines()
+
+
+def test_a_server_that_is_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.data._PATIENCE", 0.1)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/{CIFAR10.filename}")
+        end = threading.Timer(60, server.close)  # should it be waited for after all
+        end.start()
+        with pytest.raises(UserError, match=r"the download failed: .*timed out"):
+            build(DataConfig(dataset="cifar10", root=tmp_path))
+        end.cancel()
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_cifar_with_a_cut_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archived: bool
+) -> None:
+    """Whether its checksum shows it or, not known, unpacking does."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    archive.write_bytes(archive.read_bytes()[:-5000])
+    if archived:
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
+    with pytest.raises(UserError, match=f"{archive} is damaged, and .* put it at {archive}"):
+        build(DataConfig(dataset="cifar10", root=tmp_path))
+
+
 def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"checksums differ.*remove that folder"):
+    with pytest.raises(UserError, match=r"checksums differ.*remove that folder if .* download http"):
+        build(DataConfig(dataset="cifar10", root=tmp_path))
+    archive = tmp_path / CIFAR10.filename
+    archive.touch()
+    with pytest.raises(
+        UserError, match=f"checksums differ.*remove that folder; the next start unpacks {archive}"
+    ):
         build(DataConfig(dataset="cifar10", root=tmp_path))
 
 
 # ---- imagenet
+
+
+def as_png(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 DAMAGE = {
@@ -586,7 +697,7 @@ DAMAGE = {
     "text": lambda data: b"not an image",
     "empty": lambda data: b"",
     # Whole to look at: what is missing shows in decoding only.
-    "broken": lambda data: data[: len(data) // 2] + b"\xff\xd9",
+    "broken": lambda data: as_png(data)[: len(data) // 2],
 }
 
 
@@ -601,6 +712,14 @@ def test_imagenet_workers_change_nothing(imagenet: DataConfig, workers: int) -> 
     next(iter(helped.train))
     assert same(read(alone.train, 2), read(helped.train, 2))
     assert same(read(validation(alone)), read(validation(helped)))
+
+
+def test_there_are_no_more_workers_than_batches(imagenet: DataConfig) -> None:
+    """Nor does torch warn of many."""
+    children = set(multiprocessing.active_children())
+    loader = build(replace(imagenet, workers=30)).train
+    assert same(read(loader), read(build(imagenet).train))
+    assert len(set(multiprocessing.active_children()) - children) == len(loader) == 4
 
 
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])
@@ -680,6 +799,90 @@ def test_an_unreadable_image_is_named(tmp_path: Path, dataset: str, workers: int
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_what_is_no_file_is_named(tmp_path: Path, dataset: str) -> None:
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=1)
+    path = tmp_path / "train" / "bee" / "1.jpg"
+    path.unlink()
+    path.symlink_to("/dev/null")
+    config = DataConfig(dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=0)
+    with pytest.raises(UserError, match=r"bee/1.jpg \(not a regular file\)"):
+        read(build(config).train)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 90_000)])
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_slender_images_need_little_memory(tmp_path: Path, dataset: str, shape: tuple[int, int]) -> None:
+    """Resized as a whole such an image would have some 200 GB."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=1)
+    Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "val" / "bee" / "0.png")
+    Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "train" / "bee" / "0.png")
+    config = DataConfig(
+        dataset=dataset,
+        root=tmp_path,
+        num_classes=3,
+        input_size=1024,
+        batch_size=7,
+        val_batch_size=6,
+        workers=0,
+    )
+    loaders = build(config)
+    [(images, _)] = validation(loaders)
+    np.testing.assert_allclose(pixels(images, loaders)[2, :, 500, 500], (10, 100, 200), atol=1e-3)
+    read(loaders.train)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (40, 40), (30, 480), (480, 30), (7, 9), (500, 375)])
+def test_the_centre_of_ordinary_images_is_that_of_the_whole(shape: tuple[int, int]) -> None:
+    """To the bit."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    height, width, top, left = centre_crop(*shape, 24)
+    whole = resize(image, height, width)
+    assert torch.equal(resize_to_centre(image, 24), whole[:, top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("shape", [(20, 700), (701, 20), (5, 801), (40, 1900)])
+def test_the_centre_of_slender_images_is_that_of_the_whole_within_a_pixel(shape: tuple[int, int]) -> None:
+    """A slope along the longer side shows how far the picture has moved."""
+    longer = max(shape)
+    slope = torch.linspace(0, 255, longer).view((-1, 1) if shape[0] == longer else (1, -1))
+    image = slope.expand(shape).round().to(torch.uint8)[..., None].expand(-1, -1, 3).contiguous()
+    height, width, top, left = centre_crop(*shape, 24)
+    whole = resize(image, height, width)[:, top : top + 24, left : left + 24]
+    difference = (resize_to_centre(image, 24).int() - whole.int()).abs().max()
+    assert difference <= math.ceil(255 / max(height, width)) + 1
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("error", [RuntimeError("you tried to allocate too much"), MemoryError()])
+def test_an_image_that_cannot_be_fitted_is_named(
+    tmp_path: Path, dataset: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory does not suffice for one."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=2)
+    Image.new("RGB", (70, 70)).save(tmp_path / "val" / "bee" / "1.jpg")
+
+    def fit(image: Tensor, size: int) -> Tensor:
+        if image.shape[0] == 70:
+            raise error
+        return resize_to_centre(image, size)
+
+    monkeypatch.setattr(f"utils.{'dali' if dataset == 'dali' else 'folder'}.resize_to_centre", fit)
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=3, workers=0
+    )
+    with pytest.raises(UserError, match=f"cannot read .*bee/1.jpg \\({str(error) or 'MemoryError'}\\)"):
+        read(validation(build(config)))
+    targets = [target for _, target in read(validation(build(replace(config, skip_corrupt=1))))]
+    assert torch.cat(targets).tolist() == [0, 0, 1, 2, 2]
+
+
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 2), ("dali", 1)])
 def test_unreadable_images_are_left_out_counted_and_reported(
     tmp_path: Path, dataset: str, workers: int, caplog: pytest.LogCaptureFixture
@@ -707,6 +910,85 @@ def test_unreadable_images_are_left_out_counted_and_reported(
     for number, (line, name) in enumerate(zip(sorted(lines), damaged, strict=True), 1):
         assert line.startswith(f"left out an image that cannot be read, {number} of 3: ")
         assert any(str(tmp_path / name) in line for line in lines)
+
+
+def unnoticed(data: bytes) -> bytes:
+    """Half of the picture is missing, and the end is there."""
+    return data[: len(data) // 2] + b"\xff\xd9"
+
+
+def with_an_odd_marker(data: bytes) -> bytes:
+    """In the middle of the picture's data is what no JPEG has."""
+    middle = len(data) // 2
+    return data[:middle] + b"\xff\x02" + data[middle + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "damage", "seen"),
+    [
+        ("imagenet", unnoticed, False),
+        ("imagenet", with_an_odd_marker, True),
+        ("dali", unnoticed, False),
+        ("dali", with_an_odd_marker, False),
+    ],
+)
+def test_which_damage_of_a_photograph_training_sees(
+    tmp_path: Path, dataset: str, damage: Callable[[bytes], bytes], seen: bool
+) -> None:
+    """What docs/data.md says of it; `verify-data` sees all of this, see test_tools.py."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    path = tmp_path / "val" / "one" / "0.jpg"
+    for folder in (tmp_path / "train" / "one", path.parent):
+        folder.mkdir(parents=True)
+        photograph(0, 0, 1, 500, 375).save(folder / "0.jpg", quality=95)
+    path.write_bytes(damage(path.read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=1, input_size=32, val_batch_size=1, workers=0
+    )
+    with pytest.raises(UserError, match="cannot read the image") if seen else nullcontext():
+        read(validation(build(config)))
+
+
+def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path, train=2, val=1)
+    name = tmp_path / "train" / "bee" / os.fsdecode(b"a\n\x1b\xff.jpg")
+    name.write_text("no image")
+    config = DataConfig(
+        dataset="imagenet",
+        root=tmp_path,
+        num_classes=3,
+        input_size=16,
+        batch_size=7,
+        workers=0,
+        skip_corrupt=1,
+    )
+    read(build(config).train)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.endswith(r"bee/a\n\x1b\udcff.jpg (no image)")
+    with pytest.raises(UserError, match=r"bee/a\\n\\x1b\\udcff.jpg \(no image\)"):
+        read(build(replace(config, skip_corrupt=0)).train)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("damage", ["text", "halved"])
+def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
+    tmp_path: Path, dataset: str, damage: str
+) -> None:
+    """It would have no batch statistics; validation needs none."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=2)
+    for path in (tmp_path / "train" / "bee" / "1.jpg", tmp_path / "val" / "bee" / "1.jpg"):
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=2, val_batch_size=2, workers=0,
+        skip_corrupt=9,
+    )  # fmt: skip
+    loaders = build(config)
+    assert [len(target) for _, target in read(validation(loaders))] == [2, 1, 2]
+    with pytest.raises(UserError, match=r"a single image of a training batch can be read.*bee/1.jpg"):
+        read(loaders.train)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
@@ -753,6 +1035,10 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
         ({"mean": (0.5,)}, "--mean has 1 values: write three"),
         ({"std": (0.5, 0.5, 0.5, 0.5)}, "--std has 4 values: write three"),
         ({"std": (0.5, 0.0, 0.5)}, "--std has the value 0: write numbers above 0"),
+        ({"std": (0.5, 1e-46, 0.5)}, "--std has the value 1e-46: write numbers above 0, 1e-06 at the least"),
+        ({"std": (0.5, 1e39, 0.5)}, r"--std has the value 1e\+39: write 1e\+06 at the most"),
+        ({"mean": (0.5, -1e39, 0.5)}, r"--mean has the value -1e\+39: write 1e\+06 at the most"),
+        ({"workers": 100_000}, r"--workers 100000: at most \d+ on a machine of \d+ cores"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_built(
@@ -793,6 +1079,15 @@ def test_image_folders_are_checked(
     for function in (check, build):
         with pytest.raises(UserError, match=message):
             function(config)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_folder_that_is_a_lost_link_is_no_silent_loss(tmp_path: Path, split: str) -> None:
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / split / "dog").symlink_to(tmp_path / "gone")
+    config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=3)
+    with pytest.raises(UserError, match=f"{split} has links that lead nowhere: mend or remove dog$"):
+        check(config)
 
 
 def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> None:

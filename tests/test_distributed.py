@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, distributed, nn
 from model.layer import ReverseBatchNorm2d
 from model.sync_norm import synchronise
 from tests.kill import NETWORK
+from tests.test_data import write_folder
 from utils.checkpoint import read
 from utils.config import DeviceConfig
 from utils.distributed import Place, device_of, int_of, place
@@ -61,6 +64,10 @@ def spoils(config):
 
 register_model("spoils", spoils)
 """
+SOURCES = ["imagenet", *(["dali"] if find_spec("nvidia") and find_spec("nvidia.dali") else [])]
+FILES = LINE.replace(
+    "--dataset fake --keyword cifar10,", "--root images --num_classes 3 --keyword imagenet,"
+).replace("--fake_size 100 --epochs 3", "--epochs 1")  # 72 images for training and 15 for validation
 METHODS = "--ema_decay 0.9 --dampen 0.01 --quant_loss 0.1 --focal_gamma 1"
 RUNS: dict[str, dict[str, Any]] = {
     "one": {"world": 1, "line": f"{LINE} -b 16 --case one"},
@@ -85,21 +92,45 @@ RUNS: dict[str, dict[str, Any]] = {
     "spoiled": {"world": 2, "line": f"{LINE.replace('tiny', 'spoils')} -b 8 --case spoiled --epochs 1"},
     "half": {"world": 2, "line": f"{LINE} -b 8 --case half --epochs 1 --fp16 --opt_level O2 --amp_dtype float16"},
 }  # fmt: skip
+FILE_RUNS: dict[str, dict[str, Any]] = {
+    f"{name}-{what}": {"world": 1, "line": f"{FILES} --dataset {name} --case {name}-{what} -b 8 -j 1"} | change
+    for name in SOURCES
+    for what, change in {
+        "one": {},
+        "two": {"world": 2, "line": f"{FILES} --dataset {name} --case {name}-two -b 4 -j 0"},
+        "ended": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 1 --save_every 1 --delay 0.3",
+                  "signal": "SIGTERM", "whom": [0], "when": f"{WEIGHTS}/{name}-ended-backup1-checkpoint.pth.tar"},
+        "continued": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 2 -r"},
+    }.items()
+}  # fmt: skip
+
+
+def together(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What came of each run, and under `folder` where they ran."""
+    network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
+    (folder / "network.py").write_text(network + SPOILS)
+    process = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
+        input=json.dumps(list(runs.values())), capture_output=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return {**dict(zip(runs, json.loads(process.stdout), strict=True)), "folder": folder}
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What came of each run, and under `folder` where they ran."""
+    """The runs on computed images."""
     folder = tmp_path_factory.mktemp("together")
-    network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
-    (folder / "network.py").write_text(network + SPOILS)
     (folder / "off.yaml").write_text(OFF)
-    process = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
-        input=json.dumps(list(RUNS.values())), capture_output=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    return {**dict(zip(RUNS, json.loads(process.stdout), strict=True)), "folder": folder}
+    return together(folder, RUNS)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The runs on image files."""
+    folder = tmp_path_factory.mktemp("files")
+    write_folder(folder / "images", train=24, val=5)
+    return together(folder, FILE_RUNS)
 
 
 def payload(done: dict[str, Any], case: str) -> dict[str, Any]:
@@ -175,6 +206,32 @@ def test_two_processes_are_one_with_the_doubled_batch(done: dict[str, Any], case
     for row, expected in zip(metrics(done, case), rows, strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
         assert row["val_top1"] == expected["val_top1"]  # 25 images, an odd number: each counts once
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_in_two_processes(files: dict[str, Any], name: str) -> None:
+    """As in one process with the doubled batch; of 15 images, an odd number, each counts once."""
+    for case in (f"{name}-one", f"{name}-two"):
+        assert set(files[case]["status"]) == {0}, files[case]["said"]
+    assert_close(payload(files, f"{name}-one")["state_dict"], payload(files, f"{name}-two")["state_dict"])
+    [expected], [row] = metrics(files, f"{name}-one"), metrics(files, f"{name}-two")
+    assert row == pytest.approx(expected, rel=1e-3)
+    assert row["val_top1"] == expected["val_top1"]
+    assert (row["val_top1"] * 15 / 100) == pytest.approx(round(row["val_top1"] * 15 / 100))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_files_go_on_in_the_middle_of_an_epoch(files: dict[str, Any], name: str) -> None:
+    """With another number of workers, to the same bits as a run that was not ended."""
+    assert files[f"{name}-ended"]["status"] == [SAVED], files[f"{name}-ended"]["said"]
+    assert files[f"{name}-continued"]["status"] == [0], files[f"{name}-continued"]["said"]
+    log = (files["folder"] / "exp" / f"{name}-ended" / "log.txt").read_text()
+    assert re.search(r"0 epochs and \d+ images of the next are done", log)
+    one, two = payload(files, f"{name}-one")["state_dict"], payload(files, f"{name}-ended")["state_dict"]
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+    assert metrics(files, f"{name}-one") == metrics(files, f"{name}-ended")
 
 
 def test_quantizers_that_are_turned_off(done: dict[str, Any]) -> None:

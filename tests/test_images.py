@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import DECODE_ERRORS, decode, reason_of, walk
+from utils.images import DECODE_ERRORS, decode, printable, read, reason_of, walk
 
 RAMP = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
 
@@ -74,6 +75,52 @@ def test_reasons_are_short() -> None:
     assert reason_of(FileNotFoundError(2, "No such file", "x.jpg")) == "No such file"
     assert reason_of(ValueError("two\n  lines:")) == "two lines"
     assert reason_of(EOFError()) == "EOFError"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_might_never_end_is_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(os.path.relpath(path))  # such a name has a hundred bytes at the most
+    else:
+        path.symlink_to("/dev/zero")
+    code = (
+        "import sys; from utils.images import read, reason_of\n"
+        "try: read(sys.argv[1])\nexcept OSError as error: print(reason_of(error))"
+    )
+    done = subprocess.run(  # it is ended should it wait after all
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("not a regular file\n", "")
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"12")
+    (tmp_path / "y.jpg").symlink_to("x.jpg")
+    assert read(tmp_path / "x.jpg") == read(str(tmp_path / "y.jpg")) == b"12"
+
+
+def test_postscript_is_no_image() -> None:
+    """Pillow would start Ghostscript for it."""
+    with pytest.raises(DECODE_ERRORS) as caught:
+        decode(written(Image.new("RGB", (8, 8)), "EPS"))
+    assert reason_of(caught.value) == "no image"
+
+
+def test_more_pictures_in_a_file() -> None:
+    image = Image.new("RGB", (8, 8), (9, 9, 9))
+    buffer = io.BytesIO()
+    image.save(buffer, "MPO", save_all=True, append_images=[image])
+    assert decode(buffer.getvalue()).size == (8, 8)
+
+
+def test_names_are_printed_in_one_line() -> None:
+    assert printable("a b/ä \u3000日.jpg") == "a b/ä \u3000日.jpg"
+    assert printable("a\n\x1b[2J\x7f\u2028b") == r"a\n\x1b[2J\x7f\u2028b"
+    assert printable(os.fsdecode(b"\xff.jpg")) == r"\udcff.jpg"
 
 
 def test_every_folder_is_visited_once(tmp_path: Path) -> None:

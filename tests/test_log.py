@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,12 @@ def test_console_is_plain_and_file_has_times(tmp_path: Path, capsys: pytest.Capt
     first, second = path.read_text().splitlines()  # before any close: every line is flushed
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO loss 1\.50", first)
     assert second.endswith(" WARNING careful")
+
+
+def test_names_that_are_not_utf8_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup(tmp_path / "run.log", verbose=False).info("cannot read %s", os.fsdecode(b"\xff.jpg"))
+    assert capsys.readouterr() == ("cannot read \\udcff.jpg\n", "")
+    assert (tmp_path / "run.log").read_text().endswith("INFO cannot read \\udcff.jpg\n")
 
 
 def test_verbose_shows_debug(capsys: pytest.CaptureFixture[str]) -> None:

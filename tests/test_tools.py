@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 import tools
+from tests.test_interrupt import job_is_gone, processes, started_by
 from utils import checkpoint
 from utils.errors import UserError
+from utils.fake import photograph
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -468,6 +473,7 @@ def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
     whole = (folder / "good.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[:-30])
     (folder / "text.jpg").write_text("no image")
+    (folder / os.fsdecode(b"\xff\n.jpg")).write_text("no image")
     image.save(folder / "picture.gif")
     Image.fromarray(pixels[..., 0].astype(np.float32)).save(folder / "float.tif")
     (tmp_path / "val" / "b").mkdir(parents=True)
@@ -476,13 +482,13 @@ def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     *lines, last = done.stdout.splitlines()
     assert last == (
-        "11 images: 2 mislabelled, 2 single-channel, 1 truncated, 2 broken, 1 CMYK, 1 GIF, 1 class folders"
+        "12 images: 2 mislabelled, 2 single-channel, 1 truncated, 3 broken, 1 CMYK, 1 GIF, 1 class folders"
     )
     found = {tuple(line.removeprefix(f"{folder}/").split(": ", 2)[:2]) for line in lines[:-1]}
     assert found == {
         ("both.jpg", "mislabelled"), ("both.jpg", "single-channel"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
         ("grey.jpg", "single-channel"), ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
-        ("picture.gif", "GIF"), ("float.tif", "broken"),
+        ("picture.gif", "GIF"), ("float.tif", "broken"), (r"\udcff\n.jpg", "broken"),
     }  # fmt: skip
     assert len(lines[:-1]) == len(found)
     assert lines[-1].startswith(
@@ -535,6 +541,90 @@ def test_a_thousand_images(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     lines = [f"{tmp_path / f'{number:04}.jpg'}: broken: no image" for number in sorted(bad)]
     assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
+
+
+@pytest.mark.parametrize(("there", "missing"), [("train", "val"), ("val", "train")])
+def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path, there: str, missing: str) -> None:
+    (tmp_path / there / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / there / "a" / "0.png")
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stderr) == (1, "")
+    line, last = done.stdout.splitlines()
+    assert line.startswith(f"{tmp_path}: class folders: {tmp_path / missing} is missing")
+    assert last == "1 images: 1 class folders"
+
+
+def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:
+    """In files of the size of photographs; what means another picture is no damage to a decoder."""
+    photograph(0, 0, 1, 500, 375).save(tmp_path / "good.jpg", quality=95)
+    photograph(0, 0, 1, 500, 375).save(tmp_path / "steps.jpg", quality=95, progressive=True)
+    good, steps = ((tmp_path / name).read_bytes() for name in ("good.jpg", "steps.jpg"))
+    size = good.index(b"\xff\xc0") + 5  # of two bytes each: rows and columns
+    middle = len(good) // 2
+    files = {
+        "half.jpg": good[:middle] + b"\xff\xd9",
+        "half steps.jpg": steps[: len(steps) // 2] + b"\xff\xd9",
+        "marker.jpg": good[:middle] + b"\xff\xd3" + good[middle + 2 :],
+        "rows.jpg": good[:size] + (475).to_bytes(2, "big") + good[size + 2 :],
+        "huge.jpg": good[:size] + (12000).to_bytes(2, "big") * 2 + good[size + 4 : 1500] + b"\xff\xd9",
+        "more.jpg": good + b"more",
+        "zeros.jpg": good[:middle] + bytes(500) + good[middle + 500 :],
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert tools.image_error(tmp_path / name) is None
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
+    assert (done.returncode, done.stderr) == (1, "")
+    found = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
+    short = "damaged: Corrupt JPEG data: premature end of data segment"
+    names = ("half steps.jpg", "half.jpg", "huge.jpg", "marker.jpg", "rows.jpg")
+    listed = [*(f"{name}: {short}" for name in names), "huge.jpg: huge: 12000x12000 pixels in 1502 bytes"]
+    assert found == [*sorted(listed), "9 images: 5 damaged, 1 huge"]
+
+
+def test_what_dali_decodes_otherwise_is_listed(tmp_path: Path) -> None:
+    grey = Image.linear_gradient("L")
+    grey.convert("RGB").save(tmp_path / "gif.jpg", "GIF")
+    grey.convert("LA").save(tmp_path / "LA.tiff")
+    Image.new("LAB", (8, 8)).save(tmp_path / "LAB.tiff")
+    (tmp_path / "levels.pgm").write_bytes(b"P5 2 2 100\n1234")
+    (tmp_path / "good.ppm").write_bytes(b"P6 1 1 255\n123")
+    found = {path.name: tools.image_findings(path) for path in tmp_path.iterdir()}
+    assert {name for name, kinds in found.items() if "not for dali" in dict(kinds)} == {
+        "gif.jpg", "LA.tiff", "LAB.tiff", "levels.pgm",
+    }  # fmt: skip
+
+
+def test_verify_data_needs_pyvips(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    status, out, err = call("--keyword", "verify-data", "--root", tmp_path)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "verify-data needs pyvips" in err and "pip install pyvips pyvips-binary" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_with_a_line_and_all_its_processes(tmp_path: Path, number: signal.Signals) -> None:
+    """As a terminal sends them, to every process, several times."""
+    Image.effect_noise((1500, 1000), 50).convert("RGB").save(tmp_path / "0.jpg")
+    for name in range(1, 5000):  # a minute or two of decoding
+        (tmp_path / f"{name}.jpg").symlink_to("0.jpg")
+    process = subprocess.Popen(
+        [sys.executable, "tools.py", "--keyword", "verify-data", "--root", tmp_path, "-j", "2"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a runner in the background ignores SIGINT
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(started_by(process.pid)) < 5:  # itself, two that decode, what these are forked from, a tracker
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    everyone = started_by(process.pid)
+    for _ in range(3):
+        for pid in everyone & processes().keys():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (128 + number, "", f"tools.py: ended by {number.name}\n")
+    job_is_gone(everyone)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ resizes there.
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,24 +18,13 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from nvidia.dali.tensors import TensorCPU
-from PIL import Image
 from torch import Tensor
 
 from utils.augment import centre_crop
 from utils.folder import ImageNames, Unreadable, crop_and_flip, note, put, resize, resize_to_centre
-from utils.images import DECODE_ERRORS, check_mode, decode, reason_of
+from utils.images import DECODE_ERRORS, decode, not_for_dali, parse, read, reason_of
 from utils.loader import Delivery, Loader, Raw
 
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "PPM",
-    "JPEG2000",
-)  # Pillow's names of what DALI decodes
 _AHEAD = 2  # batches that DALI has, and batches whose files are being read
 
 
@@ -56,6 +44,10 @@ class _File(NamedTuple):
     flip: bool
 
 
+class _Undecodable(RuntimeError):
+    """DALI could not decode one of a batch's images."""
+
+
 _Bad = tuple[int, str]  # the number of an image and why it cannot be read
 
 
@@ -66,7 +58,8 @@ class DaliLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: threads that decode on the CPU, and as many that read files and resize there; 0 is as 1.
+        workers: threads that decode on the CPU, and as many that read files and resize there, no more than images of a
+            batch; 0 is as 1.
         unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
 
     Raises:
@@ -80,7 +73,7 @@ class DaliLoader(Loader):
         self._names = names
         self._target = torch.from_numpy(names.target)
         self._size = size
-        self._threads = max(1, workers)
+        self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
         self._idle: Pipeline | None = None  # a pipeline without batches in it
 
@@ -99,9 +92,9 @@ class DaliLoader(Loader):
                     break
                 try:
                     images = self._take(pipeline, running[0], threads)
-                except RuntimeError:
+                except DECODE_ERRORS:
                     # DALI does not say which image it was, and its pipeline is of no use any more.
-                    running[0] = self._without_bad(running[0])
+                    running[0] = self._without_bad(running[0], threads)
                     pipeline = self._pipeline(self._delivery.batch_size)
                     for files in running:
                         self._feed(pipeline, files)
@@ -126,22 +119,21 @@ class DaliLoader(Loader):
             results = [future.result() for future in waiting.popleft()]
             files = [result for result in results if isinstance(result, _File)]
             bad = [result for result in results if not isinstance(result, _File)]
-            note(self._unreadable, self._names, bad, left=len(files))
+            note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
             yield files
 
     def _file(self, index: int, epoch: int) -> _File | _Bad:
         """Read a file, look at its header and draw the crop."""
         try:
-            with open(self._names.path(index), "rb") as file:
-                data = file.read()
-            with Image.open(io.BytesIO(data)) as image:
-                check_mode(image)
+            data = read(self._names.path(index))
+            with parse(data) as image:
                 width, height = image.size
-                # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
-                if image.format == "JPEG" and b"\xff\xd9" not in data[-1024:]:
+                if what := not_for_dali(image):
                     image.load()
-                if image.format not in FORMATS:
-                    return index, f"DALI cannot decode {image.format}, --dataset imagenet can"
+                    return index, f"DALI cannot decode {what}, --dataset imagenet can"
+                # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
+                if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
+                    image.load()
         except DECODE_ERRORS as error:
             return index, reason_of(error)
         crop, flip = (0, 0, height, width), False
@@ -149,18 +141,20 @@ class DaliLoader(Loader):
             crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
         return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
-    def _without_bad(self, files: list[_File]) -> list[_File]:
-        """Leave out, and take note of, the images that DALI cannot decode, found one by one."""
+    def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
+        """Leave out, and take note of, the images that cannot be decoded or resized, found one by one."""
         good, bad = [], []
         for file in files:
             pipeline = self._pipeline(1)
             self._feed(pipeline, [file])
             try:
-                pipeline.share_outputs()
+                self._take(pipeline, [file], threads)
                 good.append(file)
-            except RuntimeError:
+            except _Undecodable:
                 bad.append((file.index, _why(file.data.tobytes())))
-        note(self._unreadable, self._names, bad, left=len(good))
+            except DECODE_ERRORS as error:
+                bad.append((file.index, reason_of(error)))
+        note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:
@@ -214,7 +208,10 @@ class DaliLoader(Loader):
 
     def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
         """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
-        (output,) = pipeline.share_outputs()
+        try:
+            (output,) = pipeline.share_outputs()
+        except RuntimeError as error:
+            raise _Undecodable from error
         device = self._delivery.device
         images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
         if self._on_cuda:

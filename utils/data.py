@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import http.client
 import importlib.util
-from collections.abc import Callable
+import os
+import pickle
+import socket
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import workers
 from utils.augment import Augment, crop_flip, mixing, warp
 from utils.config import DataConfig
 from utils.errors import UserError
@@ -219,6 +227,42 @@ def _build_fake(config: DataConfig, device: torch.device) -> Loaders:
 # ---- cifar10, cifar100: the python files of https://www.cs.toronto.edu/~kriz/cifar.html
 
 
+_PATIENCE = 30.0  # seconds that a server may be silent
+_CIFAR_ERRORS = (
+    OSError,
+    RuntimeError,
+    http.client.HTTPException,
+    EOFError,
+    pickle.UnpicklingError,
+    tarfile.TarError,
+    zlib.error,
+)
+"""What a download, a damaged archive and damaged files raise."""
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process has this folder for itself, then have it: one unpacks, others find it done."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Wait for a silent server no longer than `_PATIENCE`; torchvision has no option for it."""
+    former = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(former)
+
+
 @dataclass(frozen=True)
 class Cifar:
     """A CIFAR set as a `Source`'s functions: torchvision's class of it, by name, and its usual statistics."""
@@ -260,16 +304,28 @@ class Cifar:
     def _load(self, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [n, 3, 32, 32], and classes, int64 [n]; torchvision verifies checksums."""
         files = self.files
-        folder = root / files.base_folder
+        folder, archive = root / files.base_folder, root / files.filename
         names = [name for name, _ in files.train_list + files.test_list] + [files.meta["filename"]]
-        missing = not all((folder / name).is_file() for name in names)
+        missing, archived = False, archive.is_file()
         try:
-            data = files(root, train=train, download=missing)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            root.mkdir(exist_ok=True)
+            with _alone(root):
+                missing = not all((folder / name).is_file() for name in names)
+                if missing:
+                    with _patient():
+                        files(root, download=True)
+            data = files(root, train=train)
+        except _CIFAR_ERRORS as error:
             reason = f"the download failed: {error}" if missing else "checksums differ"
+            if missing and archived:
+                reason = f"{archive} is damaged, and {reason}"
+            elif archived:
+                raise UserError(
+                    f"no usable files in {folder} ({reason}): remove that folder; the next start unpacks {archive}"
+                ) from error
             raise UserError(
                 f"no usable files in {folder} ({reason}): remove that folder if there is one, download "
-                f"{files.url} and put it at {root / files.filename}, which the next start unpacks"
+                f"{files.url} and put it at {archive}, which the next start unpacks"
             ) from error
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(data.targets)
@@ -319,11 +375,18 @@ def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[.
 
 
 def _check_dali(config: DataConfig) -> None:
+    install = (
+        "pip install nvidia-dali-cuda130 (or the one of your CUDA version); --dataset imagenet reads the same "
+        "folders without it"
+    )
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        raise UserError(f"--dataset dali needs NVIDIA's DALI: {install}")
+    try:
+        from utils import dali  # noqa: F401
+    except (ImportError, OSError) as error:  # one of another platform, or a library that it needs
         raise UserError(
-            "--dataset dali needs NVIDIA's DALI: pip install nvidia-dali-cuda130 (or the one of your CUDA "
-            "version); --dataset imagenet reads the same folders without it"
-        )
+            f"--dataset dali: NVIDIA's DALI is installed but cannot be imported ({error}): {install}"
+        ) from error
     _check_imagenet(config)
 
 
@@ -345,6 +408,11 @@ SOURCES: dict[str, Source] = {
 """Every data set by its name."""
 
 
+_FARTHEST = (
+    1e6  # of a mean or deviation from 1, where images are in [0, 1]; float32 has room for their quotient
+)
+
+
 def check(config: DataConfig) -> None:
     """Look for mistakes that are cheap to find, before anything heavy is built.
 
@@ -353,8 +421,9 @@ def check(config: DataConfig) -> None:
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
-            validation; a mean or std that is not of three channels; RandAugment where it is not;
-            DALI that is not installed.
+            validation; a mean or std that is not of three channels or too large or
+            small for float32; RandAugment where it is not;
+            too many workers; DALI that is not installed or cannot be imported.
     """
     if config.dataset not in SOURCES:
         raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
@@ -365,8 +434,15 @@ def check(config: DataConfig) -> None:
     for name, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and len(values) != 3:
             raise UserError(f"--{name} has {len(values)} values: write three, for red, green and blue")
-    if config.std is not None and min(config.std) <= 0:
-        raise UserError(f"--std has the value {min(config.std):g}: write numbers above 0")
+        if values is not None and max(map(abs, values)) > _FARTHEST:
+            raise UserError(
+                f"--{name} has the value {max(values, key=abs):g}: write {_FARTHEST:g} at the most"
+            )
+    if config.std is not None and min(config.std) < 1 / _FARTHEST:
+        raise UserError(
+            f"--std has the value {min(config.std):g}: write numbers above 0, {1 / _FARTHEST:g} at the least"
+        )
+    workers.check(config.workers)
     try:
         SOURCES[config.dataset].check(config)
     except OSError as error:

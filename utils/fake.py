@@ -46,7 +46,8 @@ class FakeImages:
 
 # Detail of a photograph at several scales: cells across, and its deviation in grey values.
 _SCALES = ((4, 30), (16, 20), (64, 15), (160, 10), (500, 8))
-_QUALITY = 95  # of the JPEG files; 500x375 pixels make about 100 KB, ImageNet's 1,281,167 files have 115 on average
+# Of the JPEG files; 500x375 pixels make about 100 KB, ImageNet's 1,281,167 files have 115 on average.
+_QUALITY = 95
 
 
 def photograph(split: int, index: int, classes: int, width: int, height: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What of the options shows only beside the network and the data: warm-ups and the size of images."""
+"""What of the options shows only beside the network and the data: batches of one, warm-ups, the size of images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from model.summary import Cost, cost
 from utils.config import Config
 from utils.errors import UserError
 from utils.schedule import Schedule
+
+
+def batches(config: Config, samples: int) -> None:
+    """Raise `UserError` when a process would train on batches of one image.
+
+    Args:
+        config: the run's.
+        samples: number of training images.
+    """
+    world = config.data.world_size
+    if samples // world < 2 and not config.run.evaluate:
+        raise UserError(
+            f"{samples} training images for {world} processes: batch statistics need at least 2 images for each"
+            if world > 1
+            else f"{samples} training image: batch statistics need at least 2"
+        )
 
 
 def warmups(

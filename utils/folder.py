@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,10 @@ from torchvision.transforms.v2 import functional
 from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
 from utils.errors import UserError
-from utils.images import DECODE_ERRORS, decode, reason_of, walk
+from utils.images import DECODE_ERRORS, decode, printable, read, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
+SLENDER = 16  # times longer than wide
 _PREFETCH = 2  # batches that each worker may be ahead
 
 
@@ -44,18 +46,19 @@ class Unreadable:
         """Leave an image out and say so in the log. Raises `UserError` when it is one too many."""
         if path in self.paths:
             return
+        shown = printable(path)
         if len(self.paths) >= self.limit:
             more = (
                 f"{self.limit} others are left out already" if self.limit else "--skip_corrupt N leaves out N"
             )
             raise UserError(
-                f"cannot read the image {path} ({reason}): replace or remove it ({more}; "
+                f"cannot read the image {shown} ({reason}): replace or remove it ({more}; "
                 "tools.py --keyword verify-data lists all such files)"
             )
         self.paths.add(path)
         logging.getLogger("train").warning(
             "left out an image that cannot be read, %d of %d: %s (%s)",
-            len(self.paths), self.limit, path, reason,
+            len(self.paths), self.limit, shown, reason,
         )  # fmt: skip
 
 
@@ -111,7 +114,15 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
-    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size]."""
+    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size].
+
+    Of one that is more than `SLENDER` times as long as wide only the middle is resized, since the whole would be as
+    much longer than the centre. That may move the picture by up to a pixel.
+    """
+    for side in (0, 1):
+        beyond = pixels.shape[side] - SLENDER * pixels.shape[1 - side]
+        if beyond > 0:
+            pixels = pixels.narrow(side, beyond // 2, pixels.shape[side] - beyond)
     height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], size)
     return functional.crop(resize(pixels, height, width), top, left, size, size)
 
@@ -153,12 +164,11 @@ class _ImageFiles(Dataset[_Read]):
         bad: list[tuple[int, str]] = []
         for index in batch.numbers:
             try:
-                with open(self._names.path(index), "rb") as file:
-                    image = decode(file.read())
+                image = decode(read(self._names.path(index)))
+                self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
                 continue
-            self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             good.append(index)
         return good, bad
 
@@ -220,7 +230,7 @@ class FolderLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: number of processes, which stay between epochs; 0: read in this process.
+        workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
         unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
         randaugment: magnitude of RandAugment in training; None: none.
 
@@ -242,10 +252,10 @@ class FolderLoader(Loader):
         self._names = names
         self._target = torch.from_numpy(names.target)
         self._size = size
-        self._workers = workers
+        self._workers = min(workers, len(self))
         self._unreadable = unreadable
         self._randaugment = randaugment
-        self._asked = _Batches(ahead=_PREFETCH * workers)
+        self._asked = _Batches(ahead=_PREFETCH * self._workers)
         self._slots = torch.empty(0)
         self._loader: DataLoader[_Read] | None = None  # opened by the first iteration
 
@@ -260,6 +270,8 @@ class FolderLoader(Loader):
         else:
             self._slots = _shared(shape, self._workers)
             context, begin = workers.prepare(self, preload=__name__)
+        # Of more workers than cores, which was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         return DataLoader(
             _ImageFiles(
                 self._names, self._slots, train=self._delivery.train,
@@ -280,21 +292,27 @@ class FolderLoader(Loader):
         asked = self._asked
         asked.batches, asked.epoch = batches, epoch
         for number, (good, bad) in enumerate(self._loader):
-            note(self._unreadable, self._names, bad, left=len(good))
+            note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
             yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
 
 
-def note(unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int) -> None:
-    """Take note of a batch's unreadable images. Raises `UserError` also when nothing is left of the batch."""
+def note(
+    unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int, *, train: bool
+) -> None:
+    """Take note of a batch's unreadable images.
+
+    Raises `UserError` also when too few are left of the batch: none, or in training one, which has no batch statistics.
+    """
     for index, reason in bad:
         unreadable.add(names.path(index), reason)
-    if not left:
+    if bad and left <= int(train):
+        few = "a single image of a training batch" if left else "no image of a batch"
         raise UserError(
-            f"no image of a batch can be read, the last is {names.path(bad[-1][0])}: replace or remove them "
-            "(tools.py --keyword verify-data lists all such files)"
+            f"{few} can be read, the last that cannot is {printable(names.path(bad[-1][0]))}: replace or remove them "
+            "(tools.py --keyword verify-data lists all such files), or write a larger --batch_size"
         )
 
 
@@ -302,7 +320,8 @@ def check_folders(root: Path | None, dataset: str, *, val: bool) -> int:
     """Return the number of classes of `train/` in `root`, and of `val/` when that is wanted.
 
     Raises:
-        UserError: a folder is missing, has no class folders, or some without images; the classes differ.
+        UserError: a folder is missing, has no class folders, some without images or a link that leads nowhere; the
+            classes differ.
     """
     if root is None:
         raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")
@@ -325,7 +344,11 @@ def _class_folders(folder: Path) -> list[str]:
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
             "per class"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    lost = [entry.name for entry in entries if not os.path.exists(entry.path)]
+    if lost:
+        raise UserError(f"{folder} has links that lead nowhere: mend or remove {_some(lost)}")
+    classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
         raise UserError(f"{folder} has no class folders: put its images into one folder per class")
     empty = [name for name in classes if not _has_image(folder / name)]
@@ -341,4 +364,4 @@ def _has_image(folder: Path) -> bool:
 def _some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(map(printable, names[:3])) + more

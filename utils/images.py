@@ -1,19 +1,24 @@
-"""Image files: finding them below a folder, and decoding one; without torch."""
+"""Image files: finding them below a folder, reading and decoding one; without torch."""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from utils.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats that are decoded. MPO comes with JPEG; no format runs another program, as EPS does."""
 
 DECODE_ERRORS = (
     OSError,
@@ -33,10 +38,24 @@ DECODE_ERRORS = (
 """What Pillow is known to raise for files that are missing, truncated, no image, broken or suspiciously large."""
 
 
+def read(path: str | Path) -> bytes:
+    """Read an image file. Raises `OSError`, also for what is no file of bytes, like a pipe, and might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def parse(data: bytes) -> ImageFile.ImageFile:
+    """Read the header of an image file; of a picture that can be trained with. Raises DECODE_ERRORS."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_mode(image)
+    return image
+
+
 def decode(data: bytes) -> Image.Image:
     """Decode an image file to RGB, 16 bits to their upper 8. Raises DECODE_ERRORS."""
-    with Image.open(io.BytesIO(data)) as image:
-        check_mode(image)
+    with parse(data) as image:
         if image.mode == "RGB":
             image.load()  # `convert` would copy it
             return image
@@ -57,6 +76,26 @@ def reason_of(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
     return " ".join(text.split()).rstrip(":") or type(error).__name__
+
+
+def not_for_dali(image: ImageFile.ImageFile) -> str:
+    """Say what an image is that DALI cannot decode or decodes to other pixels; empty: it is none of these.
+
+    Only the header has been read, see `parse`.
+    """
+    if image.format not in ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM"):
+        return str(image.format)
+    if image.format == "PPM" and image.tile[0].codec_name != "raw":
+        return "PPM with text or other than 255 levels"
+    if image.format == "TIFF" and image.mode in ("1", "LA", "LAB"):
+        return f"TIFF of the mode {image.mode}"
+    return ""
+
+
+def printable(text: str) -> str:
+    """Return a file's name with everything escaped that would break a line or cannot be written as UTF-8."""
+    breaking = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
+    return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:

@@ -37,7 +37,8 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "to_file_only", False):  # how a run ends is said on standard error
             return
-        tqdm.write(self.format(record))
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
 
 
@@ -77,7 +78,7 @@ def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            file_handler = _File(log_file, encoding="utf-8")
+            file_handler = _File(log_file, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UserError(
                 f"cannot write the log {log_file} ({error.strerror}): choose another folder with --log_dir"

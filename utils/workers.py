@@ -1,4 +1,4 @@
-"""Processes that read images for a training: deaf to its signals, and gone when it is."""
+"""Processes that read images for another one: deaf to its signals, and gone when it is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import Finalize
 
+from utils.errors import UserError
 from utils.interrupt import SIGNALS
+
+
+def check(count: int) -> None:
+    """Raise `UserError` for a number of processes that is beyond reason: more than 64 and 4 for each core."""
+    cores = os.cpu_count() or 1
+    most = max(64, 4 * cores)
+    if count > most:
+        raise UserError(
+            f"--workers {count}: at most {most} on a machine of {cores} cores; write about {cores}"
+        )
 
 
 def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[int], None]]:
@@ -30,6 +42,27 @@ def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[i
     theirs, mine = context.Pipe(duplex=False)
     Finalize(owner, mine.close, exitpriority=0)  # at exit too, before workers are waited for
     return context, partial(_begin, theirs)
+
+
+@contextlib.contextmanager
+def pool(count: int, preload: str) -> Iterator[ProcessPoolExecutor]:
+    """Processes for functions that are mapped; left by an exception they end at once, whatever they are at.
+
+    Args:
+        count: number of processes.
+        preload: the module that they need.
+    """
+    context = multiprocessing.get_context("forkserver")
+    _start_server(context, preload)
+    theirs, mine = context.Pipe(duplex=False)
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(theirs, 0))
+    try:
+        yield executor
+        executor.shutdown()
+    finally:
+        mine.close()  # which ends them
+        executor.shutdown(cancel_futures=True)
+        theirs.close()
 
 
 def _begin(training: Connection, _: int) -> None:
