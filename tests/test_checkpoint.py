@@ -176,6 +176,59 @@ def test_random_damage_never_escapes(tmp_path: Path) -> None:
     assert refused > 100
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_one_changed_bit_never_changes_what_is_read(tmp_path: Path, own: bool) -> None:
+    """Every bit of the archive's directory and behind it, and some of the rest; also of another program's archive."""
+    path = tmp_path / "a.pth.tar"
+    payload = {"epoch": 1, "state_dict": {"w": torch.arange(1.0, 6.0), "b": torch.full((3,), 7)}}
+    checkpoint.save(path, payload) if own else torch.save(payload, path)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
+    assert directory < len(whole) - 200
+    draw = random.Random(0)
+    bits = [*range(8 * directory, 8 * len(whole)), *draw.sample(range(8 * directory), 800)]
+    refused = 0
+    for bit in bits:
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = checkpoint.read(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+            continue
+        assert not own
+        assert found.keys() == payload.keys() and found["epoch"] == 1
+        assert found["state_dict"].keys() == payload["state_dict"].keys()
+        assert all(torch.equal(found["state_dict"][name], w) for name, w in payload["state_dict"].items())
+    assert refused == len(bits) if own else refused > len(bits) // 4
+
+
+def test_what_another_program_reads(tmp_path: Path) -> None:
+    """The digest is a comment of the archive, which torch passes over."""
+    path = tmp_path / "a.pth.tar"
+    checkpoint.save(path, {"w": torch.arange(5.0)})
+    for mapped in (True, False):
+        assert torch.load(path, weights_only=True, mmap=mapped)["w"].tolist() == [0, 1, 2, 3, 4]
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match="wrong checksum of the file"):
+        checkpoint.read(path)
+
+
+def test_a_damaged_epoch_is_reported(tmp_path: Path) -> None:
+    """The order of the files is found without reading their tensors, but not from damaged numbers."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    fill(files, latest=9, e3=3)
+    content = files.latest.read_bytes()
+    number = b"epochq" + content.partition(b"epochq")[2][:1] + b"K\x09"
+    assert content.count(number) == 1
+    files.latest.write_bytes(content.replace(number, number[:-1] + b"\x02"))
+    found = files.newest()
+    assert found.path == files.epoch(3) and len(found.passed_over) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs", bytes(1000)])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """An empty file, a web page, a pointer, zeros."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import itertools
 import os
@@ -29,6 +30,13 @@ from utils.errors import UserError
 OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
 
 SHOWN = 5  # names listed in a message before "..."
+
+# A checkpoint is a zip archive; its comment, the last thing in it, is a digest of all bytes before the comment. The
+# comment's length precedes it and is 0 in an archive without one.
+_COMMENT = re.compile(rb"sha256 ([0-9a-f]{64})")
+_COMMENT_SIZE = 71
+_NO_COMMENT = bytes(2)
+_FOLDER = 0x10  # MS-DOS attribute of an archive's entry: torch reads nothing of a tensor that has it
 
 # What zipfile and torch.load are known to raise on files with missing or changed bytes.
 _DAMAGE = (
@@ -99,6 +107,14 @@ def serialise(payload: dict[str, Any]) -> memoryview:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
     if refused:
         raise TypeError(f"a checkpoint of {', '.join(refused)} would not load with weights_only")
+    buffer.seek(-len(_NO_COMMENT), os.SEEK_END)
+    if buffer.read() != _NO_COMMENT:
+        raise AssertionError("torch.save has written a comment of its own")
+    buffer.seek(-len(_NO_COMMENT), os.SEEK_END)
+    buffer.write(struct.pack("<H", _COMMENT_SIZE))
+    with buffer.getbuffer() as content:
+        digest = hashlib.sha256(content).hexdigest()
+    buffer.write(f"sha256 {digest}".encode("ascii"))
     return buffer.getbuffer()
 
 
@@ -142,7 +158,10 @@ class Writer:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code from it; checksums are verified.
+    """Read a checkpoint onto the CPU without running any code from it.
+
+    The digest of the whole file is verified that `serialise` has written; of an archive without one, as other
+    programs write it, the checksum of each entry.
 
     Raises UserError when the file is missing, damaged, holds anything but plain data, or holds no dict.
     """
@@ -150,13 +169,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """Read a checkpoint; `mapped` leaves the tensors on the disk and skips their checksums."""
+    """Read a checkpoint; `mapped` leaves the tensors on the disk and verifies only what is beside them."""
     broken = f"{path}: damaged, cut short or not a PyTorch checkpoint; copy or download it again"
     try:
-        if not mapped and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                damaged = archive.testzip()
-            if damaged is not None:
+        if zipfile.is_zipfile(path):  # torch.load looks at no checksum
+            damaged = _damaged_part(path, mapped=mapped)
+            if damaged:
                 raise UserError(f"{broken} (wrong checksum of {damaged})")
         with warnings.catch_warnings():  # the answer to a bad file is one line
             warnings.simplefilter("ignore", UserWarning)
@@ -174,6 +192,33 @@ def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise UserError(f"{path}: holds a {type(payload).__name__}, not a dict; save a state_dict in it")
     return payload
+
+
+def _damaged_part(path: Path, *, mapped: bool) -> str:
+    """What of an archive is not as it was written, empty when all is; `mapped` looks at nothing but the pickle."""
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+        entries = archive.infolist()
+        if not comment:
+            odd = [entry.filename for entry in entries if entry.is_dir() or entry.external_attr & _FOLDER]
+            if odd:
+                return f"the entry {odd[0]!r}"
+        if mapped:
+            for entry in entries:
+                if entry.filename.endswith("/data.pkl"):
+                    archive.read(entry)  # which verifies its checksum
+            return ""
+        if not comment:
+            found = archive.testzip()
+            return "" if found is None else repr(found)
+    written = _COMMENT.fullmatch(comment)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - len(comment)
+        while chunk := file.read(min(left, 2**20)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return "" if written and digest.hexdigest().encode() == written[1] else "the file"
 
 
 def _reason(error: OSError) -> str:
