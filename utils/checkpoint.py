@@ -61,11 +61,14 @@ _DAMAGE = (
 # ---------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
+def write_atomic(
+    path: Path, data: bytes | memoryview, *, before: Callable[[], object] = lambda: None
+) -> None:
     """Write `data` so that `path` holds either its old or its new content, whatever happens.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`;
-    then the folder is flushed. Missing folders are made. Raises UserError when the disk refuses.
+    then the folder is flushed. Missing folders are made. `before` is called between flushing and renaming, when
+    nothing is missing but names. Raises UserError when the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,6 +78,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            before()
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -468,27 +472,50 @@ class CheckpointFiles:
         ours = re.compile(re.escape(self.case) + r"-(model_best|((epoch|backup)\d+-)?checkpoint)\.pth\.tar")
         return sorted(path for path in self.folder.iterdir() if ours.fullmatch(path.name))
 
-    def keep_latest(self, count: int) -> None:
-        """Make room for a new latest checkpoint: it and `count` - 1 before it stay, under `backup`'s names.
+    def write_latest(self, data: bytes | memoryview, keep: int) -> None:
+        """Write the latest checkpoint; it and `keep` - 1 before it stay, under `backup`'s names.
 
-        There is a whole checkpoint under one of the names at every moment.
+        The former ones are renamed when the new one is on the disk, and what is too much is removed in the end:
+        at every moment there are as many whole ones as before, whatever fails. Raises UserError when the disk
+        refuses.
         """
-        if self.latest.exists():
-            for number in range(count - 1, 1, -1):
-                if self.backup(number - 1).exists():
-                    os.replace(self.backup(number - 1), self.backup(number))
-            if count > 1:
-                _link(self.latest, self.backup(1))
-        surplus = itertools.takewhile(Path.exists, map(self.backup, itertools.count(count)))
-        for path in list(surplus):
-            path.unlink()
+        write_atomic(self.latest, data, before=self._shift_backups if keep > 1 else lambda: None)
+        for number in self._backups():
+            if number >= keep:
+                self.backup(number).unlink(missing_ok=True)
+
+    def _backups(self) -> list[int]:
+        """The numbers of the backups that are there, in order."""
+        ours = re.compile(re.escape(self.case) + r"-backup([1-9]\d*)-checkpoint\.pth\.tar")
+        found = map(ours.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else [])
+        return sorted(int(match[1]) for match in found if match)
+
+    def _shift_backups(self) -> None:
+        """Let the first backup be the latest checkpoint, and the others take the next number, up to a free one."""
+        first = self.backup(1)
+        if not self.latest.exists() or (first.exists() and first.samefile(self.latest)):
+            return  # a save that was cut short came so far
+        taken = self._backups()
+        free = next(number for number in itertools.count(1) if number not in taken)
+        for number in range(free, 1, -1):
+            os.replace(self.backup(number - 1), self.backup(number))
+        try:
+            os.link(self.latest, first)
+        except OSError:  # the disk knows no links
+            os.replace(self.latest, first)
 
     def promote(self, path: Path) -> None:
-        """Make a whole checkpoint the latest one, in place of one that is damaged or gone.
+        """Make a whole checkpoint the latest one if that is damaged or gone.
 
         Otherwise the next save would keep the damaged file as the backup and give up a whole one.
         """
-        write_atomic(self.latest, path.read_bytes())
+        try:
+            read(self.latest)
+        except UserError:
+            if path in map(self.backup, self._backups()):
+                os.replace(path, self.latest)
+            else:
+                write_atomic(self.latest, path.read_bytes())
 
     def remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote has left of the file."""
@@ -555,18 +582,6 @@ class Found:
     path: Path | None
     payload: dict[str, Any]
     passed_over: tuple[str, ...] = ()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Let `target` name the file `source` too, whatever it named before; only it, where there are no links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(source, temporary)
-    except OSError:
-        os.replace(source, target)
-    else:
-        os.replace(temporary, target)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -310,8 +310,7 @@ def _write(
         if epoch is not None:
             checkpoint.write_atomic(files.epoch(epoch), data)
         # Last, because it is what a killed run continues from: then the others are there already.
-        files.keep_latest(keep)
-        checkpoint.write_atomic(files.latest, data)
+        files.write_latest(data, keep)
     except (UserError, OSError) as error:  # the options were right when the run began
         raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
 
