@@ -237,7 +237,7 @@ def run(config: Config) -> int:
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
             recorder = None
             if place.first:
-                recorder = record.Recorder(folder, model, config, progress.epoch)
+                recorder = record.Recorder(folder, model, config, progress.epoch, progress.position)
                 if probed is not None:
                     probed.board = recorder.board
                 if settings.tensorboard:
