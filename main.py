@@ -194,7 +194,7 @@ def run(config: Config) -> int:
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
             if place.first:
-                plan = steering.describe(initial)
+                plan, rates = steering.describe(initial), steering.planned_rates
                 print(
                     report.describe(config, cost.table(), optim.table(groups), plan, rates, warnings, folder)
                 )
