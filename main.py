@@ -6,20 +6,26 @@ and a user's mistake answer at once. `run` then takes the stages of a run in the
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the middle of an import would leave a broken module behind, or be lost in it.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"main.py: interrupted\n"), os._exit(130)))
+
 import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import leave_status
+import launch
 from utils import keyword, schedule
 from utils.config import Config
 from utils.errors import TrainingError, UserError
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
     interrupted before there was anything to save.
     """
-    return leave_status(answer(argv))
+    return launch.leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -246,7 +252,7 @@ def run(config: Config) -> int:
                     recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
+            with launch.stop(logger.info) as stop, checkpoint.Writer() as writer:
                 save = partial(state.save, parts=parts, files=files, writer=writer, launchers=launchers)
                 progress, stopped = train(parts, loaders, progress, stop, save, metrics, recorder)
                 writer.wait()
