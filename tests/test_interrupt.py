@@ -223,9 +223,10 @@ def test_output_that_nobody_reads_delays_no_second_request(tmp_path: Path) -> No
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.set_blocking(writing, False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(writing, bytes(100))
+    for size in (4096, 1):
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writing, bytes(size))
     os.set_blocking(writing, True)
     try:
         end_by_signals(process)
@@ -248,6 +249,36 @@ def test_a_launchers_process_waits_for_the_launcher(monkeypatch: pytest.MonkeyPa
     (tmp_path / launch.AT_ONCE).touch()
     assert at_once()
     assert launch._left_status(str(tmp_path), 7) == 7
+
+
+def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> None:
+    """Before it passes it on; otherwise it would wait, and kill."""
+    (tmp_path / "worker.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import launch\n"
+        "at_once = launch.stop(print)._at_once\n"
+        "def heard(number, _):\n"
+        "    with open('heard', 'a') as file:\n"
+        "        file.write(f'{at_once()} ')\n"
+        "    if at_once():\n"
+        "        os._exit(9)\n"
+        "signal.signal(signal.SIGTERM, heard)\n"
+        "pathlib.Path('begun').touch()\n"
+        "while True:\n"
+        "    time.sleep(100)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), "--standalone", "--nproc_per_node", "1", "worker.py"],
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    end_by_signals(process)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert (tmp_path / "heard").read_text() == "False True "
 
 
 def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
