@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 # Tables that published LQ-Nets files store beside the basis; they are recomputed from it here.
 OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
@@ -372,7 +372,7 @@ def load_weights(
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = list(map(printable, names))
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 

@@ -500,18 +500,36 @@ class Steering:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start."""
+        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start.
+
+        Raises:
+            UserError: it has other values than policies set.
+            KeyError, TypeError, ValueError, AttributeError: it is no such state, or of another network.
+        """
         from model.quant import quantizers
 
         if not state:
             return
-        self._done = dict(state["done"])
+        where, later = "the checkpoint's policy", tuple((step, lr) for step, lr in state.get("rates", []))
+        done = {section: state["done"][section] for section in self._done}
+        if not all(map(_is_integer, (*done.values(), *(step for step, _ in later)))):
+            raise ValueError(f"{where} was carried out until {done}")
         own = dict(quantizers(self._model))
-        for where, values in state["quantizers"].items():
+        settings = [(own[name], values) for name, values in state["quantizers"].items()]
+        for known, values in (
+            *(((*FLAGS, *WORDS, "scale"), values) for _, values in settings),
+            (TRAINING, state["options"]),
+            *((("lr",), {"lr": lr}) for _, lr in later),
+        ):
             for name, value in values.items():
-                _set(own[where], name, value)
-            self._attributes[where] = dict(values)
-        later = tuple((step, lr) for step, lr in state.get("rates", []))
+                if name not in known:
+                    raise ValueError(f"{where} sets {name}")
+                _check_value(where, name, value)
+        self._done = done
+        for quantizer, values in settings:
+            for name, value in values.items():
+                _set(quantizer, name, value)
+        self._attributes = {name: dict(values) for name, values in state["quantizers"].items()}
         self.rates = dataclasses.replace(self.rates, later=later)
         # From the start on where a checkpoint does not say since when.
         self._set_options(state["options"], later[-1][0] if later else 0)
