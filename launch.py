@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from utils.interrupt import GRACE, SAVED, SIGNALS, Requests
+from utils.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop
 
 STATUS_FOLDER = "LAUNCH_STATUS_FOLDER"  # where each process leaves its exit status, see `leave_status`
+AT_ONCE = "at-once"  # a file there: the launcher was asked a second time
 
 
 def leave_status(status: int) -> int:
@@ -32,9 +34,22 @@ def leave_status(status: int) -> int:
     return 0 if status == SAVED else status
 
 
+def stop(say: Callable[[str], object]) -> Stop:
+    """What tells this process that it was asked to end; `say` takes a line then.
+
+    A launcher passes on what it gets, so that signals which come to a process soon after the first say nothing. By
+    itself a process takes the next one for a second request; under this launcher the one that follows its file.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Stop(say)
+    folder = os.environ.get(STATUS_FOLDER)
+    at_once = None if folder is None else Path(folder, AT_ONCE).exists
+    return Stop(say, repeats=REPEATS_PASSED_ON, at_once=at_once)
+
+
 def _left_status(folder: str, otherwise: int) -> int:
     """The status of the processes: that of one that failed before that of those that were asked to end."""
-    statuses = {int(path.read_text(encoding="ascii")) for path in Path(folder).iterdir()} - {0}
+    statuses = {int(path.read_text(encoding="ascii")) for path in Path(folder).glob("[0-9]*")} - {0}
     return min(statuses - {SAVED}, default=SAVED if statuses else otherwise)
 
 
@@ -44,11 +59,20 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    requests = Requests(GRACE + 1)  # a process gets what is passed on a little later
+    requests = Requests()
+    asked = False
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        if requests.new():  # torchrun passes it on, and waits; the second time too
-            raise SignalException("asked to end", signal.Signals(number))
+        nonlocal asked
+        if not requests.new():
+            return
+        if asked:
+            Path(os.environ[STATUS_FOLDER], AT_ONCE).touch()
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_IGN)
+        asked = True
+        # torchrun passes it on, and waits; the second time too.
+        raise SignalException("asked to end", signal.Signals(number))
 
     logging.disable(logging.CRITICAL)  # what torchrun says of this is said here, in one line
     # Several processes that use all cores each are slower than one; torchrun would say so in a long warning.

@@ -6,20 +6,26 @@ and a user's mistake answer at once. `run` then takes the stages of a run in the
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the middle of an import would leave a broken module behind, or be lost in it.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"main.py: interrupted\n"), os._exit(130)))
+
 import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import leave_status
+import launch
 from utils import keyword, schedule
 from utils.config import Config
 from utils.errors import TrainingError, UserError
@@ -51,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
     interrupted before there was anything to save.
     """
-    return leave_status(answer(argv))
+    return launch.leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
@@ -117,9 +123,6 @@ def run(config: Config) -> int:
     device_warnings += precision.check(config.precision, device)
     files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optim.check(config.optim)
-    pretrained = checkpoint.find_pretrained(
-        settings.pretrained or "", settings.weights_dir, config.model.name
-    )
     distill = None if settings.evaluate else config.loss.distill
     taught_by = None if distill is None else teacher.find(distill, settings.weights_dir)
 
@@ -130,6 +133,11 @@ def run(config: Config) -> int:
     with distributed.joined(place, device):
         launchers = distributed.launchers(os.environ)
         found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
+        pretrained = None  # what is gone on with holds its weights, and the file may have moved since
+        if found.path is None:
+            pretrained = checkpoint.find_pretrained(
+                settings.pretrained or "", settings.weights_dir, config.model.name
+            )
         if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
             raise UserError(
                 f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
@@ -178,7 +186,10 @@ def run(config: Config) -> int:
         progress = state.RunState()
         if found.path is not None:
             progress = state.restore(found.payload, found.path, model, optimizer, config)
-        steering.load_state_dict(progress.policy)
+            changed = state.schedule_change(found.payload, progress, config, steps_per_epoch)
+            warnings += (changed,) * (changed != "" and not settings.evaluate)
+        with state.believing(found.path):
+            steering.load_state_dict(progress.policy)
         probed = None
         if config.probe.enable and place.first and not settings.evaluate:
             images = min(config.data.batch_size, loaders.train.samples)
@@ -186,16 +197,18 @@ def run(config: Config) -> int:
                 model, config.probe, folder / "probe", steps=rates.total_steps, images=images
             )
         arithmetic = precision.build(model, optimizer, config.precision, device)
-        arithmetic.load_state_dict(progress.amp)
+        with state.believing(found.path):
+            arithmetic.load_state_dict(progress.amp)
         if tutor is not None:
             tutor.to(device, layout)
         training = methods.build(config, model, tutor, steering.rates.total_steps)
-        training.load_state_dict(progress.methods, model)
+        with state.believing(found.path):
+            training.load_state_dict(progress.methods, model)
 
         # 5. Only from here on is anything written, so that a mistake leaves no trace.
         if settings.dry_run or settings.lr_test:
             if place.first:
-                plan = steering.describe(initial)
+                plan, rates = steering.describe(initial), steering.planned_rates
                 print(
                     report.describe(config, cost.table(), optim.table(groups), plan, rates, warnings, folder)
                 )
@@ -238,7 +251,7 @@ def run(config: Config) -> int:
                 report.write_text(folder / "config.yaml", report.dump_yaml(config))
             recorder = None
             if place.first:
-                recorder = record.Recorder(folder, model, config, progress.epoch)
+                recorder = record.Recorder(folder, model, config, progress.epoch, progress.position)
                 if probed is not None:
                     probed.board = recorder.board
                 if settings.tensorboard:
@@ -247,7 +260,7 @@ def run(config: Config) -> int:
                     recorder.show(images, loaders.mean, loaders.std, progress.epoch)
             if found.path is not None:
                 state.set_random(found.payload, place.rank)
-            with Stop(logger.info) as stop, checkpoint.Writer() as writer:
+            with launch.stop(logger.info) as stop, checkpoint.Writer() as writer:
                 save = partial(state.save, parts=parts, files=files, writer=writer, launchers=launchers)
                 progress, stopped = train(parts, loaders, progress, stop, save, metrics, recorder)
                 writer.wait()
@@ -517,12 +530,16 @@ def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) ->
 def start_processes(config: Config, argv: Sequence[str] | None) -> None:
     """Become the launcher of a process per GPU when several are asked for and this one stands alone."""
     ids = config.devices.ids
-    if len(ids) < 2 or "WORLD_SIZE" in os.environ or config.devices.distributed or config.run.dry_run:
+    if len(ids) < 2 or config.run.dry_run:
+        return
+    several = f"--device_ids {' '.join(map(str, ids))}: several GPUs take a process each"
+    if "WORLD_SIZE" in os.environ or config.devices.distributed:
+        if os.environ.get("WORLD_SIZE", str(config.devices.world_size)) == "1":
+            raise UserError(f"{several}, and this is to be the only one: unset the variable WORLD_SIZE, and "
+                            "leave out --distributed, or name one GPU")  # fmt: skip
         return
     if argv is not None:
-        raise UserError(
-            f"--device_ids {' '.join(map(str, ids))}: several GPUs take a process each; start main.py by itself"
-        )
+        raise UserError(f"{several}; start main.py by itself")
     launcher = str(Path(__file__).with_name("launch.py"))
     options = ["--standalone", "--nproc_per_node", str(len(ids))]
     sys.stdout.flush()

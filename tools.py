@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.interrupt import SIGNALS, Requests
 
 # torch, Pillow and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
@@ -150,16 +150,18 @@ def verbose(options: Options) -> int:
         print("keys: none, a bare state dict")
     else:
         tops = (f"{k}={v}" if isinstance(v, int | float) else str(k) for k, v in payload.items())
-        print(f"keys: {', '.join(tops)}; weights under {key}")
+        print(f"keys: {', '.join(map(printable, tops))}; weights under {key}")
     if options.verbose_list is None:
-        rows = [(name, str(list(value.shape))) for name, value in state.items()]
+        rows = [(printable(name), str(list(value.shape))) for name, value in state.items()]
     else:
         endings = ("",) if options.verbose_list.strip() == "all" else tuple(_split(options.verbose_list))
         for ending in endings:
             if not any(name.endswith(ending) for name in state):
                 close = _closest(ending, {name.rpartition(".")[2] for name in state})
                 raise UserError(f"--verbose_list {ending}: no name ends so{close}")
-        rows = [(name, *_details(value)) for name, value in state.items() if name.endswith(endings)]
+        rows = [
+            (printable(name), *_details(value)) for name, value in state.items() if name.endswith(endings)
+        ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -386,8 +388,6 @@ def verify_data(options: Options) -> int:
 def _tell(path: Path, text: str) -> None:
     """Print a line about a path above the progress bar."""
     from tqdm import tqdm
-
-    from utils.images import printable
 
     tqdm.write(printable(f"{path}: {text}"), file=sys.stdout)
 

@@ -55,9 +55,9 @@ class HealthRow:
         shares: share of each level, from the lowest; empty with more than `KEPT_LEVELS`.
         values: the levels, mean over the groups, before a normalisation is undone and without `gamma`; likewise.
         basis: LQ-Nets' basis, mean over the groups; empty for other methods.
-        changed: share of weights whose level is another than an epoch ago; None for activations, and where
-            the number of levels is another.
-        update: |w - w before| / |w before| over the epoch, in L2 norm; None for activations.
+        changed: share of weights whose level is another than an epoch ago; None for activations, where
+            the number of levels is another, and in an epoch that was gone on with in its middle.
+        update: |w - w before| / |w before| over the epoch, in L2 norm; None for activations and in such an epoch.
         histogram: of the values that come in, as the method sees them (`Quantizer.normalise`).
     """
 
@@ -147,13 +147,17 @@ class Health:
 
     Args:
         model: the network; its weights and their levels now are what the next report compares with.
+        epoch_begins: otherwise this is the middle of an epoch, whose beginning is not known: its report compares
+            with nothing.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, epoch_begins: bool = True) -> None:
         self.layers = dict(quantized_layers(model))
         self._model = model
-        self._before = {
+        self._before: dict[str, _Snapshot | None] = {
             name: _snapshot(layer, layer.quant_weight, _integers(layer.quant_weight, layer.weight))
+            if epoch_begins
+            else None
             for name, layer in self.layers.items()
             if isinstance(layer.quant_weight, Quantizer)
         }
@@ -249,8 +253,10 @@ def _histogram(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([ends[0], ends[0] + BINS * width]), counts
 
 
-def _movement(before: _Snapshot, now: _Snapshot) -> dict[str, Tensor]:
+def _movement(before: _Snapshot | None, now: _Snapshot) -> dict[str, Tensor]:
     """How far the weights went over the epoch, and the share of them that changed their level."""
+    if before is None:
+        return {}
     update = (now.weight - before.weight).norm() / before.weight.norm().clamp_min(1e-12)
     figures = {"update": update.double().flatten()}
     if now.numbers is not None and before.numbers is not None and now.levels == before.levels:

@@ -4,8 +4,9 @@
 
 Each training is one process, or two over gloo, and writes checkpoints nearly all the time. It is ended at a random
 moment by SIGKILL, SIGTERM or SIGINT or by a disk that becomes full, sometimes the newest checkpoint is then
-damaged, and it is started again with -r until it is done. Weights, optimizer, random states, sums, policy, best
-checkpoint and metrics must then be, bit by bit, those of a training that nobody ended.
+damaged, and it is started again with -r until it is done. Each start must go on from the newest checkpoint that is
+whole. In the end weights, optimizer, random states, sums, policy, best checkpoint, metrics and figures about quantizers
+must be, bit by bit, those of a training that nobody ended.
 
 Another way of training is one more entry of `VARIANTS`. Processes are forked from this one, which has loaded
 everything, so that a start costs little.
@@ -17,9 +18,11 @@ import argparse
 import collections
 import hashlib
 import importlib
+import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -41,6 +44,7 @@ from PIL import Image
 
 import main
 from utils import checkpoint, log
+from utils.errors import UserError
 from utils.interrupt import SAVED
 
 NETWORK = """
@@ -105,6 +109,7 @@ VARIANTS = (
     Variant(f"{COMMON} --save_every 2 -b 4 --iter_size 2 --policy policy.yaml", processes=2),
 )
 TIMES = ("seconds", "images_per_second", "data_wait")
+MOVEMENT = ("changed", "update")
 LIMIT = 8192  # bytes that a file may have on a full disk: a line of the log, but no checkpoint
 MOST = 6  # ends of one training
 PATIENCE = 30  # seconds that a process gets when another one of its run has ended, as torchrun gives it
@@ -199,7 +204,55 @@ def digest(folder: Path, case: str) -> str:
     lines = [row.split(",") for row in (folder / "exp" / case / "metrics.csv").read_text().splitlines()]
     kept = [column for column, name in enumerate(lines[0]) if name not in TIMES]
     add([[row[column] for column in kept] for row in lines])
+    for record in log.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl"):
+        shown = [{k: v for k, v in row.items() if k not in MOVEMENT} for row in record["quantizers"]]
+        add(json.dumps([record["epoch"], shown]))
     return found.hexdigest()
+
+
+def movements(folder: Path, case: str) -> dict[int, list[object]]:
+    """What is recorded of each epoch that compares its end with its begin."""
+    records = log.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl")
+    return {
+        record["epoch"]: [row[name] for row in record["quantizers"] for name in MOVEMENT]
+        for record in records
+    }
+
+
+def newest(folder: Path, case: str) -> tuple[int, int]:
+    """Epoch and position of the newest checkpoint that is whole; (-1, 0): there is none."""
+    found = [(-1, 0)]
+    for path in (folder / "weights" / "tiny").glob(f"{case}-*.pth.tar"):
+        try:
+            payload = checkpoint.read(path)
+        except UserError:
+            continue
+        found.append((payload["epoch"], payload["position"]))
+    return max(found)
+
+
+def went_on(folder: Path, case: str, reached: tuple[int, int], *, training: bool) -> set[int]:
+    """Check that the last start went on from where the run was; returns the epoch that it began in the middle of.
+
+    Args:
+        folder: where it ran.
+        case: of the run.
+        reached: epoch and position of the newest checkpoint before.
+        training: it came as far as to say where it goes on.
+    """
+    text = said(folder, 1)[0]
+    line = re.search(r"resumed .*: (\d+) epochs(?: and (\d+) images of the next)? are done", text)
+    begun = (int(line[1]), int(line[2] or 0)) if line else (-1, 0)
+    if (line or training or "starting anew" in text) and begun != reached:
+        raise SystemExit(f"{case} was at {reached} and goes on from {begun}: {text[:3000]}")
+    if newest(folder, case) < reached:
+        raise SystemExit(f"{case} was at {reached} and has {newest(folder, case)} now: {text[-3000:]}")
+    earlier = sorted((folder / "exp").glob(f"{case}.*")) + sorted((folder / "weights").glob(f"*/{case}.*"))
+    if earlier and reached > (-1, 0):
+        raise SystemExit(f"{case} was at {reached} and was kept as {earlier[0]}: {text[:3000]}")
+    for path in earlier:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return {begun[0] + 1} if begun[1] > 0 else set()
 
 
 def damage(path: Path, chance: random.Random) -> None:
@@ -286,6 +339,7 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
     prepare(folder)
     counts: collections.Counter[str] = collections.Counter()
     whole: dict[int, tuple[str, float, float]] = {}
+    moved: dict[int, dict[int, list[object]]] = {}
     number = 0
     while sum(counts.values()) - counts["damaged"] < kills:
         index = number % len(VARIANTS)
@@ -296,13 +350,19 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
             rows = log.MetricsFile.read(folder / "exp" / f"whole{index}" / "metrics.csv")
             training = sum(row["seconds"] for row in rows)
             whole[index] = digest(folder, f"whole{index}"), time.monotonic() - began, training
+            moved[index] = movements(folder, f"whole{index}")
         expected, seconds, training = whole[index]
         case = f"run{number}"
         latest = folder / "weights" / "tiny" / f"{case}-checkpoint.pth.tar"
+        reached, interrupted = (
+            (-1, 0),
+            set[int](),
+        )  # where it is, epochs that were gone on with in their middle
         for left in range(chance.randint(1, MOST), -1, -1):
             pids = start(folder, f"{variant.line} --case {case} -r", variant.processes)
             if left == 0 or sum(counts.values()) - counts["damaged"] >= kills:
                 finish(folder, pids)
+                interrupted |= went_on(folder, case, reached, training=True)
                 break
             how = chance.choice(["SIGKILL"] * 5 + ["SIGTERM", "SIGINT", "full disk"])
             whom = pids if chance.random() < 0.5 or how == "full disk" else [chance.choice(pids)]
@@ -311,14 +371,21 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
                 came = end(folder, pids, whom, how, chance.uniform(0, 0.4 * training), begun)
             else:
                 came = end(folder, pids, whom, how, chance.uniform(0, 0.6 * seconds), None)
-            if came == "was done before":
+            done = came == "was done before"
+            interrupted |= went_on(folder, case, reached, training=done or " in training" in came)
+            if done:
                 break
             counts[came] += 1
             if latest.exists() and chance.random() < 0.15:
                 counts["damaged"] += 1
                 damage(latest, chance)
+            reached = newest(folder, case)
         if digest(folder, case) != expected:
             raise SystemExit(f"{folder}: {case} does not end as whole{index} did")
+        for epoch, figures in movements(folder, case).items():
+            pairs = zip(figures, moved[index][epoch], strict=True)
+            if any(one != other and (one is not None or epoch not in interrupted) for one, other in pairs):
+                raise SystemExit(f"{folder}: {case} has other figures than whole{index} in epoch {epoch}")
         if list(latest.parent.glob("*.tmp")) or list(latest.parent.glob(".*.tmp")):
             raise SystemExit(f"{latest.parent}: a temporary file was left")
         number += 1

@@ -176,6 +176,59 @@ def test_random_damage_never_escapes(tmp_path: Path) -> None:
     assert refused > 100
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_one_changed_bit_never_changes_what_is_read(tmp_path: Path, own: bool) -> None:
+    """Every bit of the archive's directory and behind it, and some of the rest; also of another program's archive."""
+    path = tmp_path / "a.pth.tar"
+    payload = {"epoch": 1, "state_dict": {"w": torch.arange(1.0, 6.0)}}
+    checkpoint.save(path, payload) if own else torch.save(payload, path)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
+    assert directory < len(whole) - 200
+    draw = random.Random(0)
+    bits = [*range(8 * directory, 8 * len(whole)), *draw.sample(range(8 * directory), 300)]
+    refused = 0
+    for bit in bits:
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found = checkpoint.read(path)
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+            continue
+        assert not own
+        assert found.keys() == payload.keys() and found["epoch"] == 1
+        assert found["state_dict"].keys() == payload["state_dict"].keys()
+        assert all(torch.equal(found["state_dict"][name], w) for name, w in payload["state_dict"].items())
+    assert refused == len(bits) if own else refused > len(bits) // 4
+
+
+def test_what_another_program_reads(tmp_path: Path) -> None:
+    """The digest is a comment of the archive, which torch passes over."""
+    path = tmp_path / "a.pth.tar"
+    checkpoint.save(path, {"w": torch.arange(5.0)})
+    for mapped in (True, False):
+        assert torch.load(path, weights_only=True, mmap=mapped)["w"].tolist() == [0, 1, 2, 3, 4]
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match="wrong checksum of the file"):
+        checkpoint.read(path)
+
+
+def test_a_damaged_epoch_is_reported(tmp_path: Path) -> None:
+    """The order of the files is found without reading their tensors, but not from damaged numbers."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    fill(files, latest=9, e3=3)
+    content = files.latest.read_bytes()
+    number = b"epochq" + content.partition(b"epochq")[2][:1] + b"K\x09"
+    assert content.count(number) == 1
+    files.latest.write_bytes(content.replace(number, number[:-1] + b"\x02"))
+    found = files.newest()
+    assert found.path == files.epoch(3) and len(found.passed_over) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs", bytes(1000)])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """An empty file, a web page, a pointer, zeros."""
@@ -570,21 +623,141 @@ def test_the_position_within_an_epoch_counts(tmp_path: Path) -> None:
     assert files.newest().path == files.best
 
 
-@pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("keep", [1, 2, 4])
-def test_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, links: bool) -> None:
-    """The latest and those before it, in order, and no more; also where the disk knows no links."""
-    if not links:
+def payload_of(epoch: int) -> memoryview:
+    return checkpoint.serialise({"epoch": epoch, "w": torch.ones(1000)})
+
+
+@pytest.fixture(params=[True, False], ids=["links", "no links"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that knows links, and one that knows none."""
+    if not request.param:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+
+
+def kept_epochs(files: CheckpointFiles, keep: int) -> list[int]:
+    """The epochs in the latest checkpoint and those before it."""
+    kept = [files.latest, *(files.backup(number) for number in range(1, keep))]
+    return [checkpoint.read(path)["epoch"] for path in kept if path.exists()]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_retention(tmp_path: Path, links: None, keep: int) -> None:
+    """The latest and those before it, in order, and no more; also where the disk knows no links."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")
     for epoch in range(1, 7):
-        files.keep_latest(keep)
-        checkpoint.save(files.latest, {"epoch": epoch})
-    kept = [files.latest, *(files.backup(number) for number in range(1, keep))]
-    assert set(files.existing()) == set(kept)
-    assert [checkpoint.read(path)["epoch"] for path in kept] == [6, 5, 4, 3][:keep]
-    files.keep_latest(1)
+        files.write_latest(payload_of(epoch), keep)
+    assert kept_epochs(files, keep) == [6, 5, 4, 3][:keep]
+    assert len(files.existing()) == keep
+    files.write_latest(payload_of(7), 1)
     assert files.existing() == [files.latest]
+
+
+def whole(files: CheckpointFiles) -> set[int]:
+    """The epochs in all files of the case that are whole."""
+    return {checkpoint.read(path)["epoch"] for path in files.existing()}
+
+
+STEPS = ("open", "fsync", "replace", "link", "unlink")  # of `os`
+
+
+def save_ended_at(files: CheckpointFiles, epoch: int, step: int) -> bool:
+    """Save in a process that ends itself in place of its nth step on the disk; whether it was ended."""
+    pid = os.fork()
+    if pid == 0:
+        steps = iter(range(step))
+
+        def ending(real: Any) -> Any:
+            def stand_in(*arguments: Any, **options: Any) -> Any:
+                if next(steps, None) is None:
+                    os._exit(9)
+                return real(*arguments, **options)
+
+            return stand_in
+
+        for name in STEPS:
+            setattr(os, name, ending(getattr(os, name)))
+        status = 1
+        try:
+            files.write_latest(payload_of(epoch), 3)
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+def test_a_save_that_is_ended_at_any_step_loses_nothing(tmp_path: Path, links: None) -> None:
+    """There are as many whole checkpoints as before, the newest among them; so there are after each next one."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    for epoch in (1, 2, 3):
+        files.write_latest(payload_of(epoch), 3)
+    epoch, newest, ended = 4, 3, 0
+    for step in range(100):  # every end begins with what the one before has left
+        came_through = not save_ended_at(files, epoch, step)
+        found = whole(files)
+        assert len(found) >= 3 and max(found) in (newest, epoch), f"step {step}"
+        assert {newest, newest - 1} <= found or max(found) == epoch
+        newest, epoch, ended = max(found), max(found) + 1, ended + (not came_through)
+        if came_through:
+            break
+    assert ended >= 5
+    assert kept_epochs(files, 3)[0] == newest and len(files.existing()) == 3
+    for step in range(100):  # every end in files that are in order
+        for further in (1, 2, 3):
+            files.write_latest(payload_of(newest + further), 3)
+        newest += 3
+        if not save_ended_at(files, newest + 1, step):
+            break
+        assert len(whole(files)) >= 3 and newest in whole(files)
+        files.remove_leftovers()
+        files.write_latest(payload_of(newest + 1), 3)
+        assert kept_epochs(files, 3) in ([newest + 1, newest, newest - 1], [newest + 1, newest + 1, newest])
+        assert len(files.existing()) == 3
+        newest += 1
+
+
+def test_saves_that_fail_leave_all_checkpoints(tmp_path: Path) -> None:
+    """A full disk, again and again: neither the latest one nor those before it are another file then."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    for epoch in (1, 2, 3):
+        files.write_latest(payload_of(epoch), 3)
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in files.existing()}
+    program = (
+        "import resource, sys, pathlib, torch\n"
+        "from utils import checkpoint\n"
+        "from utils.errors import UserError\n"
+        "files = checkpoint.CheckpointFiles(pathlib.Path(sys.argv[1]), 'resnet20', 'a')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "for _ in range(3):\n"
+        "    try:\n"
+        "        files.write_latest(checkpoint.serialise({'w': torch.zeros(10000)}), 3)\n"
+        "    except UserError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("cannot be written (File too large)") == 3
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in files.existing()} == before
+    assert len(os.listdir(files.folder)) == 3
+
+
+def test_a_damaged_latest_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """By the one that the run goes on from, so that no save keeps the damaged one; a whole one stays."""
+    files = CheckpointFiles(tmp_path, "resnet20", "a")
+    for epoch in (1, 2, 3):
+        files.write_latest(payload_of(epoch), 3)
+    checkpoint.save(files.epoch(4), {"epoch": 4})
+    files.promote(files.epoch(4))  # the latest one is whole
+    assert kept_epochs(files, 3) == [3, 2, 1]
+    cut(files.latest)
+    files.promote(files.backup(1))
+    files.write_latest(payload_of(5), 3)
+    assert kept_epochs(files, 3) == [5, 2, 1]
+    cut(files.latest)
+    files.promote(files.epoch(4))
+    assert kept_epochs(files, 3) == [4, 2, 1] and files.epoch(4).exists()
 
 
 def test_leftovers_are_removed(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,12 @@ from torch import Tensor, distributed, nn
 
 from model.layer import ReverseBatchNorm2d
 from model.sync_norm import synchronise
-from tests.kill import NETWORK
+from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
 from utils.checkpoint import read
 from utils.config import DeviceConfig
-from utils.distributed import Place, device_of, int_of, place
-from utils.errors import UserError
+from utils.distributed import Place, device_of, int_of, joined, launchers, place
+from utils.errors import TrainingError, UserError
 from utils.interrupt import SAVED
 from utils.log import MetricsFile
 
@@ -284,7 +287,7 @@ def test_a_loss_that_is_not_finite_names_the_first_layer_of_all_processes(done: 
     for said in done["spoiled"]["said"]:
         assert "the loss is not finite in epoch 1, iteration 4" in said
         assert "the first layer with such an output is 3; these weights are not saved" in said
-    assert not (done["folder"] / "weights" / "spoils").exists()
+    assert not list((done["folder"] / "weights" / "spoils").iterdir())
 
 
 # Parts -------------------------------------------------------------------------------------------
@@ -369,6 +372,34 @@ def test_place(config: DeviceConfig, environment: dict[str, str], expected: Plac
 def test_places_that_cannot_be(config: DeviceConfig, environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         place(config, environment)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Without a launcher, which would end the others."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with (
+        pytest.raises(TrainingError, match=f"process {rank} could not join the other 1 at 127.0.0.1:"),
+        joined(Place(rank, rank, 2), torch.device("cpu"), joining=timedelta(seconds=1)),
+    ):
+        pytest.fail("joined nobody")
+
+
+def test_launchers_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart by the same launcher still finds the run."""
+    environment = {"TORCHELASTIC_RUN_ID": "job"}
+    (known,) = launchers(environment)
+    assert known.split()[1] == str(os.getppid()) and "job" not in known
+
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError("no /proc here")
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    (found,) = launchers(environment)
+    assert found == f"{socket.gethostname()} {os.getppid()} job"
+    assert launchers({}) == ()
 
 
 def test_numbers_of_the_environment() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.errors import UserError
-from utils.images import DECODE_ERRORS, decode, printable, read, reason_of, walk
+from utils.errors import UserError, printable
+from utils.images import DECODE_ERRORS, decode, read, reason_of, walk
 
 RAMP = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
 

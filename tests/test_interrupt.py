@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import launch
 from tests.kill import NETWORK
 from tests.test_data import write_folder
 from utils.checkpoint import read
-from utils.interrupt import SAVED, Requests, Stop
+from utils.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, Requests, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = (
@@ -185,17 +187,108 @@ def test_processes_that_read_images_end_with_a_training_that_is_killed(tmp_path:
 
 @pytest.mark.parametrize("launcher", [(), LAUNCHER])
 def test_a_second_request_ends_at_once(tmp_path: Path, launcher: tuple[str, ...]) -> None:
-    """The first one is answered after the step, which here takes long."""
+    """The first one is answered after the step, which here takes long; a launcher ends all its processes."""
     job = Job(tmp_path, "--delay 100 -j 0", *launcher)
     job.wait(lambda: len(job.trainings()) == (2 if launcher else 1))
     everyone = started_by(job.pid)
     job.process.terminate()
     job.process.terminate()  # a repeat
-    while job.process.poll() is None:  # the grace has passed at some time
-        job.process.terminate()
-        time.sleep(0.1)
+    end_by_signals(job.process)
     status, said, errors = job.ended()
     # The last signal may meet a process that has taken its handler down already; to a shell both are 143.
     assert status in (128 + signal.SIGTERM, -signal.SIGTERM) and errors == ""
-    assert said.count("SIGTERM: ends after this step, saved; a signal after 5 seconds ends at once") == 1
+    assert said.count("SIGTERM: ends after this step, saved; a second signal ends at once") == 1
     job_is_gone(everyone)
+
+
+def end_by_signals(process: subprocess.Popen[Any]) -> None:
+    """Signal a process until it has ended: at some time a signal is no repeat any more."""
+    deadline = time.monotonic() + 60
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        process.terminate()
+        time.sleep(0.1)
+
+
+def test_output_that_nobody_reads_delays_no_second_request(tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text(NETWORK)
+    write_folder(tmp_path / "images", 12, 2)
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *LINE.split(), "--delay", "100", "-j", "0"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=writing,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.set_blocking(writing, False)
+    for size in (4096, 1):
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(writing, bytes(size))
+    os.set_blocking(writing, True)
+    try:
+        end_by_signals(process)
+    finally:
+        process.kill()
+        os.close(reading), os.close(writing)
+    assert process.wait() == 128 + signal.SIGTERM
+
+
+def test_a_launchers_process_waits_for_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the launcher passes on comes to it twice; a launcher of torch's own cannot say which is which."""
+    monkeypatch.delenv(launch.STATUS_FOLDER, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert (launch.stop(print)._repeats, launch.stop(print)._at_once) == (REPEATS, None)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert (launch.stop(print)._repeats, launch.stop(print)._at_once) == (REPEATS_PASSED_ON, None)
+    monkeypatch.setenv(launch.STATUS_FOLDER, str(tmp_path))
+    at_once = launch.stop(print)._at_once
+    assert at_once is not None and not at_once()
+    (tmp_path / launch.AT_ONCE).touch()
+    assert at_once()
+    assert launch._left_status(str(tmp_path), 7) == 7
+
+
+def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> None:
+    """Before it passes it on; otherwise it would wait, and kill."""
+    (tmp_path / "worker.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import launch\n"
+        "at_once = launch.stop(print)._at_once\n"
+        "def heard(number, _):\n"
+        "    with open('heard', 'a') as file:\n"
+        "        file.write(f'{at_once()} ')\n"
+        "    if at_once():\n"
+        "        os._exit(9)\n"
+        "signal.signal(signal.SIGTERM, heard)\n"
+        "pathlib.Path('begun').touch()\n"
+        "while True:\n"
+        "    time.sleep(100)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), "--standalone", "--nproc_per_node", "1", "worker.py"],
+        cwd=tmp_path,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    end_by_signals(process)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert (tmp_path / "heard").read_text() == "False True "
+
+
+def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
+    """Also in an import that would swallow it."""
+    (tmp_path / "words.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--keyword_file", "words.py", "--list_keywords"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "main.py: interrupted\n")

@@ -733,7 +733,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert error.startswith("main.py: failed: the loss is not finite in epoch 1, iteration ")
     assert error.count("\n") == 1
-    assert not (tmp_path / "weights").exists()
+    assert not list((tmp_path / "weights").rglob("*.tar"))
 
 
 RUINS = """
@@ -915,18 +915,113 @@ def test_another_cases_checkpoint_does_not_overwrite_this_case(tmp_path: Path) -
     assert (tmp_path / "weights" / "resnet20" / "dst.1-checkpoint.pth.tar").read_bytes() == before
 
 
+STEERED = {"done": {"epoch": 1, "iteration": 7}, "quantizers": {}, "options": {}, "rates": []}
+CLIP = "layer1.0.conv1.0.quant_weight"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("config", 5), ("optimizer", 5), ("epoch", "x"), ("epoch", -3), ("best_acc", "q"), ("random", [])],
-)
+    [
+        ("config", 5), ("config", {"data": 5}),
+        ("epoch", "x"), ("epoch", -3), ("epoch", True), ("epoch", 10**9),
+        ("position", 10**9), ("position", 8), ("position", False),
+        ("scheduler", {"step": 3}), ("scheduler", {"step": "x"}),
+        ("best_acc", "q"), ("best_acc", math.nan), ("seconds", "a"), ("seconds", math.nan), ("waited", -1.0),
+        ("sums", [["a"] * 4]), ("sums", [[math.inf] * 4]), ("sums", [[1.0]]), ("sums", [1]),
+        ("random", []), ("random", {"python": [1]}),
+        ("optimizer", 5), ("optimizer", {"state": {}, "param_groups": "x"}),
+        ("amp", 5), ("amp", {"x": 1}), ("amp", {"scale": "a"}),
+        ("amp", {"scale": 0.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9,
+                 "_growth_tracker": 0}),
+        ("policy", {"done": 1}), ("policy", {**STEERED, "done": {"epoch": True, "iteration": 0}}),
+        ("policy", {**STEERED, "quantizers": {"nope": {"enable": False}}}),
+        ("policy", {**STEERED, "quantizers": {CLIP: {"method": "dorefa"}}}),
+        ("policy", {**STEERED, "quantizers": {CLIP: {"enable": "no"}}}),
+        ("policy", {**STEERED, "options": {"name": "ADAM"}}), ("policy", {**STEERED, "options": {"lr": "x"}}),
+        ("policy", {**STEERED, "rates": [[0, -1.0]]}), ("policy", {**STEERED, "rates": 7}),
+        ("methods", {"average": 5}), ("methods", {"average": {"steps": 1, "weights": {"fc.weight": 5}}}),
+        ("methods", {"freezing": {"layer1.0.conv1.0": 5}}),
+    ],
+)  # fmt: skip
 def test_a_checkpoint_with_a_wrong_entry_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
 ) -> None:
-    assert call(f"{LSQ} --case bad --epochs 1") == 0
-    path = tmp_path / "weights" / "resnet20" / "bad-checkpoint.pth.tar"
-    save_checkpoint(path, {**read_checkpoint(path), name: value})
-    assert call(f"{LSQ} --case bad --epochs 2 --resume_file {path}") == 2
-    assert f"is damaged: {name} is" in capsys.readouterr().err
+    path = tmp_path / "bad.pth.tar"
+    whole = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")
+    assert name in whole
+    save_checkpoint(path, {**whole, name: value})
+    line = f"{LSQ} --case bad --epochs 3 --fp16 --amp_dtype float16 --ema_decay 0.9 --freeze_threshold 0.1"
+    assert call(f"{line} --resume_file {path}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: error: ") and error.count("\n") == 1
+    assert str(path) in error or name == "random"
+    assert not list(tmp_path.rglob("bad-*.tar"))
+
+
+def test_a_momentum_of_another_shape_is_refused(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.pth.tar"
+    whole = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")
+    whole["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(7)
+    save_checkpoint(path, whole)
+    assert call(f"{LSQ} --case bad --epochs 3 --resume_file {path}") == 2
+    assert "holds another optimizer's state (momentum_buffer of shape [7] for" in capsys.readouterr().err
+
+
+def test_a_schedule_that_goes_on_at_another_step_is_said(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More images make longer epochs: with the same options the rates would move silently."""
+    path = lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar"
+    assert call(f"{LSQ.replace('size 32', 'size 48')} --case more --epochs 3 --resume_file {path}") == 0
+    assert "the schedule was at step 8 and goes on from step 12" in log_of(tmp_path, "more")
+
+
+def test_names_from_files_show_no_control_characters(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.pth.tar"
+    state = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")["state_dict"]
+    save_checkpoint(path, {"state_dict": {**state, "a\x1b[2J\r\nb": torch.ones(1)}})
+    assert call(f"{LSQ} --case odd --epochs 1 --pretrained {path}") == 2
+    error = capsys.readouterr().err
+    assert r"a\x1b[2J" in error and "\x1b" not in error
+
+
+def test_going_on_needs_no_pretrained_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the run began with may have moved since; at the first start it must be there."""
+    line = f"{FP} --case mine --pretrained start.pth.tar"
+    assert call(f"{line} --epochs 1 -r") == 2
+    assert "--pretrained start.pth.tar: no such file" in capsys.readouterr().err
+    assert call(f"{FP} --case start --epochs 1") == 0
+    start = tmp_path / "weights" / "resnet20" / "start-checkpoint.pth.tar"
+    start.rename(tmp_path / "start.pth.tar")
+    assert call(f"{line} --epochs 1 -r") == 0
+    (tmp_path / "start.pth.tar").unlink()
+    assert call(f"{line} --epochs 2 -r") == 0
+    assert "1 epochs are done" in log_of(tmp_path, "mine")
+
+
+def test_checkpoints_that_cannot_be_written_end_the_run_before_it_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the rights of the folder say otherwise."""
+    assert call(f"{FP} --case mine --epochs 1 --weights_dir /proc/nothing") == 2
+    said, error = capsys.readouterr()
+    assert "--weights_dir: /proc/nothing/resnet20 cannot be written" in error and "epoch" not in said
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("options", ["", "--distributed --world_size 1 --rank 0"])
+def test_several_gpus_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if not options:
+        monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call(f"{FP} -g 0 1 {options}") == 2
+    assert "--device_ids 0 1: several GPUs take a process each, and this" in capsys.readouterr().err
 
 
 def test_unresume_scope(tmp_path: Path, lsq: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import main
 from model import build
@@ -168,7 +170,51 @@ def test_training_options_reach_the_optimizer() -> None:
     steering.advance(2, 2 * STEPS)
     assert [group["base_lr"] for group in optimizer.param_groups] == [0 if c else 0.5 for c in clips]
     assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
-    assert steering.optim.grad_clip == 1 and steering.rates.lr == 0.5
+    assert steering.optim.grad_clip == 1
+    assert [steering.rates.base(step) for step in (0, 2 * STEPS - 1, 2 * STEPS)] == [0.05, 0.05, 0.5]
+
+
+@pytest.mark.parametrize("options", ["--lr_policy fix", "--lr_policy sgdr --lr_custom_step 2 --wakeup 5"])
+def test_planned_rates_are_those_of_the_run(
+    options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Printed and drawn by lr-test, listed by the dry run: of each step, and the metrics of each epoch."""
+    text = "init: [{lr: 0.4}]\nepoch: [{at: [1], lr: 0.02}]\niteration: [{at: [5], lr: 0.2}, {at: [27], lr: 0.3}]"
+    drawn: list[list[float]] = []
+    save = Figure.savefig
+
+    def watched(figure: Figure, *arguments: Any, **settings: Any) -> None:
+        drawn.append(figure.axes[0].lines[0].get_ydata().tolist())
+        save(figure, *arguments, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    keyword = RUN.split("--keyword ")[1].split()[0]
+    assert run(text, f"{options} --keyword {keyword},lr-test", case="planned") == 0
+    printed = [row.split() for row in capsys.readouterr().out.splitlines()[1:-1]]
+    (steps,) = drawn
+    assert run(text, f"{options} --dry_run", case="planned") == 0
+    listed = (
+        capsys.readouterr().out.partition("learning rate at the epochs where it changes: ")[2].splitlines()[0]
+    )
+
+    taken: list[float] = []
+    apply = schedule.Schedule.apply
+
+    def recorded(self: schedule.Schedule, optimizer: Any, step: int) -> None:
+        apply(self, optimizer, step)
+        taken.append(optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(schedule.Schedule, "apply", recorded)
+    assert run(text, options, case="real") == 0
+    assert steps == pytest.approx(taken, rel=1e-12) and len(taken) == 3 * STEPS and len(set(taken)) >= 4
+    with open("exp/real/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for epoch, row in enumerate(rows):
+        assert float(row["lr"]) == pytest.approx(taken[epoch * STEPS], rel=1e-12)
+        assert printed[epoch] == [str(epoch), f"{taken[epoch * STEPS]:.8g}"]
+    rates = [row["lr"] for row in rows]
+    changed = [(epoch, float(lr)) for epoch, lr in enumerate(rates) if epoch == 0 or lr != rates[epoch - 1]]
+    assert listed == ", ".join(f"{epoch}: {lr:.6g}" for epoch, lr in changed)
 
 
 def test_freezing_ranges_late() -> None:

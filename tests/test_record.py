@@ -102,3 +102,20 @@ def test_a_resumed_run_has_each_epoch_once(tmp_path: Path, monkeypatch: pytest.M
     whole = RecordsFile.read(tmp_path / "exp" / "whole" / "quantizers.jsonl")
     assert RecordsFile.read(path) == whole
     assert [record["epoch"] for record in whole] == [1, 2]
+
+
+def test_an_epoch_that_begins_in_its_middle_is_compared_with_nothing(tmp_path: Path) -> None:
+    """The weights at its begin are not known; the next one is compared with its end."""
+    model, config = made(BITS)
+    recorder = Recorder(tmp_path, model, config, 4, position=8)
+    for epoch in (5, 6):
+        recorder.epoch({"epoch": epoch, "train_loss": 1.0}, images, LOGGER)
+    first, second = RecordsFile.read(tmp_path / "quantizers.jsonl")
+    for name in ("changed", "update"):
+        assert {row[name] for row in first["quantizers"]} == {None}
+        assert {row[name] for row in second["quantizers"] if row["tag"] == "wt"} == {0.0}
+    rest = [
+        [{k: v for k, v in row.items() if k not in ("changed", "update")} for row in each["quantizers"]]
+        for each in (first, second)
+    ]
+    assert rest[0] == rest[1]

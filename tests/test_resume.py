@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,24 @@ def test_twenty_ends_at_random_moments() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("20 ends (")
+
+
+def test_lost_progress_is_seen(tmp_path: Path) -> None:
+    """The test above would notice a run that finds none of its checkpoints, and trains the same weights anew."""
+    program = (
+        "import pathlib, sys\n"
+        "from tests import kill\n"
+        "from utils.checkpoint import CheckpointFiles, Found\n"
+        "CheckpointFiles.newest = lambda self: Found(None, {})\n"
+        "kill.VARIANTS = kill.VARIANTS[:1]\n"
+        "kill.load_everything()\n"
+        "kill.run(pathlib.Path(sys.argv[1]), 20, 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.match(r"run\d+ was at \(\d, \d+\) and goes on from \(-1, 0\): ", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(

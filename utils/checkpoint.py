@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import itertools
 import os
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 # Tables that published LQ-Nets files store beside the basis; they are recomputed from it here.
 OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
@@ -33,6 +34,13 @@ OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"}
 COUNTERS = frozenset({"num_batches_tracked"})
 
 SHOWN = 5  # names listed in a message before "..."
+
+# A checkpoint is a zip archive; its comment, the last thing in it, is a digest of all bytes before the comment. The
+# comment's length precedes it and is 0 in an archive without one.
+_COMMENT = re.compile(rb"sha256 ([0-9a-f]{64})")
+_COMMENT_SIZE = 71
+_NO_COMMENT = bytes(2)
+_FOLDER = 0x10  # MS-DOS attribute of an archive's entry: torch reads nothing of a tensor that has it
 
 # What zipfile and torch.load are known to raise on files with missing or changed bytes.
 _DAMAGE = (
@@ -57,11 +65,14 @@ _DAMAGE = (
 # ---------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
+def write_atomic(
+    path: Path, data: bytes | memoryview, *, before: Callable[[], object] = lambda: None
+) -> None:
     """Write `data` so that `path` holds either its old or its new content, whatever happens.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`;
-    then the folder is flushed. Missing folders are made. Raises UserError when the disk refuses.
+    then the folder is flushed. Missing folders are made. `before` is called between flushing and renaming, when
+    nothing is missing but names. Raises UserError when the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -71,6 +82,7 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            before()
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -103,6 +115,14 @@ def serialise(payload: dict[str, Any]) -> memoryview:
     refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
     if refused:
         raise TypeError(f"a checkpoint of {', '.join(refused)} would not load with weights_only")
+    buffer.seek(-len(_NO_COMMENT), os.SEEK_END)
+    if buffer.read() != _NO_COMMENT:
+        raise AssertionError("torch.save has written a comment of its own")
+    buffer.seek(-len(_NO_COMMENT), os.SEEK_END)
+    buffer.write(struct.pack("<H", _COMMENT_SIZE))
+    with buffer.getbuffer() as content:
+        digest = hashlib.sha256(content).hexdigest()
+    buffer.write(f"sha256 {digest}".encode("ascii"))
     return buffer.getbuffer()
 
 
@@ -146,7 +166,10 @@ class Writer:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code from it; checksums are verified.
+    """Read a checkpoint onto the CPU without running any code from it.
+
+    The digest of the whole file is verified that `serialise` has written; of an archive without one, as other
+    programs write it, the checksum of each entry.
 
     Raises UserError when the file is missing, damaged, holds anything but plain data, or holds no dict.
     """
@@ -154,13 +177,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """Read a checkpoint; `mapped` leaves the tensors on the disk and skips their checksums."""
+    """Read a checkpoint; `mapped` leaves the tensors on the disk and verifies only what is beside them."""
     broken = f"{path}: damaged, cut short or not a PyTorch checkpoint; copy or download it again"
     try:
-        if not mapped and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                damaged = archive.testzip()
-            if damaged is not None:
+        if zipfile.is_zipfile(path):  # torch.load looks at no checksum
+            damaged = _damaged_part(path, mapped=mapped)
+            if damaged:
                 raise UserError(f"{broken} (wrong checksum of {damaged})")
         with warnings.catch_warnings():  # the answer to a bad file is one line
             warnings.simplefilter("ignore", UserWarning)
@@ -178,6 +200,33 @@ def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise UserError(f"{path}: holds a {type(payload).__name__}, not a dict; save a state_dict in it")
     return payload
+
+
+def _damaged_part(path: Path, *, mapped: bool) -> str:
+    """What of an archive is not as it was written, empty when all is; `mapped` looks at nothing but the pickle."""
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+        entries = archive.infolist()
+        if not comment:
+            odd = [entry.filename for entry in entries if entry.is_dir() or entry.external_attr & _FOLDER]
+            if odd:
+                return f"the entry {odd[0]!r}"
+        if mapped:
+            for entry in entries:
+                if entry.filename.endswith("/data.pkl"):
+                    archive.read(entry)  # which verifies its checksum
+            return ""
+        if not comment:
+            found = archive.testzip()
+            return "" if found is None else repr(found)
+    written = _COMMENT.fullmatch(comment)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - len(comment)
+        while chunk := file.read(min(left, 2**20)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return "" if written and digest.hexdigest().encode() == written[1] else "the file"
 
 
 def _reason(error: OSError) -> str:
@@ -330,7 +379,7 @@ def load_weights(
 
 
 def _some(names: Iterable[str]) -> str:
-    names = list(names)
+    names = list(map(printable, names))
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
@@ -430,27 +479,50 @@ class CheckpointFiles:
         ours = re.compile(re.escape(self.case) + r"-(model_best|((epoch|backup)\d+-)?checkpoint)\.pth\.tar")
         return sorted(path for path in self.folder.iterdir() if ours.fullmatch(path.name))
 
-    def keep_latest(self, count: int) -> None:
-        """Make room for a new latest checkpoint: it and `count` - 1 before it stay, under `backup`'s names.
+    def write_latest(self, data: bytes | memoryview, keep: int) -> None:
+        """Write the latest checkpoint; it and `keep` - 1 before it stay, under `backup`'s names.
 
-        There is a whole checkpoint under one of the names at every moment.
+        The former ones are renamed when the new one is on the disk, and what is too much is removed in the end:
+        at every moment there are as many whole ones as before, whatever fails. Raises UserError when the disk
+        refuses.
         """
-        if self.latest.exists():
-            for number in range(count - 1, 1, -1):
-                if self.backup(number - 1).exists():
-                    os.replace(self.backup(number - 1), self.backup(number))
-            if count > 1:
-                _link(self.latest, self.backup(1))
-        surplus = itertools.takewhile(Path.exists, map(self.backup, itertools.count(count)))
-        for path in list(surplus):
-            path.unlink()
+        write_atomic(self.latest, data, before=self._shift_backups if keep > 1 else lambda: None)
+        for number in self._backups():
+            if number >= keep:
+                self.backup(number).unlink(missing_ok=True)
+
+    def _backups(self) -> list[int]:
+        """The numbers of the backups that are there, in order."""
+        ours = re.compile(re.escape(self.case) + r"-backup([1-9]\d*)-checkpoint\.pth\.tar")
+        found = map(ours.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else [])
+        return sorted(int(match[1]) for match in found if match)
+
+    def _shift_backups(self) -> None:
+        """Let the first backup be the latest checkpoint, and the others take the next number, up to a free one."""
+        first = self.backup(1)
+        if not self.latest.exists() or (first.exists() and first.samefile(self.latest)):
+            return  # a save that was cut short came so far
+        taken = self._backups()
+        free = next(number for number in itertools.count(1) if number not in taken)
+        for number in range(free, 1, -1):
+            os.replace(self.backup(number - 1), self.backup(number))
+        try:
+            os.link(self.latest, first)
+        except OSError:  # the disk knows no links
+            os.replace(self.latest, first)
 
     def promote(self, path: Path) -> None:
-        """Make a whole checkpoint the latest one, in place of one that is damaged or gone.
+        """Make a whole checkpoint the latest one if that is damaged or gone.
 
         Otherwise the next save would keep the damaged file as the backup and give up a whole one.
         """
-        write_atomic(self.latest, path.read_bytes())
+        try:
+            read(self.latest)
+        except UserError:
+            if path in map(self.backup, self._backups()):
+                os.replace(path, self.latest)
+            else:
+                write_atomic(self.latest, path.read_bytes())
 
     def remove_leftovers(self) -> None:
         """Remove what a run that was killed while it wrote has left of the file."""
@@ -517,18 +589,6 @@ class Found:
     path: Path | None
     payload: dict[str, Any]
     passed_over: tuple[str, ...] = ()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Let `target` name the file `source` too, whatever it named before; only it, where there are no links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        os.link(source, temporary)
-    except OSError:
-        os.replace(source, target)
-    else:
-        os.replace(temporary, target)
 
 
 # ---------------------------------------------------------------------------------------------

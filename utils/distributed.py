@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import DeviceConfig
 from utils.errors import TrainingError, UserError
 
 T = TypeVar("T")
+JOINING = timedelta(
+    minutes=5
+)  # that processes wait for each other at the start, where no launcher watches them
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,13 @@ def device_of(place: Place, config: DeviceConfig) -> tuple[torch.device, tuple[s
 
 
 @contextmanager
-def joined(place: Place, device: torch.device) -> Iterator[None]:
+def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) -> Iterator[None]:
     """The time in which the processes of a run work together: NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        place: which of them this one is.
+        device: its GPU, or the CPU.
+        joining: how long to wait for the others without torchrun, which ends all when one of them ends.
 
     Raises:
         TrainingError: they do not come together, or another one ended.
@@ -131,7 +142,7 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=place.rank,
             world_size=place.world_size,
-            store=_store_of_restart(os.environ),
+            store=_store(place, os.environ, joining),
         )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -150,16 +161,19 @@ def joined(place: Place, device: torch.device) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def _store_of_restart(environment: Mapping[str, str]) -> Any:
-    """Where processes that torchrun has started again find each other; None: where they do at first.
-
-    torchrun may keep its store, which then holds the addresses of the processes before.
-    """
-    restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
-    if restarts == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
+def _store(place: Place, environment: Mapping[str, str], joining: timedelta) -> Any:
+    """Where the processes find each other; None: where torchrun says."""
     address, port = environment["MASTER_ADDR"], int_of(environment, "MASTER_PORT", 0)
-    store = distributed.TCPStore(address, port, is_master=False)  # pyright: ignore[reportPrivateImportUsage]
+    tcp = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        store = tcp(address, port, place.world_size, is_master=place.first, timeout=joining)
+        store.set_timeout(default_pg_timeout)  # all are there
+        return store
+    restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+    if restarts == 0:
+        return None
+    # torchrun may keep its store, which then holds the addresses of the processes before the restart.
+    store = tcp(address, port, is_master=False)
     return distributed.PrefixStore(f"restart {restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -203,13 +217,17 @@ def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
     """The torchrun of each machine of the run, known by boot, PID and start time; none without torchrun.
 
     They are the same when torchrun starts the processes again, after a failure or because a machine came or went.
+    A system without /proc tells neither boot nor start time; there it is the machine's name and torchrun's `--rdzv_id`.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return ()
     parent = os.getppid()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    # The second field, the name in parentheses, may hold anything; the start time is the 22nd.
-    started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        # The second field, the name in parentheses, may hold anything; the start time is the 22nd.
+        started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        boot, started = socket.gethostname(), environment["TORCHELASTIC_RUN_ID"]
     return tuple(sorted(set(gathered(f"{boot} {parent} {started}"))))
 
 

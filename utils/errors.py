@@ -1,5 +1,13 @@
 """The two errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    """Text from a file, or a file's name, for a terminal or a log: what breaks a line or is not UTF-8 is escaped."""
+    breaking = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
+    return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
+
 
 class UserError(Exception):
     """Something the user wrote cannot work.
@@ -9,11 +17,11 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class TrainingError(Exception):
     """Training cannot go on, through no mistake in the options; `main.py` exits with status 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))

@@ -22,8 +22,8 @@ from torchvision.transforms.v2 import functional
 
 from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
-from utils.errors import UserError
-from utils.images import DECODE_ERRORS, decode, printable, read, reason_of, walk
+from utils.errors import UserError, printable
+from utils.images import DECODE_ERRORS, decode, read, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
 SLENDER = 16  # times longer than wide

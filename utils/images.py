@@ -6,7 +6,6 @@ import io
 import os
 import stat
 import struct
-import unicodedata
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,12 +89,6 @@ def not_for_dali(image: ImageFile.ImageFile) -> str:
     if image.format == "TIFF" and image.mode in ("1", "LA", "LAB"):
         return f"TIFF of the mode {image.mode}"
     return ""
-
-
-def printable(text: str) -> str:
-    """Return a file's name with everything escaped that would break a line or cannot be written as UTF-8."""
-    breaking = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
-    return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,10 @@ from typing import Any
 SAVED = (
     75  # exit status of a run that was asked to end, has saved its state and goes on with -r (EX_TEMPFAIL)
 )
-GRACE = 5.0  # seconds
+# Seconds in which signals are repeats of the first: `timeout`, for one, signals its child and then the child's group.
+REPEATS = 0.5
+# The same in a process that a launcher has started, which gets what the launcher passes on, too.
+REPEATS_PASSED_ON = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -25,18 +28,18 @@ class Requests:
     on what it gets, and a terminal's Ctrl-C reaches all that was started from it.
 
     Args:
-        grace: seconds after a request in which signals are repeats of it.
+        repeats: seconds after a request in which signals are repeats of it.
         clock: the time in seconds.
     """
 
-    def __init__(self, grace: float = GRACE, clock: Callable[[], float] = time.monotonic) -> None:
-        self._grace, self._clock = grace, clock
+    def __init__(self, repeats: float = REPEATS, clock: Callable[[], float] = time.monotonic) -> None:
+        self._repeats, self._clock = repeats, clock
         self._last: float | None = None
 
     def new(self) -> bool:
         """Whether a signal that comes now is a request of its own."""
         now = self._clock()
-        if self._last is not None and now < self._last + self._grace:
+        if self._last is not None and now < self._last + self._repeats:
             return False
         self._last = now
         return True
@@ -45,19 +48,23 @@ class Requests:
 class Stop:
     """Remembers SIGTERM or SIGINT while it is open as a context; a second request ends the process at once.
 
-    Signals within `GRACE` seconds are one request. It stays in force in a process that was asked to end, which may
-    get repeats of the signal until then.
+    It stays in force in a process that was asked to end, which may get repeats of the signal until then.
 
     Args:
-        say: takes a line when the first signal comes, in a thread of its own.
+        say: takes a line when the first signal comes, in a thread of its own, which may be kept waiting.
+        repeats: seconds after the first signal in which others are repeats of it.
+        at_once: whether a signal that comes now ends the process whatever came before; None: nobody can tell.
 
     Attributes:
         asked: the name of the signal that came, empty before.
     """
 
-    def __init__(self, say: Callable[[str], object] = lambda line: None) -> None:
+    def __init__(
+        self, say: Callable[[str], object] = lambda line: None, *, repeats: float = REPEATS,
+        at_once: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
         self.asked = ""
-        self._say = say
+        self._say, self._repeats, self._at_once = say, repeats, at_once
         self._former: dict[int, Any] = {}
         self._former_fd = -1
         self._pipe = (-1, -1)
@@ -85,17 +92,25 @@ class Stop:
         self.asked = self.asked or signal.Signals(number).name
 
     def _watch(self) -> None:
-        requests, asked = Requests(), False
+        requests, asked = Requests(self._repeats), False
         while numbers := os.read(self._pipe[0], 64):
             for number in numbers:
-                if number not in SIGNALS or not requests.new():
+                if number not in SIGNALS:
+                    continue
+                if self._at_once is not None and self._at_once():
+                    os._exit(128 + number)
+                if not requests.new():
                     continue
                 if asked:
                     os._exit(128 + number)
                 asked = True
+                # Output that nobody reads must not keep this thread from the second signal.
                 name = signal.Signals(number).name
-                with contextlib.suppress(OSError):  # a full disk takes no log
-                    self._say(
-                        f"{name}: ends after this step, saved; a signal after {GRACE:g} seconds ends at once"
-                    )
+                threading.Thread(target=self._tell, args=(name,), name="signal", daemon=True).start()
         os.close(self._pipe[0])
+
+    def _tell(self, name: str) -> None:
+        soon = self._at_once is not None or self._repeats <= REPEATS
+        second = "a second signal" if soon else f"a signal after {self._repeats:g} seconds"
+        with contextlib.suppress(OSError):  # a full disk takes no log
+            self._say(f"{name}: ends after this step, saved; {second} ends at once")

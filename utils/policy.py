@@ -351,7 +351,8 @@ class Steering:
         log: takes a line for each change.
         warnings: what falls away.
         optim: the options as they are now.
-        rates: the learning rates as they are now.
+        rates: the learning rates, with the base rates that have been set so far.
+        planned_rates: the same with all that the policy will set.
         plan: every change that is to come, in order.
 
     Raises:
@@ -371,13 +372,13 @@ class Steering:
         self._done = {"epoch": -1, "iteration": -1}
         self._attributes: dict[str, dict[str, Any]] = {}
         self._options: dict[str, Any] = {}
-        self.plan = self._planned()
+        self.plan, self.planned_rates = self._planned()
         for rule in rules:
             if rule.section == "init" and rule.trains:
-                self._set_options(rule.values)
+                self._set_options(rule.values, 0)
 
-    def _planned(self) -> tuple[Change, ...]:
-        """Every change in its order, on attributes and options that are followed without touching any."""
+    def _planned(self) -> tuple[tuple[Change, ...], Schedule]:
+        """Every change in its order, on attributes and options that are followed without touching any; the rates."""
         per_epoch, total = self.rates.steps_per_epoch, self.rates.total_steps
         limits = {"epoch": total // per_epoch, "iteration": total}
         events: list[tuple[int, int, int, Rule]] = []
@@ -392,8 +393,8 @@ class Steering:
                 step = at * per_epoch if rule.section == "epoch" else at
                 events.append((step, SECTIONS.index(rule.section), at, rule))
         values: dict[tuple[str, str], Any] = {}
-        optim, changes = self.optim, list[Change]()
-        for _, section, at, rule in sorted(events, key=lambda event: event[:2]):
+        optim, rates, changes = self.optim, self.rates, list[Change]()
+        for step, section, at, rule in sorted(events, key=lambda event: event[:2]):
             when = "init" if section == 0 else f"{rule.section} {at}"
             if rule.trains:
                 self._check_options(rule)
@@ -403,10 +404,11 @@ class Steering:
                         f"{rule} changes nothing at {when}: the training has these values already"
                     )
                 optim = dataclasses.replace(optim, **rule.values)
+                rates = _with_base(rates, step, optim.lr)
                 changes += made
             elif section > 0:
                 changes += _plan_quantizers(rule, when, self._model, values)
-        return tuple(changes)
+        return tuple(changes), rates
 
     def _check_options(self, rule: Rule) -> None:
         """Refuse options that this training does not read."""
@@ -452,16 +454,16 @@ class Steering:
                 key=lambda event: event[0],
             )  # fmt: skip
             for at, rule in due:
-                other |= self._carry_out(rule, f"{section} {at}")
+                other |= self._carry_out(rule, f"{section} {at}", step)
             self._done[section] = max(self._done[section], now)
         return other
 
-    def _carry_out(self, rule: Rule, when: str) -> bool:
-        """Change what a rule says, log it; returns whether the network is another one now."""
+    def _carry_out(self, rule: Rule, when: str, step: int) -> bool:
+        """Change what a rule says before a step, log it; returns whether the network is another one now."""
         if rule.trains:
             for change in _option_changes(when, self.optim, rule.values):
                 self.log(str(change))
-            self._set_options(rule.values)
+            self._set_options(rule.values, step)
             return False
         other = False
         for where, quantizer in _select(rule, self._model):
@@ -477,11 +479,11 @@ class Steering:
                 other |= name in OTHER_NETWORK
         return other
 
-    def _set_options(self, values: Mapping[str, Any]) -> None:
-        """Set training options and what follows from them in the optimizer."""
+    def _set_options(self, values: Mapping[str, Any], step: int) -> None:
+        """Set training options from a step on, and what follows from them in the optimizer."""
         self._options |= values
         self.optim = dataclasses.replace(self.optim, **values)
-        self.rates = dataclasses.replace(self.rates, lr=self.optim.lr)
+        self.rates = _with_base(self.rates, step, self.optim.lr)
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(settings.settings(self.optim))
             if "momentum" in values:
@@ -490,21 +492,54 @@ class Steering:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimizer, as plain values."""
         attributes = {name: dict(values) for name, values in self._attributes.items()}
-        return {"done": dict(self._done), "quantizers": attributes, "options": dict(self._options)}
+        return {
+            "done": dict(self._done),
+            "quantizers": attributes,
+            "options": dict(self._options),
+            "rates": [list(change) for change in self.rates.later],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start."""
+        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start.
+
+        Raises:
+            UserError: it has other values than policies set.
+            KeyError, TypeError, ValueError, AttributeError: it is no such state, or of another network.
+        """
         from model.quant import quantizers
 
         if not state:
             return
-        self._done = dict(state["done"])
+        where, later = "the checkpoint's policy", tuple((step, lr) for step, lr in state.get("rates", []))
+        done = {section: state["done"][section] for section in self._done}
+        if not all(map(_is_integer, (*done.values(), *(step for step, _ in later)))):
+            raise ValueError(f"{where} was carried out until {done}")
         own = dict(quantizers(self._model))
-        for where, values in state["quantizers"].items():
+        settings = [(own[name], values) for name, values in state["quantizers"].items()]
+        for known, values in (
+            *(((*FLAGS, *WORDS, "scale"), values) for _, values in settings),
+            (TRAINING, state["options"]),
+            *((("lr",), {"lr": lr}) for _, lr in later),
+        ):
             for name, value in values.items():
-                _set(own[where], name, value)
-            self._attributes[where] = dict(values)
-        self._set_options(state["options"])
+                if name not in known:
+                    raise ValueError(f"{where} sets {name}")
+                _check_value(where, name, value)
+        self._done = done
+        for quantizer, values in settings:
+            for name, value in values.items():
+                _set(quantizer, name, value)
+        self._attributes = {name: dict(values) for name, values in state["quantizers"].items()}
+        self.rates = dataclasses.replace(self.rates, later=later)
+        # From the start on where a checkpoint does not say since when.
+        self._set_options(state["options"], later[-1][0] if later else 0)
+
+
+def _with_base(rates: Schedule, step: int, lr: float) -> Schedule:
+    """The rates with another base rate from a step on."""
+    if rates.base(step) == lr:
+        return rates
+    return dataclasses.replace(rates, later=(*rates.later, (step, lr)))
 
 
 def _option_changes(when: str, optim: OptimConfig, values: Mapping[str, Any]) -> list[Change]:

@@ -15,6 +15,7 @@ exponents of float32 and needs no scaling. O3 has no scaling, as it had none in 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -204,9 +205,17 @@ class Precision:
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict()`; an empty one, of a run without scaling, changes nothing."""
-        if state and self.scaling:
-            self._scaler.load_state_dict(dict(state))
+        """Take over a `state_dict()`; an empty one, of a run without scaling, changes nothing.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such state.
+        """
+        if not state or not self.scaling:
+            return
+        for name in self._scaler.state_dict():
+            if not 0 <= state[name] < math.inf or (name == "scale" and state[name] == 0):
+                raise ValueError(f"{name} is {state[name]}")
+        self._scaler.load_state_dict(dict(state))
 
 
 def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

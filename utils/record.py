@@ -27,17 +27,18 @@ class Recorder:
         model: the network.
         config: the run's configuration.
         done: epochs that the run has done; what the files hold of later ones is dropped.
+        position: images of the next one that it has seen.
 
     Raises:
         UserError: TensorBoard is not installed, a folder cannot be written, a file is damaged.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, config: Config, done: int) -> None:
+    def __init__(self, folder: Path, model: nn.Module, config: Config, done: int, position: int = 0) -> None:
         self.board = Board(folder / "tensorboard" if config.run.tensorboard else None, purge_step=done + 1)
         self._file = RecordsFile(folder / "quantizers.jsonl")
         self._file.truncate_after(done + 1)
         self._model, self._config = model, config
-        self._health = Health(model)
+        self._health = Health(model, epoch_begins=position == 0)
         self._images: Tensor | None = None
         self._last = config.schedule.epochs + config.schedule.extra_epoch
 

@@ -61,13 +61,15 @@ class Schedule:
 
     Args:
         config: the schedule, as accepted by `check`.
-        lr: the base rate of the groups without a rate of their own.
+        lr: the base rate of the groups without a rate of their own, at the start.
         steps_per_epoch: iterations of one epoch, at least 1.
+        later: other base rates, each with the iteration from which on it holds, in their order.
     """
 
     config: ScheduleConfig
     lr: float
     steps_per_epoch: int
+    later: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an empty epoch."""
@@ -79,13 +81,17 @@ class Schedule:
         """The iterations of the run, `extra_epoch` included."""
         return (self.config.epochs + self.config.extra_epoch) * self.steps_per_epoch
 
+    def base(self, step: int) -> float:
+        """Give the base rate at an iteration counted from 0."""
+        return next((lr for begin, lr in reversed(self.later) if begin <= step), self.lr)
+
     def at(self, step: int) -> float:
-        """Give the rate of a group whose base rate is `lr` at an iteration counted from 0."""
-        return learning_rate(self.config, self.lr, step, self.steps_per_epoch)
+        """Give the rate of a group without a rate of its own at an iteration counted from 0."""
+        return learning_rate(self.config, self.base(step), step, self.steps_per_epoch)
 
     def factor(self, step: int) -> float:
         """Give the rate divided by the base rate; defined for a base rate of 0 as well."""
-        return _factor(self.config, _floor(self.config, self.lr), step, self.steps_per_epoch)
+        return _factor(self.config, _floor(self.config, self.base(step)), step, self.steps_per_epoch)
 
     def skip_update(self, step: int) -> bool:
         """Tell whether this iteration belongs to the warmup, which takes no optimizer step."""

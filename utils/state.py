@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from model.quant import quantizers
 from utils import checkpoint, distributed, log
 from utils.checkpoint import CheckpointFiles, Found, LoadReport
 from utils.config import Config, to_dict
-from utils.errors import TrainingError, UserError
+from utils.errors import TrainingError, UserError, printable
 from utils.parts import Parts
 
 # Fields of the network that matter at its start or in the gradient only: a run may go on with others.
@@ -157,6 +159,7 @@ def restore(
     ]
     try:
         optimizer.load_state_dict(payload["optimizer"])
+        _check_optimizer(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
     for group, option in zip(optimizer.param_groups, options, strict=True):
@@ -173,6 +176,32 @@ def restore(
         methods=_wanted(payload.get("methods", {}), config),
         differences=changed,
     )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError when what is kept of a parameter has neither its shape nor a single element."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {list(value.shape)} for {list(parameter.shape)}")
+
+
+@contextmanager
+def believing(path: Path | None) -> Iterator[None]:
+    """Where the parts of a run take over what `path` holds of them: what they cannot take is the file's fault."""
+    if path is None:  # nothing is taken over
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} is damaged: it holds what this program does not write ({type(error).__name__}: "
+            f"{reason:.200}); use --pretrained or another file"
+        ) from error
 
 
 def _wanted(methods: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -221,16 +250,63 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
         "launchers": (list,),
     }  # fmt: skip
     for name, kind in kinds.items():
-        if name in payload and not isinstance(payload[name], kind):
-            raise UserError(
-                f"{path} is damaged: {name} is {payload[name]!r}; use --pretrained or another file"
-            )
-    for name in ("epoch", "position"):
-        if payload.get(name, 0) < 0:
-            raise UserError(f"{path} is damaged: {name} is {payload[name]}; use --pretrained or another file")
+        if name in payload and (not isinstance(payload[name], kind) or isinstance(payload[name], bool)):
+            raise _damaged(path, name, payload[name])
+    for name in ("epoch", "position", "seconds", "waited"):
+        if not 0 <= payload.get(name, 0) < math.inf:
+            raise _damaged(path, name, payload[name])
+    if math.isnan(payload.get("best_acc", 0)):
+        raise _damaged(path, "best_acc", payload["best_acc"])
     rows = payload.get("sums", [])
-    if not all(isinstance(row, list) and len(row) == len(log.Totals.EMPTY) for row in rows):
-        raise UserError(f"{path} is damaged: sums is {rows!r}; use --pretrained or another file")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(log.Totals.EMPTY):
+            raise _damaged(path, "sums", rows)
+        if not all(isinstance(value, float | int) and math.isfinite(value) for value in row):
+            raise _damaged(path, "sums", rows)
+    _check_place(payload, path)
+
+
+def _damaged(path: Path, name: str, value: object) -> UserError:
+    """What is said of an entry that `save` does not write."""
+    return UserError(f"{path} is damaged: {name} is {value!r:.200}; use --pretrained or another file")
+
+
+def _check_place(payload: dict[str, Any], path: Path) -> None:
+    """Refuse an epoch and a position that contradict the step of the schedule or the length of the run."""
+    config, scheduler = payload.get("config"), payload.get("scheduler")
+    if config is None or not isinstance(scheduler, dict) or "step" not in scheduler:
+        return  # another program's
+    try:
+        together = config["data"]["batch_size"] * config["data"]["world_size"]
+        epochs = config["schedule"]["epochs"] + config["schedule"]["extra_epoch"]
+        step, epoch = scheduler["step"], payload["epoch"]
+        within = math.ceil(payload.get("position", 0) // together / config["optim"]["iter_size"])
+        per_epoch = (step - within) / max(epoch, 1)
+        fits = per_epoch >= 1 and per_epoch == int(per_epoch) if epoch else per_epoch == 0
+    except (KeyError, TypeError, ArithmeticError) as error:
+        raise _damaged(path, "scheduler or config", scheduler) from error
+    if not fits or epoch > epochs or (epoch and within > per_epoch):
+        place = (epoch, payload.get("position", 0), step)
+        raise _damaged(path, "(epoch, position, scheduler's step)", place)
+
+
+def schedule_change(payload: dict[str, Any], state: RunState, config: Config, steps_per_epoch: int) -> str:
+    """What to warn of when the run's schedule goes on at another step than the checkpoint's; empty: it does not."""
+    scheduler = payload.get("scheduler")
+    before = scheduler.get("step") if isinstance(scheduler, dict) else None
+    now = _step(state, config, steps_per_epoch)
+    if before in (None, now):
+        return ""
+    return (
+        f"the schedule was at step {before} and goes on from step {now}: batches, processes or the number of "
+        "images have changed"
+    )
+
+
+def _step(state: RunState, config: Config, steps_per_epoch: int) -> int:
+    """The steps of the optimizer, from 0, that were taken before a state."""
+    batch = state.position // (config.data.batch_size * config.data.world_size)
+    return state.epoch * steps_per_epoch + math.ceil(batch / config.optim.iter_size)
 
 
 def _levels(value: torch.Tensor, path: Path) -> int:
@@ -255,7 +331,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{field}.")
         elif old != new:
-            found.append(f"{field} was {old} and is {new} now")
+            found.append(printable(f"{field} was {old} and is {new} now"))
     return tuple(sorted(found))
 
 
@@ -276,8 +352,7 @@ def save(
     of_ranks = distributed.gathered((list(state.sums), checkpoint.random_state()))
     if config.data.rank != 0:
         return
-    batch = state.position // (config.data.batch_size * config.data.world_size)
-    step = state.epoch * rates.steps_per_epoch + math.ceil(batch / config.optim.iter_size)
+    step = _step(state, config, rates.steps_per_epoch)
     payload = {
         "epoch": state.epoch,
         "position": state.position,
@@ -317,8 +392,7 @@ def _write(
         if epoch is not None:
             checkpoint.write_atomic(files.epoch(epoch), data)
         # Last, because it is what a killed run continues from: then the others are there already.
-        files.keep_latest(keep)
-        checkpoint.write_atomic(files.latest, data)
+        files.write_latest(data, keep)
     except (UserError, OSError) as error:  # the options were right when the run began
         raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
 
@@ -341,7 +415,18 @@ def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen:
         files: the checkpoints.
         found: what the run goes on from.
         chosen: the file that the user named.
+
+    Raises:
+        UserError: checkpoints could not be written there.
     """
+    try:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=files.folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--weights_dir: {files.folder} cannot be written ({error.strerror}); choose another --weights_dir"
+        ) from error
     own = {path.resolve() for path in files.existing()}
     if found.path is None or found.path.resolve() not in own:
         keep_earlier_run(folder, files)
