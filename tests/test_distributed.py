@@ -45,7 +45,7 @@ epoch:
   - {at: 2, enable: true}
 """
 GO_ON = f"--resume_file {WEIGHTS}"
-SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.05"
+SLOW = f"{LINE} -b 8 --save_every 1 --delay 0.5"  # it is ended soon
 SPOILS = """
 import os
 import torch
@@ -88,7 +88,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "init-two": {"world": 2, "line": f"{LINE.replace('--stable 5', '--re_init')} -b 8 --case init-two --epochs 1"},
     "methods-one": {"world": 1, "line": f"{LINE} {METHODS} -b 16 --case methods-one"},
     "methods-two": {"world": 2, "line": f"{LINE} {METHODS} -b 8 --case methods-two"},
-    "iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --case iter"},
+    # With seed 0 a norm puts out 2e-7 in the first step, whose sign, and so the ReLU's gradient, is that of rounding.
+    "iter-one": {"world": 1, "line": f"{LINE.replace('--stable 5', '')} -b 8 --iter_size 2 --seed 1 --case iter-one"},
+    "iter-two": {"world": 2, "line": f"{LINE.replace('--stable 5', '')} -b 4 --iter_size 2 --seed 1 --case iter-two"},
     "off-one": {"world": 1, "line": f"{LINE} -b 16 --case off-one --policy off.yaml"},
     "off-two": {"world": 2, "line": f"{LINE} -b 8 --case off-two --policy off.yaml"},
     "off-iter": {"world": 2, "line": f"{LINE} -b 4 --iter_size 2 --stable 10 --case off-iter --policy off.yaml"},
@@ -114,7 +116,7 @@ def together(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     (folder / "network.py").write_text(network + SPOILS)
     process = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
-        input=json.dumps(list(runs.values())), capture_output=True, check=False, timeout=300,
+        input=json.dumps(list(runs.values())), capture_output=True, check=False, timeout=1200,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return {**dict(zip(runs, json.loads(process.stdout), strict=True)), "folder": folder}
@@ -155,7 +157,7 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(
-            two[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            two[name], value, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -169,7 +171,8 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
         "continued",
         "evaluated",
         "init-two",
-        "iter",
+        "iter-one",
+        "iter-two",
         "half",
         "off-two",
         "off-iter",
@@ -187,27 +190,28 @@ def test_methods_of_training_in_two_processes(done: dict[str, Any]) -> None:
     assert_close(one["state_dict"], two["state_dict"])
     assert_close(one["methods"]["average"]["weights"], two["methods"]["average"]["weights"])
     for mine, expected in zip(metrics(done, "methods-two"), metrics(done, "methods-one"), strict=True):
-        assert mine["ema_loss"] == pytest.approx(expected["ema_loss"], rel=1e-3)
+        assert mine["ema_loss"] == pytest.approx(expected["ema_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["two", "one-two", "two-one", "mid-one", "iter"])
-def test_two_processes_are_one_with_the_doubled_batch(done: dict[str, Any], case: str) -> None:
+@pytest.mark.parametrize(
+    ("single", "case"),
+    [("one", "two"), ("one", "one-two"), ("one", "two-one"), ("one", "mid-one"), ("iter-one", "iter-two")],
+)
+def test_two_processes_are_one_with_the_doubled_batch(done: dict[str, Any], single: str, case: str) -> None:
     """Weights, statistics, ranges and momentum; so are runs that go on in another number of processes."""
-    one, other = payload(done, "one"), payload(done, case)
-    if case == "iter":  # the warm-up counts passes, of which there are twice as many
-        assert other["epoch"] == 3
-        return
+    one, other = payload(done, single), payload(done, case)
+    assert one["scheduler"] == other["scheduler"]
     assert_close(one["state_dict"], other["state_dict"])
     for index, state in one["optimizer"]["state"].items():
         torch.testing.assert_close(
             other["optimizer"]["state"][index]["momentum_buffer"],
             state["momentum_buffer"],
-            rtol=1e-3,
-            atol=1e-3,
+            rtol=1e-4,
+            atol=1e-5,
         )
-    rows = metrics(done, "one")[-len(metrics(done, case)) :]
+    rows = metrics(done, single)[-len(metrics(done, case)) :]
     for row, expected in zip(metrics(done, case), rows, strict=True):
-        assert row == pytest.approx(expected, rel=1e-3)
+        assert row == pytest.approx(expected, rel=1e-5)
         assert row["val_top1"] == expected["val_top1"]  # 25 images, an odd number: each counts once
 
 

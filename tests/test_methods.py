@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import main
+from tests.test_checkpoint import Malicious
 from utils.checkpoint import read as read_checkpoint
 from utils.resolve import read
 
@@ -148,6 +149,21 @@ def test_freezing_goes_on_where_a_policy_turns_weights_off() -> None:
 def test_evaluating_needs_no_teacher(teacher: Path) -> None:
     line = f"{FP} -e --pretrained none --distill_teacher resnet20 --distill_pretrained gone.pth"
     assert main.main(line.split()) == 0
+
+
+def test_code_in_a_teachers_file_is_refused_and_not_run(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = torch.load(teacher / "weights" / "resnet20" / "teacher-checkpoint.pth.tar", weights_only=True)
+    path, trace = tmp_path / "evil.pth.tar", tmp_path / "trace"
+    torch.save({**whole, "x": Malicious(f"touch {trace}")}, path)
+    line = f"{LSQ} --distill_teacher resnet20 --distill_pretrained {path} --case pupil"
+    assert main.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"main.py: error: {path}: refused, because it holds ") and error.count("\n") == 1
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert trace.exists()
 
 
 def test_a_teacher_of_one_width_takes_it() -> None:

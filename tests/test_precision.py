@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,27 @@ def test_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: s
     first = "weights/resnet20/whole-epoch1-checkpoint.pth.tar"
     assert main.main(f"{line} --case part --resume_file {first}".split()) == 0
     assert "passed: 40 quantizers" in (tmp_path / "exp" / "part" / "audit.txt").read_text()
+
+
+def test_a_gpu_that_emulates_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train several times slower and say nothing; float16, or float32, it has."""
+    asked: list[bool] = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda", 0)
+    for level in ("O1", "O2", "O3"):
+        with pytest.raises(
+            UserError, match=r"--amp_dtype bfloat16: Old GPU has no such .* --amp_dtype float16"
+        ):
+            precision.check(PrecisionConfig(level=level, dtype="bfloat16"), gpu)
+        assert precision.check(PrecisionConfig(level=level, dtype="float16"), gpu) == ()
+    assert asked == [False] * 3
+    assert precision.check(PrecisionConfig(level="O0", dtype="bfloat16"), gpu) == ()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert precision.check(PrecisionConfig(level="O1", dtype="bfloat16"), gpu) == ()

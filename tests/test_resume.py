@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import kill
+from utils import checkpoint
 from utils.state import first_batch, sums_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +25,59 @@ def test_twenty_ends_at_random_moments() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("20 ends (")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 400 KiB."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        pytest.skip(f"needs the right to mount a disk: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(small_disk: Path) -> None:
+    """Saves that fail leave every checkpoint; with room again the run goes on, with the bits of one that had it."""
+    folder = small_disk.parent
+    (folder / "network.py").write_text(kill.NETWORK)
+
+    def run(options: str) -> subprocess.CompletedProcess[str]:
+        line = f"{kill.COMMON} --lr_policy fix --keep 3 {options}".replace("--delay 0.01", "")
+        return subprocess.run(
+            [sys.executable, str(ROOT / "main.py"), *line.split()],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert run("--case full --epochs 4 --weights_dir elsewhere").returncode == 0
+    assert run("--case run --epochs 3").returncode == 0
+    paths = sorted(small_disk.glob("tiny/run-*"))
+    assert len(paths) == 4
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in paths}
+    with (small_disk / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        while True:
+            file.write(bytes(4096))
+    for _ in range(2):
+        done = run("--case run --epochs 4 -r")
+        assert done.returncode in (1, 2) and "No space left on device" in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+        assert {path: (path.stat().st_ino, path.read_bytes()) for path in paths} == before
+        assert not list(small_disk.glob("tiny/.*"))
+    (small_disk / "fill").unlink()
+    done = run("--case run --epochs 4 -r")
+    assert done.returncode == 0 and "3 epochs are done" in done.stdout
+    one, other = (
+        checkpoint.read(folder / where / "tiny" / f"{case}-checkpoint.pth.tar")
+        for where, case in (("elsewhere", "full"), ("weights", "run"))
+    )
+    assert all(value.equal(other["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
 def test_lost_progress_is_seen(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import tools
+from tests.test_checkpoint import Malicious
 from tests.test_interrupt import job_is_gone, processes, started_by
 from utils import checkpoint
 from utils.errors import UserError
@@ -154,6 +155,44 @@ def test_a_file_with_code_is_refused(call: Call, tmp_path: Path) -> None:
     status, out, err = call("--keyword", "verbose", "--old", path)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"tools.py: error: {path}: refused, because it holds pathlib.")
+
+
+READS = sorted(name for name, word in tools.WORDS.items() if "old" in word.needs)
+
+
+@pytest.mark.parametrize("word", READS)
+def test_code_in_a_checkpoint_is_refused_and_not_run(call: Call, tmp_path: Path, word: str) -> None:
+    """By every word that reads one, with all else that it asks for; nothing is written."""
+    path, trace, new = tmp_path / "code.pth.tar", tmp_path / "trace", tmp_path / "new.pth.tar"
+    torch.save({"state_dict": STATE, "x": Malicious(f"touch {trace}")}, path)
+    mf, mt = lists(tmp_path, "fc.bias\n", "head.bias\n")
+    given = {"old": path, "new": new, "mf": mf, "mt": mt}
+    arguments = [part for name in tools.WORDS[word].needs for part in (f"--{name}", given[name])]
+    status, out, err = call("--keyword", word, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{path}: refused, because it holds " in err
+    assert not trace.exists() and not new.exists()
+    torch.load(path, weights_only=False)  # it would have
+    assert trace.exists()
+
+
+def test_words_that_read_checkpoints() -> None:
+    assert {"load", "save", "swap", "update", "verbose"} <= set(READS)
+
+
+def test_names_show_no_control_characters(call: Call, tmp_path: Path) -> None:
+    """They could move the cursor, or look like lines of their own."""
+    path = tmp_path / "odd.pth.tar"
+    checkpoint.save(path, {"a\x1b[2J\nb": torch.ones(1), "../../x": torch.ones(2), "\u00e9": torch.ones(1)})
+    for options in ((), ("--verbose_list", "all")):
+        status, out, _ = call("--keyword", "verbose", "--old", path, *options)
+        assert status == 0 and "\x1b" not in out
+        assert [line.split()[0] for line in out.splitlines()[1:-1]] == [r"a\x1b[2J\nb", "../../x", "\u00e9"]
+    checkpoint.save(path, {"state_dict": {"w": torch.ones(1)}, "k\x1b[2J": 3})
+    assert (
+        r"keys: state_dict, k\x1b[2J=3; weights under state_dict"
+        in call("--keyword", "verbose", "--old", path)[1]
+    )
 
 
 def test_a_reader_that_stops_early(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.kill import load_everything, said, start, status_of
 def run(world: int, line: str, signal_name: str = "", whom: list[int] | None = None, when: str = "") -> Any:
     """Start the processes of a run, end some of them if asked to, and wait for all."""
     pids = start(Path.cwd(), line, world)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while when and not Path(when).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     for rank in whom or []:

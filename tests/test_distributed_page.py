@@ -1,0 +1,107 @@
+"""The examples of docs/distributed.md, as they are written but for names and sizes, each as a dry run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kill import free_port
+from tests.test_guide import NEEDED
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "--dataset fake --keyword cifar10,origin,cbsa,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 "
+    "--width_alpha 0.125 --input_size 16 --fake_size 32 -b 4 -v 4 --epochs 1 --case page --dry_run"
+)
+# In the place of SLURM's commands: two tasks on machines that are all this one.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do
+  printf '%s\\n' "$1" >>srun-options
+  shift
+done
+tasks=()
+for number in 0 1; do
+  SLURM_NODEID=$number SLURM_PROCID=$number SLURM_LOCALID=0 "$@" &
+  tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || exit; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+[[ $* == "show hostnames a[1-2]" ]] && printf '127.0.0.1\\n127.0.0.2\\n'
+"""
+
+
+def blocks() -> list[str]:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    return re.findall(r"^```sh\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def runs(block: str) -> int:
+    """How many runs a block starts: the lines that begin one, or one of which each line is a part."""
+    parts = re.search(r"--node_rank|--rank|srun", block)
+    return 1 if parts else len(block.splitlines())
+
+
+def test_every_way_of_starting_is_there() -> None:
+    text = "\n".join(blocks())
+    for command in ("train.sh", "main.py", "launch.py", "srun", "TORCHRUN=", "NPROC=", "--distributed"):
+        assert command in text
+    assert len(blocks()) == 5 and text.count("srun") == text.count("srun --kill-on-bad-exit=1") == 2
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_an_example(tmp_path: Path, number: int) -> None:
+    for name in NEEDED:
+        source = ROOT / name
+        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    (tmp_path / "config" / "config.NAME").write_text(f'options="$options {SMALL}"\n')
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    block, port = blocks()[number], str(free_port())
+    text = block
+    for written, instead in (
+        (r" CONFIG\b", " config/config.NAME"),
+        (r" (--keyword )?\.\.\.", f" {SMALL}"),
+        (r"\bfirst\.host\b", "127.0.0.1"),
+        (r"\b29500\b", port),
+        (r"\bNPROC=4\b", "NPROC=1"),
+    ):
+        text = re.sub(written, instead, text)
+    if "--node_rank" in text and "srun" not in text:  # a line for each machine
+        text = text.replace("\n", " &\n")
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "MASTER_"))
+        and name not in ("NPROC", "TORCHRUN", "WORLD_SIZE", "RANK")
+    }
+    done = subprocess.run(
+        ["bash", "-e", "-c", f"{text}\nwait"],
+        cwd=tmp_path,
+        env={
+            **inherited,
+            "PYTHON": sys.executable,
+            "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "OMP_NUM_THREADS": "1",
+            "SLURM_NNODES": "2",
+            "SLURM_NTASKS": "2",
+            "SLURM_JOB_NODELIST": "a[1-2]",
+            **({} if "scontrol" in block else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+    assert not re.search(r"error|failed|Traceback", done.stderr), done.stderr
+    assert done.stdout.count("dry run: everything checked, nothing trained") == runs(block)
+    assert re.search(r"^  world_size: 2$", done.stdout, flags=re.MULTILINE)
