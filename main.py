@@ -179,6 +179,7 @@ def run(config: Config) -> int:
         precision.prepare(model, config.precision)
         optimizer, groups = optim.build(model, config.optim)
         warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
+        warnings += audit.unexplained(model)
         steering = policy.Steering(
             config.policy, model, optimizer, groups, config.optim, rates, shortened=settings.shortened
         )

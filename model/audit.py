@@ -29,6 +29,7 @@ class AuditRow:
         seen: most distinct values in any of its groups; 0 when it was never reached.
         changed: some value came out other than it went in.
         exact: the output was always what the quantizer's own integers stand for.
+        finite: no value that came out was infinite or not a number.
         warming: it still passes its input (`--stable`).
     """
 
@@ -37,6 +38,7 @@ class AuditRow:
     seen: int
     changed: bool = True
     exact: bool = True
+    finite: bool = True
     warming: bool = False
 
     @property
@@ -46,6 +48,8 @@ class AuditRow:
             return "was never reached"
         if self.warming:
             return "passes its input: the warm-up of --stable has not ended"
+        if not self.finite:
+            return "puts out values that are not finite"
         if self.seen > self.allowed and not self.changed:
             return "passes its input"
         if self.seen > self.allowed:
@@ -117,9 +121,14 @@ class _Watch:
         self.values: list[Tensor] = []
         self.changed = False
         self.exact = True
+        self.finite = True
 
     def __call__(self, module: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.changed = self.changed or not torch.equal(inputs[0], output)
+        if not output.isfinite().all():  # no level's number
+            self.finite = False
+            self.values = self.values or [row[:1] for row in module.level_rows(output.detach())]
+            return
         if type(module).encode is not Quantizer.encode:  # a user's own quantizer may know no integers
             expected = module.integers(inputs[0]).dequantize().to(output.dtype)
             self.exact = self.exact and torch.equal(output, expected)
@@ -274,6 +283,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 seen=watches[name].seen,
                 changed=watches[name].changed,
                 exact=watches[name].exact,
+                finite=watches[name].finite,
                 warming=bool(module.warming_up()),
             )
             for name, module in found.items()
@@ -281,12 +291,20 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     missing = [] if config is None else unquantized(model, config)
     rows += [AuditRow(name=name, allowed=0, seen=0) for name in missing]
     layers = [LayerRow(name=name, problem=problem) for name, problem in products.problems.items()]
-    if rows:
-        layers = [_in_full_precision(model, name) for name in full_precision(model)] + layers
-    return Audit(tuple(rows), tuple(layers))
+    return Audit(tuple(rows), (*(full_precision_rows(model) if rows else ()), *layers))
 
 
-def _in_full_precision(model: nn.Module, name: str) -> LayerRow:
-    reason = full_precision_reason(model.get_submodule(name))
-    problem = "" if reason else "computes in full precision, and nothing says that it should"
-    return LayerRow(name=name, reason=reason, problem=problem)
+def full_precision_rows(model: nn.Module) -> tuple[LayerRow, ...]:
+    """The layers that multiply in full precision; those that no `keep_full_precision` is about have a problem."""
+    reasons = {name: full_precision_reason(model.get_submodule(name)) for name in full_precision(model)}
+    problem = "computes in full precision, and no model.quant.keep_full_precision(layer, reason) says that it should"
+    return tuple(
+        LayerRow(name=name, reason=reason, problem="" if reason else problem)
+        for name, reason in reasons.items()
+    )
+
+
+def unexplained(model: nn.Module) -> tuple[str, ...]:
+    """What the audit of a quantized network will find that shows without data: a line per layer."""
+    rows = full_precision_rows(model) if any(True for _ in quantizers(model)) else ()
+    return tuple(f"{row.name} {row.problem}; the audit fails" for row in rows if row.problem)

@@ -34,6 +34,10 @@ class DoReFaActivation(Quantizer):
             "clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates
         )
 
+    def learned(self) -> set[str]:
+        """See `Quantizer`; behind a warm-up the clipping value that it found."""
+        return super().learned() | ({"clip"} if self.calibrates else set())
+
     def zero_to_zero(self) -> bool:
         """See `Quantizer`; `STE-scale` counts elements."""
         config = self.config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.audit import audit
+from model.audit import audit, unexplained
 from model.build import build
 from model.convert import build_quantizers
 from model.quant import (
@@ -312,15 +312,24 @@ def test_a_layer_that_was_never_quantized_is_caught() -> None:
     names = [name for name, _ in quantizers(net)]
     net.add_module("tail", nn.Linear(10, 10))
     result = audit(net, batches())
-    message = "computes in full precision, and nothing says that it should"
+    message = "computes in full precision, and no model.quant.keep_full_precision(layer, reason) says that it should"
     assert result.problems == (f"layer2.1.conv2.0 {message}", f"tail {message}")
     assert [row.name for row in result.rows] == names
     assert result.verdict == "FAILED: 2 layers"
+    assert unexplained(net) == tuple(f"{problem}; the audit fails" for problem in result.problems)
     keep_full_precision(net.get_submodule("tail"), "is new")
     keep_full_precision(block[0], "is the most important one")
     result = audit(net, batches())
-    assert result.problems == ()
+    assert result.problems == unexplained(net) == ()
     assert "full precision: it is the most important one" in result.table()
+
+
+@pytest.mark.parametrize("keywords", ["dorefa", "pact", "dorefa,lsq", "lq"])
+def test_what_is_not_finite_fails(keywords: str) -> None:
+    images = batches()
+    images[1][0, 0, 0, 0] = torch.nan
+    found = [row.problem for row in audit(network(keywords), images).rows if "activation" in row.name]
+    assert set(found) == {"puts out values that are not finite"}
 
 
 def test_layers_in_full_precision_are_listed() -> None:
@@ -341,6 +350,7 @@ def test_full_precision_has_nothing_to_audit() -> None:
     assert result.rows == ()
     assert result.problems == ()
     assert result.verdict == "full precision, nothing to audit"
+    assert unexplained(network("cbsa", ())) == ()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -193,6 +193,16 @@ def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, 
     assert load("part.pth", "-e", "--unresume_scope", learned.rpartition(".")[2]) == counted
 
 
+def test_the_range_of_a_warm_up_is_needed_to_evaluate(tmp_path: Path) -> None:
+    line = f"--model resnet20 --width_alpha 0.125 --fm_enable --fm_bit 2 {TRY} --stable 4"
+    config = read(f"{line} --keyword cifar10,origin,cbsa,fix,dorefa -e".split())
+    weights = build.build(config.model).state_dict()
+    part = {name: value for name, value in weights.items() if not name.endswith("quant_activation.clip")}
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=rf"{len(weights) - len(part)} missing .*quant_activation.clip "):
+        state.load_pretrained(build.build(config.model), tmp_path / "part.pth", config)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_a_published_closed_form(own: bool, tmp_path: Path) -> None:
     """Its scale of activations is called `basis` there, beside a table, and weights have none."""

@@ -115,9 +115,10 @@ def test_zero_initialised_norms_make_blocks_shortcuts(words: str) -> None:
 ZERO = "zir: an activation follows the norm that starts at zero"
 IDLE = {
     "cbsa,origin,fix,real_skip,DCHR": "the keyword real_skip has no effect beside DCHR",
-    "cbsa,origin,fix,real_skip,DCHR,ReShapeResolution": "",
+    "cbsa,origin,fix,real_skip,DCHR,ReShapeResolution": "the keyword DCHR has no effect beside ReShapeResolution",
     "cbsa,origin,fix,singleconv,DCHR": "the keyword singleconv has no effect beside DCHR",
     "cbsa,origin,singleconv,ReShapeResolution": "the keyword singleconv has no effect beside ReShapeResolution",
+    "cbsa,origin,DCHR,ReShapeResolution": "the keyword DCHR has no effect beside ReShapeResolution",
     "bacs,origin,preBN,group-net": "the keyword group-net has no effect beside preBN",
     "bacs,origin,preBN,group-net,patch_preBN_stem": "the keyword group-net has no effect beside preBN",
     "bacs,origin,preBN,patch_preBN_stem,fix_pooling,group-net": "",

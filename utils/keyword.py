@@ -159,7 +159,8 @@ _declare(
     ("real_skip", "convolutions of shortcuts and of ReShapeResolution stay in full precision",
      {**_sets(block__shortcut_full_precision=True), "idle_with": {"DCHR": (("ReShapeResolution",),)}}),
     ("identify_norm", "a norm on identity shortcuts too", _sets(block__identity_norm=True)),
-    ("DCHR", "shortcuts double channels by concatenating pooled copies", _sets(block__shortcut_repeat=True)),
+    ("DCHR", "shortcuts double channels by concatenating pooled copies",
+     {**_sets(block__shortcut_repeat=True), "idle_with": {"ReShapeResolution": ()}}),
     families=("resnet",),
 )  # fmt: skip
 _declare(
