@@ -6,6 +6,7 @@ process that failed first, and only what no process can say of itself is said: t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
         if not requests.new():
             return
         if asked:
-            Path(os.environ[STATUS_FOLDER], AT_ONCE).touch()
+            with contextlib.suppress(OSError):  # a full disk
+                Path(os.environ[STATUS_FOLDER], AT_ONCE).touch()
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)
         asked = True

@@ -217,6 +217,16 @@ def test_what_another_program_reads(tmp_path: Path) -> None:
         checkpoint.read(path)
 
 
+def test_a_file_cut_off_before_its_digest_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth.tar"
+    checkpoint.save(path, {"a": torch.zeros(2)})
+    data = path.read_bytes()
+    for length in range(len(data) - 80, len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match="damaged, cut short"):
+            checkpoint.read(path)
+
+
 def test_a_damaged_epoch_is_reported(tmp_path: Path) -> None:
     """The order of the files is found without reading their tensors, but not from damaged numbers."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")

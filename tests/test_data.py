@@ -613,14 +613,15 @@ def test_cifar_is_unpacked_by_one_of_several_processes(
     for other in others:
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
     folder = root / CIFAR10.base_folder
-    handle = os.open(root, os.O_RDONLY)
+    lock = root / ".lock"
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)  # as the one that unpacks
     for other in others:
         assert other.stdin is not None
         other.stdin.write("\n")
         other.stdin.flush()
     deadline = time.monotonic() + 60
-    while sum(f"{root.stat().st_ino} " in line and "->" in line for line in locks()) < 2:
+    while sum(f"{lock.stat().st_ino} " in line and "->" in line for line in locks()) < 2:
         assert all(other.poll() is None for other in others) and time.monotonic() < deadline
         time.sleep(0.02)
     assert not folder.exists()

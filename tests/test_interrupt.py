@@ -70,6 +70,27 @@ def test_stop_stays_in_force_in_a_process_that_was_asked(signals: None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # a repeat that comes late does not end it
 
 
+def test_a_thread_that_must_wait_takes_no_repeat_for_a_request() -> None:
+    """The main thread keeps the interpreter's lock for longer than repeats come in."""
+    program = (
+        "import itertools, os, signal, subprocess, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.interrupt import Stop\n"
+        "twice = 'import os, signal, time; os.kill({0}, 15); time.sleep(0.01); os.kill({0}, 15)'\n"
+        "with Stop() as stop:\n"
+        "    other = subprocess.Popen([sys.executable, '-S', '-c', twice.format(os.getpid())])\n"
+        "    for _ in range(3):\n"
+        "        sum(itertools.repeat(1, 10**8))\n"
+        "    other.wait()\n"
+        "print(stop.asked, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n")
+
+
 def test_the_status_is_none_of_the_others() -> None:
     assert SAVED not in (0, 1, 2, 130, 128 + signal.SIGTERM)
 
@@ -275,6 +296,10 @@ def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> Non
     )
     deadline = time.monotonic() + LIMIT
     while not (tmp_path / "begun").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    while not (tmp_path / "heard").exists() or (tmp_path / "heard").read_text() != "False ":
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     end_by_signals(process)

@@ -927,7 +927,7 @@ CLIP = "layer1.0.conv1.0.quant_weight"
         ("position", 10**9), ("position", 8), ("position", False),
         ("scheduler", {"step": 3}), ("scheduler", {"step": "x"}),
         ("best_acc", "q"), ("best_acc", math.nan), ("seconds", "a"), ("seconds", math.nan), ("waited", -1.0),
-        ("sums", [["a"] * 4]), ("sums", [[math.inf] * 4]), ("sums", [[1.0]]), ("sums", [1]),
+        ("sums", [["a"] * 4]), ("sums", [[1.0, math.inf, 1.0, 1.0]]), ("sums", [[1.0]]), ("sums", [1]),
         ("random", []), ("random", {"python": [1]}),
         ("optimizer", 5), ("optimizer", {"state": {}, "param_groups": "x"}),
         ("amp", 5), ("amp", {"x": 1}), ("amp", {"scale": "a"}),
@@ -956,6 +956,13 @@ def test_a_checkpoint_with_a_wrong_entry_is_refused(
     assert error.startswith("main.py: error: ") and error.count("\n") == 1
     assert str(path) in error or name == "random"
     assert not list(tmp_path.rglob("bad-*.tar"))
+
+
+def test_a_loss_that_half_precision_skipped_is_no_damage(tmp_path: Path, lsq: Path) -> None:
+    path = tmp_path / "skipped.pth.tar"
+    whole = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")
+    save_checkpoint(path, {**whole, "sums": [[math.inf, 1.0, 1.0, 1.0]]})
+    assert call(f"{LSQ} --case skipped --epochs 3 --resume_file {path}") == 0
 
 
 def test_a_momentum_of_another_shape_is_refused(

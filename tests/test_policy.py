@@ -174,6 +174,16 @@ def test_training_options_reach_the_optimizer() -> None:
     assert [steering.rates.base(step) for step in (0, 2 * STEPS - 1, 2 * STEPS)] == [0.05, 0.05, 0.5]
 
 
+def test_a_rate_holds_on_when_epochs_become_shorter() -> None:
+    """Its first step is that of longer epochs, which comes later than where the run goes on."""
+    text = "epoch: [{at: [2], lr: 0.5}]"
+    before = steering_of(text)
+    before.advance(2, 2 * STEPS)
+    after = steering_of(text)
+    after.load_state_dict(before.state_dict(), STEPS)
+    assert [after.rates.base(step) for step in (STEPS, 2 * STEPS)] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("options", ["--lr_policy fix", "--lr_policy sgdr --lr_custom_step 2 --wakeup 5"])
 def test_planned_rates_are_those_of_the_run(
     options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -208,6 +208,10 @@ def _damaged_part(path: Path, *, mapped: bool) -> str:
         comment = archive.comment
         entries = archive.infolist()
         if not comment:
+            with path.open("rb") as file:
+                file.seek(-len(_NO_COMMENT), os.SEEK_END)
+                if file.read() != _NO_COMMENT:
+                    return "the file"  # cut off before its comment
             odd = [entry.filename for entry in entries if entry.is_dir() or entry.external_attr & _FOLDER]
             if odd:
                 return f"the entry {odd[0]!r}"
@@ -500,8 +504,11 @@ class CheckpointFiles:
     def _shift_backups(self) -> None:
         """Let the first backup be the latest checkpoint, and the others take the next number, up to a free one."""
         first = self.backup(1)
-        if not self.latest.exists() or (first.exists() and first.samefile(self.latest)):
-            return  # a save that was cut short came so far
+        if not self.latest.exists():
+            return
+        # A save that was cut short came so far. Some disks say that all files are the same, but know no links.
+        if first.exists() and first.samefile(self.latest) and self.latest.stat().st_nlink > 1:
+            return
         taken = self._backups()
         free = next(number for number in itertools.count(1) if number not in taken)
         for number in range(free, 1, -1):

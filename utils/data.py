@@ -243,7 +243,12 @@ _CIFAR_ERRORS = (
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process has this folder for itself, then have it: one unpacks, others find it done."""
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(
+            folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666
+        )  # what NFS locks must be open for writing
+    except OSError:
+        handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

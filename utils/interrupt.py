@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -92,22 +93,41 @@ class Stop:
         self.asked = self.asked or signal.Signals(number).name
 
     def _watch(self) -> None:
-        requests, asked = Requests(self._repeats), False
+        asked = False
         while numbers := os.read(self._pipe[0], 64):
-            for number in numbers:
-                if number not in SIGNALS:
-                    continue
-                if self._at_once is not None and self._at_once():
-                    os._exit(128 + number)
-                if not requests.new():
-                    continue
-                if asked:
-                    os._exit(128 + number)
-                asked = True
-                # Output that nobody reads must not keep this thread from the second signal.
-                name = signal.Signals(number).name
-                threading.Thread(target=self._tell, args=(name,), name="signal", daemon=True).start()
+            requests = [number for number in numbers if number in SIGNALS]
+            if not requests:
+                continue
+            if asked:
+                os._exit(128 + requests[0])
+            asked = True
+            self._end_if_at_once(requests[0])
+            # Output that nobody reads must not keep this thread from the second signal.
+            name = signal.Signals(requests[0]).name
+            threading.Thread(target=self._tell, args=(name,), name="signal", daemon=True).start()
+            self._pass_over_repeats()
         os.close(self._pipe[0])
+
+    def _end_if_at_once(self, number: int) -> None:
+        if self._at_once is not None and self._at_once():
+            os._exit(128 + number)
+
+    def _pass_over_repeats(self) -> None:
+        """Read the repeats of a request for as long as there may be some.
+
+        The time counts from here on, and all that has come until its end is passed over: this thread may have had to
+        wait for the main one, and a run that saves is better than one that a repeat of its signal ended.
+        """
+        waiting = select.poll()
+        waiting.register(self._pipe[0], select.POLLIN)
+        deadline = time.monotonic() + self._repeats
+        while waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
+            numbers = os.read(self._pipe[0], 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number in SIGNALS:
+                    self._end_if_at_once(number)
 
     def _tell(self, name: str) -> None:
         soon = self._at_once is not None or self._repeats <= REPEATS

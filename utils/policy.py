@@ -499,8 +499,13 @@ class Steering:
             "rates": [list(change) for change in self.rates.later],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start.
+
+        Args:
+            state: what `state_dict` gave.
+            step: the iteration that comes next. A run may go on with fewer iterations an epoch than it began with, and
+                rates that were in force are so from here on at the latest.
 
         Raises:
             UserError: it has other values than policies set.
@@ -530,6 +535,7 @@ class Steering:
             for name, value in values.items():
                 _set(quantizer, name, value)
         self._attributes = {name: dict(values) for name, values in state["quantizers"].items()}
+        later = tuple((min(begin, step), lr) for begin, lr in later)
         self.rates = dataclasses.replace(self.rates, later=later)
         # From the start on where a checkpoint does not say since when.
         self._set_options(state["options"], later[-1][0] if later else 0)
