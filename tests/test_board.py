@@ -15,7 +15,8 @@ from utils.board import Board, draw_levels
 from utils.errors import UserError
 
 ROW = HealthRow(
-    name="conv.quant_activation", tag="fm", method="lsq", levels=4, bits=2, used=3, range=1.5, clipped=0.1,
+    name="conv.quant_activation", tag="fm", method="lsq", levels=4, bits=2, used=3, range=1.5,
+    range_lowest=1.5, range_highest=1.5, clipped=0.1,
     shares=(0.5, 0.25, 0.25, 0.0), values=(0.0, 0.5, 1.0, 1.5),
     histogram=Histogram(edges=(0.0, 1.0, 2.0), counts=(6, 2)),
 )  # fmt: skip
