@@ -295,9 +295,9 @@ def main() -> int:
     if options.print:
         return 0
     picture = RESULTS.parent / "results" / f"{name}.png"
-    draw(found, methods, picture, f"{options.dataset}, {len(options.seeds)} seeds")
     lines += ["", f"![gaps](results/{name}.png)"]
     write(name, "digits", options.seeds, lines, [asdict(outcome) for outcome in found])
+    draw(found, methods, picture, f"{options.dataset}, {len(options.seeds)} seeds")
     return 0
 
 
