@@ -190,9 +190,7 @@ def run(config: Config) -> int:
             changed = state.schedule_change(found.payload, progress, config, steps_per_epoch)
             warnings += (changed,) * (changed != "" and not settings.evaluate)
         with state.believing(found.path):
-            together = config.data.batch_size * place.world_size
-            first = state.first_batch(progress.position, together, config.optim.iter_size, len(loaders.train))
-            step = progress.epoch * steps_per_epoch + first // config.optim.iter_size
+            step = state.next_step(progress, config, steps_per_epoch, len(loaders.train))
             steering.load_state_dict(progress.policy, step)
         probed = None
         if config.probe.enable and place.first and not settings.evaluate:

@@ -233,6 +233,13 @@ def first_batch(position: int, images: int, passes: int, batches: int) -> int:
     return batch if batch == batches else batch - batch % passes
 
 
+def next_step(state: RunState, config: Config, steps_per_epoch: int, batches: int) -> int:
+    """The step of the optimizer, from 0, that comes next after a state; `batches` is the length of an epoch now."""
+    passes = config.optim.iter_size
+    first = first_batch(state.position, config.data.batch_size * config.data.world_size, passes, batches)
+    return state.epoch * steps_per_epoch + first // passes
+
+
 def sums_until(sums: tuple[float, ...], position: int, first: int) -> tuple[float, ...]:
     """The sums over `position` images of an epoch, which goes on with image `first` of it.
 
