@@ -85,17 +85,22 @@ BINARY_BLOCK_FULL_PRECISION = Method(
 TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
 LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
 CENTRED = "--wt_adaptive var-mean"  # DoReFa-Net's weights per channel: one range for all is too coarse for three levels
+# Of activations, half of which a ReLU makes zero, LSQ's 2 mean|x| is so little that nearly all others are cut off.
+FITTED = "--re_init_range mse"
 QUICK = (Method("LSQ", "2/2", "dorefa,lsq", bits(2), LIMIT[2]),)
 ALL = (
     *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("LSQ", "ternary", "dorefa,lsq", TERNARY, 1.0),
+    Method("LSQ, least squared error", "ternary", "dorefa,lsq", f"{TERNARY} {FITTED}", 1.0),
     Method("LSQ", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper", LIMIT[1]),
+    Method("LSQ, least squared error", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper {FITTED}", LIMIT[1]),
     *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{bits(b)} --wt_grid midtread", LIMIT[b])
       for b in (4, 3, 2)),
     *(Method("PACT", f"{b}/{b}", "pact", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("PACT, centred weights", "ternary", "pact", f"{TERNARY} {CENTRED}", 1.0),
     Method("PACT", "ternary", "pact", TERNARY, None),
     Method("PACT, binary weights", "1/1", "pact,wt_bin", bits(1), LIMIT[1]),
+    Method("PACT, binary weights, least squared error", "1/1", "pact,wt_bin", f"{bits(1)} {FITTED}", LIMIT[1]),
     *(Method("DoReFa-Net, clip 1", f"{b}/{b}", "dorefa", bits(b), None) for b in (4, 3, 2)),
     *(Method("DoReFa-Net, clip 3", f"{b}/{b}", "dorefa", f"{bits(b)} --fm_boundary 3", LIMIT[b])
       for b in (4, 3, 2)),
