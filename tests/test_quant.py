@@ -824,6 +824,14 @@ def test_adaptive_groups_without_variance(case: Case, size: int, kind: str, rest
     assert gx.isfinite().all()
 
 
+@over(cases(where=lambda method: method.method == "lq"))
+def test_a_mean_that_cancels_the_epsilon_stays_finite(case: Case) -> None:
+    quantizer = make(case.with_fields(adaptive="mean", adaptive_restore=True))
+    y, gx = backward(quantizer, torch.full(SHAPES[case.tag], -1e-5))
+    assert y.isfinite().all()
+    assert gx.isfinite().all()
+
+
 @pytest.mark.parametrize("adaptive", ["none", "var-mean"])
 @over(cases(groups=(None, 1)))
 def test_a_tensor_of_zeros_keeps_the_size_of_its_gradient(case: Case, adaptive: str) -> None:
