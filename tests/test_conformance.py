@@ -360,6 +360,18 @@ def test_command_goes_on_after_a_failure(tmp_path: Path) -> None:
     assert lines[-1] == "2 passed, 2 failed"
 
 
+def test_compressed_arrays_that_are_damaged_fail(tmp_path: Path) -> None:
+    with np.load(FOLDER / "lsq-fm-2.npz") as stored:
+        np.savez_compressed(tmp_path / "lsq-fm-2.npz", **{key: stored[key] for key in stored.files})
+    assert run_case(tmp_path, CASES["lsq-fm-2"]).passed
+    file = tmp_path / "lsq-fm-2.npz"
+    content = bytearray(file.read_bytes())
+    begin = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    content[begin] = 0xFF  # a kind of block that there is not
+    file.write_bytes(content)
+    assert run_case(tmp_path, CASES["lsq-fm-2"]).line().startswith("FAIL  lsq-fm-2: error: Error -3 while")
+
+
 def test_what_is_no_case_is_a_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each with its reason, in front of a good case that still counts."""
     good = CASES["lsq-fm-2"]
