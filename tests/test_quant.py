@@ -649,6 +649,20 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
         np.testing.assert_allclose(y.numpy(), codes * groups.spread(scale, x), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tag", "line", "advice"),
+    [
+        ("fm", "--fm_bit 2 --fm_half_range", " or, where it is written, leave --fm_half_range out"),
+        ("ot", "--ot_bit 2", " or --ot_half_range for levels from zero"),
+        ("wt", "--wt_bit 2", ""),
+    ],
+)
+def test_four_levels_of_fatnn_on_both_sides_of_zero(tag: str, line: str, advice: str) -> None:
+    config = options({"argv": f"--keyword dorefa,non-uniform --{tag}_enable {line}".split()})[2]
+    with pytest.raises(UserError, match=f"; give --{tag}_level 3{advice}$"):
+        build(getattr(config, tag), Case("fatnn", tag, 4, half_range=False).site)
+
+
 @pytest.mark.parametrize("closed_form", [False, True])
 @pytest.mark.parametrize("tag", ["fm", "wt", "ot"])
 def test_fatnn_for_one_tag_by_its_keyword(tag: str, closed_form: bool) -> None:
