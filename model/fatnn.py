@@ -230,8 +230,11 @@ def _check_ternary(config: QuantizerConfig) -> None:
     if config.tag == "wt" and config.half_range:
         raise UserError("--wt_half_range: FATNN's weights are ternary, -1, 0 and 1; leave it out")
     if not config.half_range and config.levels != 3:
+        others = {  # `fm` may be symmetric without the option, where its input goes below zero
+            "fm": " or, where it is written, leave --fm_half_range out",
+            "ot": " or --ot_half_range for levels from zero",
+        }
         raise UserError(
             f"--{config.tag}_level {config.levels}: FATNN's values below and above zero are ternary; "
-            f"give --{config.tag}_level 3"
-            + ("" if config.tag == "wt" else f" or leave --{config.tag}_half_range out")
+            f"give --{config.tag}_level 3{others.get(config.tag, '')}"
         )

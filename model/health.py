@@ -337,12 +337,12 @@ def table(rows: list[HealthRow]) -> str:
     return format_table((*head, ""), cells)
 
 
-def first_nonfinite(model: nn.Module, images: Tensor) -> tuple[int, str] | None:
-    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S], in training mode; None: none does.
+def first_nonfinite(model: nn.Module, images: Tensor, *, training: bool = True) -> tuple[int, str] | None:
+    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S]; None: none does.
 
-    Returns how many layers came before it, and its name and state. This is a step of training without the
-    gradients: all processes take part, as norms and quantizers may share statistics, and the network's buffers
-    change. Call it when the run ends anyway.
+    Returns how many layers came before it, and its name and state. In training mode this is a step of training
+    without the gradients: all processes take part, as norms and quantizers may share statistics, and the network's
+    buffers change. Call it when the run ends anyway.
     """
     found: list[tuple[int, str]] = []
     counter = itertools.count()
@@ -361,7 +361,7 @@ def first_nonfinite(model: nn.Module, images: Tensor) -> tuple[int, str] | None:
         for name, module in model.named_modules()
         if isinstance(module, QuantLayer) or not (isinstance(module, nn.Identity) or any(module.children()))
     ]
-    model.train()
+    model.train(training)
     try:
         with torch.no_grad():
             model(images)

@@ -212,8 +212,9 @@ class LQ(Quantizer):
                 self.basis.copy_(torch.where(alive, best, self.basis))
 
     def safe_divisor(self, value: Tensor) -> Tensor:
-        """A statistic plus 1e-5, as published."""
-        return value + 1e-5
+        """A statistic plus 1e-5, as published; 1e-5 where that is zero, as with a mean of -1e-5."""
+        divisor = value + 1e-5
+        return torch.where(divisor == 0, 1e-5, divisor)
 
 
 @register("lq", "fm", "ot")

@@ -283,6 +283,17 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--fm_bit 32", ["--fm_bit has no effect without --fm_enable"]),
         (f"{QUANTIZED} --wt_ratio 0.5", ["--wt_ratio has no effect with the methods of this project"]),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
+        (
+            "--keyword cbas,dorefa,wt_bin,wt_gamma,ot_lsq,fm_lsq --fm_enable",
+            [
+                f"the keyword {w} has no effect without --{w[:2]}_enable"
+                for w in ("wt_bin", "wt_gamma", "ot_lsq")
+            ],
+        ),
+        ("--keyword cbas,xnor,gamma --fm_enable", ["the keyword gamma has no effect without --wt_enable"]),
+        ("--keyword cbas,xnor,gamma --wt_enable", []),
+        ("--keyword cbas,lq,progressive --wt_enable", ["progressive has no effect without --policy"]),
+        ("--keyword cbas,lq --fm_enable --fm_scale 1", []),
     ],
 )
 def test_warnings(line: str, warnings: list[str]) -> None:
@@ -371,6 +382,9 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--width_alpha inf", "--width_alpha inf: must be a number greater than 0"),
         ("--width_alpha 0", "--width_alpha 0.0: must be a number greater than 0"),
         ("--fm_boundary nan", "--fm_boundary nan: must be a number greater than 0"),
+        ("--fm_boundary 1e39", r"--fm_boundary 1e\+39: must be from 1e-06 to 1e\+06"),
+        ("--wt_scale 1e-7", r"--wt_scale 1e-07: must be from 1e-06 to 1e\+06"),
+        ("--keyword cbas,lq --fm_enable --fm_scale 1.5", "--fm_scale 1.5: LQ-Nets' thresholds.* at most 1"),
         ("--wt_correlate nan", "--wt_correlate nan: give a finite number"),
         ("--delay inf", "--delay inf: must be a number"),
         ("--rand_augment 31", "--rand_augment 31: must be from 0 to 30"),

@@ -241,6 +241,55 @@ def test_the_mode_reaches_the_quantizer(tmp_path: Path) -> None:
         assert result.passed, result.problems
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_scale_of_closed_form_has_its_published_name(tmp_path: Path, train: bool) -> None:
+    """The recorded case once more with a scale, which is called `basis`, beside a table."""
+
+    def change(arrays: Arrays) -> None:
+        codes, scale = arrays["y"].copy(), np.float32(0.8)
+        arrays.update({"param.basis": np.full(1, scale), "param.auxil": np.zeros(1, np.float32)})
+        if train:
+            best = (arrays["x"] * codes).sum(dtype=np.float64) / (codes**2).sum(dtype=np.float64)
+            scale = np.float32(0.9 * scale + 0.1 * best)
+            arrays["after.basis"] = np.full(1, scale)
+        for name in ("y", "gx", "grad.alpha0", "grad.alpha1", "grad.alpha2"):
+            arrays[name] *= scale
+
+    def keyword(case: dict[str, Any]) -> None:
+        argument("non-uniform", "non-uniform,closed_form")(case)
+        case["train"] = train
+
+    result = altered(tmp_path, "nonuniform-fm-2", arrays=change, case=keyword)
+    assert result.passed, result.problems
+    assert ("after.basis" in result.deviations) == train
+
+
+def test_a_model_of_closed_form_has_its_published_names(tmp_path: Path) -> None:
+    def change(case: dict[str, Any]) -> None:
+        argument("fm_non-uniform", "fm_non-uniform,closed_form")(case)
+        places = [name.rpartition(".")[0] for name in case["parameters"] if name.endswith(".alpha0")]
+        case["parameters"] |= {f"{place}.{name}": [1] for place in places for name in ("basis", "auxil")}
+
+    result = altered(tmp_path, "pytorch-resnet18-nonuniform-2bit", case=change)
+    assert result.passed, result.problems
+
+
+def test_buffers_of_this_project_alone_may_be_there(tmp_path: Path) -> None:
+    result = altered(tmp_path, "resnet20-lsq-2bit", case=lambda case: case["argv"].extend(["--stable", "1"]))
+    assert result.passed, result.problems
+
+
+def test_the_data_set_brings_its_keyword(tmp_path: Path) -> None:
+    """As it does in a training."""
+
+    def change(case: dict[str, Any]) -> None:
+        argument("imagenet,", "")(case)
+        case["argv"] += ["--dataset", "imagenet"]
+
+    result = altered(tmp_path, "resnet18-fp-cbsa", case=change)
+    assert result.passed, result.problems
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
@@ -309,6 +358,18 @@ def test_command_goes_on_after_a_failure(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["FAIL", "FAIL", "ok", "ok"]
     assert lines[-1] == "2 passed, 2 failed"
+
+
+def test_compressed_arrays_that_are_damaged_fail(tmp_path: Path) -> None:
+    with np.load(FOLDER / "lsq-fm-2.npz") as stored:
+        np.savez_compressed(tmp_path / "lsq-fm-2.npz", **{key: stored[key] for key in stored.files})
+    assert run_case(tmp_path, CASES["lsq-fm-2"]).passed
+    file = tmp_path / "lsq-fm-2.npz"
+    content = bytearray(file.read_bytes())
+    begin = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    content[begin] = 0xFF  # a kind of block that there is not
+    file.write_bytes(content)
+    assert run_case(tmp_path, CASES["lsq-fm-2"]).line().startswith("FAIL  lsq-fm-2: error: Error -3 while")
 
 
 def test_what_is_no_case_is_a_line_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

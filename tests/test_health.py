@@ -220,6 +220,16 @@ def test_the_first_layer_with_a_non_finite_output_is_named() -> None:
     assert first_nonfinite(model, torch.full((1, 2), 1e10)) == (2, "2")
 
 
+def test_what_only_validation_shows_is_found_in_its_mode() -> None:
+    """Batch statistics hide what running ones do not fit."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    nn.init.constant_(model[1].weight, 1e30)
+    images = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    model.get_buffer("1.running_mean").fill_(1e10)
+    assert first_nonfinite(model, images, training=False) == (1, "1")
+    assert first_nonfinite(model, images) is None
+
+
 @pytest.mark.parametrize("method", ["xnor", "lq"])
 def test_codes_do_not_hide_nan(method: str) -> None:
     model = layer(fm={"method": method, "levels": 2})

@@ -783,6 +783,55 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
 
 
+AFTER = """
+import torch
+from torch import nn
+from model.build import register_model
+
+class Last(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training and self.how == "state":
+            self.seen.fill_(torch.inf)
+        return x / 0.0 if not self.training and self.how == "output" else x
+
+def net(config):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    net.add_module("last", Last("HOW"))
+    return net
+
+register_model("after-HOW", net)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            "output",
+            "the validation loss is not finite after epoch 1; the first layer with such an output is last;",
+        ),
+        (
+            "state",
+            "last.seen is not finite after epoch 1; the first layer with such an output is none with the",
+        ),
+    ],
+)
+def test_what_is_not_finite_after_an_epoch_is_named(
+    how: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(AFTER.replace("HOW", how))
+    line = "--dataset fake --num_classes 10 --input_size 8 -b 8 --fake_size 16 --epochs 1"
+    assert call(f"{line} --model after-{how} --keyword_file mine.py --case after") == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list((tmp_path / "weights").rglob("*.tar"))
+
+
 class Malice:
     """Makes a file when it is unpickled."""
 

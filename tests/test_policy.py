@@ -71,6 +71,8 @@ def steering_of(text: str, options: str = "") -> policy.Steering:
         ("epoch: [{at: [1], tag: wt, lr: 0.1}]", "write two entries"),
         ("epoch: [{at: [1], tag: weight, bit: 2}]", "must be one of fm, wt, ot"),
         ("epoch: [{at: [1], enable: 3}]", "must be true or false"),
+        ("epoch: [{at: [1], boundary: 1.0e+39}]", "boundary 1e+39 must be a number from 1e-06 to 1e+06"),
+        ("epoch: [{at: [1], scale: 0}]", "scale 0 must be a number from 1e-06 to 1e+06"),
         ("epoch: [{at: [1], lr: -1}]", "not negative"),
         ("epoch: [{at: [1.5], bit: 2}]", "whole numbers"),
         ("epoch: [{at: [1], grad_type: Square}]", "must be one of none"),
@@ -97,6 +99,13 @@ def test_mistakes_end_the_run_before_it_begins(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and "--policy" in said
     assert not Path("exp").exists() and not Path("weights").exists()
+
+
+def test_thresholds_of_lq_stay_between_their_levels() -> None:
+    text = "epoch: [{at: [1], tag: fm, scale: %s}]"
+    steering_of(text % 1, "--keyword cifar10,lq")
+    with pytest.raises(UserError, match=r"scale 1\.5: LQ-Nets' thresholds .* at most 1"):
+        steering_of(text % 1.5, "--keyword cifar10,lq")
 
 
 def test_a_missing_file() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
-import model.build  # noqa: F401  (registers every method)
+import model.build
 from model.lq import LQ
 from model.pact import PACT
 from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build, methods, quantizers, register
@@ -26,6 +26,7 @@ from tests.conformance import options
 from tests.oracle import Array, Groups, Result
 from utils.config import QuantConfig, QuantizerConfig
 from utils.errors import UserError
+from utils.resolve import read
 
 LEVELS = (2, 3, 4, 8, 16, 256)
 CHANNELS = 8
@@ -648,6 +649,20 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
         np.testing.assert_allclose(y.numpy(), codes * groups.spread(scale, x), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tag", "line", "advice"),
+    [
+        ("fm", "--fm_bit 2 --fm_half_range", " or, where it is written, leave --fm_half_range out"),
+        ("ot", "--ot_bit 2", " or --ot_half_range for levels from zero"),
+        ("wt", "--wt_bit 2", ""),
+    ],
+)
+def test_four_levels_of_fatnn_on_both_sides_of_zero(tag: str, line: str, advice: str) -> None:
+    config = options({"argv": f"--keyword dorefa,non-uniform --{tag}_enable {line}".split()})[2]
+    with pytest.raises(UserError, match=f"; give --{tag}_level 3{advice}$"):
+        build(getattr(config, tag), Case("fatnn", tag, 4, half_range=False).site)
+
+
 @pytest.mark.parametrize("closed_form", [False, True])
 @pytest.mark.parametrize("tag", ["fm", "wt", "ot"])
 def test_fatnn_for_one_tag_by_its_keyword(tag: str, closed_form: bool) -> None:
@@ -820,6 +835,14 @@ def test_adaptive_groups_without_variance(case: Case, size: int, kind: str, rest
     quantizer = make(dataclasses.replace(case, tag="wt").with_fields(adaptive=kind, adaptive_restore=restore))
     x = torch.linspace(-1, 1, CHANNELS).reshape(CHANNELS, 1, 1, 1).repeat(1, size, 1, 1)
     y, gx = backward(quantizer, x)
+    assert y.isfinite().all()
+    assert gx.isfinite().all()
+
+
+@over(cases(where=lambda method: method.method == "lq"))
+def test_a_mean_that_cancels_the_epsilon_stays_finite(case: Case) -> None:
+    quantizer = make(case.with_fields(adaptive="mean", adaptive_restore=True))
+    y, gx = backward(quantizer, torch.full(SHAPES[case.tag], -1e-5))
     assert y.isfinite().all()
     assert gx.isfinite().all()
 
@@ -1552,6 +1575,31 @@ def compiled_equals_eager(config: QuantConfig, backend: str, forwards: int) -> N
 @over(LAYERS)
 def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "aot_eager", forwards=3 if case.config.stable else 1)
+
+
+BLOCKS = {
+    "dorefa,lsq,proxquant": "--fm_bit 2 --wt_bit 2 --ot_bit 4 --wt_grid midtread",
+    "pact,wt_gamma,ot_gamma": "--fm_bit 2 --wt_bit 2 --ot_bit 4 --stable 1",
+    "lq": "--fm_bit 2 --wt_bit 2 --ot_bit 2 --wt_adaptive mean-var",
+    "dorefa,non-uniform,closed_form": "--fm_bit 2 --wt_level 3 --ot_level 3",
+    "xnor,gamma": "--fm_grad_type Triangle --fm_custom channel",
+}
+
+
+@pytest.mark.parametrize("words", BLOCKS)
+def test_a_residual_block_compiles_into_one_graph(words: str, fresh_compiler: None) -> None:
+    """With inputs, weights and outputs quantized, a stride and a shortcut of its own."""
+    enable = " ".join(f"--{tag}_enable" for tag in SHAPES)
+    line = f"--model resnet20 --width_alpha 0.125 --keyword cifar10,origin,cbsa,fix,{words} {enable} {BLOCKS[words]}"
+    torch.manual_seed(0)
+    block = model.build.build(read(line.split()).model).get_submodule("layer2.0")
+    reference = copy.deepcopy(block)
+    # The graph's own backward pass is that of each quantizer, above; that of a whole block is slow to make.
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    x = image(2, 8, 8, 8)
+    for found, expected in zip(backward(compiled, x), backward(reference, x), strict=True):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(block.state_dict(), reference.state_dict())
 
 
 def test_a_method_may_ask_its_parent_about_padding(fresh_compiler: None) -> None:

@@ -47,16 +47,25 @@ def check_epoch(parts: Parts, row: Mapping[str, float], images: Callable[[], Ten
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if distributed.anyone(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
-        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {advice(parts, images())}")
+        says = advice(parts, images(), training=False)
+        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {says}")
 
 
-def advice(parts: Parts, images: Tensor) -> str:
-    """Where numbers that are not finite came from, and what may help; all processes ask, or none."""
+def advice(parts: Parts, images: Tensor, *, training: bool = True) -> str:
+    """Where numbers that are not finite came from, and what may help; all processes ask, or none.
+
+    Args:
+        parts: the training.
+        images: that it came from, or may have.
+        training: in a step of training; otherwise in validation, or between the two.
+    """
     with parts.precision.autocast():
-        found = distributed.gathered(first_nonfinite(parts.model, images))
+        found = distributed.gathered(first_nonfinite(parts.model, images, training=training))
     # Shared statistics carry it to the others from the next layer on.
-    _, layer = min((each for each in found if each), default=(0, "none of the layers: the loss itself"))
+    _, layer = min((each for each in found if each), default=(0, ""))
+    # An infinite running variance, for one, makes finite outputs, and other images may have made the loss.
+    nowhere = "is none of the layers: the loss itself" if training else "is none with the images looked at"
     return (
-        f"the first layer with such an output is {layer}; these weights are not saved; "
+        f"the first layer with such an output {f'is {layer}' if layer else nowhere}; these weights are not saved; "
         "try a lower --lr, --grad_clip or --re_init"
     )

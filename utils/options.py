@@ -278,6 +278,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
 }
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
+LEAST, MOST = 1e-6, 1e6  # of boundary and scale: a clip value is never less, and their quotients are floats
 
 
 def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:

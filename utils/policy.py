@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.options import OPTIONS, TAGS
+from utils.options import LEAST, MOST, OPTIONS, TAGS
 
 if TYPE_CHECKING:  # a file's mistakes are found before torch is loaded
     from torch import nn
@@ -191,7 +191,10 @@ def _check_value(where: str, name: str, value: Any) -> None:
     elif name == "level_num":
         if not _is_integer(value) or not 2 <= value <= 2**16:
             raise UserError(f"{where}: level_num {value!r} must be from 2 to 65536")
-    elif name in ("scale", "boundary", "grad_clip"):
+    elif name in ("scale", "boundary"):
+        if not number or not LEAST <= value <= MOST:
+            raise UserError(f"{where}: {name} {value!r} must be a number from {LEAST:g} to {MOST:g}")
+    elif name == "grad_clip":
         if not number or value <= 0:
             raise UserError(f"{where}: {name} {value!r} must be a number greater than 0")
     elif not number or value < 0 or (name == "momentum" and value >= 1):
@@ -309,6 +312,8 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
             fault = f"STE-scale does not go with {method}"
     elif name == "grad_scale" and (method not in ("lsq", "pact") or (method, config.tag) == ("pact", "wt")):
         fault = f"{method} learns no clipping value here"
+    elif name == "scale" and method == "lq" and value > 1:
+        fault = "LQ-Nets' thresholds lie at this share of the way to the next level, at most 1"
     elif name == "boundary" and type(quantizer).set_range is Base.set_range:
         fault = f"{method} has no clipping value here"
     if fault:

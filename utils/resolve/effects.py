@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from utils import keyword
 from utils.options import OLDER, TAGS, Given
 from utils.resolve.surroundings import resume_file
 
@@ -68,7 +69,23 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         for name, (vain, when) in idle.items()
         if vain and name in given.explicit
     ]
+    warnings += _idle_words(given)
     for name in ("custom_lr", "custom_decay"):
         if given[f"{name}_list"] and name not in given.explicit:
             warnings.append(f"--{name}_list without --{name}: it is {given[name]}")
+    return warnings
+
+
+def _idle_words(given: Given) -> list[str]:
+    """Warnings for keywords of a quantizer that is not there, or of a change that never comes."""
+    enabled = [tag for tag in TAGS if given[f"{tag}_enable"]]
+    warnings = []
+    for word in given["keyword"]:
+        tags = {
+            tag for name in keyword.registry()[word].sets for tag in TAGS if name.startswith(f"quant.{tag}.")
+        }
+        if len(tags) == 1 and enabled and not tags & set(enabled):
+            warnings.append(f"the keyword {word} has no effect without --{tags.pop()}_enable")
+        if word == "progressive" and given["policy"] in (None, "none"):
+            warnings.append("the keyword progressive has no effect without --policy, which changes levels")
     return warnings

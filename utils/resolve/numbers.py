@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from utils.errors import UserError
-from utils.options import TAGS, Given
+from utils.options import LEAST, MOST, TAGS, Given
 from utils.resolve.surroundings import resume_file
 
 
@@ -60,6 +60,9 @@ def check_numbers(given: Given) -> None:
     if given["std"] is not None and min(given["std"]) <= 0:
         raise UserError("--std: must be greater than 0")
     for tag in TAGS:
+        for name in (f"{tag}_boundary", f"{tag}_scale"):
+            if not LEAST <= given[name] <= MOST:
+                raise UserError(f"--{name} {given[name]}: must be from {LEAST:g} to {MOST:g}")
         if not math.isfinite(given[f"{tag}_correlate"]):
             raise UserError(f"--{tag}_correlate {given[f'{tag}_correlate']}: give a finite number")
     if not 0 <= given["seed"] < 2**63:

@@ -151,6 +151,11 @@ def _check_method(
     by_group = "quant.wt.gamma" in fields or given["wt_adaptive"] != "none"
     if whole_weight and "wt_quant_group" in given.explicit and not by_group:
         warnings.append(f"--wt_quant_group has no effect with {method}, whose weights share one range")
+    if method == "lq" and given[f"{tag}_scale"] > 1:
+        raise UserError(
+            f"--{tag}_scale {given[f'{tag}_scale']}: LQ-Nets' thresholds lie at this share of the way from a level to "
+            "the next; give at most 1, or leave it out for 0.5, the middle"
+        )
     scaled = given[f"{tag}_grad_scale"] not in ("none", "paper")
     if f"{tag}_scale" in given.explicit and method not in ("fatnn", "lq") and not scaled:
         warnings.append(f"--{tag}_scale has no effect with {method} without --{tag}_grad_scale")
