@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -20,6 +22,7 @@ from utils.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop
 
 STATUS_FOLDER = "LAUNCH_STATUS_FOLDER"  # where each process leaves its exit status, see `leave_status`
 AT_ONCE = "at-once"  # a file there: the launcher was asked a second time
+DEAF = 3.0  # seconds without an answer to a signal, after which torchrun is known to wait for other machines
 
 
 def leave_status(status: int) -> int:
@@ -54,17 +57,38 @@ def _left_status(folder: str, otherwise: int) -> int:
     return min(statuses - {SAVED}, default=SAVED if statuses else otherwise)
 
 
+def _end_if_deaf(answered: threading.Event, folder: str) -> None:
+    """Let a signal end this process, in which `answered` is set by Python's handler, when that does not come.
+
+    Where torchrun waits for other machines in C++, for minutes, no handler of Python's is called; it has no process of
+    the run then. The number of a signal is in the pipe at once.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1)[0]:
+            if number in SIGNALS and not answered.wait(DEAF):
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(128 + number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
 def main(arguments: list[str]) -> int:
     """Run torchrun with these arguments; returns the exit status."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    requests = Requests()
+    requests, answered = Requests(), threading.Event()
     asked = False
 
     def pass_on(number: int, _: FrameType | None) -> None:
         nonlocal asked
+        answered.set()
         if not requests.new():
             return
         if asked:
@@ -82,14 +106,19 @@ def main(arguments: list[str]) -> int:
     # A store that is used again holds the addresses of the processes before, and a machine that joins waits for it
     # in vain; this is a new one each time.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    options = run.parse_args(arguments)
+    parser = run.get_args_parser()
+    parser.print_usage = lambda file=None: None  # a mistake is one line
+    options = parser.parse_args(arguments)
     theirs = options.signals_to_handle.split(",")
     options.signals_to_handle = ",".join(name for name in theirs if name not in [s.name for s in SIGNALS])
     with tempfile.TemporaryDirectory() as folder:
         os.environ[STATUS_FOLDER] = folder
         for number in SIGNALS:
             signal.signal(number, pass_on)
+        _end_if_deaf(answered, folder)
         try:
+            if run.determine_local_world_size(options.nproc_per_node) < 1:
+                raise ValueError(f"nproc_per_node is {options.nproc_per_node}")
             run.run(options)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -100,7 +129,19 @@ def main(arguments: list[str]) -> int:
             return 128 - failure.exitcode
         except SignalException as error:  # it was passed on to the processes, which have ended by now
             return _left_status(folder, 128 + signal.Signals(error.sigval))
+        except (AssertionError, ValueError) as error:
+            print(f"launch: error: options of torchrun: {_first_line(error)}", file=sys.stderr)
+            return 2
+        except (RendezvousError, RuntimeError) as error:
+            print(
+                f"launch: failed: no connection between the machines: {_first_line(error)}", file=sys.stderr
+            )
+            return 1
         return _left_status(folder, 0)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

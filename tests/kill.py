@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ import os
 import random
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -116,10 +118,12 @@ PATIENCE = 30  # seconds that a process gets when another one of its run has end
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """A port that nobody listens on, and that Linux gives to no connection before it is used: those lie above."""
+    while True:
+        port = 15000 + secrets.randbelow(2**15 - 15000)  # `random` may have been given a seed
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def start(folder: Path, line: str, processes: int = 1) -> list[int]:

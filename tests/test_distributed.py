@@ -362,6 +362,22 @@ def test_place(config: DeviceConfig, environment: dict[str, str], expected: Plac
     ("config", "environment", "message"),
     [
         (DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR is not set"),
+        (
+            DeviceConfig(),
+            {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_ADDR": ""},
+            "MASTER_ADDR is not set",
+        ),
+        (
+            DeviceConfig(),
+            {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_PORT": "x"},
+            "MASTER_PORT is 'x'",
+        ),
+        (
+            DeviceConfig(),
+            {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_PORT": "0"},
+            "is 0: set it to a port",
+        ),
+        (DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "0", **ADDRESS, "MASTER_PORT": "65536"}, "1 to 65535"),
         (DeviceConfig(), {"WORLD_SIZE": "2", **ADDRESS}, "needs --rank"),
         (DeviceConfig(), {"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'"),
         (DeviceConfig(), {"WORLD_SIZE": "2", "RANK": "2", **ADDRESS}, "rank 2 of 2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import launch
-from tests.kill import NETWORK
+from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
 from utils.checkpoint import read
 from utils.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, Requests, Stop
@@ -25,6 +26,8 @@ LINE = (
     "--model tiny --keyword_file network.py --dataset imagenet --root images --num_classes 3 --input_size 8 -b 4 -v 0 "
     "--keyword imagenet,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --epochs 1 --case run"
 )
+# c10d, of several processes, may warn of one that has left before another.
+QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 LAUNCHER = ("launch.py", "--standalone", "--nproc_per_node", "2")
 CHECKPOINT = Path("weights/tiny/run-checkpoint.pth.tar")
 
@@ -121,8 +124,11 @@ def started_by(pid: int) -> set[int]:
 
 
 def handles(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """Whether a process is there and has a handler for a signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
     caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
     return bool(int(caught, 16) >> (number - 1) & 1)
 
@@ -135,20 +141,24 @@ class Job:
         (folder / "network.py").write_text(NETWORK)
         scripts = [str(ROOT / word) if word.endswith(".py") else word for word in (*launcher, "main.py")]
         self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, *scripts, *LINE.split(), *options.split()],
-            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )  # fmt: skip
+        with (folder / "said").open("w") as output, (folder / "errors").open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, *scripts, *LINE.split(), *options.split()],
+                cwd=folder, env={**os.environ, **QUIET}, stdout=output, stderr=errors,
+            )  # fmt: skip
         self.pid = self.process.pid
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Wait until something is so."""
         deadline = time.monotonic() + LIMIT
         while not until():
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.process.poll() is None, self.texts()
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def texts(self) -> tuple[str, str]:
+        """Output and errors so far."""
+        return (self.folder / "said").read_text(), (self.folder / "errors").read_text()
 
     def wait_for_a_save(self) -> None:
         """Wait until the run has written a checkpoint, so that signals are a question."""
@@ -161,8 +171,8 @@ class Job:
 
     def ended(self) -> tuple[int, str, str]:
         """Status, output and errors."""
-        said, errors = self.process.communicate(timeout=LIMIT)
-        return self.process.returncode, said, errors
+        status = self.process.wait(timeout=LIMIT)
+        return status, *self.texts()
 
 
 def send(pids: set[int], number: signal.Signals) -> None:
@@ -176,7 +186,7 @@ def test_a_signal_to_every_process_is_one_request(
     tmp_path: Path, launcher: tuple[str, ...], number: signal.Signals
 ) -> None:
     """As batch systems and terminals send it: also to the processes that read images, which the last step needs."""
-    job = Job(tmp_path, "--save_every 1 --delay 2 -j 1", *launcher)
+    job = Job(tmp_path, "--save_every 1 --delay 2 -j 1 --epochs 20", *launcher)
     job.wait_for_a_save()
     everyone = started_by(job.pid)
     assert len(everyone) > 2 * (1 + len(launcher) // 2)  # with those that read images
@@ -189,6 +199,29 @@ def test_a_signal_to_every_process_is_one_request(
     job_is_gone(everyone)
 
 
+def listens(port: int) -> bool:
+    """Whether a process of this machine takes connections there."""
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_an_interrupt_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text(NETWORK)
+    write_folder(tmp_path / "images", 12, 2)
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *LINE.split(), "--distributed", "--world_size", "2", "--rank", "0"],
+        cwd=tmp_path, env={**os.environ, **QUIET, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + LIMIT
+    while not listens(port):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LIMIT) == -signal.SIGINT
+
+
 def job_is_gone(pids: set[int]) -> None:
     """Wait until none of these processes is left."""
     deadline = time.monotonic() + LIMIT
@@ -198,7 +231,7 @@ def job_is_gone(pids: set[int]) -> None:
 
 
 def test_processes_that_read_images_end_with_a_training_that_is_killed(tmp_path: Path) -> None:
-    job = Job(tmp_path, "--save_every 1 --delay 2 -j 2")
+    job = Job(tmp_path, "--save_every 1 --delay 2 -j 2 --epochs 20")
     job.wait_for_a_save()
     everyone = started_by(job.pid)
     assert len(everyone) > 3
@@ -215,6 +248,7 @@ def test_a_second_request_ends_at_once(tmp_path: Path, launcher: tuple[str, ...]
     everyone = started_by(job.pid)
     job.process.terminate()
     job.process.terminate()  # a repeat
+    job.wait(lambda: "ends after this step" in job.texts()[0])  # it may take longer than repeats come in
     end_by_signals(job.process)
     status, said, errors = job.ended()
     # The last signal may meet a process that has taken its handler down already; to a shell both are 143.

@@ -14,7 +14,7 @@ import pytest
 
 from tests.kill import NETWORK, free_port
 from tests.test_distributed import LINE
-from tests.test_interrupt import started_by
+from tests.test_interrupt import QUIET, listens, started_by
 from utils.checkpoint import read
 from utils.interrupt import SAVED
 from utils.log import MetricsFile
@@ -51,7 +51,7 @@ def launch(folder: Path, line: str, *options: str, processes: int = 2) -> subpro
     return subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *(options or ["--standalone"]), "--nproc_per_node", str(processes),
          str(ROOT / "main.py"), *line.split()],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=folder, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 
@@ -72,6 +72,46 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
         "main.py: error: --val_batch_size -1: must be a number that is not negative\n",
     )
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--nnodes 1:x", "options of torchrun: invalid literal"),
+        ("--nproc_per_node 0", "options of torchrun: nproc_per_node is 0"),
+        ("--bogus", "unrecognized arguments: --bogus"),
+    ],
+)
+def test_a_mistake_in_the_options_of_torchrun_is_one_line(tmp_path: Path, options: str, message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *options.split(), str(ROOT / "main.py")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("launch") and f"error: {message}" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def elsewhere(port: int, seconds: int) -> list[str]:
+    """Options of torchrun for the first of two machines, which waits for the second one."""
+    return ["--nnodes", "2", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(port),
+            "--rdzv_conf", f"timeout={seconds}"]  # fmt: skip
+
+
+def test_a_machine_that_does_not_come_is_one_line(tmp_path: Path) -> None:
+    process = launch(tmp_path, LINE, *elsewhere(free_port(), 1))
+    said, errors = process.communicate(timeout=LIMIT)
+    assert (process.returncode, said, errors.count("\n")) == (1, "", 1), errors
+    assert errors.startswith("launch: failed: no connection between the machines: Timed out")
+
+
+def test_a_signal_ends_a_launcher_that_waits_for_another_machine(tmp_path: Path) -> None:
+    port = free_port()
+    process = launch(tmp_path, LINE, *elsewhere(port, 120))
+    wait(process, lambda: listens(port))
+    process.terminate()
+    assert process.communicate(timeout=LIMIT) == ("", "")
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_a_mistake_that_is_found_later_is_one_line_too(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import DeviceConfig
 from utils.errors import TrainingError, UserError
+from utils.interrupt import ends_at_once
 
 T = TypeVar("T")
 JOINING = timedelta(
@@ -63,11 +64,15 @@ def place(config: DeviceConfig, environment: Mapping[str, str]) -> Place:
     if not 0 <= rank < world:
         raise UserError(f"rank {rank} of {world} processes: ranks are counted from 0 to world_size - 1")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if world > 1 and name not in environment:
+        if world > 1 and not environment.get(name):
             raise UserError(
                 f"--distributed: the variable {name} is not set; set MASTER_ADDR to the machine of rank 0 and "
                 "MASTER_PORT to a free port of it, or start with torchrun"
             )
+    if world > 1 and not 0 < int_of(environment, "MASTER_PORT", 0) < 2**16:
+        raise UserError(
+            f"the variable MASTER_PORT is {environment['MASTER_PORT']}: set it to a port, 1 to 65535"
+        )
     count = max(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(config.ids), 1)
     return Place(rank, int_of(environment, "LOCAL_RANK", rank % count), world)
 
@@ -138,12 +143,13 @@ def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            rank=place.rank,
-            world_size=place.world_size,
-            store=_store(place, os.environ, joining),
-        )
+        with ends_at_once():
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                rank=place.rank,
+                world_size=place.world_size,
+                store=_store(place, os.environ, joining),
+            )
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TrainingError(

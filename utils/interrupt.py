@@ -8,7 +8,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -20,6 +20,20 @@ REPEATS = 0.5
 # The same in a process that a launcher has started, which gets what the launcher passes on, too.
 REPEATS_PASSED_ON = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Where SIGINT ends the process as the system does it: a wait in C++, in which no handler of Python's is called."""
+    former = signal.getsignal(signal.SIGINT)
+    if not callable(former):  # ignored, as in a shell's background jobs
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 class Requests:
