@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
-from model.observe import observing
+from model.observe import observing, only_input
 from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.summary import format_table
 from utils.config import QuantConfig
@@ -174,15 +174,15 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
 
-    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        (x,) = args
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = only_input(inputs, named)
         if x.numel():
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)
 
     with observing(module) as hooks:
         hooks += [
-            layer.register_forward_pre_hook(partial(watch, name))
+            layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             for name, layer in _layers(module)
             if isinstance(layer, nn.Conv2d | nn.Linear)
         ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -29,8 +30,9 @@ from model.audit import audit
 from model.calibrate import initialise_ranges
 from model.convert import Left, Selection, below_zero, full_precision, quantize, register_layer
 from model.quant import QuantConv2d, Quantizer, QuantLayer, QuantLinear, quantizers
-from utils.config import QuantConfig, QuantizerConfig
+from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
+from utils.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -360,6 +362,34 @@ def test_a_second_call_quantizes_what_is_left() -> None:
     }
 
 
+class ByName(nn.Module):
+    """Gives its layers their input by name, as `nn.Conv2d` and `nn.Linear` take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.body(input=self.stem(input=x)).mean(dim=(2, 3)))
+
+
+def test_an_input_given_by_name(tmp_path: Path) -> None:
+    """To quantized layers, and to all that watches them."""
+    net, x = ByName(), images(8)
+    expected = below_zero(ByName(), x).keys()
+    assert expected == {"stem", "body", "head"}
+    report = quantize(net, config(first_last=True), example=(x,))
+    assert report.replaced == ("stem", "body", "head")
+    initialise_ranges(net, x)
+    probe = Probe(net, ProbeConfig(enable=True, iterations=(0,)), tmp_path, steps=1, images=len(x))
+    probe.begin(0)
+    net(x).sum().backward()
+    probe.end()
+    with np.load(tmp_path / "iteration-000000.npz") as arrays:
+        assert np.array_equal(arrays["stem.input"], x[:1].numpy())
+    assert not audit(net, [x, x[:0]]).problems
+
+
 def test_a_single_layer() -> None:
     layer = nn.Linear(4, 3)
     assert quantize(layer, config(first_last=True)).replaced == ("",)
@@ -550,6 +580,15 @@ def test_a_registered_layer(own_layers: None) -> None:
     padded = layer.quant_activation(functional.pad(x, (1, 1, 1, 1)))
     expected = functional.conv2d(padded, layer.quant_weight(layer.weight), layer.bias)
     torch.testing.assert_close(layer.eval()(x), layer.norm(expected).relu())
+
+
+def test_a_registered_layer_on_one_image(own_layers: None) -> None:
+    """Its own part of the work is done once."""
+    net = Wrapper(3, 4, 3, norm=nn.Softplus())
+    register_layer(Wrapper, QuantWrapper)
+    quantize(net, config(first_last=True))
+    x = torch.randn(1, 3, 6, 6)
+    torch.testing.assert_close(net.eval()(x[0]), net(x)[0])
 
 
 @pytest.mark.parametrize(
