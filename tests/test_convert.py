@@ -24,11 +24,12 @@ from torchvision.models import (
 )
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+from torchvision.ops import DeformConv2d
 
 from model import convert
 from model.audit import audit
 from model.calibrate import initialise_ranges
-from model.convert import Left, Selection, below_zero, full_precision, quantize, register_layer
+from model.convert import Left, Report, Selection, below_zero, full_precision, quantize, register_layer
 from model.quant import QuantConv2d, Quantizer, QuantLayer, QuantLinear, quantizers
 from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
@@ -267,7 +268,7 @@ def test_a_configuration_that_quantizes_nothing_is_an_error() -> None:
 
 
 def test_a_network_without_layers_is_an_error() -> None:
-    with pytest.raises(UserError, match="no layer"):
+    with pytest.raises(UserError, match="there is no layer to quantize: the network has no convolution"):
         quantize(nn.Sequential(nn.ReLU()), config())
 
 
@@ -323,6 +324,20 @@ def test_a_layer_used_twice_is_one_layer() -> None:
     net(torch.randn(3, 4)).sum().backward()
     assert net[1].get_buffer("quant_weight.iteration") == 2
     assert shared.weight.grad is not None and shared.weight.grad.any()
+
+
+def test_a_layer_held_in_two_places_is_selected_by_both_names() -> None:
+    def twice() -> nn.ModuleDict:
+        shared = nn.Linear(4, 4)
+        return nn.ModuleDict({"encoder": shared, "middle": nn.Linear(4, 4), "decoder": shared})
+
+    every = config(first_last=True)
+    assert quantize(twice(), every, select=Selection(include=("decoder",))).replaced == ("encoder",)
+    report = quantize(twice(), every, select=Selection(exclude=("decoder",)))
+    assert report == Report(("middle",), (Left("encoder", "is excluded by decoder"),))
+    net = twice()
+    quantize(net, every, select=Selection(signed=("decoder",)))
+    assert net["encoder"].signed_input and not net["middle"].signed_input
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -447,7 +462,7 @@ def replaced_forward() -> nn.Module:
         (lambda: Doubled(4, 4, 1), "is a Doubled, whose forward may not be nn.Conv2d's; see register_layer"),
         (
             lambda: nn.LazyLinear(4),
-            "is a LazyLinear, whose forward may not be nn.Linear's; see register_layer",
+            "is a LazyLinear, which has no weights yet: run the network once before",
         ),
         (
             lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
@@ -456,6 +471,10 @@ def replaced_forward() -> nn.Module:
         (replaced_forward, "has had its forward replaced"),
         (lambda: nn.Conv1d(4, 4, 1), "is a Conv1d, which has no quantized form"),
         (lambda: nn.ConvTranspose2d(4, 4, 1), "is a ConvTranspose2d, which has no quantized form"),
+        (lambda: DeformConv2d(4, 4, 1), "is a DeformConv2d, which has no quantized form"),
+        (lambda: nn.Bilinear(4, 4, 4), "is a Bilinear, which has no quantized form"),
+        (lambda: nn.LSTM(4, 4), "is a LSTM, which has no quantized form"),
+        (lambda: nn.GRUCell(4, 4), "is a GRUCell, which has no quantized form"),
     ],
 )
 def test_an_obstacle(make: Callable[[], nn.Module], reason: str) -> None:
@@ -465,6 +484,16 @@ def test_an_obstacle(make: Callable[[], nn.Module], reason: str) -> None:
     assert report.replaced == ("0", "2")
     assert report.left == (Left("1", reason),)
     assert type(net[1]) is kind
+
+
+def test_what_was_put_in_later_is_found() -> None:
+    """A recurrent layer too, whose products nobody else would see."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize(net, config(first_last=True))
+    net.append(nn.GRU(4, 4))
+    assert full_precision(net) == ("2",)
+    (problem,) = audit(net, [torch.randn(2, 3, 4)]).problems
+    assert problem.startswith("2 computes in full precision")
 
 
 def test_a_subclass_at_the_end_is_the_last_layer() -> None:
