@@ -233,5 +233,5 @@ def _check_ternary(config: QuantizerConfig) -> None:
         raise UserError(
             f"--{config.tag}_level {config.levels}: FATNN's values below and above zero are ternary; "
             f"give --{config.tag}_level 3"
-            + ("" if config.tag == "wt" else f" or leave --{config.tag}_half_range out")
+            + {"fm": " or leave --fm_half_range out", "ot": " or add --ot_half_range"}.get(config.tag, "")
         )

@@ -936,6 +936,17 @@ def test_an_unknown_method_lists_the_known_ones(tag: str) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("tag", "way_out"),
+    [("fm", " or leave --fm_half_range out"), ("wt", ""), ("ot", " or add --ot_half_range")],
+)
+def test_fatnn_of_four_levels_around_zero_says_the_way_out(tag: str, way_out: str) -> None:
+    """Which is another one for each tag, since the flag means the other range for activations."""
+    config = QuantizerConfig(tag=tag, enable=True, method="fatnn", levels=4)
+    with pytest.raises(UserError, match=f"are ternary; give --{tag}_level 3{way_out}$"):
+        build(config, Case("lsq", tag, 4, half_range=False).site)
+
+
 def test_a_quantizer_that_is_not_enabled_is_the_identity() -> None:
     quantizer = build(QuantizerConfig(tag="fm", method="lsq"), Case("lsq", "fm", 4, half_range=True).site)
     assert type(quantizer) is nn.Identity
