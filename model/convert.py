@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
 from model.observe import observing, only_input
@@ -288,6 +289,8 @@ def _obstacles(
             found[name] = f"is a {kind.__name__}, which has no quantized form"
         elif isinstance(layer, LazyModuleMixin):
             found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
+        elif parametrize.is_parametrized(layer):
+            found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
         elif kind not in LAYERS:
             base = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
             found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"

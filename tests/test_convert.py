@@ -466,7 +466,7 @@ def replaced_forward() -> nn.Module:
         ),
         (
             lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
-            "is a ParametrizedLinear, whose forward may not be nn.Linear's; see register_layer",
+            "is parametrized, which has changed its class: quantize first, parametrize then",
         ),
         (replaced_forward, "has had its forward replaced"),
         (lambda: nn.Conv1d(4, 4, 1), "is a Conv1d, which has no quantized form"),
@@ -494,6 +494,15 @@ def test_what_was_put_in_later_is_found() -> None:
     assert full_precision(net) == ("2",)
     (problem,) = audit(net, [torch.randn(2, 3, 4)]).problems
     assert problem.startswith("2 computes in full precision")
+
+
+def test_a_layer_that_is_parametrized_then_stays_quantized() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    quantize(net, config(first_last=True))
+    parametrizations.weight_norm(net[1])
+    net(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert not audit(net, [x]).problems
 
 
 def test_a_subclass_at_the_end_is_the_last_layer() -> None:
