@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.convert import full_precision
-from model.observe import observing
+from model.observe import observing, only_input
 from model.quant import Quantizer, QuantLayer, full_precision_reason, quantized_layers, quantizers
 from model.summary import format_table
 from utils.config import QuantConfig
@@ -192,12 +192,14 @@ class _Products(TorchDispatchMode):
         """A hook before a quantized layer."""
         self._calls.append((layer, _Call()))
 
-    def leave_layer(self, name: str, layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def leave_layer(
+        self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
         """A hook behind it."""
         entry = self._calls.pop()
         assert entry is not None
         call, problem = entry[1], entry[1].problem
-        if inputs and inputs[0].numel() == 0:  # then nothing but the weight is quantized
+        if only_input(inputs, named).numel() == 0:  # then nothing but the weight is quantized
             return
         if not problem and call.products == 0:
             problem = "has no convolution and no matrix product that could be looked at"
@@ -269,7 +271,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         hooks += [module.register_forward_hook(watches[name]) for name, module in found.items()]
         for name, layer in quantized_layers(model):
             hooks.append(layer.register_forward_pre_hook(products.enter_layer))
-            hooks.append(layer.register_forward_hook(partial(products.leave_layer, name)))
+            hooks.append(layer.register_forward_hook(partial(products.leave_layer, name), with_kwargs=True))
             for part, quantizer in layer.quantizers():
                 hooks.append(quantizer.register_forward_pre_hook(products.enter_quantizer))
                 hooks.append(quantizer.register_forward_hook(partial(products.leave_quantizer, part)))

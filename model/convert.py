@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
-from model.observe import observing
+from model.observe import observing, only_input
 from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.summary import format_table
 from utils.config import QuantConfig
@@ -33,6 +35,10 @@ USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
 }
 SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
 
+# What multiplies by weights of its own: all that a report and an audit speak of.
+WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
+
 
 def _used_without_a_call() -> dict[type[nn.Module], tuple[str, ...]]:
     """All such modules: a network has torchvision's only where somebody has imported them."""
@@ -46,6 +52,7 @@ class Selection:
 
     A pattern is matched against a layer's whole name as the shell matches file names: `*` stands for any
     text, dots included, so that `backbone.*` is everything inside `backbone`. Upper and lower case differ.
+    A layer that is held in several places has several names, and matches by any of them.
     Whether the first and the last layer and depth-wise convolutions are quantized is the configuration's
     `first_last` and `depthwise`.
 
@@ -174,15 +181,15 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
     """
     shares: dict[str, float] = {}
 
-    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        (x,) = args
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = only_input(inputs, named)
         if x.numel():
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)
 
     with observing(module) as hooks:
         hooks += [
-            layer.register_forward_pre_hook(partial(watch, name))
+            layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             for name, layer in _layers(module)
             if isinstance(layer, nn.Conv2d | nn.Linear)
         ]
@@ -202,16 +209,20 @@ def replace(
         order: the layers that are called, the first and the last at its ends; default: all, as defined.
     """
     layers = dict(_layers(module))
+    if not layers:
+        raise UserError("there is no layer to quantize: the network has no convolution and no linear layer")
+    names = _names(module, layers)
+    known = [name for group in names.values() for name in group]
     for pattern in (*select.include, *select.exclude, *select.signed):
-        if not _match(pattern, layers):
-            close = difflib.get_close_matches(pattern, layers, n=3)
+        if not _match(pattern, known):
+            close = difflib.get_close_matches(pattern, known, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else "`*` stands for any text"
             raise UserError(f"no layer is called {pattern}; {hint}")
     obstacles = _obstacles(module, layers, order)
     ends = tuple(layers) if order is None else order
     replaced, left = [], []
     for name, layer in layers.items():
-        reason = obstacles.get(name) or _deselected(name, layer, config, select, ends)
+        reason = obstacles.get(name) or _deselected(names[name], layer, config, select, ends)
         if reason:
             left.append(Left(name, reason))
             if not isinstance(layer, QuantLayer):
@@ -224,7 +235,7 @@ def replace(
         assert isinstance(layer, QuantLayer)
         if isinstance(layer, QuantConv2d):
             layer.padding_after_quant = config.padding_after_quant
-        layer.signed_input = any(fnmatchcase(name, pattern) for pattern in select.signed)
+        layer.signed_input = any(_match(pattern, names[name]) for pattern in select.signed)
         layer.quant_activation = nn.Identity()
         layer.quant_weight = nn.Identity()
         layer.quant_output = nn.Identity()
@@ -241,10 +252,22 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The convolutions, linear layers and attention modules, which have weights to multiply by."""
+    """The convolutions, linear layers, attention modules and so on, which have weights to multiply by."""
+    deformed = sys.modules.get(DEFORMED)
+    kinds = (*WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
     for name, layer in module.named_modules():
-        if isinstance(layer, _ConvNd | nn.Linear | nn.MultiheadAttention):
+        if isinstance(layer, kinds):
             yield name, layer
+
+
+def _names(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """All names of each layer under the first of them, which is the one in `layers`."""
+    first = {layer: name for name, layer in layers.items()}
+    found: dict[str, list[str]] = {name: [] for name in layers}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if layer in first:
+            found[first[layer]].append(name)
+    return found
 
 
 def _match(pattern: str, names: Iterable[str]) -> bool:
@@ -264,6 +287,10 @@ def _obstacles(
             found[name] = "is quantized already"
         elif not isinstance(layer, nn.Conv2d | nn.Linear):
             found[name] = f"is a {kind.__name__}, which has no quantized form"
+        elif isinstance(layer, LazyModuleMixin):
+            found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
+        elif parametrize.is_parametrized(layer):
+            found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
         elif kind not in LAYERS:
             base = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
             found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"
@@ -282,14 +309,15 @@ def _obstacles(
 
 
 def _deselected(
-    name: str, layer: nn.Module, config: QuantConfig, select: Selection, ends: Sequence[str]
+    names: Sequence[str], layer: nn.Module, config: QuantConfig, select: Selection, ends: Sequence[str]
 ) -> str:
     """Why a layer that can be quantized shall not be, the rest of a sentence about it; empty if it shall."""
+    name = names[0]
     convolution = isinstance(layer, nn.Conv2d)
-    excluded = next((pattern for pattern in select.exclude if fnmatchcase(name, pattern)), None)
+    excluded = next((pattern for pattern in select.exclude if _match(pattern, names)), None)
     if excluded is not None:
         return f"is excluded by {excluded}"
-    if not any(fnmatchcase(name, pattern) for pattern in select.include):
+    if not any(_match(pattern, names) for pattern in select.include):
         return "is not included"
     if not (select.convolutions if convolution else select.linears):
         return f"is a {'convolution' if convolution else 'linear layer'}"

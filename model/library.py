@@ -82,9 +82,10 @@ def build(config: ModelConfig) -> nn.Module:
         output, order = called(network, torch.zeros(1, 3, config.input_size, config.input_size))
     except _UNSUITABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        own = _own_size(source, name)
+        hint = "choose another network" if own in (None, config.input_size) else f"its own is {own}"
         raise UserError(
-            f"--input_size {config.input_size}: {config.name} cannot take images of this size ({reason}); "
-            "224 suits most networks"
+            f"--input_size {config.input_size}: {config.name} cannot take images of this size ({reason}); {hint}"
         ) from error
     if not isinstance(output, Tensor) or output.shape != (1, config.num_classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -102,6 +103,18 @@ def build(config: ModelConfig) -> nn.Module:
                 f"--model {config.name} has no layer that can be quantized{reason}; choose another network"
             )
     return network
+
+
+def _own_size(source: str, name: str) -> int | None:
+    """The size of the images that the network's published weights were trained for; None: not known."""
+    if source == "timm":
+        import timm
+
+        known = timm.models.get_pretrained_cfg(name)
+        return None if known is None else known.input_size[-1]
+    import torchvision
+
+    return torchvision.models.get_model_weights(name)["DEFAULT"].transforms().crop_size[0]
 
 
 def _check_name(source: str, name: str, names: list[str]) -> None:

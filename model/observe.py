@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -27,3 +28,9 @@ def observing(model: nn.Module) -> Iterator[list[RemovableHandle]]:
             hook.remove()
         for module, training in modes:
             module.training = training
+
+
+def only_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, by position or by name, from the arguments of a hook `with_kwargs`."""
+    (value,) = (*inputs, *named.values())
+    return value

@@ -573,10 +573,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         quantizer = self.quant_activation
         return isinstance(quantizer, Quantizer) and not (self.padding_after_quant or quantizer.zero_to_zero())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input [N, in, H, W], output [N, out, H', W'], or both without N, as `nn.Conv2d`."""
+        x = input  # the name is nn.Conv2d's: a network may call it by that
         if x.ndim == 3:  # one image; quantizers tell samples and channels apart by position
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return QuantConv2d.forward(self, x.unsqueeze(0)).squeeze(0)  # not a subclass's, which does more
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
             self.check_empty()
@@ -605,10 +606,11 @@ class QuantLinear(QuantLayer, nn.Linear):
         dim = 0 if tag == "wt" else -1
         return TensorSite(name=name, channels=self.out_features, channel_dim=dim, ndim=2, fan=fan)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Input [..., in], output [..., out], as `nn.Linear`."""
+        x = input
         if x.ndim == 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            return QuantLinear.forward(self, x.unsqueeze(0)).squeeze(0)
         weight = self.quant_weight(self.weight)
         if x.numel() == 0:
             self.check_empty()

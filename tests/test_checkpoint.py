@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -255,6 +256,20 @@ def test_only_a_dict_is_a_checkpoint(tmp_path: Path, payload: object) -> None:
     torch.save(payload, path)
     with pytest.raises(UserError, match=f"holds a {type(payload).__name__}, not a dict"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("core", ["core", "_core"])
+@pytest.mark.parametrize(
+    "number", [np.float64(71.5), np.float32(71.5), np.float16(71.5), np.int64(7), np.int32(7), np.bool_(True)]
+)
+def test_numbers_of_numpy_are_plain_data(tmp_path: Path, number: np.generic, core: str) -> None:
+    """Published files note an accuracy as one, under the module's name of either version of NumPy."""
+    path = tmp_path / "a.pth.tar"
+    torch.save({"best_acc": number}, path, pickle_protocol=2, _use_new_zipfile_serialization=False)
+    content, count = re.subn(rb"numpy\._?core\.", f"numpy.{core}.".encode(), path.read_bytes())
+    assert count == 1
+    path.write_bytes(content)
+    assert checkpoint.read(path)["best_acc"] == number
 
 
 class Malicious:

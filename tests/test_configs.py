@@ -148,6 +148,31 @@ def test_signs_are_not_taken_behind_a_relu(name: str) -> None:
     assert norm_is_last or config.activation == "none" or config.quant.fm.method != "xnor"
 
 
+def comments(name: str) -> str:
+    """The remarks of a config and of the ones that it begins with."""
+    text = (ROOT / "config" / name).read_text(encoding="utf-8")
+    own = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    begun = re.search(r"^source config/(\S+)$", text, flags=re.MULTILINE)
+    return f"{own}\n{comments(begun[1])}" if begun else own
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".eval." not in name])
+def test_says_where_its_recipe_is_from(name: str) -> None:
+    """A paper or the authors' code, where the data set is one that papers have."""
+    said = comments(name)
+    assert re.search(r"\brecipe\b", said, flags=re.IGNORECASE)
+    if name.split(".")[3] in ("imagenet", "dali", "cifar10", "cifar100"):
+        assert re.search(r"^# Recipe: ", said, flags=re.MULTILINE)
+        assert re.search(r"\barXiv \d{4}\.\d{5}\b|\b[\w-]+/[\w-]+\b", said)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".eval." in name])
+def test_says_what_it_evaluates(name: str) -> None:
+    """The config whose checkpoint it is."""
+    (named,) = set(re.findall(r"config\.\S+\.\w+", comments(name).splitlines()[0]))
+    assert config_of(named).run.case + BEST == config_of(name).run.pretrained
+
+
 def test_every_case_is_another_one() -> None:
     cases = [config_of(name).run.case for name in CONFIGS]
     assert len(set(cases)) == len(cases)

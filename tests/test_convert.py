@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,14 +24,16 @@ from torchvision.models import (
 )
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+from torchvision.ops import DeformConv2d
 
 from model import convert
 from model.audit import audit
 from model.calibrate import initialise_ranges
-from model.convert import Left, Selection, below_zero, full_precision, quantize, register_layer
+from model.convert import Left, Report, Selection, below_zero, full_precision, quantize, register_layer
 from model.quant import QuantConv2d, Quantizer, QuantLayer, QuantLinear, quantizers
-from utils.config import QuantConfig, QuantizerConfig
+from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
+from utils.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -265,7 +268,7 @@ def test_a_configuration_that_quantizes_nothing_is_an_error() -> None:
 
 
 def test_a_network_without_layers_is_an_error() -> None:
-    with pytest.raises(UserError, match="no layer"):
+    with pytest.raises(UserError, match="there is no layer to quantize: the network has no convolution"):
         quantize(nn.Sequential(nn.ReLU()), config())
 
 
@@ -323,6 +326,20 @@ def test_a_layer_used_twice_is_one_layer() -> None:
     assert shared.weight.grad is not None and shared.weight.grad.any()
 
 
+def test_a_layer_held_in_two_places_is_selected_by_both_names() -> None:
+    def twice() -> nn.ModuleDict:
+        shared = nn.Linear(4, 4)
+        return nn.ModuleDict({"encoder": shared, "middle": nn.Linear(4, 4), "decoder": shared})
+
+    every = config(first_last=True)
+    assert quantize(twice(), every, select=Selection(include=("decoder",))).replaced == ("encoder",)
+    report = quantize(twice(), every, select=Selection(exclude=("decoder",)))
+    assert report == Report(("middle",), (Left("encoder", "is excluded by decoder"),))
+    net = twice()
+    quantize(net, every, select=Selection(signed=("decoder",)))
+    assert net["encoder"].signed_input and not net["middle"].signed_input
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_quantizers_take_over_the_mode(training: bool) -> None:
     net = Toy().train(training)
@@ -358,6 +375,34 @@ def test_a_second_call_quantizes_what_is_left() -> None:
         "body.grouped.quant_weight": 4,
         "body.hidden.quant_weight": 256,
     }
+
+
+class ByName(nn.Module):
+    """Gives its layers their input by name, as `nn.Conv2d` and `nn.Linear` take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.body(input=self.stem(input=x)).mean(dim=(2, 3)))
+
+
+def test_an_input_given_by_name(tmp_path: Path) -> None:
+    """To quantized layers, and to all that watches them."""
+    net, x = ByName(), images(8)
+    expected = below_zero(ByName(), x).keys()
+    assert expected == {"stem", "body", "head"}
+    report = quantize(net, config(first_last=True), example=(x,))
+    assert report.replaced == ("stem", "body", "head")
+    initialise_ranges(net, x)
+    probe = Probe(net, ProbeConfig(enable=True, iterations=(0,)), tmp_path, steps=1, images=len(x))
+    probe.begin(0)
+    net(x).sum().backward()
+    probe.end()
+    with np.load(tmp_path / "iteration-000000.npz") as arrays:
+        assert np.array_equal(arrays["stem.input"], x[:1].numpy())
+    assert not audit(net, [x, x[:0]]).problems
 
 
 def test_a_single_layer() -> None:
@@ -417,15 +462,19 @@ def replaced_forward() -> nn.Module:
         (lambda: Doubled(4, 4, 1), "is a Doubled, whose forward may not be nn.Conv2d's; see register_layer"),
         (
             lambda: nn.LazyLinear(4),
-            "is a LazyLinear, whose forward may not be nn.Linear's; see register_layer",
+            "is a LazyLinear, which has no weights yet: run the network once before",
         ),
         (
             lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
-            "is a ParametrizedLinear, whose forward may not be nn.Linear's; see register_layer",
+            "is parametrized, which has changed its class: quantize first, parametrize then",
         ),
         (replaced_forward, "has had its forward replaced"),
         (lambda: nn.Conv1d(4, 4, 1), "is a Conv1d, which has no quantized form"),
         (lambda: nn.ConvTranspose2d(4, 4, 1), "is a ConvTranspose2d, which has no quantized form"),
+        (lambda: DeformConv2d(4, 4, 1), "is a DeformConv2d, which has no quantized form"),
+        (lambda: nn.Bilinear(4, 4, 4), "is a Bilinear, which has no quantized form"),
+        (lambda: nn.LSTM(4, 4), "is a LSTM, which has no quantized form"),
+        (lambda: nn.GRUCell(4, 4), "is a GRUCell, which has no quantized form"),
     ],
 )
 def test_an_obstacle(make: Callable[[], nn.Module], reason: str) -> None:
@@ -435,6 +484,25 @@ def test_an_obstacle(make: Callable[[], nn.Module], reason: str) -> None:
     assert report.replaced == ("0", "2")
     assert report.left == (Left("1", reason),)
     assert type(net[1]) is kind
+
+
+def test_what_was_put_in_later_is_found() -> None:
+    """A recurrent layer too, whose products nobody else would see."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize(net, config(first_last=True))
+    net.append(nn.GRU(4, 4))
+    assert full_precision(net) == ("2",)
+    (problem,) = audit(net, [torch.randn(2, 3, 4)]).problems
+    assert problem.startswith("2 computes in full precision")
+
+
+def test_a_layer_that_is_parametrized_then_stays_quantized() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    quantize(net, config(first_last=True))
+    parametrizations.weight_norm(net[1])
+    net(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    assert not audit(net, [x]).problems
 
 
 def test_a_subclass_at_the_end_is_the_last_layer() -> None:
@@ -550,6 +618,15 @@ def test_a_registered_layer(own_layers: None) -> None:
     padded = layer.quant_activation(functional.pad(x, (1, 1, 1, 1)))
     expected = functional.conv2d(padded, layer.quant_weight(layer.weight), layer.bias)
     torch.testing.assert_close(layer.eval()(x), layer.norm(expected).relu())
+
+
+def test_a_registered_layer_on_one_image(own_layers: None) -> None:
+    """Its own part of the work is done once."""
+    net = Wrapper(3, 4, 3, norm=nn.Softplus())
+    register_layer(Wrapper, QuantWrapper)
+    quantize(net, config(first_last=True))
+    x = torch.randn(1, 3, 6, 6)
+    torch.testing.assert_close(net.eval()(x[0]), net(x)[0])
 
 
 @pytest.mark.parametrize(

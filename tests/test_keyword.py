@@ -145,6 +145,10 @@ def test_a_name_is_taken_once(own_registry: None) -> None:
         (["Origin"], ["'Origin', did you mean origin"]),
         (["NRelU"], ["'NRelU'", "NReLU"]),
         (["qqqqq"], ["'qqqqq', see --list_keywords"]),
+        (
+            ["padding_after_quant"],
+            ["'padding_after_quant', which is an option: write --padding_after_quant"],
+        ),
         (["cbas", "bacs"], ["cbas contradicts bacs"]),
         (
             ["cbas", "cbsa", "bcas"],

@@ -139,6 +139,8 @@ def test_depthwise_convolutions_can_stay() -> None:
             "cifar10 --input_size 40",
             "--input_size 40: .* cannot take images of this size",
         ),
+        ("torchvision:inception_v3", "cifar10", r"cannot take images of this size \(.*\); its own is 299$"),
+        ("torchvision:vit_b_32", "cifar10 --input_size 40", "; its own is 224$"),
         ("torchvison:resnet18", "cifar10", "no such network; did you mean torchvision:resnet18"),
     ],
 )
@@ -247,6 +249,7 @@ def test_a_network_of_timm(name: str, left: dict[str, str]) -> None:
         ("vit_tiny_patch16_224.augreg_in21k", "no such network; did you mean timm:vit_tiny_patch16_224"),
         ("hf_hub:timm/vit_tiny_patch16_224", "no such network"),
         ("../resnet18", "no such network"),
+        ("crossvit_tiny_240", "--input_size 64: .* cannot take images of this size .*; its own is 240$"),
         (
             "resnetv2_50x1_bit --fm_enable --wt_enable",
             r"no layer that can be quantized: stages\.0\.\S+ is a StdConv2d, whose forward .*; see register_layer",

@@ -33,6 +33,14 @@ OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"}
 # none.
 COUNTERS = frozenset({"num_batches_tracked"})
 
+# What a number of NumPy is pickled as, under the names of its versions 1 and 2: published files note accuracies so.
+_NUMBER = np.float64(0).__reduce__()[0]
+_PLAIN = [
+    np.dtype,
+    *((_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+]
+
 SHOWN = 5  # names listed in a message before "..."
 
 # A checkpoint is a zip archive; its comment, the last thing in it, is a digest of all bytes before the comment. The
@@ -186,7 +194,8 @@ def _load(path: Path, *, mapped: bool) -> dict[str, Any]:
                 raise UserError(f"{broken} (wrong checksum of {damaged})")
         with warnings.catch_warnings():  # the answer to a bad file is one line
             warnings.simplefilter("ignore", UserWarning)
-            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(_PLAIN):
+                payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); check the path") from error
     except _DAMAGE as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from utils.errors import UserError
-from utils.options import TAGS
+from utils.options import OPTIONS, TAGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +370,8 @@ def _acts(keyword: Keyword, family: str) -> bool:
 
 
 def _unknown(word: str) -> str:
+    if word.replace("-", "_") in OPTIONS:
+        return f"unknown keyword {word!r}, which is an option: write --{word}"
     folded = {name.lower(): name for name in _REGISTRY}
     close = [folded[name] for name in difflib.get_close_matches(word.lower(), folded, n=3)]
     return f"unknown keyword {word!r}" + (f", did you mean {' or '.join(close)}?" if close else

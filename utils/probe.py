@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Probe:
         self._step = step
         for name in self.layers:
             layer = self._model.get_submodule(name)
-            hooks = [layer.register_forward_hook(partial(self._passed, name))]
+            hooks = [layer.register_forward_hook(partial(self._passed, name), with_kwargs=True)]
             weight = getattr(layer, "weight", None)
             if isinstance(weight, Tensor):
                 self._keep(f"{name}.weight", weight)
@@ -91,8 +92,10 @@ class Probe:
             self.board.histogram(f"probe/{name}", value, self._step)
         self._step, self._found, self._hooks = -1, {}, []
 
-    def _passed(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        self._keep(f"{name}.input", inputs[0], self._images)
+    def _passed(
+        self, name: str, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: object
+    ) -> None:
+        self._keep(f"{name}.input", next(iter((*inputs, *named.values()))), self._images)
         if isinstance(output, Tensor):
             self._keep(f"{name}.output", output, self._images)
 
