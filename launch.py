@@ -61,7 +61,7 @@ def _end_if_deaf(answered: threading.Event, folder: str) -> None:
     """Let a signal end this process, in which `answered` is set by Python's handler, when that does not come.
 
     Where torchrun waits for other machines in C++, for minutes, no handler of Python's is called; it has no process of
-    the run then. The number of a signal is in the pipe at once.
+    the run then, and with one it is only slow. The number of a signal is in the pipe at once.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -69,11 +69,20 @@ def _end_if_deaf(answered: threading.Event, folder: str) -> None:
 
     def watch() -> None:
         while number := os.read(reading, 1)[0]:
-            if number in SIGNALS and not answered.wait(DEAF):
+            if number in SIGNALS and not answered.wait(DEAF) and not _has_child():
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(128 + number)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def _has_child() -> bool:
+    """Whether this process has one, ended or not."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def main(arguments: list[str]) -> int:
