@@ -2,6 +2,7 @@
 
     python benchmarks/digits.py                     # full precision and 2-bit LSQ, seeds 1-3
     python benchmarks/digits.py --all               # every method at 1 bit, ternary, 2, 3 and 4 bits
+    python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
@@ -13,6 +14,7 @@ the same command stands for are not repeated (`--fresh` does).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -21,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ NETWORK = {  # the full tables take smaller images or a narrower network, so tha
     "digits-all": "--model resnet20 --width_alpha 0.25 --input_size 16",
     "glyphs-quick": "--model resnet20 --width_alpha 0.125",
     "glyphs-all": "--model resnet20 --width_alpha 0.125 --input_size 16",
+    "digits-starts": "--model resnet20 --width_alpha 0.25 --input_size 16",
+    "glyphs-starts": "--model resnet20 --width_alpha 0.125 --input_size 16",
 }
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
@@ -85,22 +89,17 @@ BINARY_BLOCK_FULL_PRECISION = Method(
 TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
 LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
 CENTRED = "--wt_adaptive var-mean"  # DoReFa-Net's weights per channel: one range for all is too coarse for three levels
-# Of activations, half of which a ReLU makes zero, LSQ's 2 mean|x| is so little that nearly all others are cut off.
-FITTED = "--re_init_range mse"
 QUICK = (Method("LSQ", "2/2", "dorefa,lsq", bits(2), LIMIT[2]),)
 ALL = (
     *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("LSQ", "ternary", "dorefa,lsq", TERNARY, 1.0),
-    Method("LSQ, least squared error", "ternary", "dorefa,lsq", f"{TERNARY} {FITTED}", 1.0),
     Method("LSQ", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper", LIMIT[1]),
-    Method("LSQ, least squared error", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper {FITTED}", LIMIT[1]),
     *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{bits(b)} --wt_grid midtread", LIMIT[b])
       for b in (4, 3, 2)),
     *(Method("PACT", f"{b}/{b}", "pact", bits(b), LIMIT[b]) for b in (4, 3, 2)),
     Method("PACT, centred weights", "ternary", "pact", f"{TERNARY} {CENTRED}", 1.0),
     Method("PACT", "ternary", "pact", TERNARY, None),
     Method("PACT, binary weights", "1/1", "pact,wt_bin", bits(1), LIMIT[1]),
-    Method("PACT, binary weights, least squared error", "1/1", "pact,wt_bin", f"{bits(1)} {FITTED}", LIMIT[1]),
     *(Method("DoReFa-Net, clip 1", f"{b}/{b}", "dorefa", bits(b), None) for b in (4, 3, 2)),
     *(Method("DoReFa-Net, clip 3", f"{b}/{b}", "dorefa", f"{bits(b)} --fm_boundary 3", LIMIT[b])
       for b in (4, 3, 2)),
@@ -114,6 +113,14 @@ ALL = (
     Method("XNOR-Net++", "1/1", "xnor,gamma", f"{bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
     Method("Bi-Real gradient", "1/1", "xnor", f"{bits(1)} --fm_grad_type Triangle", LIMIT[1], BINARY_BLOCK),
 )  # fmt: skip
+
+# Where clip values start: by the paper's formula and, the second row of each pair, at the least squared error.
+STARTS = tuple(
+    dataclasses.replace(m, name=f"{m.name}{where}", options=f"{m.options}{option}")
+    for m in ALL
+    if m.name == "LSQ" or (m.name, m.bits) == ("PACT, binary weights", "1/1")
+    for where, option in (("", ""), (", least squared error", " --re_init_range mse"))
+)
 
 
 @dataclass(frozen=True)
@@ -288,12 +295,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--all", action="store_true", help="every method instead of 2-bit LSQ alone")
+    sets = parser.add_mutually_exclusive_group()
+    for chosen, what in (
+        ("all", "every method instead of 2-bit LSQ alone"),
+        ("starts", "two ways to find the first clip values"),
+    ):
+        sets.add_argument(
+            f"--{chosen}", action="store_const", dest="rows", const=chosen, default="quick", help=what
+        )
     add_arguments(parser)
     options = parser.parse_args()
 
-    methods = ALL if options.all else QUICK
-    name = f"{options.dataset}-{'all' if options.all else 'quick'}"
+    methods = {"quick": QUICK, "all": ALL, "starts": STARTS}[options.rows]
+    name = f"{options.dataset}-{options.rows}"
     found = outcomes(name, methods, options.seeds, options.jobs, options.fresh)
     lines = table(found, methods)
     print("\n".join(lines))
@@ -301,7 +315,7 @@ def main() -> int:
         return 0
     picture = RESULTS.parent / "results" / f"{name}.png"
     lines += ["", f"![gaps](results/{name}.png)"]
-    write(name, "digits", options.seeds, lines, [asdict(outcome) for outcome in found])
+    write(name, "digits", options.seeds, lines, [dataclasses.asdict(outcome) for outcome in found])
     draw(found, methods, picture, f"{options.dataset}, {len(options.seeds)} seeds")
     return 0
 
