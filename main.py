@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import launch
 from utils import keyword, schedule
 from utils.config import Config
-from utils.errors import TrainingError, UserError
+from utils.errors import LostError, TrainingError, UserError
 from utils.interrupt import SAVED, Stop
 from utils.options import parse
 from utils.resolve import resolve
@@ -80,6 +80,8 @@ def answer(argv: Sequence[str] | None) -> int:
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
+        if isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(PATIENCE)  # the launcher sees which one ended first, and ends this one
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
