@@ -669,6 +669,26 @@ def test_cifar_with_a_cut_archive_is_refused(
         build(DataConfig(dataset="cifar10", root=tmp_path))
 
 
+@pytest.mark.parametrize("blocked", ["root", "folder"])
+def test_a_place_that_cifar_cannot_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocked: str
+) -> None:
+    """Neither the archive nor a download is to blame. A file in the way stands for what may not be written."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    place = Path("data")
+    if blocked == "folder":
+        place.mkdir()
+        archive = place / CIFAR10.filename
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        place /= CIFAR10.base_folder
+    place.touch()
+    with pytest.raises(UserError, match=f"^cannot use {place}.*: .*; check --root and its permissions$"):
+        build(DataConfig(dataset="cifar10"))
+
+
 def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
