@@ -93,7 +93,7 @@ def test_a_file_that_one_process_cannot_read_is_all_that_is_said(tmp_path: Path)
     in_the_second_half = int(epoch_order(24, 0, 0)[3])  # of the first batch
     bad = ImageNames(tmp_path / "images" / "train").path(in_the_second_half)
     Path(bad).write_text("no image")
-    line = f"{FILES} --dataset imagenet -b 2 -j 0".replace("--root images", f"--root {tmp_path / 'images'}")
+    line = f"{FILES} --dataset imagenet -b 2 -j 1".replace("--root images", f"--root {tmp_path / 'images'}")
     process = launch(tmp_path, line)
     _, errors = process.communicate(timeout=LIMIT)
     assert errors.startswith(f"main.py: error: cannot read the image {bad} (no image)"), errors
