@@ -1012,6 +1012,33 @@ def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
         read(loaders.train)
 
 
+@pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 2), ("dali", 1)])
+@pytest.mark.parametrize("damage", ["text", "broken"])
+def test_a_batch_of_validation_may_be_lost_whole(
+    tmp_path: Path, dataset: str, workers: int, damage: str
+) -> None:
+    """At the beginning, in the middle, two in a row and at the end; what is left are the images that can be read."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=3)
+    paths = [tmp_path / "val" / name / f"{i}.jpg" for name in CLASSES for i in range(3)]
+    for number in (0, 3, 4, 5, 8):
+        paths[number].write_bytes(DAMAGE[damage](paths[number].read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=1, workers=workers,
+        skip_corrupt=5,
+    )  # fmt: skip
+    loader = validation(build(config))
+    for _ in range(2):
+        assert [target.tolist() for _, target in read(loader)] == [[0], [0], [2], [2]]
+    with pytest.raises(UserError, match=f"cannot read .*{paths[8].name}.*4 others are left out already"):
+        read(validation(build(replace(config, skip_corrupt=4, workers=0))))
+    for path in paths:
+        path.write_text("no image")
+    with pytest.raises(UserError, match="no image of the validation set can be read"):
+        read(validation(build(replace(config, skip_corrupt=9, workers=0))))
+
+
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
 def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: str) -> None:
     if dataset == "dali":
@@ -1025,7 +1052,7 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
     with pytest.raises(UserError, match=r"cannot read .*\.jpg \(no image\): .*1 others are left out already"):
         read(build(config).train)
     # Of a batch something must be left.
-    with pytest.raises(UserError, match="no image of a batch can be read"):
+    with pytest.raises(UserError, match="no image of a training batch can be read"):
         read(build(replace(config, batch_size=1, skip_corrupt=9)).train)
 
 

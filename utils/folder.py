@@ -231,7 +231,8 @@ class FolderLoader(Loader):
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
         workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
-        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
+        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
+            validation when it lacks all.
         randaugment: magnitude of RandAugment in training; None: none.
 
     Raises:
@@ -293,6 +294,8 @@ class FolderLoader(Loader):
         asked.batches, asked.epoch = batches, epoch
         for number, (good, bad) in enumerate(self._loader):
             note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+            if not good:  # of validation
+                continue
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
@@ -304,12 +307,12 @@ def note(
 ) -> None:
     """Take note of a batch's unreadable images.
 
-    Raises `UserError` also when too few are left of the batch: none, or in training one, which has no batch statistics.
+    Raises `UserError` also when too few are left of a training batch for batch statistics: one or none.
     """
     for index, reason in bad:
         unreadable.add(names.path(index), reason)
-    if bad and left <= int(train):
-        few = "a single image of a training batch" if left else "no image of a batch"
+    if bad and train and left <= 1:
+        few = f"{'a single' if left else 'no'} image of a training batch"
         raise UserError(
             f"{few} can be read, the last that cannot is {printable(names.path(bad[-1][0]))}: replace or remove them "
             "(tools.py --keyword verify-data lists all such files), or write a larger --batch_size"
