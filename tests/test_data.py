@@ -33,7 +33,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from utils.augment import centre_crop, crop_flip, warp
 from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
 from utils.fake import FakeImages, photograph
 from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
@@ -741,6 +741,17 @@ def test_there_are_no_more_workers_than_batches(imagenet: DataConfig) -> None:
     loader = build(replace(imagenet, workers=30)).train
     assert same(read(loader), read(build(imagenet).train))
     assert len(set(multiprocessing.active_children()) - children) == len(loader) == 4
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_line(imagenet: DataConfig) -> None:
+    """As by the system when memory runs out."""
+    children = set(multiprocessing.active_children())
+    batches = iter(build(replace(imagenet, workers=1, batch_size=2)).train)
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - children
+    worker.kill()
+    with pytest.raises(TrainingError, match=r"a process that reads images was ended, .* fewer --workers"):
+        list(batches)
 
 
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 
 from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
-from utils.errors import UserError, printable
+from utils.errors import TrainingError, UserError, printable
 from utils.images import DECODE_ERRORS, decode, read, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
@@ -237,6 +237,7 @@ class FolderLoader(Loader):
 
     Raises:
         UserError: while iterating, when one image too many cannot be decoded; names its path.
+        TrainingError: while iterating, when a worker was ended.
     """
 
     def __init__(
@@ -292,7 +293,7 @@ class FolderLoader(Loader):
         self._loader = self._loader or self._open()
         asked = self._asked
         asked.batches, asked.epoch = batches, epoch
-        for number, (good, bad) in enumerate(self._loader):
+        for number, (good, bad) in enumerate(_answers(self._loader)):
             note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
             if not good:  # of validation
                 continue
@@ -300,6 +301,18 @@ class FolderLoader(Loader):
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
             yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
+
+
+def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:
+    """What the workers have read. Raises `TrainingError` when one of them is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a process that reads images was ended, perhaps because memory ran out; try fewer --workers"
+        ) from error
 
 
 def note(
