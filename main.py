@@ -224,7 +224,7 @@ def run(config: Config) -> int:
             return 0
         if place.first and not settings.evaluate:
             state.prepare_files(folder, files, found, chosen=settings.resume_file)
-        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent()
+        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent(place.rank)
         try:
             for warning in (*warnings, *found.passed_over, *progress.differences):
                 logger.warning("warning: %s", warning)

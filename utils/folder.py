@@ -58,7 +58,7 @@ class Unreadable:
         self.paths.add(path)
         logging.getLogger("train").warning(
             "left out an image that cannot be read, %d of %d: %s (%s)",
-            len(self.paths), self.limit, shown, reason,
+            len(self.paths), self.limit, shown, reason, extra={"of_each_process": True},
         )  # fmt: skip
 
 
