@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import launch
 from utils import keyword, schedule
 from utils.config import Config
-from utils.errors import TrainingError, UserError
+from utils.errors import LostError, TrainingError, UserError
 from utils.interrupt import SAVED, Stop
 from utils.options import parse
 from utils.resolve import resolve
@@ -74,17 +74,24 @@ def answer(argv: Sequence[str] | None) -> int:
         return run(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(
-                PATIENCE
-            )  # the first process says it too, nearly always, and the launcher ends this one
+            wait_to_be_ended()  # the first process says it too, nearly always
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
+        if isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" in os.environ:
+            wait_to_be_ended()  # the status is to be that of the one that ended first
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("main.py: interrupted", file=sys.stderr)
         return 130
+
+
+def wait_to_be_ended() -> None:
+    """Give the launcher time to end this process, because of another one, before it says what is wrong here."""
+    # Not the end without cleaning up, of which Python would warn.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    time.sleep(PATIENCE)
 
 
 def run(config: Config) -> int:
@@ -217,7 +224,7 @@ def run(config: Config) -> int:
             return 0
         if place.first and not settings.evaluate:
             state.prepare_files(folder, files, found, chosen=settings.resume_file)
-        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent()
+        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent(place.rank)
         try:
             for warning in (*warnings, *found.passed_over, *progress.differences):
                 logger.warning("warning: %s", warning)

@@ -373,6 +373,10 @@ def verify_data(options: Options) -> int:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
     root = _given(options.root)
+    for path in sorted(_files(root, images=False)):
+        if form := format_of(path):
+            counts["mislabelled"] += 1
+            _tell(path, f"mislabelled: the file is {form}, training passes over files with this ending")
     if (root / "train").is_dir() or (root / "val").is_dir():
         from utils.folder import check_folders  # imports torch
 
@@ -424,12 +428,35 @@ def image_files(root: Path) -> Iterator[Path]:
 
     Raises UserError for a folder that cannot be listed.
     """
+    return _files(root, images=True)
+
+
+def _files(root: Path, *, images: bool) -> Iterator[Path]:
+    """All files below `root` with the ending of an image, or all others."""
     from utils.images import walk  # imports Pillow
 
     for folder, names in walk(root):
         for name in names:
-            if name.lower().endswith(IMAGE_ENDINGS):
+            if name.lower().endswith(IMAGE_ENDINGS) == images:
                 yield Path(folder, name)
+
+
+def format_of(path: Path) -> str:
+    """The format of an image, whatever its ending, by its header alone; empty for what is no image."""
+    import warnings
+
+    from PIL import Image
+
+    from utils.images import DECODE_ERRORS
+    from utils.images import FORMATS as READ
+
+    if not os.path.isfile(path):  # a pipe might never end
+        return ""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=READ) as image:
+            return image.format or ""
+    except DECODE_ERRORS:
+        return ""
 
 
 def image_error(path: Path) -> str | None:

@@ -33,7 +33,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from utils.augment import centre_crop, crop_flip, warp
 from utils.config import DataConfig
 from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
 from utils.fake import FakeImages, photograph
 from utils.folder import ImageNames, resize, resize_to_centre
 from utils.loader import Batch, Loader, epoch_order
@@ -669,6 +669,26 @@ def test_cifar_with_a_cut_archive_is_refused(
         build(DataConfig(dataset="cifar10", root=tmp_path))
 
 
+@pytest.mark.parametrize("blocked", ["root", "folder"])
+def test_a_place_that_cifar_cannot_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocked: str
+) -> None:
+    """Neither the archive nor a download is to blame. A file in the way stands for what may not be written."""
+    write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    place = Path("data")
+    if blocked == "folder":
+        place.mkdir()
+        archive = place / CIFAR10.filename
+        with tarfile.open(archive, "w:gz") as file:
+            file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        place /= CIFAR10.base_folder
+    place.touch()
+    with pytest.raises(UserError, match=f"^cannot use {place}.*: .*; check --root and its permissions$"):
+        build(DataConfig(dataset="cifar10"))
+
+
 def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, CIFAR10, monkeypatch)
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
@@ -721,6 +741,17 @@ def test_there_are_no_more_workers_than_batches(imagenet: DataConfig) -> None:
     loader = build(replace(imagenet, workers=30)).train
     assert same(read(loader), read(build(imagenet).train))
     assert len(set(multiprocessing.active_children()) - children) == len(loader) == 4
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_line(imagenet: DataConfig) -> None:
+    """As by the system when memory runs out."""
+    children = set(multiprocessing.active_children())
+    batches = iter(build(replace(imagenet, workers=1, batch_size=2)).train)
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - children
+    worker.kill()
+    with pytest.raises(TrainingError, match=r"a process that reads images was ended, .* fewer --workers"):
+        list(batches)
 
 
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])
@@ -992,6 +1023,33 @@ def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
         read(loaders.train)
 
 
+@pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 2), ("dali", 1)])
+@pytest.mark.parametrize("damage", ["text", "broken"])
+def test_a_batch_of_validation_may_be_lost_whole(
+    tmp_path: Path, dataset: str, workers: int, damage: str
+) -> None:
+    """At the beginning, in the middle, two in a row and at the end; what is left are the images that can be read."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path, train=2, val=3)
+    paths = [tmp_path / "val" / name / f"{i}.jpg" for name in CLASSES for i in range(3)]
+    for number in (0, 3, 4, 5, 8):
+        paths[number].write_bytes(DAMAGE[damage](paths[number].read_bytes()))
+    config = DataConfig(
+        dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=1, workers=workers,
+        skip_corrupt=5,
+    )  # fmt: skip
+    loader = validation(build(config))
+    for _ in range(2):
+        assert [target.tolist() for _, target in read(loader)] == [[0], [0], [2], [2]]
+    with pytest.raises(UserError, match=f"cannot read .*{paths[8].name}.*4 others are left out already"):
+        read(validation(build(replace(config, skip_corrupt=4, workers=0))))
+    for path in paths:
+        path.write_text("no image")
+    with pytest.raises(UserError, match="no image of the validation set can be read"):
+        read(validation(build(replace(config, skip_corrupt=9, workers=0))))
+
+
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
 def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: str) -> None:
     if dataset == "dali":
@@ -1005,7 +1063,7 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
     with pytest.raises(UserError, match=r"cannot read .*\.jpg \(no image\): .*1 others are left out already"):
         read(build(config).train)
     # Of a batch something must be left.
-    with pytest.raises(UserError, match="no image of a batch can be read"):
+    with pytest.raises(UserError, match="no image of a training batch can be read"):
         read(build(replace(config, batch_size=1, skip_corrupt=9)).train)
 
 

@@ -103,6 +103,16 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "x.jpg") == read(str(tmp_path / "y.jpg")) == b"12"
 
 
+def test_odd_metadata_is_passed_over_without_a_word(tmp_path: Path) -> None:
+    """Warnings would come from every process that decodes, into the bar, and name no file."""
+    path = tmp_path / "x.jpg"
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0"  # one entry where there should be five
+    Image.new("RGB", (8, 8)).save(path, exif=cut)
+    code = "import sys; from utils.images import decode, read; print(decode(read(sys.argv[1])).size)"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(8, 8)\n", "")
+
+
 def test_postscript_is_no_image() -> None:
     """Pillow would start Ghostscript for it."""
     with pytest.raises(DECODE_ERRORS) as caught:

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.kill import NETWORK, free_port
-from tests.test_distributed import LINE
+from tests.test_data import write_folder
+from tests.test_distributed import FILES, LINE
 from tests.test_interrupt import QUIET, listens, started_by
 from utils.checkpoint import read
+from utils.folder import ImageNames
 from utils.interrupt import SAVED
+from utils.loader import epoch_order
 from utils.log import MetricsFile
 
 LIMIT = 900  # seconds, also on a machine that has much other work
@@ -122,6 +125,19 @@ def test_a_mistake_that_is_found_later_is_one_line_too(tmp_path: Path) -> None:
         errors.startswith("main.py: error: --pretrained nothing.pth.tar: no such file")
         and errors.count("\n") == 1
     )
+
+
+def test_a_file_that_one_process_cannot_read_is_all_that_is_said(tmp_path: Path) -> None:
+    """The status is its own, not that of the first process, which loses it."""
+    write_folder(tmp_path / "images", train=8, val=1)
+    in_the_second_half = int(epoch_order(24, 0, 0)[3])  # of the first batch
+    bad = ImageNames(tmp_path / "images" / "train").path(in_the_second_half)
+    Path(bad).write_text("no image")
+    line = f"{FILES} --dataset imagenet -b 2 -j 1".replace("--root images", f"--root {tmp_path / 'images'}")
+    process = launch(tmp_path, line)
+    _, errors = process.communicate(timeout=LIMIT)
+    assert errors.startswith(f"main.py: error: cannot read the image {bad} (no image)"), errors
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
 
 
 def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:

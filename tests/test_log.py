@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import log
 from utils.errors import UserError
+from utils.folder import Unreadable
 
 FIELDS = (
     *("epoch", "lr", "train_loss", "train_top1", "train_top5"),
@@ -51,6 +52,16 @@ def test_names_that_are_not_utf8_are_logged(tmp_path: Path, capsys: pytest.Captu
 def test_verbose_shows_debug(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup(None, verbose=True).debug("detail")
     assert capsys.readouterr().out == "detail\n"
+
+
+def test_another_process_says_only_what_it_alone_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the images that it leaves out."""
+    logger = log.silent(3)
+    logger.error("what the first process says")
+    Unreadable(limit=2).add("x.jpg", "no image")
+    assert capsys.readouterr() == (
+        "process 3: left out an image that cannot be read, 1 of 2: x.jpg (no image)\n", ""
+    )  # fmt: skip
 
 
 def test_a_second_setup_replaces_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -515,19 +515,24 @@ def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
     (folder / os.fsdecode(b"\xff\n.jpg")).write_text("no image")
     image.save(folder / "picture.gif")
     Image.fromarray(pixels[..., 0].astype(np.float32)).save(folder / "float.tif")
+    (folder / "photo.jfif").write_bytes(whole)
+    (folder / "photo").write_bytes(whole)
+    (folder / "README.txt").write_text("no image")
+    os.mkfifo(folder / "pipe")
     (tmp_path / "val" / "b").mkdir(parents=True)
     image.save(tmp_path / "val" / "b" / "good.jpg")
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
     assert (done.returncode, done.stderr) == (1, "")
     *lines, last = done.stdout.splitlines()
     assert last == (
-        "12 images: 2 mislabelled, 2 single-channel, 1 truncated, 3 broken, 1 CMYK, 1 GIF, 1 class folders"
+        "12 images: 4 mislabelled, 2 single-channel, 1 truncated, 3 broken, 1 CMYK, 1 GIF, 1 class folders"
     )
     found = {tuple(line.removeprefix(f"{folder}/").split(": ", 2)[:2]) for line in lines[:-1]}
     assert found == {
         ("both.jpg", "mislabelled"), ("both.jpg", "single-channel"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
         ("grey.jpg", "single-channel"), ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
         ("picture.gif", "GIF"), ("float.tif", "broken"), (r"\udcff\n.jpg", "broken"),
+        ("photo.jfif", "mislabelled"), ("photo", "mislabelled"),
     }  # fmt: skip
     assert len(lines[:-1]) == len(found)
     assert lines[-1].startswith(

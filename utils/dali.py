@@ -60,7 +60,8 @@ class DaliLoader(Loader):
         size: height and width of the images of a batch, in pixels.
         workers: threads that decode on the CPU, and as many that read files and resize there, no more than images of a
             batch; 0 is as 1.
-        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
+        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
+            validation when it lacks all.
 
     Raises:
         UserError: while iterating, when one image too many cannot be decoded; names its path.
@@ -94,10 +95,14 @@ class DaliLoader(Loader):
                     images = self._take(pipeline, running[0], threads)
                 except DECODE_ERRORS:
                     # DALI does not say which image it was, and its pipeline is of no use any more.
-                    running[0] = self._without_bad(running[0], threads)
+                    left = self._without_bad(running.popleft(), threads)
+                    if left:
+                        running.appendleft(left)
                     pipeline = self._pipeline(self._delivery.batch_size)
                     for files in running:
                         self._feed(pipeline, files)
+                    if not left:  # of validation
+                        continue
                     images = self._take(pipeline, running[0], threads)
                 index = torch.tensor([file.index for file in running.popleft()])
                 yield Raw(images, self._target[index], index)
@@ -120,7 +125,8 @@ class DaliLoader(Loader):
             files = [result for result in results if isinstance(result, _File)]
             bad = [result for result in results if not isinstance(result, _File)]
             note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
-            yield files
+            if files:  # else of validation
+                yield files
 
     def _file(self, index: int, epoch: int) -> _File | _Bad:
         """Read a file, look at its header and draw the crop."""

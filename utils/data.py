@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import tarfile
+import urllib.error
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -311,8 +312,9 @@ class Cifar:
         files = self.files
         folder, archive = root / files.base_folder, root / files.filename
         names = [name for name, _ in files.train_list + files.test_list] + [files.meta["filename"]]
-        missing, archived = False, archive.is_file()
+        missing = archived = False
         try:
+            archived = archive.is_file()
             root.mkdir(exist_ok=True)
             with _alone(root):
                 missing = not all((folder / name).is_file() for name in names)
@@ -321,6 +323,10 @@ class Cifar:
                         files(root, download=True)
             data = files(root, train=train)
         except _CIFAR_ERRORS as error:
+            if isinstance(error, OSError) and error.filename and not isinstance(error, urllib.error.URLError):
+                raise UserError(
+                    f"cannot use {error.filename}: {error.strerror}; check --root and its permissions"
+                ) from error
             reason = f"the download failed: {error}" if missing else "checksums differ"
             if missing and archived:
                 reason = f"{archive} is damaged, and {reason}"

@@ -22,7 +22,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.config import DeviceConfig
-from utils.errors import TrainingError, UserError
+from utils.errors import LostError, TrainingError, UserError
 from utils.interrupt import ends_at_once
 
 T = TypeVar("T")
@@ -135,7 +135,8 @@ def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) 
         joining: how long to wait for the others without torchrun, which ends all when one of them ends.
 
     Raises:
-        TrainingError: they do not come together, or another one ended.
+        TrainingError: they do not come together.
+        LostError: another one ended.
     """
     if place.world_size == 1:
         yield
@@ -160,7 +161,7 @@ def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) 
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error).lower():
             raise
-        raise TrainingError(
+        raise LostError(
             f"process {place.rank} lost the others; the error is that of the one that ended first"
         ) from error
     finally:

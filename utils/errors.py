@@ -1,4 +1,4 @@
-"""The two errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
+"""The errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
 
 import unicodedata
 
@@ -25,3 +25,7 @@ class TrainingError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))
+
+
+class LostError(TrainingError):
+    """Another process of the run ended, which is to say why."""

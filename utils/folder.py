@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 
 from utils import workers
 from utils.augment import CROP_DRAWS, centre_crop, random_crop
-from utils.errors import UserError, printable
+from utils.errors import TrainingError, UserError, printable
 from utils.images import DECODE_ERRORS, decode, read, reason_of, walk
 from utils.loader import AUGMENT, PART, Delivery, Loader, Raw, rand_augment, seed_of
 
@@ -58,7 +58,7 @@ class Unreadable:
         self.paths.add(path)
         logging.getLogger("train").warning(
             "left out an image that cannot be read, %d of %d: %s (%s)",
-            len(self.paths), self.limit, shown, reason,
+            len(self.paths), self.limit, shown, reason, extra={"of_each_process": True},
         )  # fmt: skip
 
 
@@ -231,11 +231,13 @@ class FolderLoader(Loader):
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
         workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
-        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller.
+        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
+            validation when it lacks all.
         randaugment: magnitude of RandAugment in training; None: none.
 
     Raises:
         UserError: while iterating, when one image too many cannot be decoded; names its path.
+        TrainingError: while iterating, when a worker was ended.
     """
 
     def __init__(
@@ -291,12 +293,26 @@ class FolderLoader(Loader):
         self._loader = self._loader or self._open()
         asked = self._asked
         asked.batches, asked.epoch = batches, epoch
-        for number, (good, bad) in enumerate(self._loader):
+        for number, (good, bad) in enumerate(_answers(self._loader)):
             note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+            if not good:  # of validation
+                continue
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
             yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
+
+
+def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:
+    """What the workers have read. Raises `TrainingError` when one of them is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            "a process that reads images was ended, perhaps because memory ran out; try fewer --workers"
+        ) from error
 
 
 def note(
@@ -304,12 +320,12 @@ def note(
 ) -> None:
     """Take note of a batch's unreadable images.
 
-    Raises `UserError` also when too few are left of the batch: none, or in training one, which has no batch statistics.
+    Raises `UserError` also when too few are left of a training batch for batch statistics: one or none.
     """
     for index, reason in bad:
         unreadable.add(names.path(index), reason)
-    if bad and left <= int(train):
-        few = "a single image of a training batch" if left else "no image of a batch"
+    if bad and train and left <= 1:
+        few = f"{'a single' if left else 'no'} image of a training batch"
         raise UserError(
             f"{few} can be read, the last that cannot is {printable(names.path(bad[-1][0]))}: replace or remove them "
             "(tools.py --keyword verify-data lists all such files), or write a larger --batch_size"

@@ -6,6 +6,7 @@ import io
 import os
 import stat
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,10 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 """What Pillow is known to raise for files that are missing, truncated, no image, broken or suspiciously large."""
+
+
+# Pillow's are of odd metadata, as some photographs of ImageNet have, and of size; they name no file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read(path: str | Path) -> bytes:

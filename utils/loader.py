@@ -211,7 +211,9 @@ class Loader(ABC):
             # A row for every sample of the set, so that a sample's numbers do not depend on its batch.
             words = generator(_COLOUR, delivery.seed, epoch)
             colours = torch.rand(self.samples, COLOUR_DRAWS, generator=words)
+        delivered = False
         for number, raw in enumerate(self._read(batches, epoch), first):
+            delivered = True
             images = raw.images.to(delivery.device, non_blocking=True)
             target = raw.target.to(delivery.device, non_blocking=True)
             if colours is not None:
@@ -225,6 +227,11 @@ class Loader(ABC):
                     torch.default_generator.manual_seed(seed)
                     images, target = delivery.mix(images, target)
             yield images.contiguous(memory_format=torch.channels_last), target
+        if batches and not delivered:
+            raise UserError(
+                "no image of the validation set can be read: replace them (tools.py --keyword verify-data says what is "
+                "wrong), or write --val_batch_size 0"
+            )
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Bring [N, C, S, S] in [0, 255] to float32 [N, 3, S, S], in channels-last order."""

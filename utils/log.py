@@ -52,11 +52,17 @@ class _File(logging.FileHandler):
         super().handleError(record)
 
 
-def silent() -> logging.Logger:
-    """The logger `train` of a process that is not the first one of its run: nothing is shown but errors."""
+def silent(rank: int) -> logging.Logger:
+    """The logger `train` of process `rank`, not the first one of its run.
+
+    What all would say is left to the first one. Shown is what this one alone knows: records with `of_each_process`.
+    """
     close()
-    _LOGGER.addHandler(logging.NullHandler())
-    _LOGGER.setLevel(logging.ERROR)
+    console = _Console()
+    console.setFormatter(logging.Formatter(f"process {rank}: %(message)s"))
+    console.addFilter(lambda record: getattr(record, "of_each_process", False))
+    _LOGGER.addHandler(console)
+    _LOGGER.setLevel(logging.WARNING)
     _LOGGER.propagate = False
     return _LOGGER
 

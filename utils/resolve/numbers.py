@@ -57,6 +57,14 @@ def check_numbers(given: Given) -> None:
             raise UserError(f"--{name}: give three numbers, one per channel, like 0.5,0.5,0.5")
         if given[name] is not None and not all(map(math.isfinite, given[name])):
             raise UserError(f"--{name}: give finite numbers")
+        if given[name] is not None and max(given[name]) > 1:
+            raise UserError(
+                f"--{name}: {max(given[name]):g} is not of images in [0, 1]; divide all three by 255"
+            )
+    if given["mean"] is not None and min(given["mean"]) < 0:
+        raise UserError(
+            f"--mean: {min(given['mean']):g} is not of images in [0, 1]; give numbers from 0 to 1"
+        )
     if given["std"] is not None and min(given["std"]) <= 0:
         raise UserError("--std: must be greater than 0")
     for tag in TAGS:
