@@ -79,7 +79,10 @@ def answer(argv: Sequence[str] | None) -> int:
         return 2
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
         if isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" in os.environ:
-            wait_to_be_ended()  # the status is to be that of the one that ended first
+            # The status is to be that of the one that ended first, for which the launcher may have ended this one.
+            if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Stop):
+                return 1
+            wait_to_be_ended()
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -140,6 +140,41 @@ def test_a_file_that_one_process_cannot_read_is_all_that_is_said(tmp_path: Path)
     assert (process.returncode, errors.count("\n")) == (2, 1), errors
 
 
+LOSES = """
+import os, signal, sys, main
+from utils.errors import LostError
+from utils.interrupt import Stop
+def run(config):
+    with Stop():
+        if sys.argv[1] == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise LostError("lost the others")
+main.run, main.PATIENCE = run, 0
+sys.exit(main.main([]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "launcher", "said"),
+    [
+        ("signal", {"TORCHELASTIC_RUN_ID": "1"}, ""),  # what ended first has said why
+        (
+            "nothing",
+            {"TORCHELASTIC_RUN_ID": "1"},
+            "main.py: failed: lost the others\n",
+        ),  # the launcher never came
+        ("signal", {}, "main.py: failed: lost the others\n"),  # nobody else says anything
+    ],
+)
+def test_a_process_that_lost_the_others(before: str, launcher: dict[str, str], said: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOSES, before], cwd=ROOT, env={**environment, **launcher}, capture_output=True,
+        text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
 def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:
     (tmp_path / "died-early").touch()
     (tmp_path / "network.py").write_text(ENDS)
