@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import nn
 
-from model.quant import quantizers
+from model.convert import below_zero
+from model.quant import quantized_layers, quantizers
 from model.summary import Cost, cost
+from model.xnor import XNORActivation
 from utils.config import Config
 from utils.errors import UserError
 from utils.schedule import Schedule
@@ -60,6 +63,32 @@ def warmups(
             rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
         )
     return rates, tuple(warnings)
+
+
+def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
+    """A warning when signs are taken of what never goes below zero, as behind a ReLU: all of them are +1.
+
+    Found with an image of noise.
+    """
+    taken = [
+        name
+        for name, layer in quantized_layers(model)
+        if isinstance(layer.quant_activation, XNORActivation)
+        and layer.quant_activation.config.adaptive in ("none", "var")  # the others subtract a mean
+    ]
+    if not taken:
+        return ()
+    size = config.model.input_size
+    parameter = next(model.parameters())
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    shares = below_zero(model, noise)
+    constant = [name for name in taken if shares.get(name, 1.0) <= 0]
+    if not constant:
+        return ()
+    return (
+        f"the inputs of {len(constant)} of {len(taken)} binary layers, the first is {constant[0]}, never go below "
+        "zero: their signs are all +1 and carry nothing; choose an activation that does, with the keyword NReLU or PReLU",
+    )
 
 
 def trial(model: nn.Module, config: Config) -> Cost:

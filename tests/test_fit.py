@@ -1,0 +1,47 @@
+"""What shows only beside the network: signs that are all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.build import build
+from utils import fit
+from utils.options import parse
+from utils.resolve import resolve
+
+BINARY = "--dataset fake --fm_enable --wt_enable --fm_bit 1 --wt_bit 1 --width_alpha 0.25 --input_size 16"
+
+
+@pytest.mark.parametrize(
+    ("line", "first", "count"),
+    [
+        ("--model resnet20 --keyword cifar10,xnor,origin,cbsa", "layer1.0.conv1.0", 20),
+        ("--model nin --keyword cifar10,xnor,gamma", "features.1.conv", 7),
+        ("--model resnet20 --keyword cifar10,xnor,origin,cbsa --fm_adaptive var", "layer1.0.conv1.0", 20),
+    ],
+)
+def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) -> None:
+    config = resolve(parse(f"{BINARY} {line}".split()))
+    network = build(config.model)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    (warning,) = fit.signs(network, config)
+    assert warning.startswith(
+        f"the inputs of {count} of {count} binary layers, the first is {first}, never go"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--model resnet20 --keyword cifar10,xnor,NReLU,cbsa",
+        "--model nin --keyword cifar10,xnor,PReLU",
+        "--model resnet20 --keyword cifar10,xnor,origin,cbsa --fm_adaptive var-mean",
+        "--model resnet20 --keyword cifar10,dorefa,origin,cbsa",
+    ],
+)
+def test_other_inputs_of_binary_layers_are_not(line: str) -> None:
+    config = resolve(parse(f"{BINARY} {line}".split()))
+    assert fit.signs(build(config.model), config) == ()
