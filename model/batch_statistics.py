@@ -1,13 +1,31 @@
-"""Batch norms' running statistics, computed anew for the weights as they are (`--bn_batches`)."""
+"""Batch norms' statistics: of the batch at hand, and running ones computed anew (`--bn_batches`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.observe import observing
+
+
+@contextmanager
+def of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Let batch norms normalise by what they are given, as in training; their running statistics stay as they were."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    modes = [norm.training for norm in norms]
+    kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    try:
+        for norm in norms:
+            norm.train()
+        yield
+    finally:
+        for norm, mode, statistics in zip(norms, modes, kept, strict=True):
+            norm.train(mode)
+            for name, value in norm.named_buffers():
+                value.copy_(statistics[name])
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> int:

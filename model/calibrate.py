@@ -9,8 +9,8 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from model import batch_statistics
 from model.dorefa import DoReFaActivation
 from model.observe import observing
 from model.quant import Quantizer, quantized_layers
@@ -37,8 +37,6 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = DE
     `config.re_init_percentile` of |x|. Quantizers without a clip value have only their own way.
     """
     count = 0
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    statistics = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
     with observing(model) as hooks:
         for _, layer in quantized_layers(model):
             for part, quantizer in layer.quantizers():
@@ -49,12 +47,8 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = DE
                     _initialise(quantizer, layer.weight, config)
                 else:
                     hooks.append(quantizer.register_forward_pre_hook(partial(_from_inputs, config=config)))
-        for norm in norms:
-            norm.train()
-        model(images)
-        for norm, saved in zip(norms, statistics, strict=True):
-            for name, value in norm.named_buffers():
-                value.copy_(saved[name])
+        with batch_statistics.of_the_batch(model):
+            model(images)
     return count
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model.convert import below_zero
+from model import batch_statistics
+from model.observe import observing
 from model.quant import quantized_layers, quantizers
 from model.summary import Cost, cost
 from model.xnor import XNORActivation
@@ -68,26 +71,30 @@ def warmups(
 def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     """A warning when signs are taken of what never goes below zero, as behind a ReLU: all of them are +1.
 
-    Found with an image of noise.
+    Found with two images of noise, which norms that follow a batch centre as they will in training.
     """
-    taken = [
-        name
-        for name, layer in quantized_layers(model)
-        if isinstance(layer.quant_activation, XNORActivation)
-        and layer.quant_activation.config.adaptive in ("none", "var")  # the others subtract a mean
-    ]
-    if not taken:
-        return ()
+    lowest: dict[str, float] = {}
+
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        lowest[name] = min(float(inputs[0].min()), lowest.get(name, math.inf))
+
     size = config.model.input_size
     parameter = next(model.parameters())
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    shares = below_zero(model, noise)
-    constant = [name for name in taken if shares.get(name, 1.0) <= 0]
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    with observing(model) as hooks, batch_statistics.of_the_batch(model):
+        for name, layer in quantized_layers(model):
+            signs = layer.quant_activation
+            # The other ways of `adaptive` subtract a mean.
+            if isinstance(signs, XNORActivation) and signs.config.adaptive in ("none", "var"):
+                hooks.append(signs.register_forward_pre_hook(partial(watch, name)))
+        if hooks:
+            model(noise)
+    constant = [name for name, value in lowest.items() if value >= 0]
     if not constant:
         return ()
     return (
-        f"the inputs of {len(constant)} of {len(taken)} binary layers, the first is {constant[0]}, never go below "
-        "zero: their signs are all +1 and carry nothing; choose an activation that does, with the keyword NReLU or PReLU",
+        f"the inputs of {len(constant)} of {len(lowest)} binary layers, the first is {constant[0]}, never go below "
+        "zero: their signs are all +1 and carry nothing; choose an activation that does, by the keyword NReLU or PReLU",
     )
 
 
