@@ -367,12 +367,14 @@ def verify_data(options: Options) -> int:
         ) from error
     counts: Counter[str] = Counter()
     images = 0
+    root = _given(options.root)
     for path, findings in _each_image(options, image_findings):
         images += 1
+        if path.parent in (root / "train", root / "val"):
+            findings.append(("without class", "training passes over images beside the class folders"))
         for kind, reason in findings:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
-    root = _given(options.root)
     for path in sorted(_files(root, images=False)):
         if form := format_of(path):
             counts["mislabelled"] += 1

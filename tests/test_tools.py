@@ -587,6 +587,18 @@ def test_a_thousand_images(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [*lines, "1000 images: 3 broken"]
 
 
+def test_images_beside_the_class_folders_are_listed(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "a" / "deeper").mkdir(parents=True)
+        for path in ("a/0.png", "a/deeper/1.png", "2.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / part / path)
+    done = run("--keyword", "verify-data", "--root", f"{tmp_path}/", "-j", "1")
+    says = "without class: training passes over images beside the class folders"
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = [f"{tmp_path / part / '2.png'}: {says}" for part in ("train", "val")]
+    assert done.stdout.splitlines() == [*lines, "6 images: 2 without class"]
+
+
 @pytest.mark.parametrize(("there", "missing"), [("train", "val"), ("val", "train")])
 def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path, there: str, missing: str) -> None:
     (tmp_path / there / "a").mkdir(parents=True)

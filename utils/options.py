@@ -31,7 +31,12 @@ def integer(text: str) -> int:
 
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated integers."""
-    return tuple(int(word) for word in words(text))
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not whole numbers with commas between, like 2,4"
+        ) from error
 
 
 def loss_type(text: str) -> str:
@@ -41,7 +46,12 @@ def loss_type(text: str) -> str:
 
 def floats(text: str) -> tuple[float, ...]:
     """Comma-separated numbers."""
-    return tuple(float(word) for word in words(text))
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not numbers with commas between, like 0.5,0.25"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
