@@ -294,6 +294,10 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--keyword cbas,xnor,gamma --wt_enable", []),
         ("--keyword cbas,lq,progressive --wt_enable", ["progressive has no effect without --policy"]),
         ("--keyword cbas,lq --fm_enable --fm_scale 1", []),
+        ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init", ["too small for one-bit activations"]),
+        ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init --re_init_range mse", []),
+        ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init --fm_half_range", []),
+        ("--keyword cbas,pact --fm_enable --fm_bit 1", []),
     ],
 )
 def test_warnings(line: str, warnings: list[str]) -> None:
