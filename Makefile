@@ -47,7 +47,7 @@ quickstart: $(SETUP) ## train a small network, then its 2-bit version, and compa
 	$(BIN)/python tools.py --keyword compare $(RUNS:%=exp/%)
 
 test: $(SETUP) ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(SETUP) ## check code, types, scripts and configs
 	$(BIN)/ruff check
