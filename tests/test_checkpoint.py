@@ -272,6 +272,35 @@ def test_numbers_of_numpy_are_plain_data(tmp_path: Path, number: np.generic, cor
     assert checkpoint.read(path)["best_acc"] == number
 
 
+class Pickled:
+    """Is pickled as a call of a function, and a state that its result is given."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+SCALAR = np.float64(0).__reduce__()[0]
+
+
+def test_a_state_of_a_type_of_numpy_is_not_believed(tmp_path: Path) -> None:
+    """Flags that NumPy itself would follow to an object where there is none, and end the process."""
+    path = tmp_path / "a.pth.tar"
+    kind = Pickled(np.dtype, ("f8", False, True), (3, ">", None, None, None, -1, -1, 63))
+    torch.save({"best_acc": Pickled(SCALAR, (kind, np.array([71.5], ">f8").tobytes()))}, path)
+    assert checkpoint.read(path)["best_acc"] == 71.5
+
+
+@pytest.mark.parametrize("name", ["O8", "V8", "V2000000000", "S5", "M8[s]", "f8,f8"])
+def test_other_types_of_numpy_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.pth.tar"
+    torch.save({"x": Pickled(SCALAR, (Pickled(np.dtype, (name, False, True)), bytes(8)))}, path)
+    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
+        checkpoint.read(path)
+
+
 class Malicious:
     """Runs a command when it is unpickled."""
 

@@ -33,12 +33,31 @@ OBSOLETE = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"}
 # none.
 COUNTERS = frozenset({"num_batches_tracked"})
 
+
+class _Kind:
+    """Stands for `numpy.dtype` in a file: the type of a number, and nothing else.
+
+    NumPy's own believes what a file says of it, and can be made to read where it must not.
+    """
+
+    def __init__(self, name: str, *_: object) -> None:
+        if name not in ("f2", "f4", "f8", "i4", "i8", "b1"):
+            raise ValueError(name)
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
+
+
+def _number(kind: _Kind, data: bytes) -> np.generic:
+    """Stands for `numpy.core.multiarray.scalar` in a file."""
+    return np.frombuffer(data, kind.dtype, 1)[0]
+
+
 # What a number of NumPy is pickled as, under the names of its versions 1 and 2: published files note accuracies so.
-_NUMBER = np.float64(0).__reduce__()[0]
 _PLAIN = [
-    np.dtype,
-    *((_NUMBER, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
+    (_Kind, "numpy.dtype"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 SHOWN = 5  # names listed in a message before "..."
