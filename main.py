@@ -29,7 +29,7 @@ import launch
 from utils import keyword, schedule
 from utils.config import Config
 from utils.errors import LostError, TrainingError, UserError
-from utils.interrupt import SAVED, Stop
+from utils.interrupt import SAVED, SIGNALS, Stop
 from utils.options import parse
 from utils.resolve import resolve
 
@@ -93,7 +93,8 @@ def answer(argv: Sequence[str] | None) -> int:
 def wait_to_be_ended() -> None:
     """Give the launcher time to end this process, because of another one, before it says what is wrong here."""
     # Not the end without cleaning up, of which Python would warn.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(1))
     time.sleep(PATIENCE)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.convert import full_precision
-from model.observe import observing, only_input
+from model.observe import first_input, observing
 from model.quant import Quantizer, QuantLayer, full_precision_reason, quantized_layers, quantizers
 from model.summary import format_table
 from utils.config import QuantConfig
@@ -199,7 +199,7 @@ class _Products(TorchDispatchMode):
         entry = self._calls.pop()
         assert entry is not None
         call, problem = entry[1], entry[1].problem
-        if only_input(inputs, named).numel() == 0:  # then nothing but the weight is quantized
+        if first_input(inputs, named).numel() == 0:  # then nothing but the weight is quantized
             return
         if not problem and call.products == 0:
             problem = "has no convolution and no matrix product that could be looked at"

@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from model import methods  # noqa: F401  (registers what a configuration can name)
-from model.observe import observing, only_input
+from model.observe import first_input, observing
 from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.summary import format_table
 from utils.config import QuantConfig
@@ -182,7 +182,7 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
     shares: dict[str, float] = {}
 
     def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        x = only_input(inputs, named)
+        x = first_input(inputs, named)
         if x.numel():
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)

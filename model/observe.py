@@ -30,7 +30,6 @@ def observing(model: nn.Module) -> Iterator[list[RemovableHandle]]:
             module.training = training
 
 
-def only_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with, by position or by name, from the arguments of a hook `with_kwargs`."""
-    (value,) = (*inputs, *named.values())
-    return value
+def first_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with first, by position or by name, from the arguments of a hook `with_kwargs`."""
+    return next(iter((*inputs, *named.values())))

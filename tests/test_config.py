@@ -297,6 +297,7 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init", ["too small for one-bit activations"]),
         ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init --re_init_range mse", []),
         ("--keyword cbas,pact --fm_enable --fm_bit 1 --re_init --fm_half_range", []),
+        ("--keyword cbas,pact,NReLU --fm_enable --fm_bit 1 --re_init", []),
         ("--keyword cbas,pact --fm_enable --fm_bit 1", []),
     ],
 )

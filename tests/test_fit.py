@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from model.build import build
 from utils import fit
@@ -45,3 +46,13 @@ def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) ->
 def test_other_inputs_of_binary_layers_are_not(line: str) -> None:
     config = resolve(parse(f"{BINARY} {line}".split()))
     assert fit.signs(build(config.model), config) == ()
+
+
+def test_norms_are_those_of_training() -> None:
+    """Running means far below what there is would make all inputs positive."""
+    config = resolve(parse(f"{BINARY} --model resnet20 --keyword cifar10,xnor,NReLU,cbsa".split()))
+    network = build(config.model)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.fill_(-100)
+    assert fit.signs(network, config) == ()

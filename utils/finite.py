@@ -64,8 +64,8 @@ def advice(parts: Parts, images: Tensor, *, training: bool = True) -> str:
     # Shared statistics carry it to the others from the next layer on.
     _, layer = min((each for each in found if each), default=(0, ""))
     # An infinite running variance, for one, makes finite outputs, and other images may have made the loss.
-    nowhere = "is none of the layers: the loss itself" if training else "is none with the images looked at"
-    return (
-        f"the first layer with such an output {f'is {layer}' if layer else nowhere}; these weights are not saved; "
-        "try a lower --lr, --grad_clip or --re_init"
+    nowhere = "no layer has such an output" + (
+        ", the loss itself is" if training else " for the images looked at"
     )
+    where = f"the first layer with such an output is {layer}" if layer else nowhere
+    return f"{where}; these weights are not saved; try a lower --lr, --grad_clip or --re_init"

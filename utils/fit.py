@@ -83,10 +83,10 @@ def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
     with observing(model) as hooks, batch_statistics.of_the_batch(model):
         for name, layer in quantized_layers(model):
-            signs = layer.quant_activation
+            quantizer = layer.quant_activation
             # The other ways of `adaptive` subtract a mean.
-            if isinstance(signs, XNORActivation) and signs.config.adaptive in ("none", "var"):
-                hooks.append(signs.register_forward_pre_hook(partial(watch, name)))
+            if isinstance(quantizer, XNORActivation) and quantizer.config.adaptive in ("none", "var"):
+                hooks.append(quantizer.register_forward_pre_hook(partial(watch, name)))
         if hooks:
             model(noise)
     constant = [name for name, value in lowest.items() if value >= 0]
@@ -94,7 +94,8 @@ def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
         return ()
     return (
         f"the inputs of {len(constant)} of {len(lowest)} binary layers, the first is {constant[0]}, never go below "
-        "zero: their signs are all +1 and carry nothing; choose an activation that does, by the keyword NReLU or PReLU",
+        "zero: their signs are all +1 and carry nothing; choose an activation that does (the keyword NReLU or PReLU, "
+        "where a network knows it) or another method for them",
     )
 
 

@@ -308,7 +308,7 @@ def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):  # but one that a worker has raised
             raise
         raise TrainingError(
             "a process that reads images was ended, perhaps because memory ran out; try fewer --workers"

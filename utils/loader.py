@@ -228,9 +228,10 @@ class Loader(ABC):
                     images, target = delivery.mix(images, target)
             yield images.contiguous(memory_format=torch.channels_last), target
         if batches and not delivered:
+            part = "" if delivery.world_size == 1 else f" that is process {delivery.rank}'s"
             raise UserError(
-                "no image of the validation set can be read: replace them (tools.py --keyword verify-data says what is "
-                "wrong), or write --val_batch_size 0"
+                f"no image of the validation set{part} can be read: replace them (tools.py --keyword verify-data says "
+                "what is wrong), or write --val_batch_size 0"
             )
 
     def _normalise(self, images: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from model.convert import full_precision
+from model.observe import first_input
 from model.quant import QuantLayer, quantized_layers
 from utils import checkpoint
 from utils.board import Board
@@ -95,7 +96,7 @@ class Probe:
     def _passed(
         self, name: str, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: object
     ) -> None:
-        self._keep(f"{name}.input", next(iter((*inputs, *named.values()))), self._images)
+        self._keep(f"{name}.input", first_input(inputs, named), self._images)
         if isinstance(output, Tensor):
             self._keep(f"{name}.output", output, self._images)
 

@@ -156,11 +156,14 @@ def _check_method(
             f"--{tag}_scale {given[f'{tag}_scale']}: LQ-Nets' thresholds lie at this share of the way from a level to "
             "the next; give at most 1, or leave it out for 0.5, the middle"
         )
-    from_zero = tag == "fm" and not given["fm_half_range"]
-    by_formula = given["re_init"] and given["re_init_range"] == "paper"
-    if by_formula and from_zero and method in ("lsq", "pact") and levels == 2:
+    behind_relu = (
+        tag == "fm" and not given["fm_half_range"] and fields.get("model.activation", "relu") == "relu"
+    )
+    by_formula = given["re_init"] and given["re_init_range"] == "paper" and not given["evaluate"]
+    if by_formula and behind_relu and method in ("lsq", "pact") and levels == 2:
         warnings.append(
-            "--re_init: the formula's clip value is too small for one-bit activations; give --re_init_range mse"
+            "--re_init: the formula's clip value is too small for one-bit activations behind a ReLU; give "
+            "--re_init_range mse"
         )
     scaled = given[f"{tag}_grad_scale"] not in ("none", "paper")
     if f"{tag}_scale" in given.explicit and method not in ("fatnn", "lq") and not scaled:
