@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -87,7 +87,8 @@ def _has_child() -> bool:
 
 def main(arguments: list[str]) -> int:
     """Run torchrun with these arguments; returns the exit status."""
-    from torch.distributed import run
+    with _silenced():
+        from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -141,12 +142,30 @@ def main(arguments: list[str]) -> int:
         except (AssertionError, ValueError) as error:
             print(f"launch: error: options of torchrun: {_first_line(error)}", file=sys.stderr)
             return 2
-        except (RendezvousError, RuntimeError) as error:
+        except (RendezvousError, DistError) as error:
             print(
                 f"launch: failed: no connection between the machines: {_first_line(error)}", file=sys.stderr
             )
             return 1
+        except OSError as error:  # no such program, a full disk
+            print(f"launch: failed: {error}", file=sys.stderr)
+            return 1
         return _left_status(folder, 0)
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Where torch's C++ part is loaded for this process alone, without its long messages of lost connections.
+
+    Not for the processes of the run, where they may be the only sign of what is waited for.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "FATAL"
+    yield
+    del os.environ[name]
 
 
 def _first_line(error: Exception) -> str:

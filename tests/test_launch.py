@@ -108,6 +108,29 @@ def test_a_machine_that_does_not_come_is_one_line(tmp_path: Path) -> None:
     assert errors.startswith("launch: failed: no connection between the machines: Timed out")
 
 
+def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    """C10d's messages, of some forty lines, are not turned off here."""
+    loud = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1",
+         "--master_port", "1", "--rdzv_conf", "timeout=1", str(ROOT / "main.py")],
+        cwd=tmp_path, env=loud, capture_output=True, text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith(
+        "launch: failed: no connection between the machines: The client socket has timed out"
+    )
+
+
+def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "--no_python", str(tmp_path / "nothing")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT,
+    )  # fmt: skip
+    message = f"launch: failed: [Errno 2] No such file or directory: '{tmp_path / 'nothing'}'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
 def test_a_signal_ends_a_launcher_that_waits_for_another_machine(tmp_path: Path) -> None:
     port = free_port()
     process = launch(tmp_path, LINE, *elsewhere(port, 120))
@@ -141,7 +164,7 @@ def test_a_file_that_one_process_cannot_read_is_all_that_is_said(tmp_path: Path)
 
 
 LOSES = """
-import os, signal, sys, main
+import os, signal, sys, threading, main
 from utils.errors import LostError
 from utils.interrupt import Stop
 def run(config):
@@ -149,21 +172,26 @@ def run(config):
         if sys.argv[1] == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
         raise LostError("lost the others")
-main.run, main.PATIENCE = run, 0
+later = sys.argv[1] == "later"
+if later:
+    wait = main.wait_to_be_ended
+    def wait_to_be_ended():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        wait()
+    main.wait_to_be_ended = wait_to_be_ended
+main.run, main.PATIENCE = run, 600 if later else 0
 sys.exit(main.main([]))
 """
+ALONE = "main.py: failed: lost the others\n"
 
 
 @pytest.mark.parametrize(
     ("before", "launcher", "said"),
     [
         ("signal", {"TORCHELASTIC_RUN_ID": "1"}, ""),  # what ended first has said why
-        (
-            "nothing",
-            {"TORCHELASTIC_RUN_ID": "1"},
-            "main.py: failed: lost the others\n",
-        ),  # the launcher never came
-        ("signal", {}, "main.py: failed: lost the others\n"),  # nobody else says anything
+        ("later", {"TORCHELASTIC_RUN_ID": "1"}, ""),
+        ("nothing", {"TORCHELASTIC_RUN_ID": "1"}, ALONE),  # the launcher never came
+        ("signal", {}, ALONE),  # nobody else says anything
     ],
 )
 def test_a_process_that_lost_the_others(before: str, launcher: dict[str, str], said: str) -> None:
