@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import itertools
 import json
 import os
-import re
 import signal
 import sys
 from collections import Counter
@@ -21,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from utils import names
 from utils.errors import UserError, printable
 from utils.interrupt import SIGNALS, Requests
 
@@ -29,18 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-# Pillow's names of formats, and the endings that say so; MPO is a JPEG with more pictures behind the first.
-FORMATS = {
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "JPEG": (".jpeg", ".jpg"),
-    "MPO": (".jpeg", ".jpg"),
-    "PNG": (".png",),
-    "PPM": (".pgm", ".ppm"),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
-IMAGE_ENDINGS = tuple(sorted({ending for endings in FORMATS.values() for ending in endings}))
 SMALL = 4  # elements of a tensor whose values are listed
 
 
@@ -157,7 +143,7 @@ def verbose(options: Options) -> int:
         endings = ("",) if options.verbose_list.strip() == "all" else tuple(_split(options.verbose_list))
         for ending in endings:
             if not any(name.endswith(ending) for name in state):
-                close = _closest(ending, {name.rpartition(".")[2] for name in state})
+                close = names.closest(ending, {name.rpartition(".")[2] for name in state})
                 raise UserError(f"--verbose_list {ending}: no name ends so{close}")
         rows = [
             (printable(name), *_details(value)) for name, value in state.items() if name.endswith(endings)
@@ -209,32 +195,12 @@ def _rename(options: Options, source: Path, target: Path) -> int:
     from utils import checkpoint
 
     _check_new(options, options.new)
-    pairs = read_pairs(source, target)
+    pairs = names.read_pairs(source, target)
     payload, state = _weights(options)
-    renamed = rename(state, pairs, str(options.old))
+    renamed = names.rename(state, pairs, str(options.old))
     key = checkpoint.wrapper_of(payload)
     others = {} if key is None else {name: value for name, value in payload.items() if name != key}
     return _write(options, others, renamed)
-
-
-def rename(state: dict[str, Tensor], pairs: list[tuple[str, str]], source: str) -> dict[str, Tensor]:
-    """Rename the entries of `state` by (old, new) pairs, all at once, keeping the order and all other names.
-
-    Raises UserError for an old name that is not in `state` and for a new name that another entry has.
-    """
-    new_names = dict(pairs)
-    for old in new_names:
-        if old not in state:
-            raise UserError(f"{old!r} is not in {source}{_closest(old, set(state))}")
-    renamed: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
-    for name, value in state.items():
-        new = new_names.get(name, name)
-        if new in renamed:
-            raise UserError(f"both {origin[new]!r} and {name!r} would be named {new!r} in the new file")
-        renamed[new] = value
-        origin[new] = name
-    return renamed
 
 
 def _weights(options: Options) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -261,63 +227,6 @@ def _write(options: Options, others: dict[str, Any], state: dict[str, Tensor]) -
 # ---------------------------------------------------------------------------------------------
 
 
-def read_names(path: Path) -> list[tuple[int, list[str]]]:
-    """The lines of a mapping file that hold names: the line's number and its names, braces expanded in order.
-
-    `layer1.{conv1,bn1}.weight` stands for two names; several brace lists in a line give every combination,
-    the last one counting fastest. What follows a `#` and blank lines are ignored. Raises UserError when the
-    file cannot be read or a brace has no partner.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file; a mapping file has one name per line") from error
-    lines: list[tuple[int, list[str]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        content = line.partition("#")[0].strip()
-        if not content:
-            continue
-        parts = re.split(r"\{([^{}]*)\}", content)  # outside, inside, outside, ...
-        if any(brace in part for part in parts[::2] for brace in "{}"):
-            raise UserError(f"{path}, line {number}: a brace without its partner, or one inside another")
-        choices = [[part] for part in parts]
-        choices[1::2] = [[choice.strip() for choice in part.split(",")] for part in parts[1::2]]
-        lines.append((number, ["".join(combination) for combination in itertools.product(*choices)]))
-    return lines
-
-
-def read_pairs(source: Path, target: Path) -> list[tuple[str, str]]:
-    """The (old, new) names of two mapping files, paired line by line.
-
-    Raises UserError when a line has no partner or another number of names than its partner, or when a
-    name is listed twice in the same file.
-    """
-    old, new = read_names(source), read_names(target)
-    if len(old) != len(new):
-        raise UserError(
-            f"{source} has {len(old)} lines of names, {target} {len(new)}; they pair line by line"
-        )
-    pairs: list[tuple[str, str]] = []
-    for (old_line, old_names), (new_line, new_names) in zip(old, new, strict=True):
-        if len(old_names) != len(new_names):
-            raise UserError(
-                f"{source}, line {old_line} has {len(old_names)} names, "
-                f"{target}, line {new_line} has {len(new_names)}; they pair line by line"
-            )
-        pairs += zip(old_names, new_names, strict=True)
-    if not pairs:
-        raise UserError(f"{source}: no names; a mapping file has one name per line")
-    for path, column in ((source, [name for name, _ in pairs]), (target, [name for _, name in pairs])):
-        seen: set[str] = set()
-        for name in column:
-            if name in seen:
-                raise UserError(f"{path}: {name!r} is listed twice")
-            seen.add(name)
-    return pairs
-
-
 def sort(options: Options) -> int:
     """Write --mf and --mt, sorted together by the names of --mf, to --new_mf and --new_mt."""
     from utils import checkpoint
@@ -328,16 +237,11 @@ def sort(options: Options) -> int:
     if new_mf == new_mt:
         raise UserError(f"--new_mf and --new_mt are both {new_mf}; name two files")
     _check_new(options, new_mf, new_mt)
-    pairs = sorted(read_pairs(mf, mt), key=lambda pair: natural_order(pair[0]))
+    pairs = sorted(names.read_pairs(mf, mt), key=lambda pair: names.natural_order(pair[0]))
     for path, column in ((new_mf, [name for name, _ in pairs]), (new_mt, [name for _, name in pairs])):
         checkpoint.write_atomic(path, "".join(f"{name}\n" for name in column).encode())
         print(f"{path}: {len(pairs)} names")
     return 0
-
-
-def natural_order(name: str) -> list[tuple[int, int | str]]:
-    """A sorting key that puts layer2 before layer10: runs of digits compare as numbers, before letters."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,8 +251,10 @@ def natural_order(name: str) -> list[tuple[int, int | str]]:
 
 def verify_image(options: Options) -> int:
     """Decode every image below --root and list the bad ones."""
+    from utils import verify  # imports Pillow
+
     images, bad = 0, 0
-    for path, reason in _each_image(options, image_error):
+    for path, reason in _each_image(options, verify.image_error):
         images += 1
         if reason is not None:
             bad += 1
@@ -365,18 +271,20 @@ def verify_data(options: Options) -> int:
         raise UserError(
             f"verify-data needs pyvips ({error}): pip install pyvips pyvips-binary; verify-image does without"
         ) from error
+    from utils import verify  # imports Pillow
+
     counts: Counter[str] = Counter()
     images = 0
     root = _given(options.root)
-    for path, findings in _each_image(options, image_findings):
+    for path, findings in _each_image(options, verify.image_findings):
         images += 1
         if path.parent in (root / "train", root / "val"):
             findings.append(("without class", "training passes over images beside the class folders"))
         for kind, reason in findings:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
-    for path in sorted(_files(root, images=False)):
-        if form := format_of(path):
+    for path in sorted(verify.other_files(root)):
+        if form := verify.format_of(path):
             counts["mislabelled"] += 1
             _tell(path, f"mislabelled: the file is {form}, training passes over files with this ending")
     if (root / "train").is_dir() or (root / "val").is_dir():
@@ -404,127 +312,27 @@ def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[P
 
     from tqdm import tqdm
 
-    from utils import workers
+    from utils import verify, workers
 
     root = _given(options.root)
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
-    images = sorted(image_files(root))
+    images = sorted(verify.image_files(root))
     if not images:
-        raise UserError(f"--root {root}: no image below it (files that end in {' '.join(IMAGE_ENDINGS)})")
+        raise UserError(
+            f"--root {root}: no image below it (files that end in {' '.join(verify.IMAGE_ENDINGS)})"
+        )
     if options.workers is not None:
         workers.check(options.workers)
     count = min(options.workers or os.cpu_count() or 1, len(images))
     try:
-        with workers.pool(count, preload="utils.images") as pool:
+        with workers.pool(count, preload="utils.verify") as pool:
             found = pool.map(look, images, chunksize=min(64, -(-len(images) // count)))
             # disable=None: a bar on a terminal only
             progress = tqdm(found, total=len(images), unit="image", disable=None)
             yield from zip(images, progress, strict=True)
     except BrokenProcessPool as error:
         raise UserError("a decoding process died, out of memory perhaps; try fewer --workers") from error
-
-
-def image_files(root: Path) -> Iterator[Path]:
-    """All files below `root` with the ending of an image; links are followed, each folder is visited once.
-
-    Raises UserError for a folder that cannot be listed.
-    """
-    return _files(root, images=True)
-
-
-def _files(root: Path, *, images: bool) -> Iterator[Path]:
-    """All files below `root` with the ending of an image, or all others."""
-    from utils.images import walk  # imports Pillow
-
-    for folder, names in walk(root):
-        for name in names:
-            if name.lower().endswith(IMAGE_ENDINGS) == images:
-                yield Path(folder, name)
-
-
-def format_of(path: Path) -> str:
-    """The format of an image, whatever its ending, by its header alone; empty for what is no image."""
-    import warnings
-
-    from PIL import Image
-
-    from utils.images import DECODE_ERRORS
-    from utils.images import FORMATS as READ
-
-    if not os.path.isfile(path):  # a pipe might never end
-        return ""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=READ) as image:
-            return image.format or ""
-    except DECODE_ERRORS:
-        return ""
-
-
-def image_error(path: Path) -> str | None:
-    """Why the image cannot be decoded to RGB, in one line; None when it can."""
-    found = _decodable(path)
-    return found if isinstance(found, str) else None
-
-
-def image_findings(path: Path) -> list[tuple[str, str]]:
-    """What is wrong or odd about an image: the kind of each finding, and the reason in one line."""
-    import warnings
-
-    from PIL import Image
-
-    from utils.images import not_for_dali, parse
-
-    data = _decodable(path)
-    if isinstance(data, str):
-        return [("truncated" if "truncated" in data.lower() else "broken", data)]
-    with warnings.catch_warnings(action="ignore"), parse(data) as image:
-        form, mode, (width, height), refused = image.format or "", image.mode, image.size, not_for_dali(image)
-    ending = path.suffix.lower()
-    findings = []
-    if form in ("JPEG", "MPO") and (warning := _warning(data)):
-        findings.append(("damaged", warning))
-    if width * height > (Image.MAX_IMAGE_PIXELS or 0):
-        findings.append(("huge", f"{width}x{height} pixels in {len(data)} bytes"))
-    if ending not in FORMATS.get(form, ()):
-        findings.append(("mislabelled", f"the file is {form}"))
-    if mode == "CMYK":
-        findings.append(("CMYK", "four channels"))
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
-        findings.append(("single-channel", f"the mode is {mode}"))
-    if ending == ".gif":
-        findings.append(("GIF", "training passes over files with this ending"))
-    elif refused:
-        findings.append(("not for dali", f"DALI cannot decode {refused}, --dataset imagenet can"))
-    return findings
-
-
-def _decodable(path: Path) -> bytes | str:
-    """The image's file, if training can decode it; else the reason why not, in one line."""
-    import warnings
-
-    from utils.images import DECODE_ERRORS, decode, read, reason_of
-
-    try:
-        data = read(path)
-        with warnings.catch_warnings(action="ignore"):  # odd metadata of an image that decodes
-            decode(data)
-    except DECODE_ERRORS as error:
-        return reason_of(error)
-    return data
-
-
-def _warning(data: bytes) -> str:
-    """What the JPEG decoder warns of, which Pillow does not pass on: data that ends early, or that means nothing."""
-    os.environ["VIPS_CONCURRENCY"] = "1"  # threads; the processes are as many as the cores
-    import pyvips
-
-    pyvips.cache_set_max(0)
-    try:
-        pyvips.Image.new_from_buffer(data, "", fail_on="warning", access="sequential").avg()
-    except pyvips.Error as error:
-        return " ".join(error.detail.split()).removeprefix("VipsJpeg: ")
-    return ""
 
 
 def make_fake_imagenet(options: Options) -> int:
@@ -676,14 +484,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
 
-    names = _split(given.pop("keyword"))
-    given["raw"] = "raw" in names
+    listed = _split(given.pop("keyword"))
+    given["raw"] = "raw" in listed
     given["runs"] = tuple(given["runs"]) or None
-    chosen = [name for name in names if name != "raw"]
+    chosen = [name for name in listed if name != "raw"]
     for name in chosen:
         if name not in WORDS:
             known = ", ".join(WORDS)
-            raise UserError(f"--keyword {name}: no such word of {known}{_closest(name, set(WORDS))}")
+            raise UserError(f"--keyword {name}: no such word of {known}{names.closest(name, set(WORDS))}")
     if len(chosen) != 1:
         raise UserError(f"--keyword: {len(chosen)} words are given; write one of {', '.join(WORDS)}")
     name = chosen[0]
@@ -721,11 +529,6 @@ def _size(text: str) -> tuple[int, int]:
 
 def _split(text: str) -> list[str]:
     return [word for word in (part.strip() for part in text.split(",")) if word]
-
-
-def _closest(word: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def _given(path: Path | None) -> Path:

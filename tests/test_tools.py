@@ -24,7 +24,7 @@ from torch import Tensor
 import tools
 from tests.test_checkpoint import Malicious
 from tests.test_interrupt import job_is_gone, processes, started_by
-from utils import checkpoint
+from utils import checkpoint, names, verify
 from utils.errors import UserError
 from utils.fake import photograph
 
@@ -340,7 +340,7 @@ def test_swap_undoes_update(call: Call, old: Path, tmp_path: Path) -> None:
 def test_names_may_trade_places() -> None:
     """All names change at once."""
     a, b = torch.zeros(1), torch.ones(1)
-    renamed = tools.rename({"a": a, "b": b}, [("a", "b"), ("b", "a")], "x.pth")
+    renamed = names.rename({"a": a, "b": b}, [("a", "b"), ("b", "a")], "x.pth")
     assert list(renamed) == ["b", "a"] and renamed["b"] is a and renamed["a"] is b
 
 
@@ -377,11 +377,11 @@ def test_mapping_files_that_cannot_be_read(tmp_path: Path, content: bytes | None
     if content is not None:
         (tmp_path / "mf").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(text)):
-        tools.read_names(tmp_path / "mf")
+        names.read_names(tmp_path / "mf")
 
 
 @pytest.mark.parametrize(
-    ("line", "names"),
+    ("line", "expanded"),
     [
         ("a.weight", ["a.weight"]),
         ("a.{x,y}", ["a.x", "a.y"]),
@@ -391,10 +391,10 @@ def test_mapping_files_that_cannot_be_read(tmp_path: Path, content: bytes | None
         ("  a.w  # why", ["a.w"]),
     ],
 )
-def test_brace_lists_expand_in_order(tmp_path: Path, line: str, names: list[str]) -> None:
+def test_brace_lists_expand_in_order(tmp_path: Path, line: str, expanded: list[str]) -> None:
     """As a shell does it."""
     (tmp_path / "mf").write_text(f"\n# {{ ignored\n{line}\n")
-    assert tools.read_names(tmp_path / "mf") == [(3, names)]
+    assert names.read_names(tmp_path / "mf") == [(3, expanded)]
 
 
 @pytest.mark.parametrize("word", ["save", "update", "swap"])
@@ -429,8 +429,8 @@ def test_sort_keeps_pairs_together(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "mf.sorted").read_text() == "bn.w\nlayer2.0.w\nlayer2.b\nlayer2.w\nlayer10.w\n"
     assert (tmp_path / "mt.sorted").read_text() == "c\nd\nb.2\nb.1\na\n"
     assert out == f"{mf}.sorted: 5 names\n{mt}.sorted: 5 names\n"
-    pairs = set(tools.read_pairs(mf, mt))
-    assert set(tools.read_pairs(tmp_path / "mf.sorted", tmp_path / "mt.sorted")) == pairs
+    pairs = set(names.read_pairs(mf, mt))
+    assert set(names.read_pairs(tmp_path / "mf.sorted", tmp_path / "mt.sorted")) == pairs
 
 
 def test_sort_writes_where_it_is_told(call: Call, tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        assert tools.image_error(tmp_path / name) is None
+        assert verify.image_error(tmp_path / name) is None
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
     assert (done.returncode, done.stderr) == (1, "")
     found = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
@@ -645,7 +645,7 @@ def test_what_dali_decodes_otherwise_is_listed(tmp_path: Path) -> None:
     Image.new("LAB", (8, 8)).save(tmp_path / "LAB.tiff")
     (tmp_path / "levels.pgm").write_bytes(b"P5 2 2 100\n1234")
     (tmp_path / "good.ppm").write_bytes(b"P6 1 1 255\n123")
-    found = {path.name: tools.image_findings(path) for path in tmp_path.iterdir()}
+    found = {path.name: verify.image_findings(path) for path in tmp_path.iterdir()}
     assert {name for name, kinds in found.items() if "not for dali" in dict(kinds)} == {
         "gif.jpg", "LA.tiff", "LAB.tiff", "levels.pgm",
     }  # fmt: skip
@@ -702,7 +702,7 @@ def test_a_link_that_leads_back_up(tmp_path: Path) -> None:
     images(tmp_path)
     (tmp_path / "class0" / "loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "class1")
-    found = list(tools.image_files(tmp_path))
+    found = list(verify.image_files(tmp_path))
     assert len(found) == len({os.path.realpath(path) for path in found}) == 9
 
 
@@ -712,13 +712,13 @@ def test_damaged_images_never_escape(tmp_path: Path, ending: str) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / f"a.{ending}"
     Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
-    assert tools.image_error(path) is None
+    assert verify.image_error(path) is None
     whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     for _ in range(100):
         changed = whole.copy()
         changed[rng.integers(min(len(whole), 200), size=4)] = rng.integers(256, size=4, dtype=np.uint8)
         path.write_bytes(changed[: rng.integers(len(whole) + 1)].tobytes())
-        reason = tools.image_error(path)
+        reason = verify.image_error(path)
         assert reason is None or (reason and "\n" not in reason)
 
 

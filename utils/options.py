@@ -11,9 +11,11 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -31,27 +33,24 @@ def integer(text: str) -> int:
 
 def integers(text: str) -> tuple[int, ...]:
     """Comma-separated integers."""
+    return _all(int, text, "whole numbers with commas between, like 2,4")
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers."""
+    return _all(float, text, "numbers with commas between, like 0.5,0.25")
+
+
+def _all(kind: Callable[[str], T], text: str, what: str) -> tuple[T, ...]:
     try:
-        return tuple(int(word) for word in words(text))
+        return tuple(kind(word) for word in words(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not whole numbers with commas between, like 2,4"
-        ) from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from error
 
 
 def loss_type(text: str) -> str:
     """A distillation loss; soft is an older name of kl."""
     return "kl" if text == "soft" else text
-
-
-def floats(text: str) -> tuple[float, ...]:
-    """Comma-separated numbers."""
-    try:
-        return tuple(float(word) for word in words(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not numbers with commas between, like 0.5,0.25"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
