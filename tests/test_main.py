@@ -817,7 +817,7 @@ register_model("after-HOW", net)
         ),
         (
             "state",
-            "last.seen is not finite after epoch 1; the first layer with such an output is none with the",
+            "last.seen is not finite after epoch 1; no layer has such an output for the images looked at",
         ),
     ],
 )
