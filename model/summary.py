@@ -182,7 +182,7 @@ def cost(model: nn.Module, input_size: int) -> Cost:
         )
 
     parameter = next(model.parameters())
-    with _one_of_a_kind(model), observing(model) as hooks:
+    with one_of_a_kind(model), observing(model) as hooks:
         hooks += [
             module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
@@ -193,7 +193,7 @@ def cost(model: nn.Module, input_size: int) -> Cost:
 
 
 @contextmanager
-def _one_of_a_kind(model: nn.Module) -> Iterator[None]:
+def one_of_a_kind(model: nn.Module) -> Iterator[None]:
     """Turn off the quantizers whose options another one has already, and all threads but one, for a while.
 
     One image is little to share: on a busy machine threads wait for each other many times as long.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model import batch_statistics
 from model.observe import observing
 from model.quant import quantized_layers, quantizers
-from model.summary import Cost, cost
+from model.summary import Cost, cost, one_of_a_kind
 from model.xnor import XNORActivation
 from utils.config import Config
 from utils.errors import UserError
@@ -81,7 +81,7 @@ def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     size = config.model.input_size
     parameter = next(model.parameters())
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    with observing(model) as hooks, batch_statistics.of_the_batch(model):
+    with one_of_a_kind(model), observing(model) as hooks, batch_statistics.of_the_batch(model):
         for name, layer in quantized_layers(model):
             quantizer = layer.quant_activation
             # The other ways of `adaptive` subtract a mean.
