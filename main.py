@@ -161,7 +161,7 @@ def run(config: Config) -> int:
         initial = policy.initialise(model, config.policy)
         loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
         cost = fit.trial(model, config)
-        ones = fit.signs(model, config)
+        constant_signs = fit.signs(model, config)
         tutor = None
         if distill is not None and taught_by is not None:
             tutor = teacher.Teacher(distill, taught_by)
@@ -191,7 +191,7 @@ def run(config: Config) -> int:
         precision.prepare(model, config.precision)
         optimizer, groups = optim.build(model, config.optim)
         warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
-        warnings += audit.unexplained(model) + ones
+        warnings += audit.unexplained(model) + constant_signs
         steering = policy.Steering(
             config.policy, model, optimizer, groups, config.optim, rates, shortened=settings.shortened
         )

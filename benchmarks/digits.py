@@ -14,7 +14,6 @@ the same command stands for are not repeated (`--fresh` does).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,8 @@ NETWORK = {  # the full tables take smaller images or a narrower network, so tha
     "digits-all": "--model resnet20 --width_alpha 0.25 --input_size 16",
     "glyphs-quick": "--model resnet20 --width_alpha 0.125",
     "glyphs-all": "--model resnet20 --width_alpha 0.125 --input_size 16",
-    "digits-starts": "--model resnet20 --width_alpha 0.25 --input_size 16",
-    "glyphs-starts": "--model resnet20 --width_alpha 0.125 --input_size 16",
 }
+NETWORK |= {f"{dataset}-starts": NETWORK[f"{dataset}-all"] for dataset in ("digits", "glyphs")}
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
 
@@ -116,7 +114,7 @@ ALL = (
 
 # Where clip values start: by the paper's formula and, the second row of each pair, at the least squared error.
 STARTS = tuple(
-    dataclasses.replace(m, name=f"{m.name}{where}", options=f"{m.options}{option}")
+    replace(m, name=f"{m.name}{where}", options=f"{m.options}{option}")
     for m in ALL
     if m.name == "LSQ" or (m.name, m.bits) == ("PACT, binary weights", "1/1")
     for where, option in (("", ""), (", least squared error", " --re_init_range mse"))
@@ -315,7 +313,7 @@ def main() -> int:
         return 0
     picture = RESULTS.parent / "results" / f"{name}.png"
     lines += ["", f"![gaps](results/{name}.png)"]
-    write(name, "digits", options.seeds, lines, [dataclasses.asdict(outcome) for outcome in found])
+    write(name, "digits", options.seeds, lines, [asdict(outcome) for outcome in found])
     draw(found, methods, picture, f"{options.dataset}, {len(options.seeds)} seeds")
     return 0
 

@@ -73,6 +73,14 @@ def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
 
     Found with two images of noise, which norms that follow a batch centre as they will in training.
     """
+    taken = {
+        name: layer.quant_activation
+        for name, layer in quantized_layers(model)
+        if isinstance(layer.quant_activation, XNORActivation)
+        and layer.quant_activation.config.adaptive in ("none", "var")  # the other ways subtract a mean
+    }
+    if not taken:
+        return ()
     lowest: dict[str, float] = {}
 
     def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -82,13 +90,10 @@ def signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     parameter = next(model.parameters())
     noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
     with one_of_a_kind(model), observing(model) as hooks, batch_statistics.of_the_batch(model):
-        for name, layer in quantized_layers(model):
-            quantizer = layer.quant_activation
-            # The other ways of `adaptive` subtract a mean.
-            if isinstance(quantizer, XNORActivation) and quantizer.config.adaptive in ("none", "var"):
-                hooks.append(quantizer.register_forward_pre_hook(partial(watch, name)))
-        if hooks:
-            model(noise)
+        hooks += [
+            quantizer.register_forward_pre_hook(partial(watch, name)) for name, quantizer in taken.items()
+        ]
+        model(noise)
     constant = [name for name, value in lowest.items() if value >= 0]
     if not constant:
         return ()
