@@ -1,7 +1,8 @@
 """Train or evaluate a network: `python main.py --keyword ...`, usually through `bash train.sh CONFIG`.
 
-The command line becomes one typed configuration before anything heavy is imported, so that `--help`
-and a user's mistake answer at once. `run` then takes the stages of a run in their fixed order.
+The command line becomes one typed configuration before anything heavy is imported, so that `--help` and a user's
+mistake answer at once. `run` then takes the stages of a run in their fixed order, each of them a function below it.
+What a stage needs of torch is imported where the stage begins.
 """
 
 from __future__ import annotations
@@ -14,41 +15,39 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # Ctrl-C in the middle of an import would leave a broken module behind, or be lost in it.
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"main.py: interrupted\n"), os._exit(130)))
 
-import contextlib
 import dataclasses
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import launch
-from utils import keyword, schedule
-from utils.config import Config
+from utils.config import keyword
+from utils.config.command_line import parse
+from utils.config.resolve import resolve
+from utils.config.schema import Config
 from utils.errors import LostError, TrainingError, UserError
-from utils.interrupt import SAVED, SIGNALS, Stop
-from utils.options import parse
-from utils.resolve import resolve
+from utils.processes import launch, start
+from utils.processes.interrupt import SAVED, Stop
+from utils.step import schedule
 
 if TYPE_CHECKING:
-    import torch
+    from logging import Logger
 
-    from utils.data import Loader, Loaders
-    from utils.log import MetricsFile
-    from utils.parts import Parts
-    from utils.record import Recorder
-    from utils.state import RunState
+    from model.training.assemble import Assembled
+    from model.training.surroundings import Origin, Surroundings
+    from model.training.training_state import TrainingState
+    from model.watch.recorder import Recorder
+    from utils.checkpoint.run_state import RunState
+    from utils.data.loader import Loader
+    from utils.data.loaders import Loaders
+    from utils.report.epoch_files import MetricsFile
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
     "ema_loss", "ema_top1", "ema_top5", "frozen", "seconds", "images_per_second", "data_wait",
 )  # fmt: skip
-AUDIT_BATCHES = 4
 AUDIT_FAILED = 3  # exit status
-PATIENCE = 5  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,11 +69,12 @@ def answer(argv: Sequence[str] | None) -> int:
             print(keyword.table())
             return 0
         config = resolve(given)
-        start_processes(config, argv)
+        if not config.run.dry_run:
+            start.process_per_gpu(config.devices, sys.argv if argv is None else None)
         return run(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            wait_to_be_ended()  # the first process says it too, nearly always
+            launch.wait_to_be_ended()  # the first process says it too, nearly always
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
@@ -82,7 +82,7 @@ def answer(argv: Sequence[str] | None) -> int:
             # The status is to be that of the one that ended first, for which the launcher may have ended this one.
             if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Stop):
                 return 1
-            wait_to_be_ended()
+            launch.wait_to_be_ended()
         print(f"main.py: failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -90,223 +90,211 @@ def answer(argv: Sequence[str] | None) -> int:
         return 130
 
 
-def wait_to_be_ended() -> None:
-    """Give the launcher time to end this process, because of another one, before it says what is wrong here."""
-    # Not the end without cleaning up, of which Python would warn.
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(1))
-    time.sleep(PATIENCE)
+# The stages of a run -------------------------------------------------------------------------------
 
 
 def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
-    # 1. Check what can be checked without work; what is slow to import comes as late as it can.
+    check_options(config)
+    from model.training.assemble import assemble  # imports torch, which a mistake above does not wait for
+    from model.training.surroundings import find_origin, find_surroundings
+    from utils.processes import distributed
+    from utils.report import log
+
+    here = find_surroundings(config)
+    with distributed.joined(here.place, here.device):
+        origin = find_origin(here)
+        assembled = assemble(here, origin)
+        if config.run.dry_run or config.run.lr_test:
+            return describe(here, assembled)
+        # Only from here on is anything written, so that a mistake leaves no trace.
+        prepare_files(here, origin)
+        with log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger:
+            announce(here, origin, assembled, logger)
+            training = assembled.training_state(here, logger)
+            if config.run.evaluate:
+                return evaluate(training, assembled.loaders)
+            recorder = open_recorder(here, assembled)
+            progress, stopped = train_until_stopped(here, origin, assembled, training, recorder)
+            if stopped:
+                return SAVED
+            return 0 if recorder is None else finish(here, assembled, training, progress, recorder)
+
+
+def check_options(config: Config) -> None:
+    """Check what can be checked without importing torch."""
     settings = config.run
-    schedule.check(config.schedule, config.optim.lr)
-    folder = settings.log_dir / settings.case
-    check_folder(folder, "log_dir")
+    schedule.check_schedule(config.schedule, config.optim.lr)
+    start.check_folder(settings.log_dir / settings.case, "log_dir")
     if not settings.evaluate:
-        check_folder(settings.weights_dir / config.model.name, "weights_dir")
+        start.check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
-    from model import audit, build, calibrate, summary, sync_norm
-    from utils import (
-        checkpoint,
-        distributed,
-        fit,
-        log,
-        methods,
-        optim,
-        policy,
-        precision,
-        probe,
-        record,
-        report,
-        state,
-        teacher,
-    )  # fmt: skip
 
-    place = distributed.place(config.devices, os.environ)
-    if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
-        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
-    shard = dataclasses.replace(config.data, rank=place.rank, world_size=place.world_size)
-    config = dataclasses.replace(config, data=shard)
-    device, device_warnings = distributed.device_of(place, config.devices)
-    device_warnings += precision.check(config.precision, device)
-    files = checkpoint.CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
-    optim.check(config.optim)
-    distill = None if settings.evaluate else config.loss.distill
-    taught_by = None if distill is None else teacher.find(distill, settings.weights_dir)
+def describe(here: Surroundings, assembled: Assembled) -> int:
+    """Print what would be trained (`--dry_run`), or the learning rates (the keyword `lr-test`)."""
+    from utils.report import run_report
+    from utils.step import optimizer
 
-    from utils import data
-    from utils.parts import Parts
-
-    data.check(config.data)
-    with distributed.joined(place, device):
-        launchers = distributed.launchers(os.environ)
-        found = distributed.from_first(lambda: files.find(settings.resume, settings.resume_file, launchers))
-        pretrained = None  # what is gone on with holds its weights, and the file may have moved since
-        if found.path is None:
-            pretrained = checkpoint.find_pretrained(
-                settings.pretrained or "", settings.weights_dir, config.model.name
+    if here.place.first:
+        policy = assembled.policy
+        plan, groups = policy.describe(assembled.initial), optimizer.groups_table(assembled.groups)
+        print(
+            run_report.describe_run(
+                here.config, assembled.cost.table(), groups, plan, policy.planned_rates, assembled.warnings,
+                here.folder,
             )
-        if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
-            raise UserError(
-                f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
-                "--pretrained none random weights are"
-            )
+        )  # fmt: skip
+    return 0
 
-        # 2. Build the network and load weights into it.
-        seed_generators(settings.seed)
-        model = build.build(config.model)
-        initial = policy.initialise(model, config.policy)
-        loaded = None if pretrained is None else state.load_pretrained(model, pretrained, config)
-        cost = fit.trial(model, config)
-        constant_signs = fit.signs(model, config)
-        tutor = None
-        if distill is not None and taught_by is not None:
-            tutor = teacher.Teacher(distill, taught_by)
 
-        # 3. Data, and what depends on its length.
-        loaders = data.build(config.data, device)
-        fit.batches(config, loaders.train.samples)
-        build.set_stable(model, len(loaders.train))
-        steps_per_epoch = math.ceil(len(loaders.train) / config.optim.iter_size)
-        rates = schedule.Schedule(config.schedule, config.optim.lr, steps_per_epoch)
-        rates, shortened = fit.warmups(model, config, len(loaders.train), rates)
+def prepare_files(here: Surroundings, origin: Origin) -> None:
+    """Make the files of the case those that the run continues from; an earlier run of the case is kept."""
+    from utils.checkpoint import earlier_runs
 
-        # 4. Device, the quantizers' ranges, the optimizer; then the state of the run that goes on.
-        layout = precision.memory_format(model, config.precision, device)
-        model.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-        initialised = 0
-        trains = not (settings.evaluate or settings.dry_run or settings.lr_test)
-        if config.model.quant.re_init and found.path is None and trains:
-            images, _ = next(iter(loaders.train))
-            images = images.to(device, memory_format=layout)
-            initialised = calibrate.initialise_ranges(model, images, config.model.quant)
-        distributed.share_state(model)
-        if place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
-            seed_generators((settings.seed + place.rank * 1_000_003) % 2**63)
-        if config.devices.sync_bn and place.world_size > 1:
-            sync_norm.synchronise(model, device)
-        precision.prepare(model, config.precision)
-        optimizer, groups = optim.build(model, config.optim)
-        warnings = (*config.warnings, *shortened, *optim.idle_entries(model, config.optim), *device_warnings)
-        warnings += audit.unexplained(model) + constant_signs
-        steering = policy.Steering(
-            config.policy, model, optimizer, groups, config.optim, rates, shortened=settings.shortened
+    settings = here.config.run
+    if here.place.first and not settings.evaluate:
+        earlier_runs.prepare_files(here.folder, here.files, origin.found, chosen=settings.resume_file)
+
+
+def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: Logger) -> None:
+    """Log what the run is about to do, and what it starts from."""
+    from model.convert import full_precision
+    from model.layers.quantized import quantizers
+    from utils.report import run_report
+
+    config, found, progress, model = here.config, origin.found, assembled.progress, assembled.model
+    for warning in (*assembled.warnings, *found.passed_over, *progress.differences):
+        logger.warning("warning: %s", warning)
+    options = [(name, quantizer.config) for name, quantizer in quantizers(model)]
+    run_report.announce(
+        config, assembled.cost, here.device, assembled.groups, options, full_precision(model), logger
+    )
+    if assembled.loaded is not None:
+        logger.info("pretrained %s: %s", origin.pretrained, assembled.loaded.summary())
+    if assembled.initialised:
+        logger.info("re_init: initialised %d quantizers", assembled.initialised)
+    assembled.policy.log = logger.info
+    if found.path is None:
+        for change in (*assembled.initial, *(c for c in assembled.policy.plan if c.when == "init")):
+            logger.info("%s", change)
+    else:
+        part = f" and {progress.position} images of the next" if progress.position else ""
+        logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
+    if config.run.resume and found.path is None:
+        logger.info("--resume: no checkpoint of the case %s yet, starting anew", config.run.case)
+    if config.run.evaluate and assembled.loaded is None and found.path is None:
+        logger.warning("warning: no checkpoint is given, so this evaluates random weights")
+
+
+def evaluate(training: TrainingState, loaders: Loaders) -> int:
+    """Validate, and audit when asked to; returns the exit status."""
+    from model import audit
+    from model.training import validation
+
+    assert loaders.val is not None  # checked with the options
+    row = validation.validation_row(training, loaders, 0, Stop())
+    for name, what in (("val", ""), ("ema", "averaged weights: ")):
+        if f"{name}_loss" in row:
+            top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
+            training.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
+    if not training.config.run.audit or training.config.data.rank != 0:
+        return 0
+    with training.precision.autocast():
+        batches = validation.audit_batches(training, loaders)
+        found = audit.audit(training.model, batches, training.config.model.quant)
+    training.logger.info("%s\naudit: %s", found.table(), found.verdict)
+    return AUDIT_FAILED if found.problems else 0
+
+
+def open_recorder(here: Surroundings, assembled: Assembled) -> Recorder | None:
+    """Open the files that the first process writes beside log and checkpoints; None in others."""
+    from model.watch.recorder import Recorder
+    from utils.report import run_report
+
+    config, progress, loaders = here.config, assembled.progress, assembled.loaders
+    if not here.place.first:
+        return None
+    metrics_file(here).truncate_after(progress.epoch + 1)
+    run_report.write_text(here.folder / "config.yaml", run_report.dump_yaml(config))
+    recorder = Recorder(here.folder, assembled.model, config, progress.epoch, progress.position)
+    if assembled.probe is not None:
+        assembled.probe.board = recorder.board
+    if config.run.tensorboard:
+        loaders.train.set_epoch(progress.epoch)
+        images, _ = next(iter(loaders.train))
+        recorder.show(images, loaders.mean, loaders.std, progress.epoch)
+    return recorder
+
+
+def metrics_file(here: Surroundings) -> MetricsFile:
+    """The file with a row of figures for each epoch."""
+    from utils.report.epoch_files import MetricsFile
+
+    return MetricsFile(here.folder / "metrics.csv", METRICS)
+
+
+def train_until_stopped(
+    here: Surroundings,
+    origin: Origin,
+    assembled: Assembled,
+    training: TrainingState,
+    recorder: Recorder | None,
+) -> tuple[RunState, bool]:
+    """Train to the end of the run, or until a signal asks to stop; returns how far it came, and whether it was asked.
+
+    What it has come to is on the disk when this returns.
+    """
+    from utils.checkpoint import run_state
+    from utils.checkpoint.archive import Writer
+    from utils.processes import distributed
+
+    if origin.found.path is not None:
+        run_state.set_random(origin.found.payload, here.place.rank)
+    with launch.stop(training.logger.info) as stop, Writer() as writer:
+        output = run_state.Output(files=here.files, writer=writer, launchers=origin.launchers)
+        save = partial(training.save, output=output)
+        metrics = metrics_file(here)
+        progress, stopped = train(
+            training, assembled.loaders, assembled.progress, stop, save, metrics, recorder
         )
-        warnings += steering.warnings
-        progress = state.RunState()
-        if found.path is not None:
-            progress = state.restore(found.payload, found.path, model, optimizer, config)
-            changed = state.schedule_change(found.payload, progress, config, steps_per_epoch)
-            warnings += (changed,) * (changed != "" and not settings.evaluate)
-        with state.believing(found.path):
-            step = state.next_step(progress, config, steps_per_epoch, len(loaders.train))
-            steering.load_state_dict(progress.policy, step)
-        probed = None
-        if config.probe.enable and place.first and not settings.evaluate:
-            images = min(config.data.batch_size, loaders.train.samples)
-            probed = probe.Probe(
-                model, config.probe, folder / "probe", steps=rates.total_steps, images=images
-            )
-        arithmetic = precision.build(model, optimizer, config.precision, device)
-        with state.believing(found.path):
-            arithmetic.load_state_dict(progress.amp)
-        if tutor is not None:
-            tutor.to(device, layout)
-        training = methods.build(config, model, tutor, steering.rates.total_steps)
-        with state.believing(found.path):
-            training.load_state_dict(progress.methods, model)
+        writer.wait()
+        if stopped:
+            distributed.any_process(False)  # none ends before the first has written
+            asked = stop.asked or "a process"
+            training.logger.info("asked to end by %s: saved, -r goes on from here", asked)
+    return progress, stopped
 
-        # 5. Only from here on is anything written, so that a mistake leaves no trace.
-        if settings.dry_run or settings.lr_test:
-            if place.first:
-                plan, rates = steering.describe(initial), steering.planned_rates
-                print(
-                    report.describe(config, cost.table(), optim.table(groups), plan, rates, warnings, folder)
-                )
-            return 0
-        if place.first and not settings.evaluate:
-            state.prepare_files(folder, files, found, chosen=settings.resume_file)
-        logger = log.setup(folder / "log.txt", settings.verbose) if place.first else log.silent(place.rank)
-        try:
-            for warning in (*warnings, *found.passed_over, *progress.differences):
-                logger.warning("warning: %s", warning)
-            report.announce(config, cost, model, groups, logger)
-            if loaded is not None:
-                logger.info("pretrained %s: %s", pretrained, loaded.summary())
-            if initialised:
-                logger.info("re_init: initialised %d quantizers", initialised)
-            steering.log = logger.info
-            if found.path is None:
-                for change in (*initial, *(change for change in steering.plan if change.when == "init")):
-                    logger.info("%s", change)
-            else:
-                part = f" and {progress.position} images of the next" if progress.position else ""
-                logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
-            if settings.resume and found.path is None:
-                logger.info("--resume: no checkpoint of the case %s yet, starting anew", settings.case)
-            network = distributed.parallel(model, device, may_skip=steering.disables)
-            parts = Parts(
-                model, network, optimizer, arithmetic, steering, training, device, layout, config, logger, probed
-            )  # fmt: skip
 
-            # 6. Evaluate only.
-            if settings.evaluate:
-                if loaded is None and found.path is None:
-                    logger.warning("warning: no checkpoint is given, so this evaluates random weights")
-                return evaluate(parts, loaders)
+def finish(
+    here: Surroundings, assembled: Assembled, training: TrainingState, progress: RunState, recorder: Recorder
+) -> int:
+    """Audit the trained network, write the run's summary and picture; returns the exit status."""
+    from model import audit
+    from model.training import validation
+    from model.watch.cost import network_cost
+    from utils.report import run_report
 
-            # 7. Train.
-            metrics = log.MetricsFile(folder / "metrics.csv", METRICS)
-            if place.first:
-                metrics.truncate_after(progress.epoch + 1)
-                report.write_text(folder / "config.yaml", report.dump_yaml(config))
-            recorder = None
-            if place.first:
-                recorder = record.Recorder(folder, model, config, progress.epoch, progress.position)
-                if probed is not None:
-                    probed.board = recorder.board
-                if settings.tensorboard:
-                    loaders.train.set_epoch(progress.epoch)
-                    images, _ = next(iter(loaders.train))
-                    recorder.show(images, loaders.mean, loaders.std, progress.epoch)
-            if found.path is not None:
-                state.set_random(found.payload, place.rank)
-            with launch.stop(logger.info) as stop, checkpoint.Writer() as writer:
-                save = partial(state.save, parts=parts, files=files, writer=writer, launchers=launchers)
-                progress, stopped = train(parts, loaders, progress, stop, save, metrics, recorder)
-                writer.wait()
-                if stopped:
-                    distributed.anyone(False)  # none ends before the first has written
-                    logger.info("asked to end by %s: saved, -r goes on from here", stop.asked or "a process")
-                    return SAVED
+    config = here.config
+    with training.precision.autocast():
+        cost = network_cost(training.model, config.model.input_size)  # a policy may have changed the bits
+        batches = validation.audit_batches(training, assembled.loaders)
+        found = audit.audit(training.model, batches, config.model.quant)
+    summary = run_report.finish(config, cost, found, progress, here.folder, here.files, training.logger)
+    recorder.finish(summary)
+    return AUDIT_FAILED if found.problems else 0
 
-            # 8. What came of it.
-            if recorder is None:
-                return 0
-            with arithmetic.autocast():
-                cost = summary.cost(model, config.model.input_size)  # a policy may have changed the bits
-                result = audit.audit(model, audit_batches(parts, loaders), config.model.quant)
-            recorder.finish(report.finish(config, cost, result, progress, folder, files, logger))
-            return AUDIT_FAILED if result.problems else 0
-        except (TrainingError, UserError, OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):  # a full disk takes no log either
-                logger.error("failed: %s", str(error).partition("\n")[0], extra={"to_file_only": True})
-            raise
-        finally:
-            log.close()
+
+# The loop ------------------------------------------------------------------------------------------
 
 
 def train(
-    parts: Parts, loaders: Loaders, progress: RunState, stop: Stop, save: Callable[..., None], metrics: MetricsFile,
-    recorder: Recorder | None,
+    training: TrainingState, loaders: Loaders, progress: RunState, stop: Stop, save: Callable[..., None],
+    metrics: MetricsFile, recorder: Recorder | None,
 ) -> tuple[RunState, bool]:  # fmt: skip
     """Train from `progress` to the end of the run, or until a process was asked to stop.
 
     Args:
-        parts: the training.
+        training: the training.
         loaders: the images.
         progress: how far it is.
         stop: whether this process was asked to end.
@@ -317,115 +305,125 @@ def train(
     Returns:
         How far it came, saved, and whether it was stopped.
     """
-    from model import build
-    from utils import distributed, finite, report, state
+    from model.networks import build
+    from model.training import finite, validation
+    from utils.checkpoint import run_state
+    from utils.processes import distributed
+    from utils.report import run_report
 
-    config = parts.config
+    config = training.config
     last = config.schedule.epochs + config.schedule.extra_epoch
     for epoch in range(progress.epoch, last):
-        progress, stopped = train_one_epoch(parts, loaders.train, progress, stop, save)
-        row = train_row(parts, progress)
+        progress, stopped = train_one_epoch(training, loaders.train, progress, stop, save)
+        row = validation.train_row(training, progress)
         if loaders.val is not None and not stopped:
             began = time.perf_counter()
-            row |= validation_row(parts, loaders, epoch, stop)
+            row |= validation.validation_row(training, loaders, epoch, stop)
             row["seconds"] += time.perf_counter() - began
-            stopped = distributed.anyone(stop.asked != "")
+            stopped = distributed.any_process(stop.asked != "")
         if stopped:
             save(progress)
             return progress, True
-        finite.check_epoch(parts, row, lambda: audit_batches(parts, loaders, 1)[0])
+        finite.check_epoch(training, row, lambda: validation.audit_batches(training, loaders, 1)[0])
         # A network whose quantizers still let everything pass is not the best low-bit network.
-        candidate = row.get("val_top1", -math.inf) if build.is_quantized(parts.model) else -math.inf
+        candidate = row.get("val_top1", -math.inf) if build.is_quantized(training.model) else -math.inf
         best = candidate > progress.best_acc
-        progress = state.RunState(
+        progress = run_state.RunState(
             epoch=epoch + 1,
             best_acc=max(progress.best_acc, candidate),
-            policy=parts.steering.state_dict(),
-            methods=parts.methods.state_dict(),
+            policy=training.policy.state_dict(),
+            methods=training.methods.state_dict(),
         )
         if recorder is not None:
             metrics.append(row)
-            with parts.precision.autocast():
-                recorder.epoch(row, lambda: audit_batches(parts, loaders, 1)[0], parts.logger)
+            with training.precision.autocast():
+                recorder.epoch(
+                    row, lambda: validation.audit_batches(training, loaders, 1)[0], training.logger
+                )
         save(progress, best=best)
-        parts.logger.info("%s", report.epoch_line(row, last, progress.best_acc))
+        training.logger.info("%s", run_report.epoch_line(row, last, progress.best_acc))
     return progress, False
 
 
 def train_one_epoch(
-    parts: Parts, loader: Loader, start: RunState, stop: Stop, save: Callable[[RunState], None]
+    training: TrainingState, loader: Loader, start: RunState, stop: Stop, save: Callable[[RunState], None]
 ) -> tuple[RunState, bool]:
     """Train from `start` to the end of its epoch, or until a process was asked to stop.
 
     Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
     """
-    from utils import distributed, finite, log, state
-    from utils.progress import TrainingBar
+    from model.training import finite
+    from utils.checkpoint import run_state
+    from utils.processes import distributed
+    from utils.report.progress import TrainingBar
+    from utils.step import meters
 
-    config, precision, settings, steering = parts.config, parts.precision, parts.config.run, parts.steering
+    config, precision, policy = training.config, training.precision, training.policy
     passes, batches = config.optim.iter_size, len(loader)
     together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
-    first = state.first_batch(start.position, together, passes, batches)
-    totals = log.Totals(parts.device, state.sums_until(start.sums, start.position, first * together))
+    first = run_state.first_batch(start.position, together, passes, batches)
+    totals = meters.Totals(
+        training.device, run_state.sums_until(start.sums, start.position, first * together)
+    )
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
-    parts.model.train()
+    training.model.train()
     loader.set_epoch(start.epoch)
     loader.set_position(first)
     precision.zero_grad()
     began = time.perf_counter()
-    waited = log.Waiting(loader)
+    waited = meters.Waiting(loader)
     last = config.schedule.epochs + config.schedule.extra_epoch
     bar = TrainingBar(
         waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
-        device=parts.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
+        device=training.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
     )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
-        report = (i + 1) % settings.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
+        report = (i + 1) % config.run.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
         # Looking costs nothing on the CPU; elsewhere it would wait for the device, so only reports look.
-        look = parts.device.type == "cpu" or report or i + 1 == batches
-        images, target = parts.images(images), target.to(parts.device, non_blocking=True)
-        step = start.epoch * steering.rates.steps_per_epoch + i // passes
-        if i % passes == 0 and steering.advance(start.epoch, step):
+        look = training.device.type == "cpu" or report or i + 1 == batches
+        images, target = training.images(images), target.to(training.device, non_blocking=True)
+        step = start.epoch * policy.rates.steps_per_epoch + i // passes
+        if i % passes == 0 and policy.advance(start.epoch, step):
             start = dataclasses.replace(start, best_acc=-math.inf)
-        if parts.probe is not None and i % passes == 0:
-            parts.probe.begin(step)
+        if training.probe is not None and i % passes == 0:
+            training.probe.begin(step)
         group_ends = (i + 1) % passes == 0 or i + 1 == batches
-        with distributed.reduction(parts.network, now=group_ends):
+        with distributed.reduction(training.network, now=group_ends):
             with precision.autocast():
-                output = parts.network(images)
-                loss = parts.methods.objective(output.float(), target, images, step)
+                output = training.network(images)
+                loss = training.methods.objective(output.float(), target, images, step)
             if look:
-                finite.check_loss(parts, loss, images, where)
+                finite.check_loss(training, loss, images, where)
             # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
             precision.backward(loss / min(passes, batches - i // passes * passes))
-        if parts.probe is not None:
-            parts.probe.end()
+        if training.probe is not None:
+            training.probe.end()
         totals.update(loss, output, target)
-        if settings.delay > 0:
-            time.sleep(settings.delay)
+        if config.run.delay > 0:
+            time.sleep(config.run.delay)
         if report:
-            means = log.Totals.means(distributed.summed(totals.sums))
-            parts.logger.info(
+            means = meters.Totals.means(distributed.summed(totals.sums))
+            training.logger.info(
                 "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
-                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], parts.optimizer.param_groups[0]["lr"],
+                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], training.optimizer.param_groups[0]["lr"],
             )  # fmt: skip
         if not group_ends:
             continue
-        steering.rates.apply(parts.optimizer, step)
-        norm = precision.gradient_norm(steering.optim.grad_clip)
+        policy.rates.apply(training.optimizer, step)
+        norm = precision.gradient_norm(policy.optim.grad_clip)
         if look and not precision.scaling:
-            finite.check_gradients(parts, norm, where)
-        update = not steering.rates.skip_update(step)
+            finite.check_gradients(training, norm, where)
+        update = not policy.rates.skip_update(step)
         skipped = precision.step(update=update)
         if skipped:
-            parts.logger.info("%s: %s", where, skipped)
+            training.logger.info("%s: %s", where, skipped)
         if update and not skipped:
-            parts.methods.after_step(step, precision, parts.model)
+            training.methods.after_step(step, precision, training.model)
         precision.zero_grad()
 
         stopped = vote(stop.asked != "")
-        due = 0 < settings.save_every <= i + 1 - saved
+        due = 0 < config.run.save_every <= i + 1 - saved
         if stopped or due or i + 1 == batches:
             reached = dataclasses.replace(
                 start,
@@ -433,8 +431,8 @@ def train_one_epoch(
                 sums=totals.values,
                 seconds=start.seconds + time.perf_counter() - began,
                 waited=start.waited + waited.seconds,
-                policy=steering.state_dict(),
-                methods=parts.methods.state_dict(),
+                policy=policy.state_dict(),
+                methods=training.methods.state_dict(),
             )
         if stopped:
             break
@@ -442,141 +440,6 @@ def train_one_epoch(
             save(reached)
             saved = i + 1
     return reached, stopped
-
-
-def train_row(parts: Parts, state: RunState) -> dict[str, float]:
-    """The training's columns of the metrics, of an epoch that is at its end."""
-    import torch
-
-    from utils import distributed, log
-
-    sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), parts.steering.rates
-    freezing = parts.methods.freezing
-    return {
-        "epoch": state.epoch + 1,
-        "lr": rates.at(state.epoch * rates.steps_per_epoch),
-        **{f"train_{name}": value for name, value in log.Totals.means(sums).items()},
-        "seconds": state.seconds,
-        "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
-        "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
-        **({"frozen": 100 * freezing.share()} if freezing.enabled else {}),
-    }
-
-
-def validation_row(parts: Parts, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
-    """The validation's columns of the metrics, after `epoch` (from 0): of the network and of its averaged weights."""
-    from utils import distributed
-
-    assert loaders.val is not None  # the caller has asked
-    average, row = parts.methods.average, dict[str, float]()
-    if average.exists:  # first, so that the norms' statistics are the network's own in the end
-        with average.applied(parts.model):
-            reestimate_norms(parts, loaders.train, epoch)
-            distributed.share_state(parts.model)
-            row |= {f"ema_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
-    reestimate_norms(parts, loaders.train, epoch)
-    distributed.share_state(parts.model)
-    return row | {f"val_{name}": value for name, value in validate(parts, loaders.val, stop).items()}
-
-
-def validate(parts: Parts, loader: Loader, stop: Stop) -> dict[str, float]:
-    """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
-
-    A process that is asked to stop leaves it early; the result then means nothing.
-    """
-    import torch
-    from torch.nn import functional
-
-    from utils import distributed, log
-    from utils.progress import progress
-
-    parts.model.eval()
-    totals = log.Totals(parts.device)
-    with torch.no_grad(), parts.precision.autocast():
-        enabled = parts.config.data.rank == 0
-        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
-            if stop.asked:
-                break
-            target = target.to(parts.device, non_blocking=True)
-            output = parts.model(parts.images(images)).float()
-            totals.update(functional.cross_entropy(output, target), output, target)
-    return log.Totals.means(distributed.summed(totals.sums))
-
-
-def reestimate_norms(parts: Parts, loader: Loader, epoch: int) -> None:
-    """Compute the batch norms' statistics anew from the first `bn_batches` training batches of `epoch` (from 0)."""
-    from model import batch_statistics
-
-    count = parts.config.run.bn_batches
-    if count == 0:
-        return
-    loader.set_epoch(epoch)
-    loader.set_position(0)
-    with parts.precision.autocast():
-        batches = (parts.images(images) for images, _ in itertools.islice(loader, count))
-        batch_statistics.reestimate(parts.model, batches)
-
-
-def evaluate(parts: Parts, loaders: Loaders) -> int:
-    """Validate, and audit when asked to; returns the exit status."""
-    from model import audit
-
-    assert loaders.val is not None  # checked with the options
-    row = validation_row(parts, loaders, 0, Stop())
-    for name, what in (("val", ""), ("ema", "averaged weights: ")):
-        if f"{name}_loss" in row:
-            top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
-            parts.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
-    if not parts.config.run.audit or parts.config.data.rank != 0:
-        return 0
-    with parts.precision.autocast():
-        found = audit.audit(parts.model, audit_batches(parts, loaders), parts.config.model.quant)
-    parts.logger.info("%s\naudit: %s", found.table(), found.verdict)
-    return AUDIT_FAILED if found.problems else 0
-
-
-def audit_batches(parts: Parts, loaders: Loaders, count: int = AUDIT_BATCHES) -> list[torch.Tensor]:
-    """A few batches of real images, of the validation set where there is one."""
-    loader = loaders.train if loaders.val is None else loaders.val
-    return [parts.images(images) for images, _ in itertools.islice(loader, count)]
-
-
-def start_processes(config: Config, argv: Sequence[str] | None) -> None:
-    """Become the launcher of a process per GPU when several are asked for and this one stands alone."""
-    ids = config.devices.ids
-    if len(ids) < 2 or config.run.dry_run:
-        return
-    several = f"--device_ids {' '.join(map(str, ids))}: several GPUs take a process each"
-    if "WORLD_SIZE" in os.environ or config.devices.distributed:
-        if os.environ.get("WORLD_SIZE", str(config.devices.world_size)) == "1":
-            raise UserError(f"{several}, and this is to be the only one: unset the variable WORLD_SIZE, and "
-                            "leave out --distributed, or name one GPU")  # fmt: skip
-        return
-    if argv is not None:
-        raise UserError(f"{several}; start main.py by itself")
-    launcher = str(Path(__file__).with_name("launch.py"))
-    options = ["--standalone", "--nproc_per_node", str(len(ids))]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, launcher, *options, *sys.argv])
-
-
-def check_folder(folder: Path, option: str) -> None:
-    """Refuse a folder that could not be made or written."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--{option}: {there} cannot be written; choose another --{option}")
-
-
-def seed_generators(seed: int) -> None:
-    """Start the global random generators; a seed of up to 63 bits."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # NumPy's limit
-    torch.manual_seed(seed)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ options script nproc torchrun.
 Environment:
   PYTHON      the interpreter; otherwise .venv/bin/python if there is one, else python3
   NPROC       processes on this machine; more than one, or a -g that names several devices,
-              go through torchrun (launch.py)
+              go through torchrun (utils.processes.launch)
   TORCHRUN    options of torchrun, for a run on several machines
 
 Exit status: the training's own; 2 for a mistake in what was written, with nothing started.
@@ -189,9 +189,9 @@ devices=$(count_devices "${arguments[@]}")
 
 launch=("$python")
 if [[ ${#torchrun_words[@]} -gt 0 ]]; then
-  launch+=(launch.py --nproc_per_node "${processes:-1}" "${torchrun_words[@]}")
+  launch+=(-m utils.processes.launch --nproc_per_node "${processes:-1}" "${torchrun_words[@]}")
 elif [[ ${processes:-1} -gt 1 ]]; then
-  launch+=(launch.py --standalone --nproc_per_node "$processes")
+  launch+=(-m utils.processes.launch --standalone --nproc_per_node "$processes")
 fi
 launch+=("$script" "${arguments[@]}")
 

@@ -48,8 +48,8 @@ def line(name: str, times: Sequence[tuple[float, float]], goal: float) -> str:
 
 def build_networks(repeats: int) -> list[str]:
     """Rows for a quantized resnet50 of each method."""
-    from model import build
-    from utils.resolve import read
+    from model.networks import build
+    from utils.config.resolve import read
 
     rows = []
     for method in METHODS:
@@ -59,7 +59,7 @@ def build_networks(repeats: int) -> list[str]:
         times = []
         for _ in range(repeats):
             started, busy = time.perf_counter(), time.process_time()
-            build.build(config)
+            build.build_network(config)
             times.append((time.perf_counter() - started, time.process_time() - busy))
         rows.append(line(f"build resnet50 {method}", times, BUILD_GOAL))
     return rows

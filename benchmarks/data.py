@@ -35,17 +35,18 @@ import torch
 from torch.nn import functional
 from torchvision.models import resnet18
 
-from model.summary import format_table
-from utils import data
-from utils.augment import crop_flip
-from utils.config import DataConfig
+from utils.config.schema import DataConfig
+from utils.data import sources
+from utils.data.augment import crop_flip
+from utils.data.crop import crop_and_flip, resize
+from utils.data.fake import write_folder
+from utils.data.image_file import decode
+from utils.data.image_folder import ImageNames
+from utils.data.loader import Delivery, Loader
+from utils.data.tensor_loader import TensorLoader
 from utils.errors import UserError
-from utils.fake import write_folder
-from utils.folder import ImageNames, crop_and_flip, resize
-from utils.images import decode
-from utils.loader import Delivery, Loader
-from utils.log import Waiting
-from utils.memory import TensorLoader
+from utils.step.meters import Waiting
+from utils.text import format_table
 
 Clock = Callable[[], float]
 
@@ -125,7 +126,7 @@ def measure_speed(
     with ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
         ways: dict[tuple[str, str], Callable[[], object]] = {}
         for dataset in ("imagenet", "dali") if dali else ("imagenet",):
-            loader = data.build(replace(config, dataset=dataset), device).train
+            loader = sources.open_data(replace(config, dataset=dataset), device).train
             ways[dataset, "loader"] = partial(epoch, loader, device)
             for name, size in sizes.items():
                 if dataset == "dali":
@@ -181,7 +182,7 @@ def cpu_rows(config: DataConfig, device: torch.device, rounds: int, dali: bool) 
 
 def share_waited(config: DataConfig, device: torch.device, steps: int) -> tuple[float, float]:
     """Percent of the time of ResNet-18's training steps that is spent waiting for data; images per second."""
-    loader = data.build(config, device).train
+    loader = sources.open_data(config, device).train
     network = resnet18(num_classes=config.num_classes).to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     waiting, started = Waiting(loader), 0.0
@@ -208,7 +209,7 @@ def small_sets(device: torch.device, rounds: int) -> list[tuple[str, str]]:
     cifar = TensorLoader(pixels, torch.zeros(50_000).long(), delivery, size=32, augment=crop_flip)
     loaders: dict[str, Loader] = {"cifar10, 50,000 images": cifar}
     for name, classes in (("digits", 10), ("glyphs", 62)):
-        loader = data.build(DataConfig(dataset=name, num_classes=classes), device).train
+        loader = sources.open_data(DataConfig(dataset=name, num_classes=classes), device).train
         loaders[f"{name}, {loader.samples:,} images"] = loader
     rows = []
     for name, loader in loaders.items():
@@ -240,7 +241,7 @@ def main() -> int:
             dataset="imagenet", root=root, num_classes=classes, input_size=224, batch_size=given.batch_size
         )
         try:
-            data.check(replace(config, dataset="dali"))
+            sources.check_data(replace(config, dataset="dali"))
             dali = True
         except UserError as error:
             print(f"without DALI: {error}")

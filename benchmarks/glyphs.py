@@ -14,7 +14,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
-from utils.glyphs import CHARACTERS, SIZE, TRAIN_FONTS, TRAIN_IMAGES, VAL_IMAGES, glyphs  # noqa: E402
+from utils.data.glyphs import CHARACTERS, SIZE, TRAIN_FONTS, TRAIN_IMAGES, VAL_IMAGES, glyphs  # noqa: E402
 
 SHEET = ROOT / "docs" / "images" / "glyphs.png"
 TRAIN_ROWS, VAL_ROWS = 5, 3

@@ -27,12 +27,16 @@ from torch import nn
 from torch.nn import functional
 
 import main
-from model import build
-from utils import data, methods, optim, policy, precision, schedule, state
-from utils import resolve as configuration
-from utils.interrupt import Stop
-from utils.loader import Batch, Delivery, Loader, Raw
-from utils.parts import Parts
+from model.networks import build
+from model.training import policy, training_methods
+from model.training.training_state import TrainingState
+from utils.checkpoint import run_state
+from utils.config import resolve
+from utils.data import sources
+from utils.data.loader import Batch, Delivery, Loader, Raw
+from utils.processes.interrupt import Stop
+from utils.step import precision, schedule
+from utils.step.optimizer import build_optimizer
 
 DEFAULT = (
     "--dataset fake --keyword cifar10,cbsa,origin,dorefa,lsq --width_alpha 0.25 -b 64 -v 0 "
@@ -100,26 +104,26 @@ def show(name: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
 def run(rounds: int, iterations: int, line: list[str]) -> None:
     """Take turns and print the result."""
     options = ["--fake_size", "0", *line]
-    size = configuration.read(line).data.batch_size
+    size = resolve.read(line).data.batch_size
     options[1] = str(iterations * size)
-    settings = configuration.read(options)
+    settings = resolve.read(options)
     layout, cpu = torch.channels_last, torch.device("cpu")
-    batches = list(data.build(settings.data, cpu).train)
-    network = build.build(settings.model).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    batches = list(sources.open_data(settings.data, cpu).train)
+    network = build.build_network(settings.model).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     bare = copy.deepcopy(network)
-    bare_optimizer, _ = optim.build(bare, settings.optim)
-    optimizer, groups = optim.build(network, settings.optim)
+    bare_optimizer, _ = build_optimizer(bare, settings.optim)
+    optimizer, groups = build_optimizer(network, settings.optim)
     rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
-    parts = Parts(
-        network, network, optimizer, precision.build(network, optimizer, settings.precision, cpu),
-        policy.Steering((), network, optimizer, groups, settings.optim, rates),
-        methods.build(settings, network, None, rates.total_steps), cpu, layout, settings,
+    parts = TrainingState(
+        network, network, optimizer, precision.build_precision(network, optimizer, settings.precision, cpu),
+        policy.PolicyScheduler((), network, optimizer, groups, settings.optim, rates),
+        training_methods.build_training_methods(settings, network, None, rates.total_steps), cpu, layout, settings,
         logging.getLogger("nobody listens"),
     )  # fmt: skip
     loader = Kept(batches)
 
     def epoch() -> None:
-        main.train_one_epoch(parts, loader, state.RunState(), Stop(), lambda _: None)
+        main.train_one_epoch(parts, loader, run_state.RunState(), Stop(), lambda _: None)
 
     def bare_epoch() -> None:
         minimal(bare, bare_optimizer, batches, layout)

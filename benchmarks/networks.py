@@ -24,11 +24,11 @@ from torch import fx, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
-from model import layer  # noqa: E402
-from model.build import build  # noqa: E402
-from model.quant import QuantConv2d  # noqa: E402
-from model.resnet import PARTS, Block, ResNet  # noqa: E402
-from utils.resolve import read  # noqa: E402
+from model.layers import space_to_depth  # noqa: E402
+from model.layers.quantized import QuantConv2d  # noqa: E402
+from model.networks.build import build_network  # noqa: E402
+from model.networks.resnet import PARTS, Block, ResNet  # noqa: E402
+from utils.config.resolve import read  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 OPTIONS = "--dataset fake --width_alpha 0.125 --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
@@ -153,7 +153,7 @@ PICTURES: dict[str, list[list[Panel]]] = {  # rows of panels
 def network(panel: Panel) -> ResNet:
     """The network of a panel, narrow."""
     line = f"--model {panel.model} --keyword {panel.keywords},dorefa {OPTIONS} {panel.options}"
-    made = build(read(line.split()).model)
+    made = build_network(read(line.split()).model)
     assert isinstance(made, ResNet)
     return made
 
@@ -163,7 +163,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """See `fx.Tracer`."""
-        return not isinstance(m, ResNet | Block | layer.SpaceToDepthConv | nn.Sequential) or any(
+        return not isinstance(m, ResNet | Block | space_to_depth.SpaceToDepthConv | nn.Sequential) or any(
             isinstance(child, Block) for child in m.children()
         )
 
@@ -195,7 +195,7 @@ def _boxes(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...])
             return []
         name = prefix + node.target
         if isinstance(
-            module, layer.ProneConv
+            module, space_to_depth.ProneConv
         ):  # its padding depends on the size, which a trace cannot follow
             return [
                 Box(f"{name}.{key}", text, tuple(f"{name}.{key}.{end}" for end, _ in child.named_parameters()),
@@ -234,9 +234,9 @@ def _kind(module: nn.Module) -> tuple[str, str]:
         return "ReLU", ACTIVATION
     if isinstance(module, nn.Linear):
         return "linear", CONVOLUTION
-    if isinstance(module, layer.PadToBlocks):
+    if isinstance(module, space_to_depth.PadToBlocks):
         return f"zeros to a multiple of {module.block}", OTHER
-    if isinstance(module, layer.RepeatChannels):
+    if isinstance(module, space_to_depth.RepeatChannels):
         return f"channels x {module.times}", OTHER
     names = {nn.AvgPool2d: "average pooling", nn.MaxPool2d: "max pooling", nn.AdaptiveAvgPool2d: "average"}
     return names[type(module)], OTHER

@@ -23,11 +23,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
-import model.build  # noqa: E402, F401  (importing registers)
-from model.quant import Quantizer, TensorSite, build  # noqa: E402
-from utils import keyword  # noqa: E402
-from utils.options import parse  # noqa: E402
-from utils.resolve.quantizers import quant_config  # noqa: E402
+import model.quant  # noqa: E402, F401
+from model.quantizers.frame import Quantizer  # noqa: E402
+from model.quantizers.registry import build_quantizer  # noqa: E402
+from model.quantizers.site import LayerSite  # noqa: E402
+from utils.config import keyword  # noqa: E402
+from utils.config.command_line import parse  # noqa: E402
+from utils.config.resolve.quantizers import quant_config  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 POINTS = 2001
@@ -165,8 +167,8 @@ def quantizer(panel: Panel) -> Quantizer:
     if fields[f"quant.{panel.tag}.method"] in ("lsq", "pact"):
         given[f"{panel.tag}_quant_group"] = POINTS
     config = getattr(quant_config(given, fields)[0], panel.tag)
-    site = TensorSite(name=panel.title, channels=POINTS, channel_dim=int(panel.tag == "fm"), ndim=4, fan=9)
-    result = build(config, site)
+    site = LayerSite(name=panel.title, channels=POINTS, channel_dim=int(panel.tag == "fm"), ndim=4, fan=9)
+    result = build_quantizer(config, site)
     assert isinstance(result, Quantizer)
     if panel.fitted:
         normal = torch.special.ndtri(torch.linspace(0.001, 0.999, 999))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import partial
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from model import batch_statistics
-from model.dorefa import DoReFaActivation
+from model.layers import batch_statistics
+from model.layers.quantized import quantized_layers
 from model.observe import observing
-from model.quant import Quantizer, quantized_layers
-from model.uniform import Grid, LearnedRange
-from utils.config import QuantConfig
+from model.quantizers.frame import Quantizer
+from model.quantizers.grid import Grid
+from utils.config.schema import QuantConfig
 
 DEFAULT = QuantConfig()
 CANDIDATES = 100  # clip values that the search for the least squared error tries ...
@@ -40,9 +39,8 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = DE
     with observing(model) as hooks:
         for _, layer in quantized_layers(model):
             for part, quantizer in layer.quantizers():
-                count += _is_searched(quantizer, config) or (
-                    type(quantizer).initialise_from is not Quantizer.initialise_from
-                )
+                own = type(quantizer).initialise_from is not Quantizer.initialise_from
+                count += own or _searched(quantizer, config) is not None
                 if part == "quant_weight":
                     _initialise(quantizer, layer.weight, config)
                 else:
@@ -56,20 +54,21 @@ def _from_inputs(module: Quantizer, inputs: tuple[Tensor, ...], *, config: Quant
     _initialise(module, inputs[0], config)
 
 
-def _is_searched(quantizer: Quantizer, config: QuantConfig) -> TypeGuard[LearnedRange | DoReFaActivation]:
-    """Whether its clip value is searched for, not left to its own formula."""
-    return config.re_init_range != "paper" and isinstance(quantizer, LearnedRange | DoReFaActivation)
+def _searched(quantizer: Quantizer, config: QuantConfig) -> Grid | None:
+    """The levels whose clip value is searched for; None where that is left to the method's own formula."""
+    return None if config.re_init_range == "paper" else quantizer.search_grid()
 
 
 def _initialise(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
     """Initialise one quantizer from what it will quantize; a group of zeros keeps its clip value."""
-    if not _is_searched(quantizer, config):
+    grid = _searched(quantizer, config)
+    if grid is None:
         quantizer.initialise_from(x)
         return
     with torch.no_grad():
         rows = quantizer.grouped(quantizer.normalise(x.float()))
         if config.re_init_range == "mse":
-            found = least_error_clip(rows, quantizer.grid(), quantizer)
+            found = least_error_clip(rows, grid, quantizer)
         else:
             found = quantizer.mean_over_ranks(percentile_clip(rows, config.re_init_percentile))
         found = found.reshape(quantizer.range_shape())

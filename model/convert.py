@@ -18,12 +18,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from model import methods  # noqa: F401  (registers what a configuration can name)
+from model import quant  # noqa: F401  (registers what a configuration can name)
+from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.observe import first_input, observing
-from model.quant import MIN_DIVISOR, QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
-from model.summary import format_table
-from utils.config import QuantConfig
+from model.quantizers.frame import MIN_DIVISOR
+from utils.config.schema import QuantConfig
 from utils.errors import UserError
+from utils.text import format_table
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 

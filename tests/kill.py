@@ -45,20 +45,22 @@ import torch
 from PIL import Image
 
 import main
-from utils import checkpoint, log
+from utils.checkpoint import archive
 from utils.errors import UserError
-from utils.interrupt import SAVED
+from utils.processes.interrupt import SAVED
+from utils.report import epoch_files
 
 NETWORK = """
 from torch import nn
-from model import layer
-from model.build import register_model
+from model.layers.factory import conv, linear
+from model.layers.norms import norm
+from model.networks.build import register_model
 
 def tiny(config):
     return nn.Sequential(
-        layer.conv(3, 8, 3, 2, config, full_precision=True), layer.norm(8, config), nn.ReLU(),
-        layer.conv(8, 8, 3, 2, config), layer.norm(8, config), nn.ReLU(), nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer.linear(8, config.num_classes, config),
+        conv(3, 8, 3, 2, config, full_precision=True), norm(8, config), nn.ReLU(),
+        conv(8, 8, 3, 2, config), norm(8, config), nn.ReLU(), nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(8, config.num_classes, config),
     )
 
 register_model("tiny", tiny)
@@ -203,12 +205,12 @@ def digest(folder: Path, case: str) -> str:
             found.update(repr(value).encode())
 
     for kind in ("checkpoint", "model_best"):
-        payload = checkpoint.read(folder / "weights" / "tiny" / f"{case}-{kind}.pth.tar")
+        payload = archive.read(folder / "weights" / "tiny" / f"{case}-{kind}.pth.tar")
         add({name: value for name, value in payload.items() if name not in ("seconds", "waited", "config")})
     lines = [row.split(",") for row in (folder / "exp" / case / "metrics.csv").read_text().splitlines()]
     kept = [column for column, name in enumerate(lines[0]) if name not in TIMES]
     add([[row[column] for column in kept] for row in lines])
-    for record in log.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl"):
+    for record in epoch_files.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl"):
         shown = [{k: v for k, v in row.items() if k not in MOVEMENT} for row in record["quantizers"]]
         add(json.dumps([record["epoch"], shown]))
     return found.hexdigest()
@@ -216,7 +218,7 @@ def digest(folder: Path, case: str) -> str:
 
 def movements(folder: Path, case: str) -> dict[int, list[object]]:
     """What is recorded of each epoch that compares its end with its begin."""
-    records = log.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl")
+    records = epoch_files.RecordsFile.read(folder / "exp" / case / "quantizers.jsonl")
     return {
         record["epoch"]: [row[name] for row in record["quantizers"] for name in MOVEMENT]
         for record in records
@@ -228,7 +230,7 @@ def newest(folder: Path, case: str) -> tuple[int, int]:
     found = [(-1, 0)]
     for path in (folder / "weights" / "tiny").glob(f"{case}-*.pth.tar"):
         try:
-            payload = checkpoint.read(path)
+            payload = archive.read(path)
         except UserError:
             continue
         found.append((payload["epoch"], payload["position"]))
@@ -351,7 +353,7 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
         if index not in whole:
             began = time.monotonic()
             finish(folder, start(folder, f"{variant.line} --case whole{index}", variant.processes))
-            rows = log.MetricsFile.read(folder / "exp" / f"whole{index}" / "metrics.csv")
+            rows = epoch_files.MetricsFile.read(folder / "exp" / f"whole{index}" / "metrics.csv")
             training = sum(row["seconds"] for row in rows)
             whole[index] = digest(folder, f"whole{index}"), time.monotonic() - began, training
             moved[index] = movements(folder, f"whole{index}")
@@ -403,9 +405,10 @@ def run(folder: Path, kills: int, seed: int) -> collections.Counter[str]:
 def load_everything() -> None:
     """Import what a training imports, so that forked processes need not."""
     for name in (
-        "model.audit", "model.build", "model.calibrate", "model.convert", "model.health", "model.sync_norm",
-        "utils.data", "utils.distributed", "utils.log", "utils.optim", "utils.precision", "utils.report",
-        "utils.state", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker",
+        "model.audit", "model.networks.build", "model.calibrate", "model.convert", "model.watch.health",
+        "model.layers.sync_norm", "utils.data.sources", "utils.processes.distributed", "utils.report.log",
+        "utils.step.optimizer", "utils.step.precision", "utils.report.run_report",
+        "utils.checkpoint.run_state", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker",
     ):  # fmt: skip
         importlib.import_module(name)
 

@@ -10,18 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.audit import audit, unexplained
-from model.build import build
 from model.convert import build_quantizers
-from model.quant import (
-    QuantConv2d,
-    Quantizer,
-    QuantLayer,
-    QuantLinear,
-    keep_full_precision,
-    quantizers,
-)
-from utils.config import QuantizerConfig
-from utils.resolve import read
+from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision, quantizers
+from model.networks.build import build_network
+from model.quantizers.frame import Quantizer
+from utils.config.resolve import read
+from utils.config.schema import QuantizerConfig
 
 LOW = ("--fm_enable", "--wt_enable", "--fm_bit", "2", "--wt_bit", "2")
 ONE = ("--fm_enable", "--wt_enable", "--fm_bit", "1", "--wt_bit", "1")
@@ -30,7 +24,7 @@ ONE = ("--fm_enable", "--wt_enable", "--fm_bit", "1", "--wt_bit", "1")
 def network(keywords: str = "dorefa,lsq", options: tuple[str, ...] = LOW) -> nn.Module:
     torch.manual_seed(0)
     argv = ["--model", "resnet20", "--keyword", f"digits,cbsa,origin,{keywords}", "--width_alpha", "0.0625"]
-    return build(read([*argv, *options]).model)
+    return build_network(read([*argv, *options]).model)
 
 
 def batches(count: int = 2) -> list[Tensor]:

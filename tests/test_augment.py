@@ -12,11 +12,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from utils.augment import COLOUR_DRAWS, CROP_DRAWS, centre_crop, colour, mixing, random_crop
-from utils.config import DataConfig
-from utils.data import build, check
+from utils.config.schema import DataConfig
+from utils.data.augment import COLOUR_DRAWS, colour, mixing
+from utils.data.crop import CROP_DRAWS, centre_crop, random_crop
+from utils.data.loader import Batch, Loader
+from utils.data.sources import check_data, open_data
 from utils.errors import UserError
-from utils.loader import Batch, Loader
 
 CONFIG = DataConfig(
     dataset="fake", fake_size=48, batch_size=12, val_batch_size=5, input_size=16, num_classes=4
@@ -69,12 +70,12 @@ def test_colour_is_finite_at_the_ends_of_the_draws() -> None:
 
 
 def test_colours_change_in_training_only_and_with_the_epoch() -> None:
-    usual, coloured = build(CONFIG), build(replace(CONFIG, colour=True))
+    usual, coloured = open_data(CONFIG), open_data(replace(CONFIG, colour=True))
     assert usual.val is not None and coloured.val is not None
     assert same(epoch(usual.val), epoch(coloured.val))
     [(images, _), *_], [(other, _), *_] = epoch(usual.train), epoch(coloured.train)
     assert (images != other).flatten(1).any(1).all()
-    assert same(epoch(coloured.train, 1), epoch(build(replace(CONFIG, colour=True)).train, 1))
+    assert same(epoch(coloured.train, 1), epoch(open_data(replace(CONFIG, colour=True)).train, 1))
     assert not same(epoch(coloured.train, 1), epoch(coloured.train, 2))
 
 
@@ -118,7 +119,7 @@ def test_centre_crop_is_torchvisions(height: int, width: int) -> None:
 
 
 def test_mixup_is_a_mixture_of_each_image_with_its_neighbour() -> None:
-    plain, mixed = epoch(build(CONFIG).train), epoch(build(replace(CONFIG, mixup_alpha=0.4)).train)
+    plain, mixed = epoch(open_data(CONFIG).train), epoch(open_data(replace(CONFIG, mixup_alpha=0.4)).train)
     shares = set()
     for (images, target), (actual, soft) in zip(plain, mixed, strict=True):
         hot = torch.nn.functional.one_hot(target, 4).float()
@@ -133,7 +134,7 @@ def test_mixup_is_a_mixture_of_each_image_with_its_neighbour() -> None:
 
 
 def test_cutmix_pastes_a_rectangle_and_shares_the_class_by_its_area() -> None:
-    plain, mixed = epoch(build(CONFIG).train), epoch(build(replace(CONFIG, cutmix_alpha=1.0)).train)
+    plain, mixed = epoch(open_data(CONFIG).train), epoch(open_data(replace(CONFIG, cutmix_alpha=1.0)).train)
     pasted = 0
     for (images, target), (actual, soft) in zip(plain, mixed, strict=True):
         own, other = (actual == images).all(1), (actual == images.roll(1, 0)).all(1)
@@ -148,7 +149,7 @@ def test_cutmix_pastes_a_rectangle_and_shares_the_class_by_its_area() -> None:
 @pytest.mark.parametrize("change", [{"mixup_alpha": 0.2}, {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}])
 def test_mixtures_depend_on_seed_and_epoch_only(change: dict[str, float]) -> None:
     config = replace(CONFIG, **change)  # pyright: ignore[reportArgumentType]
-    one, two = build(config), build(config)
+    one, two = open_data(config), open_data(config)
     state = torch.get_rng_state()
     whole = epoch(one.train, 1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -160,7 +161,7 @@ def test_mixtures_depend_on_seed_and_epoch_only(change: dict[str, float]) -> Non
 
 def test_with_both_some_batches_are_mixed_and_some_pasted() -> None:
     config = replace(CONFIG, fake_size=480, mixup_alpha=0.4, cutmix_alpha=1.0)
-    plain, mixed = epoch(build(replace(CONFIG, fake_size=480)).train), epoch(build(config).train)
+    plain, mixed = epoch(open_data(replace(CONFIG, fake_size=480)).train), epoch(open_data(config).train)
     pasted = [
         bool(((a == i).all(1) | (a == i.roll(1, 0)).all(1)).all())
         for (i, _), (a, _) in zip(plain, mixed, strict=True)
@@ -174,7 +175,7 @@ def test_nothing_is_mixed_without_a_word() -> None:
 
 
 def test_mixed_loss_is_the_mixture_of_losses() -> None:
-    [(_, soft), *_] = epoch(build(replace(CONFIG, mixup_alpha=0.4)).train)
+    [(_, soft), *_] = epoch(open_data(replace(CONFIG, mixup_alpha=0.4)).train)
     output = torch.randn(len(soft), 4, generator=torch.Generator().manual_seed(0))
     expected = -(soft * output.log_softmax(1)).sum(1).mean()
     assert math.isclose(torch.nn.functional.cross_entropy(output, soft), expected, rel_tol=1e-5)
@@ -182,16 +183,16 @@ def test_mixed_loss_is_the_mixture_of_losses() -> None:
 
 def test_rand_augment_changes_training_images_by_seed_and_epoch() -> None:
     config = replace(CONFIG, rand_augment=9)
-    plain, augmented = epoch(build(CONFIG).train), epoch(build(config).train)
+    plain, augmented = epoch(open_data(CONFIG).train), epoch(open_data(config).train)
     assert not same(plain, augmented)
-    assert same(augmented, epoch(build(config).train))
-    assert not same(augmented, epoch(build(replace(config, rand_augment=20)).train))
+    assert same(augmented, epoch(open_data(config).train))
+    assert not same(augmented, epoch(open_data(replace(config, rand_augment=20)).train))
     state = torch.get_rng_state()
-    epoch(build(config).train)
+    epoch(open_data(config).train)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dataset", ["dali", "digits", "glyphs"])
 def test_rand_augment_is_not_for_all_sets(dataset: str) -> None:
     with pytest.raises(UserError, match=f"--rand_augment is not for --dataset {dataset}: use imagenet"):
-        check(replace(CONFIG, dataset=dataset, rand_augment=9))
+        check_data(replace(CONFIG, dataset=dataset, rand_augment=9))

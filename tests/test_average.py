@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.average import WeightAverage
 from utils.errors import UserError
+from utils.step.average import WeightAverage
 
 
 def network() -> nn.Sequential:

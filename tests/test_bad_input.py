@@ -34,7 +34,7 @@ STARTER = """
 import json, os, runpy, sys
 sys.path.insert(0, sys.argv[1])
 out, err = sys.argv[2:]
-import model.audit, model.build, model.calibrate, utils.data, utils.log, utils.optim
+import model.audit, model.networks.build, model.calibrate, utils.data.sources, utils.report.log, utils.step.optimizer
 for line in sys.stdin:
     process = os.fork()
     if process == 0:

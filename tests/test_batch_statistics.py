@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import main
-from model import build
-from model.batch_statistics import reestimate
+from model.layers.batch_statistics import reestimate
+from model.networks import build
 from tests.kill import COMMON, NETWORK
-from utils.resolve import read
+from utils.config.resolve import read
 
 LINE = (
     COMMON.replace(" --delay 0.01", "")
@@ -31,7 +31,7 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_statistics_are_those_of_the_batches() -> None:
     """Plain means over all batches; nothing else of the network moves."""
-    model = build.build(read(LINE.split()).model)
+    model = build.build_network(read(LINE.split()).model)
     batches = [torch.randn(16, 3, 8, 8) for _ in range(3)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -49,7 +49,7 @@ def test_statistics_are_those_of_the_batches() -> None:
 
 def test_stale_statistics_are_repaired() -> None:
     """Behind weights of another scale, evaluation agrees with training again."""
-    model = build.build(read(LINE.split()).model)
+    model = build.build_network(read(LINE.split()).model)
     images = torch.randn(64, 3, 8, 8)
     with torch.no_grad():
         model.get_parameter("0.weight").mul_(30)

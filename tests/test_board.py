@@ -10,9 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from model.health import HealthRow, Histogram
-from utils.board import Board, draw_levels
 from utils.errors import UserError
+from utils.report.quantizer_record import HealthRow, Histogram
+from utils.report.tensorboard import Board, draw_levels
 
 ROW = HealthRow(
     name="conv.quant_activation", tag="fm", method="lsq", levels=4, bits=2, used=3, range=1.5,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.build import build
 from model.calibrate import initialise_ranges, percentile_clip
-from model.quant import QuantConv2d, quantizers
-from utils.config import QuantConfig
-from utils.resolve import read
+from model.layers.quantized import QuantConv2d, quantizers
+from model.networks.build import build_network
+from utils.config.resolve import read
+from utils.config.schema import QuantConfig
 
 BOTH = ("--fm_enable", "--wt_enable")
 
@@ -136,7 +136,9 @@ def test_only_quantizer_parameters_change(
 ) -> None:
     torch.manual_seed(0)
     argv = ["--model", "resnet20", "--width_alpha", "0.0625", "--keyword", f"digits,cbsa,origin,{keywords}"]
-    net = build(read([*argv, *BOTH, "--fm_bit", "2", "--wt_bit", "2", "--stable", "3"]).model).train(training)
+    net = build_network(read([*argv, *BOTH, "--fm_bit", "2", "--wt_bit", "2", "--stable", "3"]).model).train(
+        training
+    )
     before = {name: value.clone() for name, value in net.state_dict().items()}
     assert len(list(quantizers(net))) == 40
     assert initialise_ranges(net, images()) == count
@@ -198,7 +200,7 @@ def test_ranges_fit_training_even_where_running_statistics_do_not() -> None:
     quantizers_of = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --wt_adaptive var-mean"
     quantized = f"{network} --keyword cifar10,origin,cbsa,fix,dorefa,lsq {quantizers_of}"
     torch.manual_seed(0)
-    model = build(read(quantized.split()).model)
+    model = build_network(read(quantized.split()).model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data.mul_(0.05)

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint
-from utils.checkpoint import CheckpointFiles, LoadReport, find_pretrained, load_weights, state_dict_of
+from utils.checkpoint import archive, random_state
+from utils.checkpoint.case_files import CheckpointFiles, find_pretrained
+from utils.checkpoint.weights import LoadReport, load_weights, state_dict_of
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +52,8 @@ def test_a_payload_comes_back(tmp_path: Path) -> None:
         "amp": None,
         "words": ["a", ("b", True)],
     }
-    checkpoint.save(path, payload)
-    back = checkpoint.read(path)
+    archive.save(path, payload)
+    back = archive.read(path)
     assert back.keys() == payload.keys()
     assert back["epoch"] == 3 and back["best_acc"] == 91.25 and back["amp"] is None
     assert back["words"] == ["a", ("b", True)]
@@ -64,9 +65,9 @@ def test_a_payload_comes_back(tmp_path: Path) -> None:
 def test_save_replaces(tmp_path: Path) -> None:
     """A second save wins."""
     path = tmp_path / "a.pth.tar"
-    checkpoint.save(path, {"epoch": 1})
-    checkpoint.save(path, {"epoch": 2})
-    assert checkpoint.read(path) == {"epoch": 2}
+    archive.save(path, {"epoch": 1})
+    archive.save(path, {"epoch": 2})
+    assert archive.read(path) == {"epoch": 2}
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,10 @@ def test_a_payload_that_would_not_load_leaves_the_old_file(
 ) -> None:
     """The target is untouched and nothing is left beside it."""
     path = tmp_path / "a.pth.tar"
-    checkpoint.save(path, {"epoch": 1})
+    archive.save(path, {"epoch": 1})
     before = path.read_bytes()
     with pytest.raises(error):
-        checkpoint.save(path, {"epoch": 2, "value": value})
+        archive.save(path, {"epoch": 2, "value": value})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pth.tar"]
 
@@ -93,15 +94,15 @@ def test_a_payload_that_would_not_load_leaves_the_old_file(
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """A write that the system cuts off half-way: one line, the old content, no temporary file."""
     path = tmp_path / "a.pth.tar"
-    checkpoint.save(path, {"epoch": 1})
+    archive.save(path, {"epoch": 1})
     before = path.read_bytes()
     program = (
         "import resource, sys, pathlib, torch\n"
-        "from utils import checkpoint\n"
+        "from utils.checkpoint import archive\n"
         "from utils.errors import UserError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "try:\n"
-        "    checkpoint.save(pathlib.Path(sys.argv[1]), {'w': torch.zeros(10000)})\n"
+        "    archive.save(pathlib.Path(sys.argv[1]), {'w': torch.zeros(10000)})\n"
         "except UserError as error:\n"
         "    sys.exit(str(error))\n"
     )
@@ -120,7 +121,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with pytest.raises(UserError) as error:
-        checkpoint.save(tmp_path / where, {"epoch": 1})
+        archive.save(tmp_path / where, {"epoch": 1})
     assert message(error).startswith(f"{tmp_path / where}: cannot be written (")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
     assert os.listdir(tmp_path / "folder") == ["inside"]
@@ -132,7 +133,7 @@ def test_a_file_that_is_not_there(tmp_path: Path, what: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError) as error:
-        checkpoint.read(tmp_path / what)
+        archive.read(tmp_path / what)
     assert message(error).startswith(f"{tmp_path / what}: cannot be read (")
 
 
@@ -142,19 +143,19 @@ def test_damage_is_seen(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "a.pth.tar"
     payload = {"epoch": 1, "state_dict": nn.Linear(20, 20).state_dict()}
     torch.save(payload, path, _use_new_zipfile_serialization=zipped)
-    assert checkpoint.read(path)["epoch"] == 1
+    assert archive.read(path)["epoch"] == 1
     whole = path.read_bytes()
     for length in range(0, len(whole) - 1, len(whole) // 60):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError) as error:
-            checkpoint.read(path)
+            archive.read(path)
         assert message(error).startswith(f"{path}: ")
     if zipped:
         weight = payload["state_dict"]["weight"].numpy().tobytes()
         where = whole.index(weight)
         path.write_bytes(whole[:where] + bytes(len(weight)) + whole[where + len(weight) :])
         with pytest.raises(UserError, match=r"wrong checksum of .*data/0"):
-            checkpoint.read(path)
+            archive.read(path)
 
 
 def test_random_damage_never_escapes(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_random_damage_never_escapes(tmp_path: Path) -> None:
             changed[rng.integers(len(changed), size=3)] = rng.integers(256, size=3, dtype=np.uint8)
             path.write_bytes(changed.tobytes())
             try:
-                assert isinstance(checkpoint.read(path), dict)
+                assert isinstance(archive.read(path), dict)
             except UserError:
                 refused += 1
     assert refused > 100
@@ -182,7 +183,7 @@ def test_one_changed_bit_never_changes_what_is_read(tmp_path: Path, own: bool) -
     """Every bit of the archive's directory and behind it, and some of the rest; also of another program's archive."""
     path = tmp_path / "a.pth.tar"
     payload = {"epoch": 1, "state_dict": {"w": torch.arange(1.0, 6.0)}}
-    checkpoint.save(path, payload) if own else torch.save(payload, path)
+    archive.save(path, payload) if own else torch.save(payload, path)
     whole = path.read_bytes()
     directory = whole.index(b"PK\1\2")
     assert directory < len(whole) - 200
@@ -194,7 +195,7 @@ def test_one_changed_bit_never_changes_what_is_read(tmp_path: Path, own: bool) -
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         try:
-            found = checkpoint.read(path)
+            found = archive.read(path)
         except UserError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
             refused += 1
@@ -209,23 +210,23 @@ def test_one_changed_bit_never_changes_what_is_read(tmp_path: Path, own: bool) -
 def test_what_another_program_reads(tmp_path: Path) -> None:
     """The digest is a comment of the archive, which torch passes over."""
     path = tmp_path / "a.pth.tar"
-    checkpoint.save(path, {"w": torch.arange(5.0)})
+    archive.save(path, {"w": torch.arange(5.0)})
     for mapped in (True, False):
         assert torch.load(path, weights_only=True, mmap=mapped)["w"].tolist() == [0, 1, 2, 3, 4]
     with path.open("ab") as file:
         file.write(b"more")
     with pytest.raises(UserError, match="wrong checksum of the file"):
-        checkpoint.read(path)
+        archive.read(path)
 
 
 def test_a_file_cut_off_before_its_digest_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth.tar"
-    checkpoint.save(path, {"a": torch.zeros(2)})
+    archive.save(path, {"a": torch.zeros(2)})
     data = path.read_bytes()
     for length in range(len(data) - 80, len(data)):
         path.write_bytes(data[:length])
         with pytest.raises(UserError, match="damaged, cut short"):
-            checkpoint.read(path)
+            archive.read(path)
 
 
 def test_a_damaged_epoch_is_reported(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.pth.tar"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a PyTorch checkpoint; copy or download it again"):
-        checkpoint.read(path)
+        archive.read(path)
 
 
 @pytest.mark.parametrize("payload", [[1, 2], 3, torch.zeros(2)])
@@ -255,7 +256,7 @@ def test_only_a_dict_is_a_checkpoint(tmp_path: Path, payload: object) -> None:
     path = tmp_path / "a.pth.tar"
     torch.save(payload, path)
     with pytest.raises(UserError, match=f"holds a {type(payload).__name__}, not a dict"):
-        checkpoint.read(path)
+        archive.read(path)
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])
@@ -269,7 +270,7 @@ def test_numbers_of_numpy_are_plain_data(tmp_path: Path, number: np.generic, cor
     content, count = re.subn(rb"numpy\._?core\.", f"numpy.{core}.".encode(), path.read_bytes())
     assert count == 1
     path.write_bytes(content)
-    assert checkpoint.read(path)["best_acc"] == number
+    assert archive.read(path)["best_acc"] == number
 
 
 class Pickled:
@@ -290,7 +291,7 @@ def test_a_state_of_a_type_of_numpy_is_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "a.pth.tar"
     kind = Pickled(np.dtype, ("f8", False, True), (3, ">", None, None, None, -1, -1, 63))
     torch.save({"best_acc": Pickled(SCALAR, (kind, np.array([71.5], ">f8").tobytes()))}, path)
-    assert checkpoint.read(path)["best_acc"] == 71.5
+    assert archive.read(path)["best_acc"] == 71.5
 
 
 @pytest.mark.parametrize("name", ["O8", "V8", "V2000000000", "S5", "M8[s]", "f8,f8"])
@@ -298,7 +299,7 @@ def test_other_types_of_numpy_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.pth.tar"
     torch.save({"x": Pickled(SCALAR, (Pickled(np.dtype, (name, False, True)), bytes(8)))}, path)
     with pytest.raises(UserError, match="not a PyTorch checkpoint"):
-        checkpoint.read(path)
+        archive.read(path)
 
 
 class Malicious:
@@ -320,7 +321,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> 
     content = {"state_dict": {"w": torch.ones(2)}, "x": Malicious(f"touch {trace}")}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError) as error:
-        checkpoint.read(path)
+        archive.read(path)
     assert message(error).startswith(f"{path}: refused, because it holds ")
     assert f"{os.system.__module__}.system" in message(error)
     assert not trace.exists()
@@ -498,6 +499,7 @@ def test_published_files_load_by_value() -> None:
     """Counters as float parameters, one-element tensors of another rank, tables that are not needed."""
 
     class Quantizer(nn.Module):
+        obsolete = frozenset({"auxil", "codec_vector", "codec_index", "thrs_multiplier"})
         level_num: Tensor
         steps: Tensor
 
@@ -608,7 +610,7 @@ def fill(files: CheckpointFiles, **epochs: int) -> None:
     """Write checkpoints: `latest=3` or `e2=2`, the value is the epoch inside."""
     for name, epoch in epochs.items():
         path = files.latest if name == "latest" else files.epoch(int(name[1:]))
-        checkpoint.save(path, {"epoch": epoch, "state_dict": {"w": torch.ones(50)}})
+        archive.save(path, {"epoch": epoch, "state_dict": {"w": torch.ones(50)}})
 
 
 def cut(path: Path) -> None:
@@ -654,7 +656,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
     weights = np.ones(50, dtype=np.float32).tobytes()
     assert weights in content
     files.epoch(9).write_bytes(content.replace(weights, bytes(200)))
-    checkpoint.save(files.epoch(8), {"state_dict": {}})
+    archive.save(files.epoch(8), {"state_dict": {}})
     found = files.newest()
     assert found.path == files.epoch(7) and found.payload["epoch"] == 7
     assert len(found.passed_over) == 3
@@ -667,9 +669,9 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path) -> None:
 
 def test_the_position_within_an_epoch_counts(tmp_path: Path) -> None:
     files = CheckpointFiles(tmp_path, "resnet20", "a")
-    checkpoint.save(files.latest, {"epoch": 3, "position": 16})
-    checkpoint.save(files.backup(1), {"epoch": 3, "position": 64})
-    checkpoint.save(files.best, {"epoch": 3})
+    archive.save(files.latest, {"epoch": 3, "position": 16})
+    archive.save(files.backup(1), {"epoch": 3, "position": 64})
+    archive.save(files.best, {"epoch": 3})
     assert files.newest().path == files.backup(1)
     cut(files.backup(1))
     assert files.newest().path == files.latest
@@ -678,7 +680,7 @@ def test_the_position_within_an_epoch_counts(tmp_path: Path) -> None:
 
 
 def payload_of(epoch: int) -> memoryview:
-    return checkpoint.serialise({"epoch": epoch, "w": torch.ones(1000)})
+    return archive.serialise({"epoch": epoch, "w": torch.ones(1000)})
 
 
 @pytest.fixture(params=[True, False], ids=["links", "no links"])
@@ -691,7 +693,7 @@ def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def kept_epochs(files: CheckpointFiles, keep: int) -> list[int]:
     """The epochs in the latest checkpoint and those before it."""
     kept = [files.latest, *(files.backup(number) for number in range(1, keep))]
-    return [checkpoint.read(path)["epoch"] for path in kept if path.exists()]
+    return [archive.read(path)["epoch"] for path in kept if path.exists()]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 4])
@@ -708,7 +710,7 @@ def test_retention(tmp_path: Path, links: None, keep: int) -> None:
 
 def whole(files: CheckpointFiles) -> set[int]:
     """The epochs in all files of the case that are whole."""
-    return {checkpoint.read(path)["epoch"] for path in files.existing()}
+    return {archive.read(path)["epoch"] for path in files.existing()}
 
 
 STEPS = ("open", "fsync", "replace", "link", "unlink")  # of `os`
@@ -779,13 +781,14 @@ def test_saves_that_fail_leave_all_checkpoints(tmp_path: Path) -> None:
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in files.existing()}
     program = (
         "import resource, sys, pathlib, torch\n"
-        "from utils import checkpoint\n"
+        "from utils.checkpoint import archive\n"
+        "from utils.checkpoint.case_files import CheckpointFiles\n"
         "from utils.errors import UserError\n"
-        "files = checkpoint.CheckpointFiles(pathlib.Path(sys.argv[1]), 'resnet20', 'a')\n"
+        "files = CheckpointFiles(pathlib.Path(sys.argv[1]), 'resnet20', 'a')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "for _ in range(3):\n"
         "    try:\n"
-        "        files.write_latest(checkpoint.serialise({'w': torch.zeros(10000)}), 3)\n"
+        "        files.write_latest(archive.serialise({'w': torch.zeros(10000)}), 3)\n"
         "    except UserError as error:\n"
         "        print(error)\n"
     )
@@ -802,7 +805,7 @@ def test_a_damaged_latest_checkpoint_is_replaced(tmp_path: Path) -> None:
     files = CheckpointFiles(tmp_path, "resnet20", "a")
     for epoch in (1, 2, 3):
         files.write_latest(payload_of(epoch), 3)
-    checkpoint.save(files.epoch(4), {"epoch": 4})
+    archive.save(files.epoch(4), {"epoch": 4})
     files.promote(files.epoch(4))  # the latest one is whole
     assert kept_epochs(files, 3) == [3, 2, 1]
     cut(files.latest)
@@ -817,7 +820,7 @@ def test_a_damaged_latest_checkpoint_is_replaced(tmp_path: Path) -> None:
 def test_leftovers_are_removed(tmp_path: Path) -> None:
     """Temporary files of this case, and no other file."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")
-    checkpoint.save(files.latest, {"epoch": 1})
+    archive.save(files.latest, {"epoch": 1})
     others = [
         files.folder / name
         for name in (".b-checkpoint.pth.tar.7.tmp", "a.tmp", ".a-b-checkpoint.pth.tar.7.tmp")
@@ -841,7 +844,7 @@ def test_a_model_cannot_leave_the_folder(tmp_path: Path) -> None:
 
 def test_a_writer_works_in_order_and_reports_errors() -> None:
     done: list[int] = []
-    with checkpoint.Writer() as writer:
+    with archive.Writer() as writer:
         for number in range(5):
             writer.start(lambda number=number: done.append(number))
         writer.wait()
@@ -854,7 +857,7 @@ def test_a_writer_works_in_order_and_reports_errors() -> None:
 
 def test_a_snapshot_does_not_change() -> None:
     tensor = torch.zeros(3)
-    copy = checkpoint.snapshot({"a": [tensor, 1], "b": {"c": tensor}})
+    copy = archive.snapshot({"a": [tensor, 1], "b": {"c": tensor}})
     tensor += 1
     assert torch.equal(copy["a"][0], torch.zeros(3)) and torch.equal(copy["b"]["c"], torch.zeros(3))
 
@@ -877,13 +880,13 @@ def draws() -> list[float]:
 def test_random_state_survives_a_checkpoint(tmp_path: Path) -> None:
     """What is drawn after restoring from a file is what was drawn after saving it."""
     draws()
-    checkpoint.save(tmp_path / "a.pth.tar", {"random": checkpoint.random_state()})
+    archive.save(tmp_path / "a.pth.tar", {"random": random_state.random_state()})
     expected = [draws() for _ in range(3)]
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
     assert draws() != expected[0]
-    checkpoint.set_random_state(checkpoint.read(tmp_path / "a.pth.tar")["random"])
+    random_state.set_random_state(archive.read(tmp_path / "a.pth.tar")["random"])
     assert [draws() for _ in range(3)] == expected
 
 
@@ -891,9 +894,9 @@ def test_random_state_survives_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_random_state_of_cuda(tmp_path: Path) -> None:
     """The device's generator, too."""
-    checkpoint.save(tmp_path / "a.pth.tar", {"random": checkpoint.random_state()})
+    archive.save(tmp_path / "a.pth.tar", {"random": random_state.random_state()})
     expected = torch.rand(5, device="cuda")
-    checkpoint.set_random_state(checkpoint.read(tmp_path / "a.pth.tar")["random"])
+    random_state.set_random_state(archive.read(tmp_path / "a.pth.tar")["random"])
     assert torch.equal(torch.rand(5, device="cuda"), expected)
 
 
@@ -902,9 +905,9 @@ def test_random_state_of_cuda(tmp_path: Path) -> None:
 )
 def test_a_foreign_random_state(change: dict[str, Any]) -> None:
     """One line, no traceback."""
-    before = checkpoint.random_state()
+    before = random_state.random_state()
     with pytest.raises(UserError, match="random state was not written by this program"):
-        checkpoint.set_random_state({**before, **change})
+        random_state.set_random_state({**before, **change})
     with pytest.raises(UserError):
-        checkpoint.set_random_state({})
-    checkpoint.set_random_state(before)
+        random_state.set_random_state({})
+    random_state.set_random_state(before)

@@ -11,13 +11,13 @@ from torch.nn import functional
 
 import main
 from model.audit import audit
-from model.build import build, models
-from model.mobilenet import InvertedResidual, divisible
-from model.quant import QuantConv2d, QuantLayer, quantizers
-from model.summary import cost
+from model.layers.quantized import QuantConv2d, QuantLayer, quantizers
+from model.networks.build import build_network, models
+from model.networks.mobilenet import InvertedResidual, divisible
+from model.watch.cost import network_cost
+from utils.config.resolve import read
+from utils.config.resolve.network import CLASSICS, FAMILIES, family_of
 from utils.errors import UserError
-from utils.resolve import read
-from utils.resolve.network import CLASSICS, FAMILIES, family_of
 
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
 NAMES = tuple(CLASSICS)
@@ -26,7 +26,7 @@ NAMES = tuple(CLASSICS)
 def network(model: str, keywords: str, options: str = "") -> nn.Module:
     """The network of a command line, always the same initial weights."""
     torch.manual_seed(0)
-    return build(read(f"--model {model} --keyword {keywords} {options}".split()).model)
+    return build_network(read(f"--model {model} --keyword {keywords} {options}".split()).model)
 
 
 def images(size: int, count: int = 4) -> Tensor:
@@ -47,7 +47,7 @@ SIZES = {
 
 @pytest.mark.parametrize(("model", "keyword"), SIZES)
 def test_size(model: str, keyword: str) -> None:
-    found = cost(network(model, keyword), 224 if keyword == "imagenet" else 32)
+    found = network_cost(network(model, keyword), 224 if keyword == "imagenet" else 32)
     assert (found.parameters, found.macs) == SIZES[model, keyword]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from utils.config import (
+from utils.config.resolve import read
+from utils.config.schema import (
     BlockConfig,
     Config,
     DataConfig,
@@ -25,7 +26,6 @@ from utils.config import (
     to_dict,
 )
 from utils.errors import UserError
-from utils.resolve import read
 
 
 def config_of(line: str) -> Config:
@@ -320,7 +320,7 @@ def test_warnings(line: str, warnings: list[str]) -> None:
         ),  # the config's own mistake does not matter
         ("--epochs 1 --lr_custom_step 1 --epochs 2", (1,), True),
         ("--epochs 90 --lr_custom_step 30,60", (30, 60), False),
-        ("--lr_custom_step 30,60", (30, 60), False),  # refused by utils.schedule.check
+        ("--lr_custom_step 30,60", (30, 60), False),  # refused by utils.step.schedule.check_schedule
         ("--epochs 90 --lr_custom_step 30 --epochs 5 --lr_custom_step 8", (8,), True),  # as that
     ],
 )

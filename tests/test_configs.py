@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import main
-from model import build
-from model.quant import quantizers
-from utils.config import Config
-from utils.resolve import read
-from utils.resolve.surroundings import DATASETS
+from model.layers.quantized import quantizers
+from model.networks import build
+from utils.config.resolve import read
+from utils.config.resolve.surroundings import DATASETS
+from utils.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
@@ -71,7 +71,7 @@ def config_of(name: str) -> Config:
 def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a config's checkpoints, with or without what belongs to quantizers."""
     with torch.device("meta"):
-        network = build.build(config_of(name).model)
+        network = build.build_network(config_of(name).model)
     prefixes = tuple(f"{prefix}." for prefix, _ in quantizers(network))
     return {
         entry: tuple(value.shape)

@@ -30,10 +30,11 @@ from model import convert
 from model.audit import audit
 from model.calibrate import initialise_ranges
 from model.convert import Left, Report, Selection, below_zero, full_precision, quantize, register_layer
-from model.quant import QuantConv2d, Quantizer, QuantLayer, QuantLinear, quantizers
-from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
+from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, quantizers
+from model.quantizers.frame import Quantizer
+from model.watch.probe import Probe
+from utils.config.schema import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
-from utils.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 

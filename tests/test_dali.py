@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from utils.config import DataConfig
-from utils.data import Loaders, build, check
+from utils.config.schema import DataConfig
+from utils.data.fake import write_folder
+from utils.data.loader import Batch, Loader
+from utils.data.loaders import Loaders
+from utils.data.sources import check_data, open_data
 from utils.errors import UserError
-from utils.fake import write_folder
-from utils.loader import Batch, Loader
 
 try:
     import nvidia.dali  # noqa: F401
@@ -52,7 +53,7 @@ def torchvision(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 def both(config: DataConfig) -> tuple[Loaders, Loaders]:
-    return build(config), build(replace(config, dataset="dali"))
+    return open_data(config), open_data(replace(config, dataset="dali"))
 
 
 def levels(loaders: Loaders, left: Batch, right: Batch) -> torch.Tensor:
@@ -143,13 +144,13 @@ def test_a_trained_network_has_the_same_accuracy_on_both(torchvision: DataConfig
 @needs_dali
 def test_threads_change_nothing(torchvision: DataConfig) -> None:
     config = replace(torchvision, dataset="dali")
-    one, two = (list(build(replace(config, workers=workers)).train) for workers in (1, 3))
+    one, two = (list(open_data(replace(config, workers=workers)).train) for workers in (1, 3))
     assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(one, two, strict=True))
 
 
 @needs_dali
 def test_an_iteration_that_was_given_up_leaves_no_trace(torchvision: DataConfig) -> None:
-    loader = build(replace(torchvision, dataset="dali")).train
+    loader = open_data(replace(torchvision, dataset="dali")).train
     expected = list(loader)
     for taken in (0, 1, 3):
         begun = iter(loader)
@@ -166,7 +167,7 @@ def test_a_format_that_dali_lacks_is_named(torchvision: DataConfig, tmp_path: Pa
         Image.new("RGB", (40, 40)).save(tmp_path / split / "one" / "0.jpg", "GIF")
     config = replace(torchvision, dataset="dali", root=tmp_path, num_classes=1)
     with pytest.raises(UserError, match=r"one/0.jpg \(DALI cannot decode GIF, --dataset imagenet can\)"):
-        list(build(config).train)
+        list(open_data(config).train)
 
 
 @needs_dali
@@ -198,7 +199,7 @@ def test_without_dali_an_error_says_how_to_install_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # how Python itself marks what cannot be imported
     config = replace(torchvision, dataset="dali")
-    for function in (check, build):
+    for function in (check_data, open_data):
         with pytest.raises(UserError, match=r"needs NVIDIA's DALI: pip install nvidia-dali-cuda130"):
             function(config)
 
@@ -220,6 +221,6 @@ def test_a_broken_dali_is_an_error_with_its_reason(torchvision: DataConfig, tmp_
 @needs_dali
 def test_its_folders_are_checked(torchvision: DataConfig) -> None:
     with pytest.raises(UserError, match="has 4 classes, not 3: write --num_classes 4"):
-        check(replace(torchvision, dataset="dali", num_classes=3))
+        check_data(replace(torchvision, dataset="dali", num_classes=3))
     with pytest.raises(UserError, match="--dataset dali needs --root"):
-        check(replace(torchvision, dataset="dali", root=None))
+        check_data(replace(torchvision, dataset="dali", root=None))

@@ -30,13 +30,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from utils.augment import centre_crop, crop_flip, warp
-from utils.config import DataConfig
-from utils.data import IMAGENET_MEAN, IMAGENET_STD, Loaders, build, check, digits
+from utils.config.schema import DataConfig
+from utils.data.augment import crop_flip, warp
+from utils.data.crop import centre_crop, resize, resize_to_centre
+from utils.data.fake import FakeImages, photograph
+from utils.data.folder_sets import IMAGENET_MEAN, IMAGENET_STD
+from utils.data.image_folder import ImageNames
+from utils.data.loader import Batch, Loader, epoch_order
+from utils.data.loaders import Loaders
+from utils.data.small_sets import digits
+from utils.data.sources import check_data, open_data
 from utils.errors import TrainingError, UserError
-from utils.fake import FakeImages, photograph
-from utils.folder import ImageNames, resize, resize_to_centre
-from utils.loader import Batch, Loader, epoch_order
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -123,7 +127,7 @@ def resized(channel: np.ndarray, size: tuple[int, int], method: Image.Resampling
 
 
 def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
-    loaders = build(config)
+    loaders = open_data(config)
     for loader in (loaders.train, validation(loaders)):
         batches = read(loader)
         assert len(batches) == len(loader)
@@ -137,19 +141,19 @@ def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
 
 
 def test_two_builds_deliver_the_same(config: DataConfig) -> None:
-    one, two = build(config), build(config)
+    one, two = open_data(config), open_data(config)
     assert same(read(one.train, 1), read(two.train, 1))
     assert same(read(validation(one)), read(validation(two)))
 
 
 def test_another_seed_changes_training_only(config: DataConfig) -> None:
-    one, two = build(config), build(replace(config, seed=1))
+    one, two = open_data(config), open_data(replace(config, seed=1))
     assert not same(read(one.train), read(two.train))
     assert same(read(validation(one)), read(validation(two)))
 
 
 def test_every_epoch_has_its_own_order(config: DataConfig) -> None:
-    loaders = build(config)
+    loaders = open_data(config)
     first, second = read(loaders.train, 0), read(loaders.train, 1)
     assert not torch.equal(torch.cat([t for _, t in first]), torch.cat([t for _, t in second]))
     assert same(read(validation(loaders), 0), read(validation(loaders), 1))
@@ -158,18 +162,18 @@ def test_every_epoch_has_its_own_order(config: DataConfig) -> None:
 @pytest.mark.parametrize("change", [{}, {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "colour": True}])
 def test_resuming_continues_with_the_same_batches(config: DataConfig, change: dict[str, float]) -> None:
     config = replace(config, **change)
-    loader = build(config).train
+    loader = open_data(config).train
     for epoch in range(2):  # a history that the resumed loader does not have
         read(loader, epoch)
     whole = read(loader, 2)
-    resumed = build(config).train
+    resumed = open_data(config).train
     assert same(read(resumed, 2, position=2), whole[2:])
     resumed.set_epoch(2)
     assert same(list(resumed), whole)  # the position held for one iteration only
 
 
 def test_position_at_the_end_leaves_nothing_and_beyond_is_refused() -> None:
-    loader = build(FAKE).train
+    loader = open_data(FAKE).train
     assert read(loader, 0, position=len(loader)) == []
     for position in (-1, len(loader) + 1):
         with pytest.raises(ValueError, match=f"position {position} .* {len(loader)} batches"):
@@ -177,7 +181,7 @@ def test_position_at_the_end_leaves_nothing_and_beyond_is_refused() -> None:
 
 
 def test_epoch_and_position_are_taken_when_the_iteration_begins() -> None:
-    loader = build(DIGITS).train
+    loader = open_data(DIGITS).train
     expected = read(loader, 0, position=3)
     loader.set_epoch(0)
     loader.set_position(3)
@@ -188,18 +192,18 @@ def test_epoch_and_position_are_taken_when_the_iteration_begins() -> None:
 
 def test_global_random_state_is_neither_used_nor_changed(config: DataConfig) -> None:
     torch.manual_seed(1)
-    one = read(build(config).train)
+    one = read(open_data(config).train)
     torch.manual_seed(2)
     before, before_numpy = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
-    two = read(build(config).train)
+    two = read(open_data(config).train)
     assert same(one, two)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state(legacy=False)["state"]["key"], before_numpy)
 
 
 def test_a_sample_is_augmented_alike_in_every_batch_size(config: DataConfig) -> None:
-    one = read(build(config).train, 3)
-    two = read(build(replace(config, batch_size=2)).train, 3)
+    one = read(open_data(config).train, 3)
+    two = read(open_data(replace(config, batch_size=2)).train, 3)
     images, target = (torch.cat(parts) for parts in zip(*one, strict=True))
     other_images, other_target = (torch.cat(parts) for parts in zip(*two, strict=True))
     assert torch.equal(images, other_images[: len(images)])
@@ -221,7 +225,7 @@ def test_a_sample_is_augmented_alike_in_every_batch_size(config: DataConfig) -> 
 def test_incomplete_batches(
     samples: int, batch: int, train_sizes: list[int], val_samples: int, val_sizes: list[int]
 ) -> None:
-    loaders = build(replace(FAKE, fake_size=samples, batch_size=batch, val_batch_size=batch))
+    loaders = open_data(replace(FAKE, fake_size=samples, batch_size=batch, val_batch_size=batch))
     for loader, count, sizes in (
         (loaders.train, samples, train_sizes),
         (validation(loaders), val_samples, val_sizes),
@@ -236,7 +240,7 @@ def test_incomplete_batches(
 
 def parts(config: DataConfig, world_size: int) -> list[Loaders]:
     """What each process of a distributed run gets."""
-    return [build(replace(config, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    return [open_data(replace(config, rank=rank, world_size=world_size)) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -244,7 +248,7 @@ def test_training_batches_are_parts_of_the_batches_of_one_process(
     config: DataConfig, world_size: int
 ) -> None:
     config = replace(config, batch_size=2)
-    whole = build(replace(config, batch_size=2 * world_size)).train
+    whole = open_data(replace(config, batch_size=2 * world_size)).train
     shards = [loaders.train for loaders in parts(config, world_size)]
     assert {len(shard) for shard in shards} == {len(whole)}
     assert {shard.samples for shard in shards} == {whole.samples}
@@ -259,7 +263,7 @@ def test_training_batches_are_parts_of_the_batches_of_one_process(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_validation_shards_hold_every_image_once(samples: int, world_size: int) -> None:
     config = replace(FAKE, fake_size=4 * samples, val_batch_size=4)
-    whole = torch.cat([images for images, _ in validation(build(config))])
+    whole = torch.cat([images for images, _ in validation(open_data(config))])
     read_parts = [read(validation(loaders)) for loaders in parts(config, world_size)]
     for part, loaders in zip(read_parts, parts(config, world_size), strict=True):
         assert len(part) == len(validation(loaders))
@@ -276,25 +280,25 @@ def test_an_only_batch_of_training_is_shared_by_all(config: DataConfig) -> None:
     shards = [read(loaders.train) for loaders in parts(config, 3)]
     assert [len(shard) for shard in shards] == [1, 1, 1]
     sizes = [len(shard[0][1]) for shard in shards]
-    assert sum(sizes) == build(config).train.samples
+    assert sum(sizes) == open_data(config).train.samples
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_a_shard_resumes_where_it_was(config: DataConfig) -> None:
     config = replace(config, batch_size=2, rank=1, world_size=2)
-    assert same(read(build(config).train, 2, position=1), read(build(config).train, 2)[1:])
+    assert same(read(open_data(config).train, 2, position=1), read(open_data(config).train, 2)[1:])
 
 
 def test_more_processes_than_images_are_refused() -> None:
     with pytest.raises(UserError, match="5 processes cannot share 4 training images: start fewer"):
-        build(replace(FAKE, fake_size=4, rank=1, world_size=5))
+        open_data(replace(FAKE, fake_size=4, rank=1, world_size=5))
     for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match=f"no process {rank} of {world_size}"):
-            build(replace(FAKE, rank=rank, world_size=world_size))
+            open_data(replace(FAKE, rank=rank, world_size=world_size))
 
 
 def test_no_validation_when_its_batch_is_zero(config: DataConfig) -> None:
-    assert build(replace(config, val_batch_size=0)).val is None
+    assert open_data(replace(config, val_batch_size=0)).val is None
 
 
 def test_epoch_order_is_a_permutation_of_its_own() -> None:
@@ -310,7 +314,7 @@ def test_epoch_order_is_a_permutation_of_its_own() -> None:
 def test_own_mean_and_std_win(
     config: DataConfig, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> None:
-    usual, own = build(config), build(replace(config, mean=mean, std=std))
+    usual, own = open_data(config), open_data(replace(config, mean=mean, std=std))
     assert own.mean == (mean or usual.mean)
     assert own.std == (std or usual.std)
     expected, actual = (pixels(next(iter(validation(x)))[0], x) for x in (usual, own))
@@ -394,7 +398,7 @@ def test_digits_are_resized_as_pillow_does() -> None:
 
 
 def test_digits_validation_covers_every_sample_once_and_as_it_is() -> None:
-    loaders = build(DIGITS)
+    loaders = open_data(DIGITS)
     images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
     _, (expected, classes) = digits(32)
     assert torch.equal(target, classes)
@@ -404,14 +408,14 @@ def test_digits_validation_covers_every_sample_once_and_as_it_is() -> None:
 def test_digits_statistics_are_the_training_sets() -> None:
     (train, _), _ = digits(32)
     values = train.numpy().astype(np.float64) / 255
-    loaders = build(DIGITS)
+    loaders = open_data(DIGITS)
     assert loaders.mean == pytest.approx((values.mean(),) * 3, rel=1e-4)
     assert loaders.std == pytest.approx((values.std(),) * 3, rel=1e-3)
 
 
 def test_digits_training_is_augmented_anew_each_epoch() -> None:
     config = replace(DIGITS, batch_size=1437)  # all in one batch, sorted back into the order of the set
-    loader = build(config).train
+    loader = open_data(config).train
     first, second = (
         read(loader, epoch)[0][0][epoch_order(1437, config.seed, epoch).argsort()] for epoch in (0, 1)
     )
@@ -434,7 +438,7 @@ def test_fake_images_depend_on_split_and_index_only() -> None:
 
 
 def test_fake_classes_can_be_learned() -> None:
-    loaders = build(replace(FAKE, fake_size=64))
+    loaders = open_data(replace(FAKE, fake_size=64))
     images, target = (torch.cat(parts) for parts in zip(*loaders.train, strict=True))
     centres = torch.stack([images[target == label].mean(0) for label in range(4)]).flatten(1)
     images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
@@ -444,7 +448,7 @@ def test_fake_classes_can_be_learned() -> None:
 
 
 def test_fake_images_are_normalised() -> None:
-    loaders = build(replace(FAKE, fake_size=400, num_classes=100, batch_size=400))
+    loaders = open_data(replace(FAKE, fake_size=400, num_classes=100, batch_size=400))
     images, _ = next(iter(loaders.train))
     assert abs(images.mean().item()) < 0.05
     assert images.std().item() == pytest.approx(1, abs=0.1)
@@ -517,7 +521,7 @@ def test_cifar_is_read_from_its_own_files(
     config = DataConfig(
         dataset=name, root=tmp_path, num_classes=classes, batch_size=samples, val_batch_size=8
     )
-    loaders = build(config)
+    loaders = open_data(config)
     assert (loaders.train.samples, validation(loaders).samples) == (samples, 20)
     images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
     np.testing.assert_array_equal(target.numpy(), written["test_target"])
@@ -536,7 +540,7 @@ def test_cifar_is_read_from_its_own_files(
 
 def test_cifar_is_resized_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = write_cifar(tmp_path, CIFAR10, monkeypatch)
-    loaders = build(
+    loaders = open_data(
         DataConfig(dataset="cifar10", root=tmp_path, input_size=48, batch_size=10, val_batch_size=20)
     )
     assert next(iter(loaders.train))[0].shape == (10, 3, 48, 48)
@@ -557,7 +561,7 @@ def test_cifar_archive_that_was_put_into_the_root_is_unpacked(
         file.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
-    assert build(DataConfig(dataset="cifar10", root=root)).train.samples == 100
+    assert open_data(DataConfig(dataset="cifar10", root=root)).train.samples == 100
 
 
 def test_cifar_that_cannot_be_downloaded_says_what_to_put_where(
@@ -566,7 +570,7 @@ def test_cifar_that_cannot_be_downloaded_says_what_to_put_where(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
     with pytest.raises(UserError) as caught:
-        build(DataConfig(dataset="cifar10"))
+        open_data(DataConfig(dataset="cifar10"))
     message = str(caught.value)
     for part in (
         "data/cifar-10-batches-py",
@@ -581,15 +585,15 @@ PROCESS = """
 import hashlib, sys
 from pathlib import Path
 from torchvision.datasets import CIFAR10
-from utils.config import DataConfig
-from utils.data import build
+from utils.config.schema import DataConfig
+from utils.data.sources import open_data
 
 root = Path(sys.argv[1])
 CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta = eval(sys.argv[2])
 CIFAR10.tgz_md5 = hashlib.md5((root / CIFAR10.filename).read_bytes()).hexdigest()
 print("ready", flush=True)
 sys.stdin.readline()
-print(build(DataConfig(dataset="cifar10", root=root)).train.samples)
+print(open_data(DataConfig(dataset="cifar10", root=root)).train.samples)
 """
 
 
@@ -640,14 +644,14 @@ def locks() -> list[str]:
 
 
 def test_a_server_that_is_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.data._PATIENCE", 0.1)
+    monkeypatch.setattr("utils.data.cifar._PATIENCE", 0.1)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/{CIFAR10.filename}")
         end = threading.Timer(60, server.close)  # should it be waited for after all
         end.start()
         with pytest.raises(UserError, match=r"the download failed: .*timed out"):
-            build(DataConfig(dataset="cifar10", root=tmp_path))
+            open_data(DataConfig(dataset="cifar10", root=tmp_path))
         end.cancel()
     assert socket.getdefaulttimeout() is None
 
@@ -666,7 +670,7 @@ def test_cifar_with_a_cut_archive_is_refused(
         monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "url", (tmp_path / "no-such-server").as_uri())
     with pytest.raises(UserError, match=f"{archive} is damaged, and .* put it at {archive}"):
-        build(DataConfig(dataset="cifar10", root=tmp_path))
+        open_data(DataConfig(dataset="cifar10", root=tmp_path))
 
 
 @pytest.mark.parametrize("blocked", ["root", "folder"])
@@ -686,7 +690,7 @@ def test_a_place_that_cifar_cannot_use_is_named(
         place /= CIFAR10.base_folder
     place.touch()
     with pytest.raises(UserError, match=f"^cannot use {place}.*: .*; check --root and its permissions$"):
-        build(DataConfig(dataset="cifar10"))
+        open_data(DataConfig(dataset="cifar10"))
 
 
 def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,13 +698,13 @@ def test_cifar_with_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytes
     with (tmp_path / CIFAR10.base_folder / "data_batch_3").open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"checksums differ.*remove that folder if .* download http"):
-        build(DataConfig(dataset="cifar10", root=tmp_path))
+        open_data(DataConfig(dataset="cifar10", root=tmp_path))
     archive = tmp_path / CIFAR10.filename
     archive.touch()
     with pytest.raises(
         UserError, match=f"checksums differ.*remove that folder; the next start unpacks {archive}"
     ):
-        build(DataConfig(dataset="cifar10", root=tmp_path))
+        open_data(DataConfig(dataset="cifar10", root=tmp_path))
 
 
 # ---- imagenet
@@ -724,7 +728,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_imagenet_workers_change_nothing(imagenet: DataConfig, workers: int) -> None:
-    alone, helped = build(imagenet), build(replace(imagenet, workers=workers))
+    alone, helped = open_data(imagenet), open_data(replace(imagenet, workers=workers))
     for epoch in (0, 1):
         assert same(read(alone.train, epoch), read(helped.train, epoch))
     assert same(read(alone.train, 1, position=2), read(helped.train, 1, position=2))
@@ -738,15 +742,15 @@ def test_imagenet_workers_change_nothing(imagenet: DataConfig, workers: int) -> 
 def test_there_are_no_more_workers_than_batches(imagenet: DataConfig) -> None:
     """Nor does torch warn of many."""
     children = set(multiprocessing.active_children())
-    loader = build(replace(imagenet, workers=30)).train
-    assert same(read(loader), read(build(imagenet).train))
+    loader = open_data(replace(imagenet, workers=30)).train
+    assert same(read(loader), read(open_data(imagenet).train))
     assert len(set(multiprocessing.active_children()) - children) == len(loader) == 4
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_line(imagenet: DataConfig) -> None:
     """As by the system when memory runs out."""
     children = set(multiprocessing.active_children())
-    batches = iter(build(replace(imagenet, workers=1, batch_size=2)).train)
+    batches = iter(open_data(replace(imagenet, workers=1, batch_size=2)).train)
     next(batches)
     [worker] = set(multiprocessing.active_children()) - children
     worker.kill()
@@ -759,14 +763,14 @@ def test_batches_keep_their_images(imagenet: DataConfig, dataset: str, workers: 
     """Images are read into memory that is used again, which must not change the batches made of them."""
     if dataset == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
-    loader = build(replace(imagenet, dataset=dataset, workers=workers, batch_size=2)).train
+    loader = open_data(replace(imagenet, dataset=dataset, workers=workers, batch_size=2)).train
     pairs = [(images, images.clone()) for _ in range(2) for images, _ in loader]
     assert len(pairs) == 18
     assert all(torch.equal(images, copy) for images, copy in pairs)
 
 
 def test_a_lack_of_shared_memory_says_what_to_write(imagenet: DataConfig) -> None:
-    loader = build(replace(imagenet, workers=1, input_size=10**7)).train
+    loader = open_data(replace(imagenet, workers=1, input_size=10**7)).train
     with pytest.raises(UserError, match=r"1 workers need \d+ MiB of shared memory .* write fewer --workers"):
         next(iter(loader))
 
@@ -786,7 +790,7 @@ def test_images_below_a_link_that_leads_back_up_are_read_once(tmp_path: Path) ->
 
 
 def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig, folder: Path) -> None:
-    loaders = build(imagenet)
+    loaders = open_data(imagenet)
     assert (loaders.mean, loaders.std) == (IMAGENET_MEAN, IMAGENET_STD)
     images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
     assert target.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -803,7 +807,7 @@ def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig
 
 def test_imagenet_training_is_augmented_anew_each_epoch(imagenet: DataConfig) -> None:
     config = replace(imagenet, batch_size=18)
-    loader = build(config).train
+    loader = open_data(config).train
     first, second = (read(loader, e)[0][0][epoch_order(18, config.seed, e).argsort()] for e in (0, 1))
     assert (first != second).flatten(1).any(1).all()
 
@@ -816,7 +820,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, dataset: str, workers: int
     write_folder(tmp_path, train=2, val=1)
     path = tmp_path / "train" / "bee" / "1.jpg"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    loader = build(
+    loader = open_data(
         DataConfig(
             dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=workers
         )
@@ -841,7 +845,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, dataset: str) -> None:
     path.symlink_to("/dev/null")
     config = DataConfig(dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=3, workers=0)
     with pytest.raises(UserError, match=r"bee/1.jpg \(not a regular file\)"):
-        read(build(config).train)
+        read(open_data(config).train)
 
 
 @pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (2, 90_000)])
@@ -862,7 +866,7 @@ def test_slender_images_need_little_memory(tmp_path: Path, dataset: str, shape: 
         val_batch_size=6,
         workers=0,
     )
-    loaders = build(config)
+    loaders = open_data(config)
     [(images, _)] = validation(loaders)
     np.testing.assert_allclose(pixels(images, loaders)[2, :, 500, 500], (10, 100, 200), atol=1e-3)
     read(loaders.train)
@@ -910,8 +914,8 @@ def test_an_image_that_cannot_be_fitted_is_named(
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=3, workers=0
     )
     with pytest.raises(UserError, match=f"cannot read .*bee/1.jpg \\({str(error) or 'MemoryError'}\\)"):
-        read(validation(build(config)))
-    targets = [target for _, target in read(validation(build(replace(config, skip_corrupt=1))))]
+        read(validation(open_data(config)))
+    targets = [target for _, target in read(validation(open_data(replace(config, skip_corrupt=1))))]
     assert torch.cat(targets).tolist() == [0, 0, 1, 2, 2]
 
 
@@ -929,7 +933,7 @@ def test_unreadable_images_are_left_out_counted_and_reported(
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=4, val_batch_size=4,
         workers=workers, skip_corrupt=3,
     )  # fmt: skip
-    loaders = build(config)
+    loaders = open_data(config)
     for epoch in (0, 1):
         assert sum(len(target) for _, target in read(loaders.train, epoch)) == 10
     order = epoch_order(12, config.seed, 1).tolist()
@@ -979,7 +983,7 @@ def test_which_damage_of_a_photograph_training_sees(
         dataset=dataset, root=tmp_path, num_classes=1, input_size=32, val_batch_size=1, workers=0
     )
     with pytest.raises(UserError, match="cannot read the image") if seen else nullcontext():
-        read(validation(build(config)))
+        read(validation(open_data(config)))
 
 
 def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -995,11 +999,11 @@ def test_odd_names_are_one_line_in_messages(tmp_path: Path, caplog: pytest.LogCa
         workers=0,
         skip_corrupt=1,
     )
-    read(build(config).train)
+    read(open_data(config).train)
     [line] = [record.getMessage() for record in caplog.records]
     assert line.endswith(r"bee/a\n\x1b\udcff.jpg (no image)")
     with pytest.raises(UserError, match=r"bee/a\\n\\x1b\\udcff.jpg \(no image\)"):
-        read(build(replace(config, skip_corrupt=0)).train)
+        read(open_data(replace(config, skip_corrupt=0)).train)
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
@@ -1017,7 +1021,7 @@ def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=2, val_batch_size=2, workers=0,
         skip_corrupt=9,
     )  # fmt: skip
-    loaders = build(config)
+    loaders = open_data(config)
     assert [len(target) for _, target in read(validation(loaders))] == [2, 1, 2]
     with pytest.raises(UserError, match=r"a single image of a training batch can be read.*bee/1.jpg"):
         read(loaders.train)
@@ -1039,15 +1043,15 @@ def test_a_batch_of_validation_may_be_lost_whole(
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=1, workers=workers,
         skip_corrupt=5,
     )  # fmt: skip
-    loader = validation(build(config))
+    loader = validation(open_data(config))
     for _ in range(2):
         assert [target.tolist() for _, target in read(loader)] == [[0], [0], [2], [2]]
     with pytest.raises(UserError, match=f"cannot read .*{paths[8].name}.*4 others are left out already"):
-        read(validation(build(replace(config, skip_corrupt=4, workers=0))))
+        read(validation(open_data(replace(config, skip_corrupt=4, workers=0))))
     for path in paths:
         path.write_text("no image")
     with pytest.raises(UserError, match="no image of the validation set can be read"):
-        read(validation(build(replace(config, skip_corrupt=9, workers=0))))
+        read(validation(open_data(replace(config, skip_corrupt=9, workers=0))))
 
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
@@ -1061,10 +1065,10 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, batch_size=12, workers=0, skip_corrupt=1
     )
     with pytest.raises(UserError, match=r"cannot read .*\.jpg \(no image\): .*1 others are left out already"):
-        read(build(config).train)
+        read(open_data(config).train)
     # Of a batch something must be left.
     with pytest.raises(UserError, match="no image of a training batch can be read"):
-        read(build(replace(config, batch_size=1, skip_corrupt=9)).train)
+        read(open_data(replace(config, batch_size=1, skip_corrupt=9)).train)
 
 
 # ---- mistakes
@@ -1105,7 +1109,7 @@ def test_mistakes_are_found_before_anything_is_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = replace(DataConfig(), **change)  # pyright: ignore[reportArgumentType]
-    for function in (check, build):
+    for function in (check_data, open_data):
         with pytest.raises(UserError, match=message):
             function(config)
     assert not any(tmp_path.iterdir())
@@ -1135,7 +1139,7 @@ def test_image_folders_are_checked(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=2)
-    for function in (check, build):
+    for function in (check_data, open_data):
         with pytest.raises(UserError, match=message):
             function(config)
 
@@ -1146,7 +1150,7 @@ def test_a_class_folder_that_is_a_lost_link_is_no_silent_loss(tmp_path: Path, sp
     (tmp_path / split / "dog").symlink_to(tmp_path / "gone")
     config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=3)
     with pytest.raises(UserError, match=f"{split} has links that lead nowhere: mend or remove dog$"):
-        check(config)
+        check_data(config)
 
 
 def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> None:
@@ -1154,13 +1158,13 @@ def test_check_needs_no_validation_folder_without_validation(tmp_path: Path) -> 
     for name in CLASSES:
         (tmp_path / "val" / name).rmdir()
     config = DataConfig(dataset="imagenet", root=tmp_path, num_classes=3, val_batch_size=0, workers=0)
-    check(config)
-    assert build(config).val is None
+    check_data(config)
+    assert open_data(config).val is None
 
 
 def test_check_accepts_every_good_source(config: DataConfig) -> None:
-    check(config)
-    check(DataConfig(dataset="cifar10"))  # files that are missing will be downloaded
+    check_data(config)
+    check_data(DataConfig(dataset="cifar10"))  # files that are missing will be downloaded
 
 
 # ---- on the GPU
@@ -1173,7 +1177,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @needs_gpu
 def test_batches_of_the_gpu_are_those_of_the_cpu(config: DataConfig) -> None:
     config = replace(config, colour=True, mixup_alpha=0.4, workers=2)
-    here, there = build(config), build(config, torch.device("cuda", 0))
+    here, there = open_data(config), open_data(config, torch.device("cuda", 0))
     for left, right in ((here.train, there.train), (validation(here), validation(there))):
         for (images, target), (other, labels) in zip(read(left, 1), read(right, 1), strict=True):
             assert other.is_cuda and labels.is_cuda
@@ -1191,9 +1195,9 @@ def test_batches_of_the_gpu_are_those_of_the_cpu(config: DataConfig) -> None:
 def test_a_batch_stays_whole_while_the_next_ones_are_prepared() -> None:
     device = torch.device("cuda", 0)
     config = replace(FAKE, fake_size=400)
-    expected = [images.sum().item() for images, _ in build(config).train]
+    expected = [images.sum().item() for images, _ in open_data(config).train]
     sums = []
-    for images, _ in build(config, device).train:
+    for images, _ in open_data(config, device).train:
         torch.cuda._sleep(10_000_000)  # the device is behind the host, as in training
         sums.append(images.sum())
     assert [value.item() for value in sums] == pytest.approx(expected, rel=1e-3, abs=1)

@@ -19,16 +19,16 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from model.layer import ReverseBatchNorm2d
-from model.sync_norm import synchronise
+from model.layers.norms import ReverseBatchNorm2d
+from model.layers.sync_norm import synchronise
 from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
-from utils.checkpoint import read
-from utils.config import DeviceConfig
-from utils.distributed import Place, device_of, int_of, joined, launchers, place
+from utils.checkpoint.archive import read
+from utils.config.schema import DeviceConfig
 from utils.errors import TrainingError, UserError
-from utils.interrupt import SAVED
-from utils.log import MetricsFile
+from utils.processes.distributed import Place, device_of, int_of, joined, launchers, place
+from utils.processes.interrupt import SAVED
+from utils.report.epoch_files import MetricsFile
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE = (

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from model.build import build
-from utils import fit
-from utils.options import parse
-from utils.resolve import resolve
+from model.networks.build import build_network
+from model.watch import trial
+from utils.config.command_line import parse
+from utils.config.resolve import resolve
 
 BINARY = "--dataset fake --fm_enable --wt_enable --fm_bit 1 --wt_bit 1 --width_alpha 0.25 --input_size 16"
 
@@ -24,9 +24,9 @@ BINARY = "--dataset fake --fm_enable --wt_enable --fm_bit 1 --wt_bit 1 --width_a
 )
 def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) -> None:
     config = resolve(parse(f"{BINARY} {line}".split()))
-    network = build(config.model)
+    network = build_network(config.model)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    (warning,) = fit.signs(network, config)
+    (warning,) = trial.constant_signs(network, config)
     assert warning.startswith(
         f"the inputs of {count} of {count} binary layers, the first is {first}, never go"
     )
@@ -45,14 +45,14 @@ def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) ->
 )
 def test_other_inputs_of_binary_layers_are_not(line: str) -> None:
     config = resolve(parse(f"{BINARY} {line}".split()))
-    assert fit.signs(build(config.model), config) == ()
+    assert trial.constant_signs(build_network(config.model), config) == ()
 
 
 def test_norms_are_those_of_training() -> None:
     """Running means far below what there is would make all inputs positive."""
     config = resolve(parse(f"{BINARY} --model resnet20 --keyword cifar10,xnor,NReLU,cbsa".split()))
-    network = build(config.model)
+    network = build_network(config.model)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.fill_(-100)
-    assert fit.signs(network, config) == ()
+    assert trial.constant_signs(network, config) == ()

@@ -15,13 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from benchmarks import glyphs as contact
-from utils.augment import warp
-from utils.config import DataConfig
-from utils.data import Loaders, build, check
+from utils.config.resolve import read
+from utils.config.schema import DataConfig
+from utils.data.augment import warp
+from utils.data.glyphs import CHARACTERS, HELD_OUT_FONTS, TRAIN_FONTS, font_files, glyphs
+from utils.data.loader import epoch_order
+from utils.data.loaders import Loaders
+from utils.data.sources import check_data, open_data
 from utils.errors import UserError
-from utils.glyphs import CHARACTERS, HELD_OUT_FONTS, TRAIN_FONTS, font_files, glyphs
-from utils.loader import epoch_order
-from utils.resolve import read
 
 CONFIG = DataConfig(dataset="glyphs", num_classes=62, batch_size=3100, val_batch_size=1240)
 
@@ -35,7 +36,7 @@ def drawn() -> tuple[Split, Split]:
 
 @pytest.fixture(scope="module")
 def loaders() -> Loaders:
-    return build(CONFIG)
+    return open_data(CONFIG)
 
 
 def rows(images: Tensor) -> set[bytes]:
@@ -124,7 +125,7 @@ def test_loaders_deliver_three_equal_normalised_channels(
 
 
 def test_other_sizes_are_resized(drawn: tuple[Split, Split]) -> None:
-    loaders = build(replace(CONFIG, input_size=16, val_batch_size=8))
+    loaders = open_data(replace(CONFIG, input_size=16, val_batch_size=8))
     assert loaders.val is not None
     images, _ = next(iter(loaders.val))
     assert images.shape == (8, 3, 16, 16)
@@ -160,7 +161,7 @@ def test_training_is_augmented_anew_each_epoch(drawn: tuple[Split, Split], loade
 
 def test_the_number_of_classes_is_fixed() -> None:
     with pytest.raises(UserError, match="glyphs has 62 classes, not 10: write --num_classes 62"):
-        check(replace(CONFIG, num_classes=10))
+        check_data(replace(CONFIG, num_classes=10))
 
 
 def test_a_missing_font_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_a_missing_font_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shutil.copy(path, fonts)
     (fonts / "cmss10.ttf").unlink()
     monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
-    for function in (check, build):
+    for function in (check_data, open_data):
         with pytest.raises(UserError, match=r"cmss10\.ttf is not in .*: install matplotlib with pip"):
             function(CONFIG)
 

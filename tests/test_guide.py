@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("main.py", "tools.py", "launch.py", "train.sh", "config", "model", "utils")
+NEEDED = ("main.py", "tools.py", "train.sh", "config", "model", "utils")
 
 
 def steps() -> list[tuple[str, str]]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import build as _methods  # noqa: F401  (registers the methods)
-from model.health import BINS, Health, first_nonfinite, table
-from model.quant import QuantConv2d, Quantizer
-from utils.config import QuantConfig, QuantizerConfig
+from model.layers.quantized import QuantConv2d
+from model.quantizers.frame import Quantizer
+from model.training.finite import first_nonfinite
+from model.watch.health import BINS, Health
+from utils.config.schema import QuantConfig, QuantizerConfig
+from utils.report.quantizer_record import health_table
 
 
 def layer(fm: dict[str, object] | None = None, wt: dict[str, object] | None = None) -> nn.Sequential:
@@ -59,11 +61,11 @@ def test_one_bad_channel_shows() -> None:
     scalars = row.scalars()
     assert scalars["0.quant_weight/range_lowest"] == pytest.approx(0.001)
     assert scalars["0.quant_weight/range_highest"] == pytest.approx(1.5)
-    assert "0.001 - 1.5" in table([row])
+    assert "0.001 - 1.5" in health_table([row])
     (row,) = Health(layer(wt={"method": "lsq", "quant_group": 1})).report(image(1.0))
     assert row.range_lowest == row.range_highest == row.range
     assert "0.quant_weight/range_lowest" not in row.scalars()
-    assert " - " not in table([row])
+    assert " - " not in health_table([row])
 
 
 def test_activations_beyond_the_basis_of_lq_are_noticed() -> None:
@@ -77,7 +79,7 @@ def test_activations_beyond_the_basis_of_lq_are_noticed() -> None:
     assert torch.equal(quantizer.basis, before)
     (row,) = Health(model).report(x)
     assert (row.used, row.dead, row.clipped, row.shares) == (1, 3, 1.0, (0, 0, 0, 1))
-    assert row.notice == "constant, carries nothing" and row.notice in table([row])
+    assert row.notice == "constant, carries nothing" and row.notice in health_table([row])
     quantizer.initialise_from(x)
     (row,) = Health(model).report(x)
     assert row.notice == "" and row.used > 1
@@ -139,7 +141,7 @@ def test_a_method_without_integers_has_a_row() -> None:
     conv.quant_activation = Own(conv.quant_activation.config, conv.quant_activation.site)
     (row,) = Health(model).report(image(0.2, 0.6))
     assert (row.used, row.dead, row.shares, sum(row.histogram.counts)) == (None, 0, (), 2)
-    assert "0.quant_activation" in table([row])
+    assert "0.quant_activation" in health_table([row])
 
 
 def test_levels_of_integers_are_placed_on_their_range() -> None:
@@ -199,7 +201,7 @@ def test_what_counts_as_clipped(
     assert row.clipped == (None if clipped is None else pytest.approx(clipped))
     assert (row.range is None) == (clipped is None)
     assert len(row.basis) == (2 if wt["method"] == "lq" else 0)
-    assert "0.quant_weight" in table([row])
+    assert "0.quant_weight" in health_table([row])
 
 
 def test_a_report_leaves_the_network_as_it_was() -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.errors import UserError, printable
-from utils.images import DECODE_ERRORS, decode, read, reason_of, walk
+from utils.data.image_file import DECODE_ERRORS, decode, read, reason_of, walk
+from utils.errors import UserError
+from utils.text import printable
 
 RAMP = np.linspace(0, 65535, 96).astype(np.uint16).reshape(8, 12)
 
@@ -88,7 +89,7 @@ def test_what_might_never_end_is_not_read(tmp_path: Path, kind: str) -> None:
     else:
         path.symlink_to("/dev/zero")
     code = (
-        "import sys; from utils.images import read, reason_of\n"
+        "import sys; from utils.data.image_file import read, reason_of\n"
         "try: read(sys.argv[1])\nexcept OSError as error: print(reason_of(error))"
     )
     done = subprocess.run(  # it is ended should it wait after all
@@ -108,7 +109,7 @@ def test_odd_metadata_is_passed_over_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0"  # one entry where there should be five
     Image.new("RGB", (8, 8)).save(path, exif=cut)
-    code = "import sys; from utils.images import decode, read; print(decode(read(sys.argv[1])).size)"
+    code = "import sys; from utils.data.image_file import decode, read; print(decode(read(sys.argv[1])).size)"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("(8, 8)\n", "")
 
@@ -163,5 +164,5 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
 
 def test_torch_is_not_imported() -> None:
     """`tools.py` starts a process per core that decodes."""
-    code = "import sys, utils.images; sys.exit('torch' in sys.modules)"
+    code = "import sys, utils.data.image_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import launch
 from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
-from utils.checkpoint import read
-from utils.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, Requests, Stop
+from utils.checkpoint.archive import read
+from utils.processes import launch
+from utils.processes.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, Requests, Stop
 
 LIMIT = 900  # seconds, also on a machine that has much other work
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ LINE = (
 )
 # c10d, of several processes, may warn of one that has left before another.
 QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-LAUNCHER = ("launch.py", "--standalone", "--nproc_per_node", "2")
+LAUNCHER = ("-m", "utils.processes.launch", "--standalone", "--nproc_per_node", "2")
 CHECKPOINT = Path("weights/tiny/run-checkpoint.pth.tar")
 
 
@@ -78,7 +78,7 @@ def test_a_thread_that_must_wait_takes_no_repeat_for_a_request() -> None:
     program = (
         "import itertools, os, signal, subprocess, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils.interrupt import Stop\n"
+        "from utils.processes.interrupt import Stop\n"
         "twice = 'import os, signal, time; os.kill({0}, 15); time.sleep(0.01); os.kill({0}, 15)'\n"
         "with Stop() as stop:\n"
         "    other = subprocess.Popen([sys.executable, '-S', '-c', twice.format(os.getpid())])\n"
@@ -166,7 +166,7 @@ class Job:
 
     def trainings(self) -> list[int]:
         """The processes that train and have begun to."""
-        found = started_by(self.pid) - ({self.pid} if "launch.py" in self.process.args[1] else set())  # type: ignore[index]
+        found = started_by(self.pid) - ({self.pid} if "utils.processes.launch" in self.process.args[2] else set())  # type: ignore[index]
         return [pid for pid in found if handles(pid, signal.SIGTERM)]
 
     def ended(self) -> tuple[int, str, str]:
@@ -312,7 +312,7 @@ def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> Non
     (tmp_path / "worker.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import launch\n"
+        "from utils.processes import launch\n"
         "at_once = launch.stop(print)._at_once\n"
         "def heard(number, _):\n"
         "    with open('heard', 'a') as file:\n"
@@ -325,7 +325,7 @@ def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> Non
         "    time.sleep(100)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), "--standalone", "--nproc_per_node", "1", "worker.py"],
+        [sys.executable, "-m", "utils.processes.launch", "--standalone", "--nproc_per_node", "1", "worker.py"],
         cwd=tmp_path,
     )
     deadline = time.monotonic() + LIMIT

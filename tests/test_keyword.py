@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from utils import keyword
-from utils.config import Config, ModelConfig, QuantizerConfig, to_dict
+from utils.config import keyword
+from utils.config.keyword import Keyword, registry, resolve
+from utils.config.resolve import read
+from utils.config.resolve.network import FAMILIES
+from utils.config.schema import TAGS, Config, ModelConfig, QuantizerConfig, to_dict
 from utils.errors import UserError
-from utils.keyword import Keyword, registry, resolve
-from utils.options import TAGS
-from utils.resolve import read
-from utils.resolve.network import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = registry()
@@ -236,7 +235,7 @@ def test_a_word_without_effect_is_a_warning() -> None:
 # Words of the user's own -------------------------------------------------------------------------
 
 GOOD = """
-from utils.keyword import Keyword, register
+from utils.config.keyword import Keyword, register
 
 register(Keyword(
     name="lucky", group="mine", help="a factor of mine", sets={"extra.factor": 7, "extra.names": ("a", "b")},
@@ -287,7 +286,7 @@ def test_without_a_users_words_extra_is_empty() -> None:
         ("import sys; sys.exit('gone')", "SystemExit: gone"),
         ("register(", "SyntaxError: .*never closed"),
         ("import no_such_module_at_all", "ModuleNotFoundError: .*no_such_module_at_all"),
-        ("from utils.keyword import Keyword, register\nregister(Keyword(name='x'))", "TypeError: .*help"),
+        ("from utils.config.keyword import Keyword, register\nregister(Keyword(name='x'))", "TypeError: .*help"),
         (GOOD.replace("lucky", "cbas", 1), "'cbas' is declared already"),
         (GOOD.replace("lucky", "a b", 1), "'a b' cannot be a keyword"),
         (
@@ -364,9 +363,9 @@ def test_the_table_lists_every_word_under_its_group() -> None:
 
 
 def test_the_documented_table_is_not_stale() -> None:
-    """docs/keywords.md is what `python -m utils.keyword` prints."""
+    """docs/keywords.md is what `python -m utils.config.vocabulary` prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "utils.keyword"],
+        [sys.executable, "-W", "error", "-m", "utils.config.vocabulary"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -374,7 +373,7 @@ def test_the_documented_table_is_not_stale() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     page = (ROOT / "docs" / "keywords.md").read_text(encoding="utf-8")
-    assert page == done.stdout, "make it anew: python -m utils.keyword > docs/keywords.md"
+    assert page == done.stdout, "make it anew: python -m utils.config.vocabulary > docs/keywords.md"
     assert all(f"| `{name}` |" in page for name in RECORDS)
 
 

@@ -1,4 +1,4 @@
-"""launch.py with real processes: statuses, signals, and restarts after failures and of machines that come."""
+"""The launcher with real processes: statuses, signals, and restarts after failures and of machines that come."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
 from tests.test_distributed import FILES, LINE
-from tests.test_interrupt import QUIET, listens, started_by
-from utils.checkpoint import read
-from utils.folder import ImageNames
-from utils.interrupt import SAVED
-from utils.loader import epoch_order
-from utils.log import MetricsFile
+from tests.test_interrupt import LAUNCHER, QUIET, listens, started_by
+from utils.checkpoint.archive import read
+from utils.data.image_folder import ImageNames
+from utils.data.loader import epoch_order
+from utils.processes.interrupt import SAVED
+from utils.report.epoch_files import MetricsFile
 
 LIMIT = 900  # seconds, also on a machine that has much other work
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def launch(folder: Path, line: str, *options: str, processes: int = 2) -> subpro
     if not (folder / "network.py").exists():
         (folder / "network.py").write_text(NETWORK)
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *(options or ["--standalone"]), "--nproc_per_node", str(processes),
+        [sys.executable, *LAUNCHER, *(options or ["--standalone"]), "--nproc_per_node", str(processes),
          str(ROOT / "main.py"), *line.split()],
         cwd=folder, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
@@ -87,8 +87,8 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_the_options_of_torchrun_is_one_line(tmp_path: Path, options: str, message: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *options.split(), str(ROOT / "main.py")],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT,
+        [sys.executable, *LAUNCHER, *options.split(), str(ROOT / "main.py")],
+        cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("launch") and f"error: {message}" in done.stderr
@@ -112,7 +112,7 @@ def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     """C10d's messages, of some forty lines, are not turned off here."""
     loud = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1",
+        [sys.executable, *LAUNCHER, "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1",
          "--master_port", "1", "--rdzv_conf", "timeout=1", str(ROOT / "main.py")],
         cwd=tmp_path, env=loud, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
@@ -124,8 +124,8 @@ def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), "--no_python", str(tmp_path / "nothing")],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT,
+        [sys.executable, *LAUNCHER, "--no_python", str(tmp_path / "nothing")],
+        cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     message = f"launch: failed: [Errno 2] No such file or directory: '{tmp_path / 'nothing'}'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
@@ -166,7 +166,8 @@ def test_a_file_that_one_process_cannot_read_is_all_that_is_said(tmp_path: Path)
 LOSES = """
 import os, signal, sys, threading, main
 from utils.errors import LostError
-from utils.interrupt import Stop
+from utils.processes import launch
+from utils.processes.interrupt import Stop
 def run(config):
     with Stop():
         if sys.argv[1] == "signal":
@@ -174,12 +175,12 @@ def run(config):
         raise LostError("lost the others")
 later = sys.argv[1] == "later"
 if later:
-    wait = main.wait_to_be_ended
+    wait = launch.wait_to_be_ended
     def wait_to_be_ended():
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         wait()
-    main.wait_to_be_ended = wait_to_be_ended
-main.run, main.PATIENCE = run, 600 if later else 0
+    launch.wait_to_be_ended = wait_to_be_ended
+main.run, launch.PATIENCE = run, 600 if later else 0
 sys.exit(main.main([]))
 """
 ALONE = "main.py: failed: lost the others\n"

@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 import main
+from model import pretrained
 from model.audit import audit
-from model.build import build
 from model.convert import full_precision
-from model.library import torchvision_names
-from model.quant import QuantLayer, quantized_layers
-from utils import state
+from model.layers.quantized import QuantLayer, quantized_layers
+from model.networks.build import build_network
+from model.networks.library import torchvision_names
+from utils.config.resolve import read
 from utils.errors import UserError
-from utils.resolve import read
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --fm_half_range"
@@ -31,7 +31,7 @@ LSQ = f"cifar10,dorefa,lsq {QUANTIZED}"
 def network(model: str, rest: str) -> nn.Module:
     """The network of a command line, always the same initial weights."""
     torch.manual_seed(0)
-    return build(read(f"--model {model} --keyword {rest}".split()).model)
+    return build_network(read(f"--model {model} --keyword {rest}".split()).model)
 
 
 # Networks ------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ def test_weights_of_auxiliary_classifiers_are_passed_over(tmp_path: Path) -> Non
     line = "--model torchvision:googlenet --keyword cifar10 -e"
     net = network("torchvision:googlenet", "cifar10")
     with pytest.raises(UserError, match="20 unused"):
-        state.load_pretrained(net, tmp_path / "official.pth", read(line.split()))
-    report = state.load_pretrained(
+        pretrained.load_pretrained(net, tmp_path / "official.pth", read(line.split()))
+    report = pretrained.load_pretrained(
         net, tmp_path / "official.pth", read(f"{line} --unresume_scope aux".split())
     )
     assert len(report.skipped) == 20 and len(report.loaded) == len(weights) - 20
@@ -318,15 +318,17 @@ def test_other_networks_do_not_wait_for_the_packages() -> None:
     """No package that others need, and not torch's compiler, is imported up to the optimizer."""
     code = """
 import sys
-from model import build, summary
-from utils import data, optim
-from utils.resolve import read
+from model.networks.build import build_network
+from model.watch.cost import network_cost
+from utils.config.resolve import read
+from utils.data.sources import open_data
+from utils.step.optimizer import build_optimizer
 
 config = read("--keyword cifar10,origin,cbsa,dorefa,lsq --dataset fake --fm_enable --wt_enable".split())
-network = build.build(config.model)
-summary.cost(network, config.model.input_size)
-data.build(config.data)
-optim.build(network, config.optim)
+network = build_network(config.model)
+network_cost(network, config.model.input_size)
+open_data(config.data)
+build_optimizer(network, config.optim)
 heavy = {"torch._dynamo", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "nvidia.dali"} & set(sys.modules)
 assert not heavy, heavy
 """

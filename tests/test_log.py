@@ -15,9 +15,11 @@ import torch
 from matplotlib.image import imread
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils import log
+from utils.data.image_folder import Unreadable
 from utils.errors import UserError
-from utils.folder import Unreadable
+from utils.report import epoch_files, log
+from utils.report.curves import draw_curves
+from utils.step import meters
 
 FIELDS = (
     *("epoch", "lr", "train_loss", "train_top1", "train_top5"),
@@ -93,19 +95,19 @@ def batch(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_totals_are_those_of_all_images() -> None:
     """Batches of any size, summed in parts, give what one pass of NumPy gives."""
-    totals = log.Totals()
-    assert all(math.isnan(value) for value in log.Totals.means(totals.sums).values())
+    totals = meters.Totals()
+    assert all(math.isnan(value) for value in meters.Totals.means(totals.sums).values())
     outputs, targets, losses = [], [], []
     for seed, count in enumerate((3, 1, 8)):
         output, target = batch(seed, count)
         loss = torch.nn.functional.cross_entropy(output, target, reduction="none")
         if seed == 2:  # go on from the sums so far, as a resumed run does
-            totals = log.Totals(start=totals.values)
+            totals = meters.Totals(start=totals.values)
         totals.update(loss.mean().requires_grad_(), output, target)
         outputs.append(output), targets.append(target), losses.append(loss)
     assert not totals.sums.requires_grad
     ranks = np.argsort(-torch.cat(outputs).numpy(), axis=1) == torch.cat(targets).numpy()[:, None]
-    means = log.Totals.means(totals.sums)
+    means = meters.Totals.means(totals.sums)
     assert means["loss"] == pytest.approx(np.mean(torch.cat(losses).double().numpy()), rel=1e-6)
     assert means["top1"] == 100 * ranks[:, 0].sum() / 12 and means["top5"] == 100 * ranks[:, :5].sum() / 12
 
@@ -113,14 +115,14 @@ def test_totals_are_those_of_all_images() -> None:
 def test_totals_do_not_lose_small_parts() -> None:
     """In float32 the sum would stop growing at 2^24; half precision would overflow."""
     output, target = batch(0, 1)
-    totals = log.Totals(start=(2.0**24, 0, 0, 2.0**24))
+    totals = meters.Totals(start=(2.0**24, 0, 0, 2.0**24))
     totals.update(torch.tensor(3.0), output, target)
-    assert log.Totals.means(totals.sums)["loss"] == (2**24 + 3) / (2**24 + 1)
+    assert meters.Totals.means(totals.sums)["loss"] == (2**24 + 3) / (2**24 + 1)
     output, target = batch(0, 256)
-    half = log.Totals()
+    half = meters.Totals()
     for _ in range(3):
         half.update(torch.tensor(60000.0, dtype=torch.float16), output, target)
-    assert log.Totals.means(half.sums)["loss"] == torch.tensor(60000.0, dtype=torch.float16).item()
+    assert meters.Totals.means(half.sums)["loss"] == torch.tensor(60000.0, dtype=torch.float16).item()
 
 
 class _Reads(TorchDispatchMode):
@@ -142,19 +144,19 @@ class _Reads(TorchDispatchMode):
 
 
 def test_totals_read_tensors_only_for_their_values() -> None:
-    totals = log.Totals()
+    totals = meters.Totals()
     output, target = batch(0, 8)
     with _Reads() as reads:
         for _ in range(3):
             totals.update(torch.tensor(2.0), output, target)
         assert reads.count == 0
-        assert log.Totals.means(totals.sums)["loss"] == 2.0
+        assert meters.Totals.means(totals.sums)["loss"] == 2.0
 
 
 def test_top_k_takes_the_largest_share_of_mixed_classes() -> None:
     output = torch.tensor([[1.0, 2, 3], [3, 2, 1]])
     shares = torch.tensor([[0.3, 0.1, 0.6], [0.0, 0.9, 0.1]])
-    assert [count.item() for count in log.top_k(output, shares, (1, 2))] == [1, 2]
+    assert [count.item() for count in meters.top_k(output, shares, (1, 2))] == [1, 2]
 
 
 def test_waiting_counts_the_time_before_items_and_not_after_them() -> None:
@@ -165,7 +167,7 @@ def test_waiting_counts_the_time_before_items_and_not_after_them() -> None:
             clock[0] += 2
             yield item
 
-    waiting = log.Waiting(items(), clock=lambda: clock[0])
+    waiting = meters.Waiting(items(), clock=lambda: clock[0])
     for _ in waiting:
         clock[0] += 10
     assert waiting.seconds == 6
@@ -174,7 +176,7 @@ def test_waiting_counts_the_time_before_items_and_not_after_them() -> None:
 def test_top_k_by_hand() -> None:
     output = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.1, 0.6]])
     target = torch.tensor([1, 1, 0, 0])
-    counts = log.top_k(output, target, (1, 2, 3, 5))
+    counts = meters.top_k(output, target, (1, 2, 3, 5))
     assert [int(count) for count in counts] == [1, 3, 4, 4]
     assert all(count.shape == () and count.dtype == torch.int64 for count in counts)
 
@@ -185,7 +187,7 @@ def test_top_k_against_numpy(dtype: torch.dtype) -> None:
     scores = np.stack([rng.permutation(12) for _ in range(64)])  # no ties, exact in every type
     target = rng.integers(0, 12, 64)
     rank = (scores > scores[np.arange(64), target][:, None]).sum(1)
-    counts = log.top_k(torch.tensor(scores, dtype=dtype), torch.tensor(target))
+    counts = meters.top_k(torch.tensor(scores, dtype=dtype), torch.tensor(target))
     assert [int(count) for count in counts] == [(rank < 1).sum(), (rank < 5).sum()]
 
 
@@ -198,14 +200,14 @@ def row(epoch: int, validated: bool = True) -> dict[str, float]:
 
 
 def test_metrics_are_read_back_exactly(tmp_path: Path) -> None:
-    metrics = log.MetricsFile(tmp_path / "new" / "metrics.csv", FIELDS)
+    metrics = epoch_files.MetricsFile(tmp_path / "new" / "metrics.csv", FIELDS)
     for epoch in range(3):
         metrics.append(row(epoch))
     assert metrics.path.read_text().splitlines()[0] == ",".join(FIELDS)
     assert len(metrics.path.read_text().splitlines()) == 4
-    assert log.MetricsFile.read(metrics.path) == [row(epoch) for epoch in range(3)]
+    assert epoch_files.MetricsFile.read(metrics.path) == [row(epoch) for epoch in range(3)]
     metrics.append(row(3, validated=False))
-    last = log.MetricsFile.read(metrics.path)[-1]
+    last = epoch_files.MetricsFile.read(metrics.path)[-1]
     assert {name for name, value in last.items() if math.isnan(value)} == {"val_loss", "val_top1", "val_top5"}
     with pytest.raises(ValueError, match="unheard"):
         metrics.append({"unheard": 1.0})
@@ -214,17 +216,17 @@ def test_metrics_are_read_back_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reached", [3, 4, 6])
 @pytest.mark.parametrize("tail", ["", "6,0.1"])
 def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path: Path, reached: int, tail: str) -> None:
-    whole = log.MetricsFile(tmp_path / "whole.csv", FIELDS)
+    whole = epoch_files.MetricsFile(tmp_path / "whole.csv", FIELDS)
     for epoch in range(6):
         whole.append(row(epoch))
-    resumed = log.MetricsFile(tmp_path / "resumed.csv", FIELDS)
+    resumed = epoch_files.MetricsFile(tmp_path / "resumed.csv", FIELDS)
     for epoch in range(reached):
         resumed.append(row(epoch))
     with resumed.path.open("a") as file:
         file.write(tail)  # the line that was being written when the run was killed
-    resumed = log.MetricsFile(tmp_path / "resumed.csv", FIELDS)
+    resumed = epoch_files.MetricsFile(tmp_path / "resumed.csv", FIELDS)
     resumed.truncate_after(3)
-    assert log.MetricsFile.read(resumed.path) == [row(epoch) for epoch in range(3)]
+    assert epoch_files.MetricsFile.read(resumed.path) == [row(epoch) for epoch in range(3)]
     for epoch in range(3, 6):
         resumed.append(row(epoch))
     assert resumed.path.read_bytes() == whole.path.read_bytes()
@@ -232,37 +234,37 @@ def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path: Path, reached: in
 
 
 def test_truncation_at_the_ends(tmp_path: Path) -> None:
-    metrics = log.MetricsFile(tmp_path / "metrics.csv", FIELDS)
+    metrics = epoch_files.MetricsFile(tmp_path / "metrics.csv", FIELDS)
     metrics.truncate_after(2)
     assert not metrics.path.exists()
     metrics.path.write_text("anything else\n1\n")
     metrics.truncate_after(0)  # a new run begins the file anew, whatever was in it
-    assert log.MetricsFile.read(metrics.path) == []
+    assert epoch_files.MetricsFile.read(metrics.path) == []
     metrics.append(row(0))
-    assert log.MetricsFile.read(metrics.path) == [row(0)]
+    assert epoch_files.MetricsFile.read(metrics.path) == [row(0)]
 
 
 def test_metrics_of_other_columns(tmp_path: Path) -> None:
-    metrics = log.MetricsFile(tmp_path / "metrics.csv", FIELDS)
+    metrics = epoch_files.MetricsFile(tmp_path / "metrics.csv", FIELDS)
     metrics.append(row(0))
     with pytest.raises(UserError, match="other columns"):
-        log.MetricsFile(metrics.path, FIELDS[:-1]).truncate_after(1)
-    assert log.MetricsFile.read(metrics.path) == [row(0)]
+        epoch_files.MetricsFile(metrics.path, FIELDS[:-1]).truncate_after(1)
+    assert epoch_files.MetricsFile.read(metrics.path) == [row(0)]
 
 
 def test_records_are_read_back_and_cut(tmp_path: Path) -> None:
     """A line that a killed run left unfinished goes; the rest stays byte by byte."""
-    records = log.RecordsFile(tmp_path / "new" / "quantizers.jsonl")
+    records = epoch_files.RecordsFile(tmp_path / "new" / "quantizers.jsonl")
     records.truncate_after(3)
     assert not records.path.exists()
     written = [{"epoch": epoch, "quantizers": [{"range": 1 / epoch, "clipped": None}]} for epoch in (1, 2, 3)]
     for record in written:
         records.append(record)
-    assert log.RecordsFile.read(records.path) == written
+    assert epoch_files.RecordsFile.read(records.path) == written
     before = records.path.read_bytes().splitlines(keepends=True)
     with records.path.open("a") as file:
         file.write('{"epoch": 4, "quant')
-    assert log.RecordsFile.read(records.path) == written
+    assert epoch_files.RecordsFile.read(records.path) == written
     records.truncate_after(3)
     assert records.path.read_bytes() == b"".join(before[:2])
     records.truncate_after(0)
@@ -277,9 +279,9 @@ def test_files_that_are_no_records(tmp_path: Path, content: str) -> None:
     path = tmp_path / "quantizers.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="is damaged: its line"):
-        log.RecordsFile.read(path)
+        epoch_files.RecordsFile.read(path)
     with pytest.raises(UserError, match="is damaged: its line"):
-        log.RecordsFile(path).truncate_after(2)
+        epoch_files.RecordsFile(path).truncate_after(2)
 
 
 @pytest.mark.parametrize("content", [b"epoch,lr\n0\n", b"epoch,lr\n0,fast\n", b"\x89PNG\r\n\x1a\n\x00\n"])
@@ -287,12 +289,12 @@ def test_files_that_are_no_metrics(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "metrics.csv"
     path.write_bytes(content)
     with pytest.raises(UserError, match="is not a metrics file"):
-        log.MetricsFile.read(path)
+        epoch_files.MetricsFile.read(path)
 
 
 def test_metrics_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none\.csv"):
-        log.MetricsFile.read(tmp_path / "none.csv")
+        epoch_files.MetricsFile.read(tmp_path / "none.csv")
 
 
 def curves(epochs: int, **changes: float) -> list[dict[str, float]]:
@@ -334,7 +336,7 @@ def has_colour(picture: np.ndarray, colour: str) -> list[bool]:
 )
 def test_curves(tmp_path: Path, rows: list[dict[str, float]], train: bool, val: bool, rate: bool) -> None:
     path = tmp_path / "new" / "curves.png"
-    log.draw_curves(rows, path, "resnet20 $lsq_2bit")
+    draw_curves(rows, path, "resnet20 $lsq_2bit")
     picture = imread(path)
     assert picture.shape[0] >= 400
     assert picture.shape[1] >= 1200

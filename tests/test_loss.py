@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.oscillation import dampening
-from model.quant import QuantConv2d
-from model.quantization_error import quantization_error
-from utils.config import DistillConfig, LossConfig
-from utils.loss import Objective, classification_loss, distillation_loss
-from utils.resolve import read
+from model.layers.quantized import QuantConv2d
+from model.training.objective import Objective
+from model.training.oscillation import dampening
+from model.training.quantization_error import quantization_error
+from utils.config.resolve import read
+from utils.config.schema import DistillConfig, LossConfig
+from utils.step.loss import classification_loss, distillation_loss
 
 Array = np.ndarray
 

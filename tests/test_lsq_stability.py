@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.calibrate import initialise_ranges
-from model.lsq import LSQ
-from model.quant import QuantConv2d, TensorSite
-from utils.config import QuantConfig, QuantizerConfig
+from model.layers.quantized import QuantConv2d
+from model.quantizers.lsq import LSQ
+from model.quantizers.site import LayerSite
+from utils.config.schema import QuantConfig, QuantizerConfig
 
 STEPS = 200
 
@@ -33,7 +34,7 @@ class NaiveLSQ(nn.Module):
 
 def robust(start: float) -> LSQ:
     config = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True, boundary=start)
-    return LSQ(config, TensorSite(name="layer", channels=8, channel_dim=1, ndim=4, fan=72))
+    return LSQ(config, LayerSite(name="layer", channels=8, channel_dim=1, ndim=4, fan=72))
 
 
 def train(quantizer: nn.Module, learning_rate: float) -> tuple[list[float], float]:

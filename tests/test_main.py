@@ -27,14 +27,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
-from model import build
-from utils import data, finite, methods, optim, policy, precision, schedule, state
-from utils.checkpoint import read as read_checkpoint
-from utils.checkpoint import save as save_checkpoint
-from utils.config import Config, to_dict
-from utils.interrupt import SAVED, Stop
-from utils.parts import Parts
-from utils.resolve import read as read_config
+from model.networks import build
+from model.training import finite, policy, training_methods, validation
+from model.training.training_state import TrainingState
+from utils.checkpoint import run_state
+from utils.checkpoint.archive import read as read_checkpoint
+from utils.checkpoint.archive import save as save_checkpoint
+from utils.config.resolve import read as read_config
+from utils.config.schema import Config, to_dict
+from utils.data import sources, tensor_loader
+from utils.processes.interrupt import SAVED, Stop
+from utils.step import precision, schedule
+from utils.step.optimizer import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
@@ -566,23 +570,23 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
         f"--dataset fake --num_classes 10 --input_size 8 --lr_policy fix -v 0 {line}".split()
     )
     model = Linear()
-    loader = data.build(config.data).train
-    optimizer, groups = optim.build(model, config.optim)
+    loader = sources.open_data(config.data).train
+    optimizer, groups = build_optimizer(model, config.optim)
     rates = schedule.Schedule(
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
-    parts = Parts(
-        model, model, optimizer, precision.build(model, optimizer, config.precision, torch.device("cpu")),
-        policy.Steering((), model, optimizer, groups, config.optim, rates),
-        methods.build(config, model, None, rates.total_steps),
+    parts = TrainingState(
+        model, model, optimizer, precision.build_precision(model, optimizer, config.precision, torch.device("cpu")),
+        policy.PolicyScheduler((), model, optimizer, groups, config.optim, rates),
+        training_methods.build_training_methods(config, model, None, rates.total_steps),
         torch.device("cpu"), torch.channels_last, config, logging.getLogger("nobody listens"),
     )  # fmt: skip
-    start = state.RunState()
+    start = run_state.RunState()
     reached, stopped = main.train_one_epoch(
         parts, loader, start, Stop(), lambda _: pytest.fail("not asked to save")
     )
     assert not stopped and reached.position == len(loader) * config.data.batch_size
-    return model, main.train_row(parts, reached), config
+    return model, validation.train_row(parts, reached), config
 
 
 @pytest.mark.parametrize("line", ["--mixup_enable", "--cutmix_enable", "--aa", "--rand_augment 9"])
@@ -593,13 +597,13 @@ def test_augmentation_reaches_training(line: str) -> None:
     assert not torch.equal(plain.fc.weight, augmented.fc.weight)
     assert math.isfinite(row["train_loss"])
     assert 0 < row["data_wait"] < 100
-    shapes = {target.shape for _, target in data.build(config.data).train}
+    shapes = {target.shape for _, target in sources.open_data(config.data).train}
     assert shapes == {torch.Size([8, 10] if "enable" in line else [8])}
 
 
 def batches_of(config: Config) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first epoch's images [n, 192] and one-hot classes [n, 10] in float64."""
-    for images, target in data.build(config.data).train:
+    for images, target in sources.open_data(config.data).train:
         yield images.flatten(1).double().numpy(), np.eye(10)[target.numpy()]
 
 
@@ -685,7 +689,7 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
     reads: list[int] = []
     mode = Reads()
 
-    class Loader(data.TensorLoader):
+    class Loader(tensor_loader.TensorLoader):
         def _read(self, batches: Any, epoch: int) -> Any:
             for batch in super()._read(batches, epoch):
                 reads.append(mode.count)
@@ -693,13 +697,14 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
 
     config = read_config(f"{LSQ} --lr 0.1 --iter_size 2 --grad_clip 1 --fake_size 96 --report_freq 6".split())
     cpu = torch.device("cpu")
-    model = build.build(config.model)
-    optimizer, groups = optim.build(model, config.optim)
+    model = build.build_network(config.model)
+    optimizer, groups = build_optimizer(model, config.optim)
     rates = schedule.Schedule(config.schedule, 0.1, 6)
-    parts = Parts(
-        model, model, optimizer, precision.build(model, optimizer, config.precision, cpu),
-        policy.Steering((), model, optimizer, groups, config.optim, rates),
-        methods.build(config, model, None, rates.total_steps), cpu, torch.channels_last, config,
+    parts = TrainingState(
+        model, model, optimizer, precision.build_precision(model, optimizer, config.precision, cpu),
+        policy.PolicyScheduler((), model, optimizer, groups, config.optim, rates),
+        training_methods.build_training_methods(config, model, None, rates.total_steps), cpu,
+        torch.channels_last, config,
         logging.getLogger("nobody"),
     )  # fmt: skip
     for name in ("check_loss", "check_gradients"):
@@ -711,14 +716,14 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
         return to_list(tensor)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
-    loader = data.build(config.data).train
+    loader = sources.open_data(config.data).train
     loader.__class__ = Loader
     main.train_one_epoch(
-        parts, loader, state.RunState(), Stop(), lambda _: None
+        parts, loader, run_state.RunState(), Stop(), lambda _: None
     )  # the optimizer makes its state
     reads.clear()
     with mode:
-        main.train_one_epoch(parts, loader, state.RunState(epoch=1), Stop(), lambda _: None)
+        main.train_one_epoch(parts, loader, run_state.RunState(epoch=1), Stop(), lambda _: None)
     of_data = reads[1] - reads[0]  # computing the images reads their numbers
     waits = [after - before - of_data for before, after in itertools.pairwise(reads)]
     assert [wait > 0 for wait in waits] == [number == 5 for number in range(11)], waits
@@ -739,7 +744,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
 RUINS = """
 import torch
 from torch import nn
-from model.build import register_model
+from model.networks.build import register_model
 
 class Ruin(torch.autograd.Function):
     @staticmethod
@@ -786,7 +791,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
 AFTER = """
 import torch
 from torch import nn
-from model.build import register_model
+from model.networks.build import register_model
 
 class Last(nn.Module):
     def __init__(self, how):
@@ -867,7 +872,7 @@ def test_no_code_of_ours_runs_what_a_file_says() -> None:
         *ROOT.glob("*.py"),
         *(path for part in ("model", "utils", "benchmarks") for path in (ROOT / part).rglob("*.py")),
     ]
-    assert ROOT / "utils" / "html_report" / "runs.py" in paths
+    assert ROOT / "utils" / "report" / "html" / "runs.py" in paths
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -927,8 +932,8 @@ def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path, capsys: pytest
 
 SLACKER = """
 from model.quant import Quantizer, register
-from utils.keyword import Keyword
-from utils.keyword import register as declare
+from utils.config.keyword import Keyword
+from utils.config.keyword import register as declare
 
 @register("slacker", "fm", "wt")
 class Slacker(Quantizer):

@@ -12,8 +12,8 @@ import yaml
 
 import main
 from tests.test_checkpoint import Malicious
-from utils.checkpoint import read as read_checkpoint
-from utils.resolve import read
+from utils.checkpoint.archive import read as read_checkpoint
+from utils.config.resolve import read
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --lr_policy sgdr"
 FP = f"{TINY} --keyword cifar10,cbas,origin"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import PICTURES, Panel, boxes, draw, main, network, places
-from model.layer import PadToBlocks, RepeatChannels
+from model.layers.space_to_depth import PadToBlocks, RepeatChannels
 
 PANELS = {
     f"{picture}: {panel.title}": panel for picture, rows in PICTURES.items() for row in rows for panel in row

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import main
-from utils import options
-from utils.resolve import read
+from utils.config import command_line, options
+from utils.config.resolve import read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,7 +296,7 @@ def test_a_legal_form_of_an_old_option(written: str, capsys: pytest.CaptureFixtu
 )
 def test_what_a_legal_form_means(written: str, taken: dict[str, object]) -> None:
     """Values that mean "not given" are not given, and take earlier ones back."""
-    given = options.parse(shlex.split(written))
+    given = command_line.parse(shlex.split(written))
     assert {name: given[name] for name in taken} == taken
     defaults = {name: options.OPTIONS[name].default for name in taken}
     assert given.explicit == {name for name in taken if taken[name] != defaults[name] or "soft" in written}

@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.config import OptimConfig
+from utils.config.schema import OptimConfig
 from utils.errors import UserError
-from utils.optim import ParamGroup, build, check, depthwise_weights, idle_entries, parameter_groups, table
+from utils.step.optimizer import (
+    ParamGroup,
+    build_optimizer,
+    check_optimizer,
+    depthwise_weights,
+    groups_table,
+    idle_entries,
+    parameter_groups,
+)
 
 CONFIG = OptimConfig(lr=0.1, weight_decay=1e-3)
 
@@ -152,20 +160,20 @@ def test_an_entry_may_name_state_that_no_optimizer_changes() -> None:
     model.stem.weight.requires_grad_(False)
     model.register_buffer("basis", torch.ones(2))
     config = replace(CONFIG, custom_decay_list=("stem", "depth"), custom_lr_list=("basis",), custom_lr=1.0)
-    _, groups = build(model, config)
+    _, groups = build_optimizer(model, config)
     assert {group.base_lr for group in groups} == {CONFIG.lr}
     warnings = idle_entries(model, config)
     assert [warning.split(" has")[0] for warning in warnings] == [
         "--custom_decay_list: stem", "--custom_lr_list: basis",
     ]  # fmt: skip
     with pytest.raises(UserError, match="no parameter's name contains 'basic'; close are basis"):
-        build(model, replace(config, custom_lr_list=("basic",)))
+        build_optimizer(model, replace(config, custom_lr_list=("basic",)))
 
 
 def test_shared_parameters_are_taken_once_under_any_name() -> None:
     model = nn.ModuleDict({"one": nn.Linear(4, 4, bias=False), "two": nn.Linear(4, 4, bias=False)})
     model["two"].weight = model["one"].weight
-    _, groups = build(model, replace(CONFIG, custom_lr_list=("two",), custom_lr=0.5))
+    _, groups = build_optimizer(model, replace(CONFIG, custom_lr_list=("two",), custom_lr=0.5))
     assert [(group.names, group.base_lr) for group in groups] == [(("one.weight",), 0.5)]
 
 
@@ -206,9 +214,9 @@ def test_an_entry_that_matches_nothing(changes: dict[str, object], message: str)
 def test_check_refuses(changes: dict[str, object], message: str) -> None:
     config = replace(CONFIG, **changes)
     with pytest.raises(UserError, match=message):
-        check(config)
+        check_optimizer(config)
     with pytest.raises(UserError, match=message):
-        build(Net(), config)
+        build_optimizer(Net(), config)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +229,7 @@ def test_check_refuses(changes: dict[str, object], message: str) -> None:
     ],
 )
 def test_build(name: str, kind: type[torch.optim.Optimizer]) -> None:
-    optimizer, groups = build(
+    optimizer, groups = build_optimizer(
         Net(), replace(CONFIG, name=name, momentum=0.8, custom_lr_list=("quant_",), custom_lr=0.01)
     )
     assert isinstance(optimizer, kind)
@@ -239,7 +247,7 @@ def test_sgd_step_by_hand() -> None:
     """One Nesterov step of each group, from p, g: d = g + decay * p; p - lr * (d + momentum * d)."""
     model = Net()
     config = replace(CONFIG, nesterov=True, momentum=0.5, custom_lr_list=("quant_",), custom_lr=0.01)
-    optimizer, groups = build(model, config)
+    optimizer, groups = build_optimizer(model, config)
     model(torch.randn(2, 1, 7, 7, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     expected = {}
     for group in groups:
@@ -254,11 +262,11 @@ def test_sgd_step_by_hand() -> None:
 
 def test_state_loads_with_weights_only(tmp_path: Path) -> None:
     model = Net()
-    optimizer, _ = build(model, CONFIG)
+    optimizer, _ = build_optimizer(model, CONFIG)
     model(torch.ones(2, 1, 7, 7)).sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    other, _ = build(Net(), CONFIG)
+    other, _ = build_optimizer(Net(), CONFIG)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for saved, loaded in zip(optimizer.param_groups, other.param_groups, strict=True):
         assert saved["base_lr"] == loaded["base_lr"]
@@ -270,11 +278,11 @@ def test_state_loads_with_weights_only(tmp_path: Path) -> None:
 
 def test_nothing_to_train() -> None:
     with pytest.raises(UserError, match="no trainable parameter"):
-        build(Net().requires_grad_(False), CONFIG)
+        build_optimizer(Net().requires_grad_(False), CONFIG)
 
 
 def test_table() -> None:
-    text = table(groups_of(Net(), replace(CONFIG, custom_lr_list=("quant_",), custom_lr=0.01)))
+    text = groups_table(groups_of(Net(), replace(CONFIG, custom_lr_list=("quant_",), custom_lr=0.01)))
     header, *rows, last = [re.split(r" {2,}", line) for line in text.splitlines()]
     assert header == ["group", "tensors", "elements", "lr", "decay", "rule", "parameters"]
     assert rows == [

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from utils.config.command_line import parse
+from utils.config.option import Option
+from utils.config.options import GROUPS, OPTIONS
 from utils.errors import UserError
-from utils.options import GROUPS, OPTIONS, Option, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 

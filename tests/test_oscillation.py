@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import build_quantizers
-from model.oscillation import Freezing, dampening, dampening_factor
-from model.quant import QuantConv2d
-from model.quantization_error import quantization_error
+from model.layers.quantized import QuantConv2d
+from model.training.oscillation import Freezing, dampening, dampening_factor
+from model.training.quantization_error import quantization_error
+from utils.config.resolve import read
 from utils.errors import UserError
-from utils.resolve import read
 
 
 def layer(values: Tensor, *, bits: int = 2, keywords: str = "dorefa,lsq") -> QuantConv2d:

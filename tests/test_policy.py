@@ -11,12 +11,15 @@ import torch
 from matplotlib.figure import Figure
 
 import main
-from model import build
-from model.quant import quantizers
+from model.layers.quantized import quantizers
+from model.networks import build
+from model.training import policy
 from tests.kill import COMMON, NETWORK
-from utils import optim, policy, schedule
+from utils.config import policy_file
+from utils.config.resolve import read
 from utils.errors import UserError
-from utils.resolve import read
+from utils.step import schedule
+from utils.step.optimizer import build_optimizer
 
 RUN = COMMON.replace("_bit 2", "_bit 8")
 for written, instead in (
@@ -44,15 +47,15 @@ def run(text: str, options: str = "", *, case: str = "run") -> int:
     return main.answer([*RUN.split(), "--policy", "policy.yaml", "--case", case, *options.split()])
 
 
-def steering_of(text: str, options: str = "") -> policy.Steering:
+def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
     """The policy on the small network, before training."""
     Path("policy.yaml").write_text(text)
     config = read([*RUN.split(), "--policy", "policy.yaml", *options.split()])
-    model = build.build(config.model)
+    model = build.build_network(config.model)
     policy.initialise(model, config.policy)
-    optimizer, groups = optim.build(model, config.optim)
+    optimizer, groups = build_optimizer(model, config.optim)
     rates = schedule.Schedule(config.schedule, config.optim.lr, STEPS)
-    return policy.Steering(config.policy, model, optimizer, groups, config.optim, rates)
+    return policy.PolicyScheduler(config.policy, model, optimizer, groups, config.optim, rates)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_thresholds_of_lq_stay_between_their_levels() -> None:
 
 def test_a_missing_file() -> None:
     with pytest.raises(UserError, match=r"nothing\.yaml: cannot be read"):
-        policy.read(Path("nothing.yaml"))
+        policy_file.read_policy(Path("nothing.yaml"))
 
 
 PROGRESSIVE = """
@@ -253,15 +256,15 @@ def test_resuming_repeats_nothing(every: int, monkeypatch: pytest.MonkeyPatch) -
     """Ended in the middle of the second epoch, behind a change, the run ends with the same bits."""
     text = PROGRESSIVE + "  - {at: [14], tag: fm, grad_scale: fan-scale}\n  - {at: [15], lr: 0.02}\n"
     assert run(text, case="whole") == 0
-    advance, stopped = policy.Steering.advance, []
+    advance, stopped = policy.PolicyScheduler.advance, []
 
-    def ends(self: policy.Steering, epoch: int, step: int) -> bool:
+    def ends(self: policy.PolicyScheduler, epoch: int, step: int) -> bool:
         if step == 20 and not stopped:
             stopped.append(step)
             raise UserError("ended")
         return advance(self, epoch, step)
 
-    monkeypatch.setattr(policy.Steering, "advance", ends)
+    monkeypatch.setattr(policy.PolicyScheduler, "advance", ends)
     assert run(text, f"--save_every {every}", case="parts") == 2
     assert run(text, f"--save_every {every} -r", case="parts") == 0
     whole, parts = (

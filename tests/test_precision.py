@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import main
-import model.build  # noqa: F401  (registers the methods)
-from model import layer
+import model.quant  # noqa: F401  (registers the methods)
 from model.convert import build_quantizers
-from model.quant import Quantizer, quantizers
-from utils import optim, precision
-from utils.checkpoint import read
-from utils.config import ModelConfig, OptimConfig, PrecisionConfig, QuantConfig, QuantizerConfig
+from model.layers import factory, norms
+from model.layers.quantized import quantizers
+from model.quantizers.frame import Quantizer
+from utils.checkpoint.archive import read
+from utils.config.schema import ModelConfig, OptimConfig, PrecisionConfig, QuantConfig, QuantizerConfig
 from utils.errors import TrainingError, UserError
+from utils.step import precision
+from utils.step.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 DTYPES = ("bfloat16", "float16")
@@ -35,15 +37,15 @@ def network() -> nn.Module:
     )
     config = ModelConfig(quant=quant, num_classes=5)
     made = nn.Sequential(
-        layer.conv(3, 8, 3, 2, config, full_precision=True),
-        layer.norm(8, config),
+        factory.conv(3, 8, 3, 2, config, full_precision=True),
+        norms.norm(8, config),
         nn.ReLU(),
-        layer.conv(8, 8, 3, 1, config),
-        layer.norm(8, config),
+        factory.conv(8, 8, 3, 1, config),
+        norms.norm(8, config),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        layer.linear(8, 5, config),
+        factory.linear(8, 5, config),
     )
     build_quantizers(made, quant)
     return made
@@ -53,8 +55,8 @@ def built(level: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer, pre
     config = PrecisionConfig(level=level, dtype=dtype)
     made = network()
     precision.prepare(made, config)
-    optimizer, _ = optim.build(made, OptimConfig(lr=0.1, momentum=0.9))
-    return made, optimizer, precision.build(made, optimizer, config, CPU)
+    optimizer, _ = build_optimizer(made, OptimConfig(lr=0.1, momentum=0.9))
+    return made, optimizer, precision.build_precision(made, optimizer, config, CPU)
 
 
 def step(
@@ -204,14 +206,14 @@ def test_apex_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = PrecisionConfig(level="O1", backend="apex")
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(UserError, match="--amp_backend apex: no apex with amp is installed"):
-        precision.check(config, CPU)
+        precision.check_precision(config, CPU)
     (tmp_path / "apex" / "amp").mkdir(parents=True)
     for name in ("apex", "apex/amp"):
         (tmp_path / name / "__init__.py").touch()
     monkeypatch.delitem(sys.modules, "apex")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="has no complete amp"):
-        precision.check(config, CPU)
+        precision.check_precision(config, CPU)
     monkeypatch.delitem(sys.modules, "apex"), monkeypatch.delitem(sys.modules, "apex.amp")
 
 
@@ -221,8 +223,10 @@ def test_tf32_is_off_unless_asked_for() -> None:
         precision.prepare(network(), PrecisionConfig(tf32=wanted))
         found = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
         assert found == (("tf32",) * 2 if wanted else ("ieee",) * 2)
-    assert precision.check(PrecisionConfig(tf32=True), CPU) == ("--tf32 has no effect without a GPU",)
-    assert precision.check(PrecisionConfig(level="O1"), CPU) == ()
+    assert precision.check_precision(PrecisionConfig(tf32=True), CPU) == (
+        "--tf32 has no effect without a GPU",
+    )
+    assert precision.check_precision(PrecisionConfig(level="O1"), CPU) == ()
 
 
 # The program -------------------------------------------------------------------------------------
@@ -344,9 +348,9 @@ def test_a_gpu_that_emulates_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(
             UserError, match=r"--amp_dtype bfloat16: Old GPU has no such .* --amp_dtype float16"
         ):
-            precision.check(PrecisionConfig(level=level, dtype="bfloat16"), gpu)
-        assert precision.check(PrecisionConfig(level=level, dtype="float16"), gpu) == ()
+            precision.check_precision(PrecisionConfig(level=level, dtype="bfloat16"), gpu)
+        assert precision.check_precision(PrecisionConfig(level=level, dtype="float16"), gpu) == ()
     assert asked == [False] * 3
-    assert precision.check(PrecisionConfig(level="O0", dtype="bfloat16"), gpu) == ()
+    assert precision.check_precision(PrecisionConfig(level="O0", dtype="bfloat16"), gpu) == ()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert precision.check(PrecisionConfig(level="O1", dtype="bfloat16"), gpu) == ()
+    assert precision.check_precision(PrecisionConfig(level="O1", dtype="bfloat16"), gpu) == ()

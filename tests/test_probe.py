@@ -12,13 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import main
-from model import build as _methods  # noqa: F401  (registers the methods)
-from model.quant import QuantConv2d
-from utils.board import Board
-from utils.config import ProbeConfig, QuantConfig, QuantizerConfig
+from model.layers.quantized import QuantConv2d
+from model.watch.probe import Probe
+from utils.config.resolve import read as read_config
+from utils.config.schema import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
-from utils.probe import Probe
-from utils.resolve import read as read_config
+from utils.report.tensorboard import Board
 
 TINY = (
     "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --epochs 1 --re_init "

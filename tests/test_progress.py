@@ -14,8 +14,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from utils.log import Waiting
-from utils.progress import TrainingBar, peak_memory, progress
+from utils.report.progress import TrainingBar, peak_memory, progress
+from utils.step.meters import Waiting
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -99,7 +99,7 @@ def test_the_time_left_counts_later_epochs(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_a_bar_nothing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.progress.peak_memory", lambda device: pytest.fail("looked up"))
+    monkeypatch.setattr("utils.report.progress.peak_memory", lambda device: pytest.fail("looked up"))
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     assert list(bar()) == list(bar(enabled=False)) == [0, 1, 2, 3]

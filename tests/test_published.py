@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import main
-from model import build
+from model import pretrained
+from model.networks import build
 from tests.conformance import LOGITS, fill, load_cases, relative, state_value
-from utils import state
-from utils.config import Config
+from utils.config.resolve import read
+from utils.config.schema import Config
 from utils.errors import UserError
-from utils.resolve import read
 
 FOLDER = Path(__file__).parent / "conformance"
 CASES = {case["name"]: case for case in load_cases(FOLDER)}
@@ -41,7 +41,7 @@ def config_of(name: str, *more: str) -> Config:
 def weights_of(name: str, counters: Callable[[float], Tensor]) -> dict[str, Tensor]:
     """A case's published state by its published names; `counters` makes the form of a counter."""
     config = config_of(name).model
-    built = build.build(config).state_dict()  # for the tables and bases that construction gives
+    built = build.build_network(config).state_dict()  # for the tables and bases that construction gives
     weights: dict[str, Tensor] = {}
     for entry, shape in CASES[name]["parameters"].items():
         value, last = state_value(entry, shape), entry.rpartition(".")[2]
@@ -75,8 +75,8 @@ def test_a_published_file_computes_the_published_logits(
     weights = weights_of(name, counters)
     torch.save(FORMS[form](weights), path)
     config = config_of(name, "-e")
-    network = build.build(config.model).eval()
-    report = state.load_pretrained(network, path, config)
+    network = build.build_network(config.model).eval()
+    report = pretrained.load_pretrained(network, path, config)
     assert (report.missing, report.unused, report.mismatched) == ((), (), ())
     tables = [entry for entry in weights if entry.endswith(("auxil", "_vector", "_index", "_multiplier"))]
     assert list(report.obsolete) == tables
@@ -96,13 +96,13 @@ def test_a_published_file_computes_the_published_logits(
 def test_files_without_batch_norms_counters(options: str, count: int | None, tmp_path: Path) -> None:
     """PyTorch before 0.4.1 wrote none, as in torchvision's first official files; the report says so."""
     config = read([*options.split(), *TRY.split(), "-e"])
-    weights = build.build(config.model).state_dict()
+    weights = build.build_network(config.model).state_dict()
     kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
     old = {name: value + 1 if value.is_floating_point() else value for name, value in kept.items()}
     assert len(old) == (count or len(old)) < len(weights)
     torch.save(old, tmp_path / "old.pth")
-    network = build.build(config.model)
-    report = state.load_pretrained(network, tmp_path / "old.pth", config)
+    network = build.build_network(config.model)
+    report = pretrained.load_pretrained(network, tmp_path / "old.pth", config)
     assert set(report.missing) == weights.keys() - old.keys()
     assert "missing (bn1." in report.summary()
     loaded = network.state_dict()
@@ -172,7 +172,7 @@ def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, 
     """A training may start without it; counters are never needed."""
     line = f"--model resnet20 --width_alpha 0.125 --fm_enable --fm_bit 2 --wt_enable --wt_bit 2 {TRY}"
     line += f" --keyword cifar10,origin,cbsa,fix,{method}"
-    weights = build.build(read(line.split()).model).state_dict()
+    weights = build.build_network(read(line.split()).model).state_dict()
     counters = ("iteration", "level_num")
     whole = {name: value for name, value in weights.items() if not name.endswith(counters)}
     part = {name: value for name, value in whole.items() if not name.endswith(learned)}
@@ -181,7 +181,9 @@ def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, 
 
     def load(file: str, *more: str) -> set[str]:
         config = read([*line.split(), *more])
-        return set(state.load_pretrained(build.build(config.model), tmp_path / file, config).missing)
+        return set(
+            pretrained.load_pretrained(build.build_network(config.model), tmp_path / file, config).missing
+        )
 
     counted = weights.keys() - whole.keys()
     lost = whole.keys() - part.keys()
@@ -196,11 +198,11 @@ def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, 
 def test_the_range_of_a_warm_up_is_needed_to_evaluate(tmp_path: Path) -> None:
     line = f"--model resnet20 --width_alpha 0.125 --fm_enable --fm_bit 2 {TRY} --stable 4"
     config = read(f"{line} --keyword cifar10,origin,cbsa,fix,dorefa -e".split())
-    weights = build.build(config.model).state_dict()
+    weights = build.build_network(config.model).state_dict()
     part = {name: value for name, value in weights.items() if not name.endswith("quant_activation.clip")}
     torch.save(part, tmp_path / "part.pth")
     with pytest.raises(UserError, match=rf"{len(weights) - len(part)} missing .*quant_activation.clip "):
-        state.load_pretrained(build.build(config.model), tmp_path / "part.pth", config)
+        pretrained.load_pretrained(build.build_network(config.model), tmp_path / "part.pth", config)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -208,7 +210,7 @@ def test_a_published_closed_form(own: bool, tmp_path: Path) -> None:
     """Its scale of activations is called `basis` there, beside a table, and weights have none."""
     line = f"--model resnet20 --width_alpha 0.125 {TRY} --fm_enable --fm_level 3 --wt_enable --wt_level 3"
     config = read(f"{line} --keyword cifar10,origin,cbsa,fix,dorefa,non-uniform,closed_form -e".split())
-    trained = build.build(config.model).eval()
+    trained = build.build_network(config.model).eval()
     file: dict[str, Tensor] = {}
     for name, value in trained.state_dict().items():
         place, _, last = name.rpartition(".")
@@ -219,8 +221,8 @@ def test_a_published_closed_form(own: bool, tmp_path: Path) -> None:
         elif place.endswith("quant_activation"):
             file |= {f"{place}.basis": value, f"{place}.auxil": torch.zeros(1)}
     torch.save({"state_dict": file}, tmp_path / "f.pth.tar")
-    network = build.build(config.model).eval()
-    report = state.load_pretrained(network, tmp_path / "f.pth.tar", config)
+    network = build.build_network(config.model).eval()
+    report = pretrained.load_pretrained(network, tmp_path / "f.pth.tar", config)
     assert len(report.obsolete) == (0 if own else 20)
     assert all(name.endswith("quant_weight.output_scale") for name in report.missing)
     assert len(report.missing) == (0 if own else 20)

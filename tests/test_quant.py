@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 
-import model.build
-from model.lq import LQ
-from model.pact import PACT
-from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build, methods, quantizers, register
+import model.quant  # noqa: F401  (registers the methods)
+from model.layers.quantized import QuantConv2d, QuantLinear, quantizers
+from model.networks import build
+from model.quantizers.frame import Quantizer
+from model.quantizers.lq import LQ
+from model.quantizers.pact import PACT
+from model.quantizers.registry import build_quantizer, methods, register
+from model.quantizers.site import LayerSite
 from tests import oracle
 from tests.conformance import options
 from tests.oracle import Array, Groups, Result
-from utils.config import QuantConfig, QuantizerConfig
+from utils.config.resolve import read
+from utils.config.schema import QuantConfig, QuantizerConfig
 from utils.errors import UserError
-from utils.resolve import read
 
 LEVELS = (2, 3, 4, 8, 16, 256)
 CHANNELS = 8
@@ -256,9 +260,9 @@ class Case:
         return METHODS[self.name]
 
     @property
-    def site(self) -> TensorSite:
+    def site(self) -> LayerSite:
         dim = 0 if self.tag == "wt" else 1
-        return TensorSite(name="conv1", channels=CHANNELS, channel_dim=dim, ndim=4, fan=FAN)
+        return LayerSite(name="conv1", channels=CHANNELS, channel_dim=dim, ndim=4, fan=FAN)
 
     @property
     def config(self) -> QuantizerConfig:
@@ -320,7 +324,7 @@ def generator(*words: object) -> np.random.Generator:
 
 def make(case: Case, *, randomised: bool = True) -> Quantizer:
     """The quantizer of a case; learned values random, every second one negative (magnitude counts)."""
-    quantizer = build(case.config, case.site)
+    quantizer = build_quantizer(case.config, case.site)
     assert isinstance(quantizer, Quantizer)
     if randomised:
         rng = generator("learned", case)
@@ -660,7 +664,7 @@ def test_fatnn_closed_form_scales_the_integers() -> None:
 def test_four_levels_of_fatnn_on_both_sides_of_zero(tag: str, line: str, advice: str) -> None:
     config = options({"argv": f"--keyword dorefa,non-uniform --{tag}_enable {line}".split()})[2]
     with pytest.raises(UserError, match=f"; give --{tag}_level 3{advice}$"):
-        build(getattr(config, tag), Case("fatnn", tag, 4, half_range=False).site)
+        build_quantizer(getattr(config, tag), Case("fatnn", tag, 4, half_range=False).site)
 
 
 @pytest.mark.parametrize("closed_form", [False, True])
@@ -893,7 +897,7 @@ def test_a_clip_value_at_or_below_zero_recovers(case: Case, start: float) -> Non
 
 @over(cases(groups=(None, 1, 2, CHANNELS), tags=("fm", "wt", "ot")))
 def test_state_names_and_shapes(case: Case) -> None:
-    quantizer = build(case.config, case.site)
+    quantizer = build_quantizer(case.config, case.site)
     default = CHANNELS if case.tag == "wt" else 1
     groups = default if case.quant_group is None else case.quant_group
     per_group = (groups, 1, 1, 1) if case.tag == "wt" else (1,) if groups == 1 else (1, groups, 1, 1)
@@ -901,7 +905,7 @@ def test_state_names_and_shapes(case: Case) -> None:
     shapes = {name: (bits, groups) if name == "basis" else per_group for name in case.method.state}
     shapes |= {"iteration": (1,), "level_num": (1,)}
     assert {name: tuple(value.shape) for name, value in quantizer.state_dict().items()} == shapes
-    with_gamma = build(case.with_fields(gamma=True).config, case.site)
+    with_gamma = build_quantizer(case.with_fields(gamma=True).config, case.site)
     assert with_gamma.state_dict().keys() == shapes.keys() | {"gamma"}
     assert tuple(with_gamma.get_parameter("gamma").shape) == per_group
 
@@ -919,8 +923,8 @@ def test_the_clip_value_starts_at_the_boundary(case: Case) -> None:
 )  # fmt: skip
 def test_number_of_groups(tag: str, requested: int | None, groups: int) -> None:
     config = QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4, quant_group=requested)
-    site = TensorSite(name="conv1", channels=12, channel_dim=0 if tag == "wt" else 1, ndim=4, fan=1)
-    quantizer = build(config, site)
+    site = LayerSite(name="conv1", channels=12, channel_dim=0 if tag == "wt" else 1, ndim=4, fan=1)
+    quantizer = build_quantizer(config, site)
     assert quantizer.groups == groups
     assert quantizer.get_parameter("clip_val").numel() == groups
 
@@ -954,13 +958,15 @@ def test_an_unknown_method_lists_the_known_ones(tag: str) -> None:
     with pytest.raises(
         UserError, match=f"--{tag}_enable: 'lsqq' has no quantizer for {tag}.*dorefa.*lsq.*pact"
     ):
-        build(
+        build_quantizer(
             QuantizerConfig(tag=tag, enable=True, method="lsqq"), Case("lsq", tag, 4, half_range=False).site
         )
 
 
 def test_a_quantizer_that_is_not_enabled_is_the_identity() -> None:
-    quantizer = build(QuantizerConfig(tag="fm", method="lsq"), Case("lsq", "fm", 4, half_range=True).site)
+    quantizer = build_quantizer(
+        QuantizerConfig(tag="fm", method="lsq"), Case("lsq", "fm", 4, half_range=True).site
+    )
     assert type(quantizer) is nn.Identity
 
 
@@ -1592,7 +1598,7 @@ def test_a_residual_block_compiles_into_one_graph(words: str, fresh_compiler: No
     enable = " ".join(f"--{tag}_enable" for tag in SHAPES)
     line = f"--model resnet20 --width_alpha 0.125 --keyword cifar10,origin,cbsa,fix,{words} {enable} {BLOCKS[words]}"
     torch.manual_seed(0)
-    block = model.build.build(read(line.split()).model).get_submodule("layer2.0")
+    block = build.build_network(read(line.split()).model).get_submodule("layer2.0")
     reference = copy.deepcopy(block)
     # The graph's own backward pass is that of each quantizer, above; that of a whole block is slow to make.
     compiled = torch.compile(block, fullgraph=True, backend="eager")

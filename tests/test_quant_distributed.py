@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing
 
-import model.build  # noqa: F401  (registers the methods)
-from model.quant import QuantConv2d, Quantizer, TensorSite, build
-from utils.config import QuantConfig, QuantizerConfig
+import model.quant  # noqa: F401  (registers the methods)
+from model.layers.quantized import QuantConv2d
+from model.quantizers.frame import Quantizer
+from model.quantizers.registry import build_quantizer
+from model.quantizers.site import LayerSite
+from utils.config.schema import QuantConfig, QuantizerConfig
 
 RANKS = 2
 STEPS = 4
@@ -66,8 +69,8 @@ def images(step: int) -> Tensor:
 
 
 def make(config: QuantizerConfig) -> Quantizer:
-    quantizer = build(
-        config, TensorSite(name="layer", channels=4, channel_dim=int(config.tag != "wt"), ndim=4, fan=36)
+    quantizer = build_quantizer(
+        config, LayerSite(name="layer", channels=4, channel_dim=int(config.tag != "wt"), ndim=4, fan=36)
     )
     assert isinstance(quantizer, Quantizer)
     return quantizer.train()

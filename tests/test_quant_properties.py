@@ -11,7 +11,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.quant import QuantConv2d, Quantizer, QuantLinear, TensorSite, build
+from model.layers.quantized import QuantConv2d, QuantLinear
+from model.quantizers.frame import Quantizer
+from model.quantizers.registry import build_quantizer
+from model.quantizers.site import LayerSite
 from tests import oracle
 from tests.conformance import options
 from tests.test_quant import METHODS, Case, Method, cases, each_level
@@ -43,8 +46,8 @@ def is_uniform(method: Method) -> bool:
 def per_tensor(case: Case, x: Tensor) -> Quantizer:
     """The quantizer of a case for tensors like x [n, 1, 1, 1], all elements in one group."""
     channels, dim = (len(x), 0) if case.tag == "wt" else (1, 1)
-    site = TensorSite(name="conv1", channels=channels, channel_dim=dim, ndim=4, fan=9)
-    quantizer = build(dataclasses.replace(case.config, quant_group=1), site)
+    site = LayerSite(name="conv1", channels=channels, channel_dim=dim, ndim=4, fan=9)
+    quantizer = build_quantizer(dataclasses.replace(case.config, quant_group=1), site)
     assert isinstance(quantizer, Quantizer)
     return quantizer.eval()
 

@@ -12,11 +12,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import main
-from model import build
-from utils.config import Config
-from utils.log import RecordsFile
-from utils.record import Recorder
-from utils.resolve import read as read_config
+from model.networks import build
+from model.watch.recorder import Recorder
+from utils.config.resolve import read as read_config
+from utils.config.schema import Config
+from utils.report.epoch_files import RecordsFile
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --keyword cifar10,cbas,origin"
 BITS = ",dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
@@ -26,7 +26,7 @@ LOGGER = logging.getLogger("test")
 def made(options: str) -> tuple[nn.Module, Config]:
     """The network and configuration of a command line."""
     config = read_config(f"{TINY}{options}".split())
-    return build.build(config.model), config
+    return build.build_network(config.model), config
 
 
 def images() -> Tensor:

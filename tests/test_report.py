@@ -15,10 +15,10 @@ import pytest
 
 import main
 import tools
+from utils.config.resolve import read as read_config
 from utils.errors import UserError
-from utils.html_report import page, runs
-from utils.log import MetricsFile, RecordsFile
-from utils.resolve import read as read_config
+from utils.report.epoch_files import MetricsFile, RecordsFile
+from utils.report.html import page, runs
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --epochs 2"
 LINES = {

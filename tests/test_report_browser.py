@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import main
-from utils.html_report import page, runs
+from utils.report.html import page, runs
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.build import build
-from model.quant import QuantLayer, quantizers
+from model.layers.quantized import QuantLayer, quantizers
+from model.networks.build import build_network
+from utils.config.resolve import read
 from utils.errors import UserError
-from utils.resolve import read
 
 BASIC = ("resnet18", "resnet20", "resnet32", "resnet34", "resnet44", "resnet56")
 BOTTLENECK = ("resnet50", "resnet101", "resnet152")
@@ -41,7 +41,7 @@ def network(model: str, keywords: str, *options: str) -> nn.Module:
     """The network of a command line, always the same initial weights."""
     torch.manual_seed(0)
     argv = ["--model", model, "--keyword", keywords, "--width_alpha", "0.0625", *options]
-    return build(read(argv).model)
+    return build_network(read(argv).model)
 
 
 def images(size: int, count: int = 4) -> Tensor:

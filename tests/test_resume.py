@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests import kill
-from utils import checkpoint
-from utils.state import first_batch, sums_until
+from utils.checkpoint import archive
+from utils.checkpoint.run_state import first_batch, sums_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
     done = run("--case run --epochs 4 -r")
     assert done.returncode == 0 and "3 epochs are done" in done.stdout
     one, other = (
-        checkpoint.read(folder / where / "tiny" / f"{case}-checkpoint.pth.tar")
+        archive.read(folder / where / "tiny" / f"{case}-checkpoint.pth.tar")
         for where, case in (("elsewhere", "full"), ("weights", "run"))
     )
     assert all(value.equal(other["state_dict"][name]) for name, value in one["state_dict"].items())
@@ -85,7 +85,7 @@ def test_lost_progress_is_seen(tmp_path: Path) -> None:
     program = (
         "import pathlib, sys\n"
         "from tests import kill\n"
-        "from utils.checkpoint import CheckpointFiles, Found\n"
+        "from utils.checkpoint.case_files import CheckpointFiles, Found\n"
         "CheckpointFiles.newest = lambda self: Found(None, {})\n"
         "kill.VARIANTS = kill.VARIANTS[:1]\n"
         "kill.load_everything()\n"

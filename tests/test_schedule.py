@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from utils.config import ScheduleConfig
+from utils.config.schema import ScheduleConfig
 from utils.errors import UserError
-from utils.schedule import POLICIES, Schedule, check, learning_rate
+from utils.step.schedule import POLICIES, Schedule, check_schedule, learning_rate
 
 SPE = 4  # steps per epoch
 
@@ -195,7 +195,7 @@ def test_an_entry_at_the_end_changes_nothing() -> None:
     for policy in ("custom_step", "poly", "sgdr", "sgdr_step"):
         config = ScheduleConfig(policy=policy, epochs=6, custom_step=(2,), extra_epoch=2)
         ending = ScheduleConfig(policy=policy, epochs=6, custom_step=(2, 6), extra_epoch=2)
-        check(ending, 0.1)
+        check_schedule(ending, 0.1)
         for step in range(8 * SPE):
             assert learning_rate(ending, 0.1, step, SPE) == learning_rate(config, 0.1, step, SPE)
 
@@ -277,7 +277,7 @@ def test_a_rate_of_zero(policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_epochs(policy: str) -> None:
     config = ScheduleConfig(policy=policy, epochs=0, extra_epoch=1)
-    check(config, 0.1)
+    check_schedule(config, 0.1)
     assert learning_rate(config, 0.1, 2, SPE) == 0.1
 
 
@@ -288,20 +288,20 @@ def test_an_epoch_without_steps_is_refused() -> None:
 
 def test_checking_does_not_load_torch() -> None:
     """Options are checked, and wrong ones refused, before anything slow is imported."""
-    code = "import sys, utils.schedule; sys.exit('torch' in sys.modules)"
+    code = "import sys, utils.step.schedule; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_check_accepts(policy: str) -> None:
-    check(CONFIGS[policy], 0.4)
-    check(ScheduleConfig(policy=policy), 0.1)
+    check_schedule(CONFIGS[policy], 0.4)
+    check_schedule(ScheduleConfig(policy=policy), 0.1)
 
 
 def test_check_passes_over_what_the_policy_does_not_read() -> None:
-    check(ScheduleConfig(policy="cos", epochs=5, custom_step=(30, 10), decay=9.0, fix_step=0), 0.1)
-    check(ScheduleConfig(policy="fix", eta_min=0.5), 0.1)
+    check_schedule(ScheduleConfig(policy="cos", epochs=5, custom_step=(30, 10), decay=9.0, fix_step=0), 0.1)
+    check_schedule(ScheduleConfig(policy="fix", eta_min=0.5), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -336,4 +336,4 @@ def test_check_passes_over_what_the_policy_does_not_read() -> None:
 )
 def test_check_refuses(config: ScheduleConfig, lr: float, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check(config, lr)
+        check_schedule(config, lr)

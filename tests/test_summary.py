@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from model.build import build
-from model.lsq import LSQ
-from model.quant import QuantConv2d, QuantLinear, quantizers
-from model.summary import cost, format_table, stored_bits
-from utils.config import QuantConfig
-from utils.resolve import read
+from model.layers.quantized import QuantConv2d, QuantLinear, quantizers
+from model.networks.build import build_network
+from model.quantizers.lsq import LSQ
+from model.watch.cost import network_cost
+from utils.config.resolve import read
+from utils.config.schema import QuantConfig
+from utils.report.cost_record import stored_bits
+from utils.text import format_table
 
 
 def quant(*options: str, keywords: str = "dorefa,lsq") -> QuantConfig:
@@ -41,7 +43,7 @@ class Small(nn.Module):
 
 
 def test_small_network_by_hand() -> None:
-    result = cost(Small(quant(*LOW)), 8)
+    result = network_cost(Small(quant(*LOW)), 8)
     first, second, last = result.layers
     assert [layer.name for layer in result.layers] == ["first", "second", "last"]
     assert [layer.kind for layer in result.layers] == ["conv 3x3 3-4", "conv 3x3/2 4-8 g2", "linear 8-5"]
@@ -67,7 +69,7 @@ def test_small_network_by_hand() -> None:
 
 
 def test_table_and_totals() -> None:
-    result = cost(Small(quant(*LOW)), 8)
+    result = network_cost(Small(quant(*LOW)), 8)
     lines = result.table().splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["first", "second", "last"]
     assert lines[2].count("full precision") == 2
@@ -90,7 +92,7 @@ def test_table_and_totals() -> None:
     ],
 )
 def test_bits_and_weight_bytes(options: tuple[str, ...], bits: str, weight_bytes: int) -> None:
-    result = cost(Small(quant(*options)), 8)
+    result = network_cost(Small(quant(*options)), 8)
     assert result.bits == bits
     assert result.weight_bytes == 108 * 4 + weight_bytes
 
@@ -98,13 +100,13 @@ def test_bits_and_weight_bytes(options: tuple[str, ...], bits: str, weight_bytes
 def test_weight_bytes_are_rounded_up_per_layer() -> None:
     layer = QuantConv2d(3, 1, 1, bias=False)
     layer.build_quantizers(quant("--wt_enable", "--wt_bit", "3"), "layer")
-    assert cost(layer, 2).weight_bytes == 2  # 9 bits
+    assert network_cost(layer, 2).weight_bytes == 2  # 9 bits
 
 
 def test_mixed_bits_are_listed() -> None:
     net = Small(quant(*LOW))
     net.last.build_quantizers(quant("--fm_enable", "--wt_enable", "--wt_bit", "4"), "last")
-    assert cost(net, 8).bits == "2-4/2-8"
+    assert network_cost(net, 8).bits == "2-4/2-8"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_mixed_bits_are_listed() -> None:
 )
 def test_macs_of_a_layer(layer: nn.Module, size: int, macs: int) -> None:
     """Every output value takes one product per input it sees."""
-    assert cost(layer, size).macs == macs
+    assert network_cost(layer, size).macs == macs
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ ORIGINAL = "imagenet,cbsa,origin,fix_pooling,singleconv,fix"  # the network of a
 )
 def test_known_networks(model: str, parameters: int, macs: int, small: int) -> None:
     """`small` parameters are norms and the 1,000 biases of `fc`."""
-    result = cost(build(read(["--model", model, "--keyword", ORIGINAL]).model), 224)
+    result = network_cost(build_network(read(["--model", model, "--keyword", ORIGINAL]).model), 224)
     assert result.parameters == parameters
     assert result.macs == macs
     assert result.bit_operations == macs * 1024
@@ -163,7 +165,7 @@ def test_quantized_resnet18(weight: tuple[str, ...], bits: int) -> None:
         "--fm_bit",
         "2",
     ]
-    result = cost(build(read([*argv, *weight]).model), 64)
+    result = network_cost(build_network(read([*argv, *weight]).model), 64)
     outer = 7 * 7 * 3 * 64 + 512 * 1000
     inner = 11_689_512 - 9_600 - 1_000 - outer  # without the norms' 2 * 4,800 and the bias of `fc`
     assert result.float_weight_bytes == 4 * (outer + inner)
@@ -175,7 +177,7 @@ def test_branches_multiply_the_blocks() -> None:
     argv = ["--model", "resnet20", "--keyword", "digits,cbsa,origin", "--width_alpha", "0.0625"]
 
     def blocks(*options: str) -> int:
-        layers = cost(build(read([*argv, *options]).model), 32).layers
+        layers = network_cost(build_network(read([*argv, *options]).model), 32).layers
         return sum(layer.macs for layer in layers if ".conv" in layer.name)
 
     assert blocks("--base", "3") == 3 * blocks()
@@ -185,7 +187,7 @@ def test_branches_multiply_the_blocks() -> None:
 def test_counting_leaves_the_network_alone(training: bool) -> None:
     net = Small(quant(*LOW, "--stable", "3")).train(training)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    cost(net, 8)
+    network_cost(net, 8)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(module.training == training for module in net.modules())
     assert all(not module._forward_hooks for module in net.modules())
@@ -194,14 +196,14 @@ def test_counting_leaves_the_network_alone(training: bool) -> None:
 def test_a_failing_network_is_left_alone_too() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 5)).train()
     with pytest.raises(RuntimeError):
-        cost(net, 8)
+        network_cost(net, 8)
     assert all(module.training and not module._forward_hooks for module in net.modules())
 
 
 def test_one_quantizer_of_each_kind_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every option has been tried then; all are as they were afterwards, one that is off included."""
     line = "--model resnet20 --width_alpha 0.25 --keyword cifar10,origin,cbsa,dorefa,lsq"
-    net = build(read(f"{line} --fm_enable --wt_enable --fm_bit 2 --wt_bit 3".split()).model)
+    net = build_network(read(f"{line} --fm_enable --wt_enable --fm_bit 2 --wt_bit 3".split()).model)
     found = [quantizer for _, quantizer in quantizers(net)]
     found[-1].enabled = False
     worked: list[str] = []
@@ -212,10 +214,10 @@ def test_one_quantizer_of_each_kind_works(monkeypatch: pytest.MonkeyPatch) -> No
         return quantize(self, x)
 
     monkeypatch.setattr(LSQ, "quantize", note)
-    first = cost(net, 32)
+    first = network_cost(net, 32)
     assert sorted(worked) == ["fm", "wt"]
     assert [quantizer.enabled for quantizer in found] == [True] * (len(found) - 1) + [False]
-    assert cost(net, 32) == first
+    assert network_cost(net, 32) == first
 
 
 def test_columns_are_aligned() -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 import tools
 from tests.test_checkpoint import Malicious
 from tests.test_interrupt import job_is_gone, processes, started_by
-from utils import checkpoint, names, verify
+from utils.checkpoint import archive
+from utils.data.fake import photograph
 from utils.errors import UserError
-from utils.fake import photograph
+from utils.tools import image_findings, name_lists
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,7 +65,7 @@ def old(tmp_path: Path) -> Path:
     """A checkpoint of a run."""
     path = tmp_path / "old.pth.tar"
     optimizer = {"state": {0: torch.ones(2)}, "param_groups": []}
-    checkpoint.save(path, {"epoch": 12, "best_acc": 91.25, "state_dict": STATE, "optimizer": optimizer})
+    archive.save(path, {"epoch": 12, "best_acc": 91.25, "state_dict": STATE, "optimizer": optimizer})
     return path
 
 
@@ -183,12 +184,12 @@ def test_words_that_read_checkpoints() -> None:
 def test_names_show_no_control_characters(call: Call, tmp_path: Path) -> None:
     """They could move the cursor, or look like lines of their own."""
     path = tmp_path / "odd.pth.tar"
-    checkpoint.save(path, {"a\x1b[2J\nb": torch.ones(1), "../../x": torch.ones(2), "\u00e9": torch.ones(1)})
+    archive.save(path, {"a\x1b[2J\nb": torch.ones(1), "../../x": torch.ones(2), "\u00e9": torch.ones(1)})
     for options in ((), ("--verbose_list", "all")):
         status, out, _ = call("--keyword", "verbose", "--old", path, *options)
         assert status == 0 and "\x1b" not in out
         assert [line.split()[0] for line in out.splitlines()[1:-1]] == [r"a\x1b[2J\nb", "../../x", "\u00e9"]
-    checkpoint.save(path, {"state_dict": {"w": torch.ones(1)}, "k\x1b[2J": 3})
+    archive.save(path, {"state_dict": {"w": torch.ones(1)}, "k\x1b[2J": 3})
     assert (
         r"keys: state_dict, k\x1b[2J=3; weights under state_dict"
         in call("--keyword", "verbose", "--old", path)[1]
@@ -286,7 +287,7 @@ def test_save_keeps_the_weights_alone(call: Call, old: Path, tmp_path: Path, raw
     new = tmp_path / "new.pth"
     status, out, _ = call("--keyword", "save, raw" if raw else "save", "--old", old, "--new", new)
     assert (status, out) == (0, f"{new}: 4 entries, {'bare' if raw else 'under state_dict'}\n")
-    payload = checkpoint.read(new)
+    payload = archive.read(new)
     if not raw:
         assert list(payload) == ["state_dict"]
     assert equal(payload if raw else payload["state_dict"], {})
@@ -307,7 +308,7 @@ def test_update_renames_and_keeps_the_rest(call: Call, old: Path, tmp_path: Path
     keyword = "update,raw" if raw else "update"
     status, _, _ = call("--keyword", keyword, "--mf", mf, "--mt", mt, "--old", old, "--new", new)
     assert status == 0
-    payload = checkpoint.read(new)
+    payload = archive.read(new)
     if not raw:
         assert set(payload) == {"epoch", "best_acc", "optimizer", "state_dict"}
         assert payload["epoch"] == 12
@@ -322,7 +323,7 @@ def test_update_wraps_under_state_dict(call: Call, tmp_path: Path, payload: dict
     torch.save(payload, tmp_path / "old.pth")
     files = ("--old", tmp_path / "old.pth", "--new", tmp_path / "new.pth")
     assert call("--keyword", "update", "--mf", mf, "--mt", mt, *files)[0] == 0
-    new = checkpoint.read(tmp_path / "new.pth")
+    new = archive.read(tmp_path / "new.pth")
     assert list(new) == ["state_dict"]
     assert equal(new["state_dict"], RENAMED)
 
@@ -333,14 +334,14 @@ def test_swap_undoes_update(call: Call, old: Path, tmp_path: Path) -> None:
     new, back = tmp_path / "new.pth", tmp_path / "back.pth"
     assert call("--keyword", "update", "--mf", mf, "--mt", mt, "--old", old, "--new", new)[0] == 0
     assert call("--keyword", "swap", "--mf", mf, "--mt", mt, "--old", new, "--new", back)[0] == 0
-    payload = checkpoint.read(back)
+    payload = archive.read(back)
     assert equal(payload["state_dict"], {}) and payload["epoch"] == 12
 
 
 def test_names_may_trade_places() -> None:
     """All names change at once."""
     a, b = torch.zeros(1), torch.ones(1)
-    renamed = names.rename({"a": a, "b": b}, [("a", "b"), ("b", "a")], "x.pth")
+    renamed = name_lists.rename({"a": a, "b": b}, [("a", "b"), ("b", "a")], "x.pth")
     assert list(renamed) == ["b", "a"] and renamed["b"] is a and renamed["a"] is b
 
 
@@ -377,7 +378,7 @@ def test_mapping_files_that_cannot_be_read(tmp_path: Path, content: bytes | None
     if content is not None:
         (tmp_path / "mf").write_bytes(content)
     with pytest.raises(UserError, match=re.escape(text)):
-        names.read_names(tmp_path / "mf")
+        name_lists.read_names(tmp_path / "mf")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +395,7 @@ def test_mapping_files_that_cannot_be_read(tmp_path: Path, content: bytes | None
 def test_brace_lists_expand_in_order(tmp_path: Path, line: str, expanded: list[str]) -> None:
     """As a shell does it."""
     (tmp_path / "mf").write_text(f"\n# {{ ignored\n{line}\n")
-    assert names.read_names(tmp_path / "mf") == [(3, expanded)]
+    assert name_lists.read_names(tmp_path / "mf") == [(3, expanded)]
 
 
 @pytest.mark.parametrize("word", ["save", "update", "swap"])
@@ -407,7 +408,7 @@ def test_an_existing_file_needs_force(call: Call, old: Path, tmp_path: Path, wor
     assert (status, err) == (2, f"tools.py: error: {old} exists; --force writes over it\n")
     assert old.read_bytes() == before
     assert call("--keyword", word, "--old", old, "--new", old, *mapping, "--force")[0] == 0
-    assert equal(checkpoint.read(old)["state_dict"], {})
+    assert equal(archive.read(old)["state_dict"], {})
 
 
 def test_a_failed_write_is_one_line(call: Call, old: Path, tmp_path: Path) -> None:
@@ -429,8 +430,8 @@ def test_sort_keeps_pairs_together(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "mf.sorted").read_text() == "bn.w\nlayer2.0.w\nlayer2.b\nlayer2.w\nlayer10.w\n"
     assert (tmp_path / "mt.sorted").read_text() == "c\nd\nb.2\nb.1\na\n"
     assert out == f"{mf}.sorted: 5 names\n{mt}.sorted: 5 names\n"
-    pairs = set(names.read_pairs(mf, mt))
-    assert set(names.read_pairs(tmp_path / "mf.sorted", tmp_path / "mt.sorted")) == pairs
+    pairs = set(name_lists.read_pairs(mf, mt))
+    assert set(name_lists.read_pairs(tmp_path / "mf.sorted", tmp_path / "mt.sorted")) == pairs
 
 
 def test_sort_writes_where_it_is_told(call: Call, tmp_path: Path) -> None:
@@ -628,7 +629,7 @@ def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        assert verify.image_error(tmp_path / name) is None
+        assert image_findings.image_error(tmp_path / name) is None
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
     assert (done.returncode, done.stderr) == (1, "")
     found = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
@@ -645,7 +646,7 @@ def test_what_dali_decodes_otherwise_is_listed(tmp_path: Path) -> None:
     Image.new("LAB", (8, 8)).save(tmp_path / "LAB.tiff")
     (tmp_path / "levels.pgm").write_bytes(b"P5 2 2 100\n1234")
     (tmp_path / "good.ppm").write_bytes(b"P6 1 1 255\n123")
-    found = {path.name: verify.image_findings(path) for path in tmp_path.iterdir()}
+    found = {path.name: image_findings.image_findings(path) for path in tmp_path.iterdir()}
     assert {name for name, kinds in found.items() if "not for dali" in dict(kinds)} == {
         "gif.jpg", "LA.tiff", "LAB.tiff", "levels.pgm",
     }  # fmt: skip
@@ -702,7 +703,7 @@ def test_a_link_that_leads_back_up(tmp_path: Path) -> None:
     images(tmp_path)
     (tmp_path / "class0" / "loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "class1")
-    found = list(verify.image_files(tmp_path))
+    found = list(image_findings.image_files(tmp_path))
     assert len(found) == len({os.path.realpath(path) for path in found}) == 9
 
 
@@ -712,13 +713,13 @@ def test_damaged_images_never_escape(tmp_path: Path, ending: str) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / f"a.{ending}"
     Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
-    assert verify.image_error(path) is None
+    assert image_findings.image_error(path) is None
     whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
     for _ in range(100):
         changed = whole.copy()
         changed[rng.integers(min(len(whole), 200), size=4)] = rng.integers(256, size=4, dtype=np.uint8)
         path.write_bytes(changed[: rng.integers(len(whole) + 1)].tobytes())
-        reason = verify.image_error(path)
+        reason = image_findings.image_error(path)
         assert reason is None or (reason and "\n" not in reason)
 
 

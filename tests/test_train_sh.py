@@ -20,7 +20,7 @@ world = os.environ.get("WORLD_SIZE")
 print(json.dumps({"argv": sys.argv, "directory": os.getcwd(), "pid": os.getpid(), "world": world}))
 sys.exit(int(os.environ.get("STUB_STATUS", "0")))
 """
-TORCHRUN = [sys.executable, "launch.py"]
+TORCHRUN = [sys.executable, "-m", "utils.processes.launch"]
 
 
 class Repository:
@@ -29,8 +29,9 @@ class Repository:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "config").mkdir(parents=True)
-        (folder / "utils").mkdir()
-        for name in ("train.sh", "launch.py", "utils/__init__.py", "utils/interrupt.py"):
+        (folder / "utils" / "processes").mkdir(parents=True)
+        for name in ("train.sh", "utils/__init__.py", "utils/processes/__init__.py", "utils/processes/launch.py",
+                     "utils/processes/interrupt.py"):
             shutil.copy(ROOT / name, folder / name)
         (folder / "main.py").write_text(STUB)
 

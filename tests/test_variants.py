@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model import layer
-from model.build import build
-from model.quant import quantized_layers
-from model.resnet import Block, ResNet
-from utils.config import ModelConfig
+from model.layers import space_to_depth
+from model.layers.norms import ReverseBatchNorm2d, StaticBatchNorm2d
+from model.layers.quantized import quantized_layers
+from model.networks.build import build_network
+from model.networks.resnet import Block, ResNet
+from utils.config.resolve import read
+from utils.config.schema import ModelConfig
 from utils.errors import UserError
-from utils.resolve import read
 
 SMALL = "--model resnet20 --width_alpha 0.0625 --num_classes 5 --input_size 16 --dataset fake"
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
@@ -22,7 +23,7 @@ QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
 def network(keywords: str, options: str = "") -> ResNet:
     """A small network of these keywords."""
     torch.manual_seed(0)
-    made = build(read(f"{SMALL} --keyword {keywords} {options}".split()).model)
+    made = build_network(read(f"{SMALL} --keyword {keywords} {options}".split()).model)
     assert isinstance(made, ResNet)
     return made
 
@@ -217,7 +218,7 @@ def test_fixup_biases_where_the_paper_has_them() -> None:
 )
 def test_sizes_that_space_to_depth_gives(size: int, stride: int, expected: int) -> None:
     """Those of a 3x3 convolution, but for an even remainder: both halves of the padding stay."""
-    module = layer.ProneConv(3, 5, stride, ModelConfig(), norm_inside=False)
+    module = space_to_depth.ProneConv(3, 5, stride, ModelConfig(), norm_inside=False)
     assert module(torch.randn(2, 3, size, 8)).shape == (2, 5, expected, 8 // stride)
 
 
@@ -243,7 +244,7 @@ def test_strided_layers_beside_space_to_depth_pad_as_it_does(words: str) -> None
 
 def test_prone_pads_half_of_the_remainder_on_each_side() -> None:
     """With weights that copy each pixel of the block, the output is the input where nothing was cut off."""
-    module = layer.ProneConv(1, 1, 1, ModelConfig(), norm_inside=False)
+    module = space_to_depth.ProneConv(1, 1, 1, ModelConfig(), norm_inside=False)
     nn.init.dirac_(module.conv.weight)
     x = torch.arange(49.0).reshape(1, 1, 7, 7)
     assert torch.equal(module(x), x)
@@ -251,14 +252,14 @@ def test_prone_pads_half_of_the_remainder_on_each_side() -> None:
 
 def test_space_to_depth_stem_is_a_strided_convolution() -> None:
     """Kernel 1 after space-to-depth by 4 equals a 4x4 convolution of stride 4 with the weights rearranged."""
-    stem = layer.SpaceToDepthConv(3, 6, 4, 1, ModelConfig(), full_precision=True)
+    stem = space_to_depth.SpaceToDepthConv(3, 6, 4, 1, ModelConfig(), full_precision=True)
     x = torch.randn(2, 3, 8, 8)
     weight = stem.conv.weight.reshape(6, 3, 4, 4)
     torch.testing.assert_close(stem(x), functional.conv2d(x, weight, stride=4))
 
 
 def test_reverse_norm_by_hand() -> None:
-    module = layer.ReverseBatchNorm2d(3)
+    module = ReverseBatchNorm2d(3)
     nn.init.uniform_(module.weight, 0.5, 2)
     nn.init.uniform_(module.bias)
     x = torch.randn(4, 3, 5, 5)
@@ -282,7 +283,7 @@ def test_fixed_statistics_stay(keyword: str, learns: bool) -> None:
     model(torch.randn(8, 3, 16, 16))
     assert before
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    norms = [m for m in model.modules() if isinstance(m, layer.StaticBatchNorm2d)]
+    norms = [m for m in model.modules() if isinstance(m, StaticBatchNorm2d)]
     assert all(norm.weight.requires_grad is learns for norm in norms)
 
 
@@ -324,4 +325,4 @@ BAD = {
 def test_combinations_without_a_network(name: str) -> None:
     options, message = BAD[name]
     with pytest.raises(UserError, match=message):
-        build(read(options.split()).model)
+        build_network(read(options.split()).model)

@@ -1,12 +1,8 @@
 """The errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
 
-import unicodedata
+from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    """Text from a file, or a file's name, for a terminal or a log: what breaks a line or is not UTF-8 is escaped."""
-    breaking = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
-    return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
+from utils.text import printable
 
 
 class UserError(Exception):

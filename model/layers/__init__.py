@@ -1,0 +1,1 @@
+"""Layers: quantized ones, norms, and what configurations choose among."""

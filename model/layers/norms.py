@@ -1,0 +1,87 @@
+"""Norms by name (`NORMS`), for networks that a configuration describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.quantizers.site import group_count, undivided
+from utils.config.schema import ModelConfig
+from utils.errors import UserError
+
+
+class StaticBatchNorm2d(nn.Module):
+    """Batch normalisation with fixed statistics.
+
+    (x - running_mean) / sqrt(running_var + 1e-5) * weight + bias; input and output [N, C, H, W]. The
+    statistics are buffers that nothing updates; the affine part learns unless `frozen`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels), requires_grad=not frozen)
+        self.bias = nn.Parameter(torch.zeros(channels), requires_grad=not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class ReverseBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation whose affine part comes first: normalise(x * weight + bias)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input and output [N, C, H, W]."""
+        shape = (1, -1, 1, 1)
+        weight, bias = self.weight, self.bias
+        self._check_input_dim(input)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return functional.batch_norm(
+            input * weight.reshape(shape) + bias.reshape(shape), self.running_mean, self.running_var,
+            training=self.training, momentum=self.momentum or 0.1, eps=self.eps,
+        )  # fmt: skip
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "static": StaticBatchNorm2d,
+    "frozen": lambda channels: StaticBatchNorm2d(channels, frozen=True),
+    "reverse": ReverseBatchNorm2d,
+    "instance": nn.InstanceNorm2d,
+    "none": lambda channels: nn.Identity(),
+}
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of as many groups as a group option asks for (`model.quant.group_count`).
+
+    Where they do not divide the channels it is `unfit`, and `check_norms` refuses it by its name.
+    """
+
+    def __init__(self, requested: int, channels: int) -> None:
+        groups = group_count(requested, channels)
+        super().__init__(groups or 1, channels)
+        self.unfit = "" if groups else undivided("fm", requested, channels)
+
+
+def norm(channels: int, config: ModelConfig) -> nn.Module:
+    """The network's normalisation of `channels` channels."""
+    if config.norm == "group":
+        return GroupNorm(config.quant.fm.quant_group or 1, channels)
+    return NORMS[config.norm](channels)
+
+
+def check_norms(network: nn.Module) -> None:
+    """Refuse, with a `UserError`, a group normalisation whose groups do not divide the channels."""
+    for name, module in network.named_modules():
+        if isinstance(module, GroupNorm) and module.unfit:
+            raise UserError(f"{name}, a norm by the keyword group-norm: {module.unfit}")

@@ -1,0 +1,83 @@
+"""From a configuration to a network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+from model.convert import build_quantizers
+from model.layers import norms
+from model.layers.quantized import quantizers
+from model.networks import library, torchvision_resnet
+from model.networks.mobilenet import MobileNetV1, MobileNetV2
+from model.networks.nin import NIN
+from model.networks.resnet import DEPTHS, ResNet
+from model.networks.vgg import VGGSmall
+from utils.config.schema import ModelConfig
+from utils.errors import UserError
+
+_MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    **dict.fromkeys(DEPTHS, ResNet),
+    **dict.fromkeys(torchvision_resnet.NAMES, torchvision_resnet.build_torchvision_resnet),
+    "mobilenetv1": MobileNetV1,
+    "mobilenetv2": MobileNetV2,
+    "vgg_small": VGGSmall,
+    "nin": NIN,
+}
+
+
+def register_model(name: str, make: Callable[[ModelConfig], nn.Module]) -> None:
+    """Let `--model name` build `make(config)`; user files call this too.
+
+    Raises:
+        UserError: when the name is taken.
+    """
+    if name in _MODELS:
+        raise UserError(f"the model {name!r} is declared already; choose another name")
+    _MODELS[name] = make
+
+
+def build_network(config: ModelConfig) -> nn.Module:
+    """The network that `config` describes, float32, on the CPU, in training mode.
+
+    Raises:
+        UserError: when there is no such network, or the configuration has none, naming the layer where
+            that helps.
+    """
+    source, colon, _ = config.name.partition(":")
+    make = library.build_library_network if colon and source in library.SOURCES else _MODELS.get(config.name)
+    if make is None:
+        known = library.torchvision_names()
+        names = {f"torchvision:{name}": f"torchvision:{name}" for name in known}
+        names |= {name: f"torchvision:{name}" for name in known} | {name: name for name in _MODELS}
+        close = dict.fromkeys(names[match] for match in difflib.get_close_matches(config.name, names, n=3))
+        others = ", ".join([*_MODELS, *(f"{source}:NAME" for source in library.SOURCES)])
+        hint = f"did you mean {' or '.join(close)}?" if close else f"one of {others}"
+        raise UserError(f"--model {config.name}: no such network; {hint}")
+    network = make(config)
+    norms.check_norms(network)
+    build_quantizers(network, config.quant)
+    if config.quant.enabled and not any(True for _ in quantizers(network)):
+        raise UserError(
+            f"--model {config.name} has no layer that can be quantized: build it with model.layers.factory or "
+            "model.convert.quantize, or leave --fm_enable and --wt_enable out"
+        )
+    return network
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether no quantizer still lets its input pass (`--stable`); true in full precision."""
+    return all(quantizer.enabled and bool(quantizer.warmed_up()) for _, quantizer in quantizers(model))
+
+
+def set_stable(model: nn.Module, steps_per_epoch: int) -> None:
+    """Tell every quantizer how long an epoch is, for warm-ups given in epochs."""
+    for _, quantizer in quantizers(model):
+        quantizer.set_stable(steps_per_epoch)
+
+
+def models() -> tuple[str, ...]:
+    """The names that `--model` takes, beside those of other packages (`model.networks.library`)."""
+    return tuple(_MODELS)

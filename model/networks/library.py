@@ -1,0 +1,132 @@
+"""Classifiers of other packages, converted in place: `--model torchvision:NAME`, `--model timm:NAME`.
+
+The packages are imported where they are used: other networks need not wait for them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.convert import Selection, called, replace
+from utils.config.schema import ModelConfig
+from utils.errors import UserError
+
+
+def torchvision_names() -> list[str]:
+    """The networks of torchvision that classify."""
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _torchvision(name: str, config: ModelConfig) -> nn.Module:
+    """The network without weights; one with a fixed image size gets the configured one."""
+    import torchvision
+
+    _check_name("torchvision", name, torchvision_names())
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = config.input_size
+    elif name.startswith("maxvit_"):
+        options["input_size"] = (config.input_size, config.input_size)
+    elif name in ("googlenet", "inception_v3"):
+        # Their auxiliary classifiers would put out a tuple in training; `--unresume_scope` passes weights of them.
+        options |= {"aux_logits": False, "init_weights": True}
+    return torchvision.models.get_model(name, weights=None, num_classes=config.num_classes, **options)
+
+
+def _timm(name: str, config: ModelConfig) -> nn.Module:
+    """The network without weights; one with a fixed image size gets the configured one."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"--model timm:{name} needs the package timm, which is not there ({error}): pip install timm"
+        ) from error
+    _check_name(
+        "timm", name, timm.list_models()
+    )  # its names with a colon or a folder, which fetch files, are none
+    known = timm.models.get_pretrained_cfg(name)
+    size: dict[str, Any] = (
+        {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
+    )
+    return timm.create_model(name, pretrained=False, num_classes=config.num_classes, **size)
+
+
+SOURCES: dict[str, Callable[[str, ModelConfig], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+
+# How networks say that an image size does not suit them, some already when they are built.
+_UNSUITABLE = (RuntimeError, ValueError, AssertionError)
+
+
+def build_library_network(config: ModelConfig) -> nn.Module:
+    """The network `SOURCE:NAME`, its convolutions and linear layers made quantized ones if any shall be.
+
+    Its parameters keep their names. The layers that run first and last stay in full precision unless they are
+    to be quantized too, and so do layers whose weight is used without calling them.
+
+    Raises:
+        UserError: for a name that is none (with close ones), a width, an image size that the network does not
+            take, one that puts out anything but logits, or has no layer that can be quantized.
+    """
+    source, _, name = config.name.partition(":")
+    if config.width_alpha != 1.0:
+        raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; leave it out")
+    try:
+        network = SOURCES[source](name, config)
+        output, order = called(network, torch.zeros(1, 3, config.input_size, config.input_size))
+    except _UNSUITABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        own = _own_size(source, name)
+        hint = "choose another network" if own in (None, config.input_size) else f"its own is {own}"
+        raise UserError(
+            f"--input_size {config.input_size}: {config.name} cannot take images of this size ({reason}); {hint}"
+        ) from error
+    if not isinstance(output, Tensor) or output.shape != (1, config.num_classes):
+        found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise UserError(
+            f"--model {config.name} puts out {found} for an image, not {config.num_classes} logits; "
+            "choose a network that classifies"
+        )
+    if config.quant.enabled:
+        signed = (order[0],) if config.quant.first_last else ()  # images have negative values
+        report = replace(network, config.quant, Selection(signed=signed), order)
+        if not report.replaced:
+            why = next((left for left in report.left if left.name not in (order[0], order[-1])), None)
+            reason = "" if why is None else f": {why.name} {why.reason}"
+            raise UserError(
+                f"--model {config.name} has no layer that can be quantized{reason}; choose another network"
+            )
+    return network
+
+
+def _own_size(source: str, name: str) -> int | None:
+    """The size of the images that the network's published weights were trained for; None: not known."""
+    if source == "timm":
+        import timm
+
+        known = timm.models.get_pretrained_cfg(name)
+        return None if known is None else known.input_size[-1]
+    import torchvision
+
+    return torchvision.models.get_model_weights(name)["DEFAULT"].transforms().crop_size[0]
+
+
+def _check_name(source: str, name: str, names: list[str]) -> None:
+    if name in names:
+        return
+    import torchvision
+
+    if source == "torchvision" and name in torchvision.models.list_models():
+        raise UserError(
+            f"--model torchvision:{name} does not classify images; convert it in a program of yours with "
+            "model.convert.quantize, see docs/detectron2.md"
+        )
+    close = [f"{source}:{other}" for other in difflib.get_close_matches(name, names, n=3)]
+    hint = f"did you mean {' or '.join(close)}?" if close else f"the documentation of {source} lists them"
+    raise UserError(f"--model {source}:{name}: no such network; {hint}")

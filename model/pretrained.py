@@ -1,0 +1,90 @@
+"""Weights of a checkpoint for a network that starts from them or is evaluated (`--pretrained`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.layers.quantized import quantizers
+from utils.checkpoint import archive, weights
+from utils.checkpoint.weights import LoadReport
+from utils.config.schema import Config
+from utils.errors import UserError
+
+
+def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
+    """Load weights into the network; quantizers that the file does not have keep their start values.
+
+    To be evaluated the file must have all that quantizers learn. The number of levels is the command line's,
+    not the file's, so that a 4-bit checkpoint can start a 2-bit network; evaluating it at other levels than it
+    was trained for is an error. Training counts its iterations from zero, so that a warm-up takes place.
+    """
+    payload = archive.read(path)
+    state = weights.state_dict_of(payload, source=str(path))
+    if config.run.ema_weights:
+        state |= _averaged(payload, path)
+    own = dict(quantizers(model))
+    for name, quantizer in own.items():
+        for theirs, ours in quantizer.published.items():
+            if f"{name}.{theirs}" in state:
+                state[f"{name}.{ours}"] = state.pop(f"{name}.{theirs}")
+    held = set(state)
+    for name, quantizer in own.items():
+        levels = state.get(f"{name}.level_num")
+        trained = None if levels is None else _levels(levels, path)
+        own_counters = {f"{name}.level_num": quantizer.level_num}
+        if not config.run.evaluate:
+            own_counters[f"{name}.iteration"] = quantizer.iteration
+        state.update({key: value for key, value in own_counters.items() if key in state})
+        if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
+            state.pop(f"{name}.range_mean", None)
+            clip = state.pop(f"{name}.clip", None)
+            if clip is not None:
+                with torch.no_grad():
+                    quantizer.set_range(clip)
+        if config.run.evaluate and trained is not None and trained != quantizer.levels:
+            raise UserError(
+                f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
+                f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
+            )
+        if trained is not None and trained != quantizer.levels:
+            prefix = f"{name}."
+            theirs = {
+                key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
+            }
+            state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
+    needed: set[str] = set()
+    if config.run.evaluate:
+        needed = {f"{name}.{part}" for name, one in own.items() if one.enabled for part in one.learned()}
+    prefixes = tuple(f"{name}." for name in own)
+    held -= set(state)
+    report = weights.load_weights(
+        model,
+        state,
+        allow_missing=lambda name: name.startswith(prefixes) and name not in needed,
+        scope=config.run.unresume_scope,
+        source=str(path),
+    )
+    # Counters that the file has and that start anew all the same are not missing.
+    return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
+
+
+def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint."""
+    methods = payload.get("methods", {})
+    average = methods.get("average", {}) if isinstance(methods, dict) else {}
+    if not average:
+        raise UserError(f"--ema_weights: {path} has none; it was trained without --ema_decay")
+    return dict(average["weights"])
+
+
+def _levels(value: torch.Tensor, path: Path) -> int:
+    """A `level_num` of a checkpoint."""
+    if value.numel() != 1 or not 2 <= float(value) <= 2**16:
+        raise UserError(f"{path} is damaged: a level_num is {value.tolist()}; use another file")
+    return int(value)

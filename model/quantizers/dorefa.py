@@ -1,0 +1,135 @@
+"""DoReFa-Net (arXiv 1606.06160)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quantizers.frame import Quantizer
+from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
+from model.quantizers.integers import QuantizedTensor
+from model.quantizers.registry import register
+from model.quantizers.sign import binary, mean_magnitude, sign
+from model.quantizers.site import LayerSite
+from utils.config.schema import QuantizerConfig
+from utils.errors import UserError
+
+SMALLEST = torch.finfo(torch.float32).tiny
+# A smaller max|tanh(w)| is not divided by: the gradient, up to the sum of the arriving one over it, overflows.
+SMALLEST_MAXIMUM = 1e-30
+
+
+@register("dorefa", "fm", "ot")
+class DoReFaActivation(Quantizer):
+    """round(clamp(x, 0, c) * n / c) * c / n with a fixed c = `boundary` and n = levels - 1.
+
+    Full range (`half_range` off): levels evenly spaced in [-c, c].
+    Gradient: straight-through inside the clamp, zero outside (paper, equation 5 and section 2.3).
+    """
+
+    clip: Tensor
+
+    def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
+        super().__init__(config, site)
+        self.register_buffer(
+            "clip", torch.full(self.range_shape(), config.boundary), persistent=self.calibrates
+        )
+
+    def learned(self) -> set[str]:
+        """See `Quantizer`; behind a warm-up the clipping value that it found."""
+        return super().learned() | ({"clip"} if self.calibrates else set())
+
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`; `STE-scale` counts elements."""
+        config = self.config
+        return config.half_range and config.adaptive == "none" and config.grad_type != "STE-scale"
+
+    def grid(self) -> Grid:
+        """The levels."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def half_range_changes(self) -> bool:
+        """See `Quantizer`."""
+        return True
+
+    def search_grid(self) -> Grid:
+        """See `Quantizer`."""
+        return self.grid()
+
+    def positive_clip(self) -> Tensor:
+        """The clipping value, float32 > 0, broadcastable to the tensor."""
+        return self.per_channel(self.clip.float().clamp_min(SMALLEST))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the nearest level."""
+        return ClipSTE.apply(x, self.positive_clip(), self.grid(), self.config.grad_type == "STE-scale")
+
+    def encode(self, x: Tensor) -> QuantizedTensor:
+        """Codes and scale of `x`."""
+        return encode_on_grid(x, self.positive_clip(), self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clipping value."""
+        self.clip.copy_(value)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the grid."""
+        clip, grid = self.clip, self.grid()
+        return clip * (grid.bottom / grid.top), clip
+
+    def current_range(self) -> Tensor:
+        """The clipping value."""
+        return self.clip
+
+
+@register("dorefa", "wt")
+class DoReFaWeight(Quantizer):
+    """t = tanh(w), u = t / (2 max|t|) + 1/2, q = 2 * round(n * u) / n - 1, n = levels - 1.
+
+    The maximum is over the whole tensor (paper, equation 9); below 1e-30 it is taken as 1. Gradient:
+    straight-through the rounding alone, exact through tanh and the maximum. With `binary_scale` (keyword
+    `wt_bin`) at two levels: sign(w) * mean|w| over the tensor, straight-through (equation 7).
+    """
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
+        if self.config.binary_scale:
+            return SignTimesMean.apply(x)
+        grid = Grid.of(self.levels, half_range=False)
+        return ClipSTE.apply(self._squashed(x), x.new_ones(1), grid, self.config.grad_type == "STE-scale")
+
+    def check_levels(self, levels: int) -> None:
+        """Binary weights have two."""
+        super().check_levels(levels)
+        if self.config.binary_scale and levels != 2:
+            raise UserError(f"{self.site.name}: the keyword wt_bin has 2 levels, not {levels}")
+
+    def encode(self, x: Tensor) -> QuantizedTensor:
+        """Codes and scale of `x`; an even count of levels has odd codes."""
+        if self.config.binary_scale:
+            return binary(x, mean_magnitude(x.detach()))
+        return encode_on_grid(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Squashed into [-1, 1], where the levels are; binary weights as they are."""
+        return x if self.config.binary_scale else self._squashed(x)
+
+    @staticmethod
+    def _squashed(x: Tensor) -> Tensor:
+        squashed = torch.tanh(x)
+        largest = squashed.abs().amax()
+        return squashed / torch.where(largest < SMALLEST_MAXIMUM, 1.0, largest)
+
+
+class SignTimesMean(torch.autograd.Function):
+    """sign(x) * mean|x| with sign(0) = +1; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sign(x) * mean_magnitude(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

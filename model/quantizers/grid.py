@@ -1,0 +1,194 @@
+"""Evenly spaced levels up to a clip value: the grid, and rounding to it with straight-through gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quantizers.integers import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Evenly spaced levels up to a clip value c, as integer codes of the scale c / top.
+
+    Half range: codes 0 .. n for levels in [0, c], n = levels - 1. Full range: levels in [-c, c]; with an
+    even count they lie mid-rise and their codes are the odd integers -n .. n, with an odd count the
+    integers -n / 2 .. n / 2. Mid-tread: the codes -levels / 2 .. levels / 2 - 1, as two's complement has,
+    with a level at zero and one more below it than above.
+
+    Attributes:
+        steps: n, distances between the lowest and the highest level.
+        bottom: lowest code.
+        top: highest code.
+        half_range: levels in [0, c].
+        midtread: a full range with a level at zero and an even count.
+    """
+
+    steps: int
+    bottom: int
+    top: int
+    half_range: bool
+    midtread: bool
+
+    @classmethod
+    def of(cls, levels: int, half_range: bool, *, midtread: bool = False) -> Grid:
+        """The grid of `levels` levels in [0, c] (half range) or [-c, c] (full range)."""
+        steps = levels - 1
+        if half_range:
+            return cls(steps, 0, steps, True, False)
+        if midtread:
+            return cls(steps, -(levels // 2), steps - levels // 2, False, True)
+        top = steps if steps % 2 else steps // 2
+        return cls(steps, -top, top, False, False)
+
+    @property
+    def gap(self) -> int:
+        """Distance of two neighbouring codes."""
+        return (self.top - self.bottom) // self.steps
+
+    @property
+    def qp(self) -> float:
+        """The highest level in steps, Qp of the LSQ paper; a half-integer on a mid-rise grid."""
+        return self.top / self.gap
+
+    def numbers(self, ratio: Tensor) -> Tensor:
+        """The levels nearest to `ratio` = x / c, counted from the lowest, as float32 of any shape.
+
+        Ties go to the even number, on a mid-tread grid to the even code. The arithmetic here and in
+        `ratios` is that of the papers' formulas, step by step, so that values on a threshold, such as those
+        near zero on a mid-rise grid, fall to the side that published code gives them.
+        """
+        if self.half_range:
+            return ratio.clamp(0, 1).mul_(self.steps).round_()
+        if self.midtread:
+            return (ratio * self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
+        return ratio.clamp(-1, 1).add_(1).div_(2).mul_(self.steps).round_()
+
+    def ratios(self, numbers: Tensor) -> Tensor:
+        """The levels of these numbers over c, float32; computed in place."""
+        if self.half_range:
+            return numbers.div_(self.steps)
+        if self.midtread:
+            return numbers.add_(self.bottom).div_(self.top)
+        return numbers.div_(self.steps).mul_(2).sub_(1)
+
+    def inside(self, ratio: Tensor) -> Tensor:
+        """Whether x / c lies within the range, ends included; bool."""
+        return ratio.clamp(self.bottom / self.top, 1) == ratio
+
+
+class ClipSTE(torch.autograd.Function):
+    """q = l * c, l the level over c that is nearest to r = x / c, with a gradient to the clip value c.
+
+    Straight-through rounding gives
+    dq/dx = 1 inside the range, 0 outside; dq/dc = l - r inside, l outside
+    (Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, equations 1 to 3, times Qp).
+
+    Args:
+        x: float32, any shape.
+        clip: float32, positive, broadcastable to x.
+        grid: the levels.
+        balance: multiply the gradient of x by sqrt(elements / elements inside) (`STE-scale`).
+
+    Returns:
+        float32, the shape of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
+        ratio = x / clip
+        ctx.save_for_backward(ratio, clip)
+        ctx.grid, ctx.balance = grid, balance
+        return grid.ratios(grid.numbers(ratio)).mul_(clip)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, clip = ctx.saved_tensors
+        inside = ctx.grid.inside(ratio)
+        grad_x = grad_clip = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.where(inside, grad, 0.0)
+            if ctx.balance:
+                grad_x = grad_x * balance_factor(inside)
+        if ctx.needs_input_grad[1]:
+            slope = ctx.grid.ratios(ctx.grid.numbers(ratio))  # cheaper to compute again than to keep
+            slope.sub_(torch.where(inside, ratio, 0.0))
+            grad_clip = slope.mul_(grad).sum_to_size(clip.shape)
+        return grad_x, grad_clip, None, None
+
+
+def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
+    """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) (arXiv 1902.08153, section 2.1).
+
+    Args:
+        mean: mean|x| of each group, float32.
+        grid: the levels; Qp is the highest one in steps.
+
+    Returns:
+        float32, the shape of `mean`, finite.
+    """
+    factor = 2 * grid.qp / max(grid.qp, 1.0) ** 0.5
+    return (mean * factor).clamp_max(torch.finfo(torch.float32).max)
+
+
+def balance_factor(inside: Tensor) -> Tensor:
+    """sqrt(elements / elements inside), the factor of `STE-scale`; at least one element counts."""
+    return (inside.numel() / inside.sum().clamp_min(1)).sqrt()
+
+
+def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:
+    """The codes of `x` and their scale.
+
+    Args:
+        x: float32, any shape.
+        clip: float32, broadcastable to x.
+        grid: the levels.
+    """
+    numbers = grid.numbers(x / clip).long()
+    return QuantizedTensor(
+        codes=(numbers * grid.gap + grid.bottom).to(torch.int32),
+        scale=(clip / grid.top).detach(),
+        numbers=numbers,
+        codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=x.device)).unsqueeze(0),
+        factor=clip.detach(),
+    )
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+FLOOR = 1e-6  # smallest clip value; not an attribute of the Function, which Dynamo cannot trace
+
+
+class PositiveClip(torch.autograd.Function):
+    """max(|c|, floor) whose gradient is sign(c) everywhere, with sign(0) = +1.
+
+    The floor keeps x / c finite; passing the gradient below the floor lets a clip value that has
+    reached zero, or crossed it, grow again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, clip: Tensor) -> Tensor:
+        ctx.save_for_backward(
+            clip < 0
+        )  # not the parameter, which a warm-up may change before the backward pass
+        return clip.float().abs().clamp_min(FLOOR)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (negative,) = ctx.saved_tensors
+        return torch.where(negative, -grad, grad)

@@ -1,0 +1,92 @@
+"""The learned clip value that PACT and LSQ share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.quantizers.frame import Quantizer
+from model.quantizers.grid import ClipSTE, Grid, PositiveClip, ScaleGradient, encode_on_grid, initial_clip
+from model.quantizers.integers import QuantizedTensor
+from model.quantizers.sign import mean_magnitude
+from model.quantizers.site import LayerSite
+from utils.config.schema import QuantizerConfig
+
+
+class LearnedRange(Quantizer):
+    """What methods with a learned clip value c = |clip_val| share; each brings its `quantize`.
+
+    State:
+        clip_val: float32, `range_shape`; starts at `boundary`.
+    """
+
+    def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
+        super().__init__(config, site)
+        self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
+
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`; false also where padding changes a factor of the gradients, which counts elements."""
+        config = self.config
+        return (
+            config.half_range
+            and config.adaptive == "none"
+            and config.grad_type != "STE-scale"
+            and config.grad_scale not in ("element-scale", "scale-element", "paper")
+        )
+
+    def grid(self) -> Grid:
+        """The levels."""
+        return Grid.of(self.levels, self.config.half_range)
+
+    def half_range_changes(self) -> bool:
+        """See `Quantizer`; a mid-tread grid has a full range only."""
+        return self.config.grid != "midtread"
+
+    def search_grid(self) -> Grid:
+        """See `Quantizer`."""
+        return self.grid()
+
+    def range_error(self, x: Tensor) -> Tensor | None:
+        """See `Quantizer`; None for normalised values, whose clip value is of another scale."""
+        if self.config.adaptive != "none":
+            return None
+        return (ClipSTE.apply(x, self.clip(x), self.grid()) - x).square().sum()
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The clip value, float32 > 0, broadcastable to x."""
+        clip = self.per_channel(PositiveClip.apply(self.clip_val))
+        if self.config.grad_scale == "none":
+            return clip
+        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
+
+    def encode(self, x: Tensor) -> QuantizedTensor:
+        """Codes and scale of `x`; mid-rise grids have odd codes."""
+        return encode_on_grid(x, self.clip(x), self.grid())
+
+    def set_range(self, value: Tensor) -> None:
+        """Take `value` as the clip value."""
+        self.clip_val.copy_(value)
+
+    def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
+        """The clip value times (levels - 1) / (levels now - 1); on a mid-tread grid times the ratio of Qp."""
+        before, self.levels = self.grid().qp, levels
+        with torch.no_grad():
+            self.clip_val.mul_(self.grid().qp / before)
+        return (self.clip_val,)
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The ends of the grid."""
+        clip, grid = self.clip_val.detach().abs(), self.grid()
+        return clip * (grid.bottom / grid.top), clip
+
+    def current_range(self) -> Tensor:
+        """The clip value."""
+        return self.clip_val.detach()
+
+    def initialise_from(self, x: Tensor) -> None:
+        """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group; a group of zeros keeps its own."""
+        with torch.no_grad():
+            rows = self.grouped(self.normalise(x.float()))
+            mean = self.mean_over_ranks(mean_magnitude(rows, 1))
+            found = initial_clip(mean, self.grid()).reshape(self.range_shape())
+            self.set_range(torch.where(found > 0, found, self.clip_val))

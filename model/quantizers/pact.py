@@ -1,0 +1,56 @@
+"""PACT: parameterized clipping activation (arXiv 1805.06085)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quantizers.dorefa import DoReFaWeight
+from model.quantizers.grid import Grid, balance_factor
+from model.quantizers.learned_range import LearnedRange
+from model.quantizers.registry import register
+
+
+class ClippedRound(torch.autograd.Function):
+    """q = l * c, l the level over c that is nearest to x / c, with PACT's gradient of the clip value c.
+
+    dq/dx = 1 for low <= x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
+        ratio = x / clip
+        ctx.save_for_backward(ratio, clip)
+        ctx.grid, ctx.balance = grid, balance
+        return grid.ratios(grid.numbers(ratio)).mul_(clip)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, clip = ctx.saved_tensors
+        above = ratio >= 1
+        inside = ctx.grid.inside(ratio) & ~above
+        grad_x = torch.where(inside, grad, 0.0)
+        if ctx.balance:
+            grad_x = grad_x * balance_factor(inside)
+        return grad_x, torch.where(above, grad, 0.0).sum_to_size(clip.shape), None, None
+
+
+@register("pact", "fm", "ot")
+class PACT(LearnedRange):
+    """round(clamp(x, 0, c) * n / c) * c / n with a learned c = |clip_val|, n = levels - 1.
+
+    `--re_init` takes the clip value of LSQ's initial step; the paper starts from a large constant and
+    decays it.
+
+    State:
+        clip_val: float32, `range_shape`; starts at `boundary`.
+    """
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to the nearest level."""
+        return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")
+
+
+register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

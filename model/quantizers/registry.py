@@ -1,0 +1,86 @@
+"""The registry of quantization methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from model.quantizers.frame import Quantizer
+from model.quantizers.site import LayerSite
+from utils.config.methods import MethodRecord, declare
+from utils.config.schema import TAGS, QuantizerConfig
+from utils.errors import UserError
+
+Method = TypeVar("Method", bound=Quantizer)
+_METHODS: dict[tuple[str, str], type[Quantizer]] = {}
+
+
+def register(
+    method: str, *tags: str, record: MethodRecord | None = None
+) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: `method` on each of `tags` ("fm", "wt", "ot") is this class.
+
+    Args:
+        method: the name, as a keyword sets it in `quant.TAG.method`.
+        tags: what it quantizes.
+        record: what options mean to it; without one no option is said to be without effect.
+
+    Raises:
+        ValueError: a tag is none, or has the method already.
+        TypeError: the class has no `quantize` of its own.
+
+    Example:
+        >>> from model.quant import MethodRecord, Quantizer, register
+        >>> @register("rounded", "fm", record=MethodRecord(reads=frozenset()))
+        ... class Rounded(Quantizer):
+        ...     def quantize(self, x):
+        ...         return x + (x.round() - x).detach()
+        >>> sorted(tag for name, tag in methods() if name == "rounded")
+        ['fm']
+    """
+    for tag in tags:
+        if tag not in TAGS:
+            raise ValueError(f"{method}: a tag is one of {', '.join(TAGS)}, not {tag!r}")
+        if (method, tag) in _METHODS:
+            raise ValueError(f"{method} is registered twice for {tag}")
+
+    def add(cls: type[Method]) -> type[Method]:
+        if cls.quantize is Quantizer.quantize:
+            raise TypeError(
+                f"{cls.__name__} has no quantize(self, x), which every method of quantization needs"
+            )
+        if record is not None:
+            declare(method, tags, record)
+        _METHODS.update(dict.fromkeys(((method, tag) for tag in tags), cls))
+        return cls
+
+    return add
+
+
+def methods() -> dict[tuple[str, str], type[Quantizer]]:
+    """Every registered (method, tag) and its class.
+
+    Example:
+        >>> methods()["lsq", "wt"].__name__
+        'LSQ'
+    """
+    return dict(_METHODS)
+
+
+def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
+    if not config.enable:
+        return nn.Identity()
+    try:
+        cls = _METHODS[config.method, config.tag]
+    except KeyError:
+        known = sorted(method for method, tag in _METHODS if tag == config.tag)
+        raise UserError(
+            f"--{config.tag}_enable: {config.method!r} has no quantizer for {config.tag}; "
+            f"give --keyword one of {', '.join(known)}"
+        ) from None
+    if cls.level_limit is not None and config.levels > cls.level_limit:
+        raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
+    return cls(config, site)

@@ -1,0 +1,98 @@
+"""XNOR-Net (arXiv 1603.05279), with Bi-Real Net's gradient (arXiv 1808.00278); XNOR-Net++ adds `gamma`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from model.quantizers.frame import Quantizer
+from model.quantizers.integers import QuantizedTensor
+from model.quantizers.registry import register
+from model.quantizers.sign import binary, mean_magnitude, sign
+
+
+class ScaledSign(torch.autograd.Function):
+    """sign(x) * scale with sign(0) = +1.
+
+    The gradient of x is the arriving one times a mask, without the scale, as published binary networks
+    are trained: `none` 1; `STE` 1 where |x| < 1, else 0; `Triangle` 2 - 2|x| where |x| < 1, else 0
+    (arXiv 1808.00278, equation 8). The scale has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mask = mask
+        return sign(x) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if ctx.mask == "STE":
+            grad = torch.where(x.abs() < 1, grad, 0.0)
+        elif ctx.mask == "Triangle":
+            grad = grad * (2 - 2 * x.abs()).clamp_min(0)
+        return grad, None, None
+
+
+class _Binary(Quantizer):
+    level_limit: ClassVar[int | None] = 2
+
+    def scale(self, x: Tensor) -> Tensor:
+        """The factor on the signs, float32, broadcastable to x; no gradient."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to +-scale."""
+        return ScaledSign.apply(x, self.scale(x.detach()), self.config.grad_type)
+
+    def encode(self, x: Tensor) -> QuantizedTensor:
+        """Codes -1 and +1 and their scale."""
+        return binary(x, self.scale(x))
+
+
+@register("xnor", "fm", "ot")
+class XNORActivation(_Binary):
+    """sign(x), times the mean |x| over channels or over positions when `custom` asks for it.
+
+    `custom`: none; channel, one factor per position (the paper's K, equation 11); resolution, one per
+    channel.
+    """
+
+    def scale(self, x: Tensor) -> Tensor:
+        """See the class."""
+        dim = self.site.channel_dim % x.ndim
+        positions = [d for d in range(1, x.ndim) if d != dim]
+        if self.config.custom == "resolution" and positions:
+            return mean_magnitude(x, positions)
+        if self.config.custom != "none":  # a linear layer has no positions: one factor per sample
+            return mean_magnitude(x, dim)
+        return x.new_ones(1)
+
+    def output_is_sign(self) -> bool:
+        """See `Quantizer`; so it is, unless a mean is subtracted before."""
+        return self.config.adaptive in ("none", "var")
+
+    def levels_per_sample(self) -> bool:
+        """A factor per position or channel of each sample makes levels of their own."""
+        return self.config.custom != "none" or super().levels_per_sample()
+
+    def level_rows(self, output: Tensor) -> Tensor:
+        """Values that share a factor as rows."""
+        dim = self.site.channel_dim % output.ndim
+        if self.config.custom == "resolution" and output.ndim > 2:
+            return output.movedim(dim, 1).flatten(0, 1).flatten(1)
+        if self.config.custom != "none":
+            return output.movedim(dim, -1).flatten(0, -2)
+        return super().level_rows(output)
+
+
+@register("xnor", "wt")
+class XNORWeight(_Binary):
+    """sign(w) * mean|w| over each group (the paper's alpha, equation 6)."""
+
+    def scale(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.per_channel(mean_magnitude(self.grouped(x), 1).reshape(self.range_shape()))

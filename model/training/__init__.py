@@ -1,0 +1,1 @@
+"""From a network to its training: loss, penalties, teacher, policy, checks."""

@@ -1,0 +1,212 @@
+"""From the configuration to a network that is ready for its next step, with all that a step needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from logging import Logger
+
+import torch
+from torch import nn
+
+from model import audit, calibrate
+from model.layers import sync_norm
+from model.networks import build
+from model.pretrained import load_pretrained
+from model.training.policy import Change, PolicyScheduler, initialise
+from model.training.surroundings import Origin, Surroundings
+from model.training.teacher import Teacher
+from model.training.training_methods import TrainingMethods, build_training_methods
+from model.training.training_state import TrainingState
+from model.training.warmups import check_batches, fit_warmups
+from model.watch.probe import Probe
+from model.watch.trial import constant_signs, run_once
+from utils.checkpoint import run_state
+from utils.checkpoint.case_files import Found
+from utils.checkpoint.random_state import seed_generators
+from utils.checkpoint.run_state import RunState
+from utils.checkpoint.weights import LoadReport
+from utils.data.loaders import Loaders
+from utils.data.sources import open_data
+from utils.processes import distributed
+from utils.report.cost_record import Cost
+from utils.step import optimizer, precision
+from utils.step.optimizer import ParamGroup
+from utils.step.precision import Precision
+from utils.step.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembled:
+    """A network with all that its training needs, and what is to be said of how it was put together.
+
+    Attributes:
+        model: the network, on its device.
+        layout: memory format of the network and of images.
+        loaders: the images.
+        optimizer: of the network's parameters, or of its master weights.
+        groups: the optimizer's.
+        precision: the arithmetic.
+        policy: carries out the policy; holds the learning rates.
+        methods: the loss, and what is done with the weights after each step.
+        probe: looks into layers, if asked to.
+        progress: how far the run is.
+        cost: what the network costs.
+        initial: what the policy has changed before weights were loaded.
+        loaded: what became of `--pretrained`.
+        initialised: how many quantizers `--re_init` has initialised.
+        warnings: everything to warn of.
+    """
+
+    model: nn.Module
+    layout: torch.memory_format
+    loaders: Loaders
+    optimizer: torch.optim.Optimizer
+    groups: list[ParamGroup]
+    precision: Precision
+    policy: PolicyScheduler
+    methods: TrainingMethods
+    probe: Probe | None
+    progress: RunState
+    cost: Cost
+    initial: tuple[Change, ...]
+    loaded: LoadReport | None
+    initialised: int
+    warnings: tuple[str, ...]
+
+    def training_state(self, here: Surroundings, logger: Logger) -> TrainingState:
+        """What the training loop works with; from here on the processes of the run share gradients."""
+        return TrainingState(
+            model=self.model,
+            network=distributed.parallel(self.model, here.device, may_skip=self.policy.disables),
+            optimizer=self.optimizer,
+            precision=self.precision,
+            policy=self.policy,
+            methods=self.methods,
+            device=here.device,
+            layout=self.layout,
+            config=here.config,
+            logger=logger,
+            probe=self.probe,
+        )
+
+
+def assemble(here: Surroundings, origin: Origin) -> Assembled:
+    """Build the network, open the data, restore the state that the run continues from.
+
+    The order is fixed: weights come before clip values, which are computed from them; clip values before the
+    optimizer, which must hold the final parameters; the optimizer before its state.
+
+    Raises:
+        UserError: something that was asked for does not fit the network, the data or the checkpoint.
+    """
+    config, found = here.config, origin.found
+    seed_generators(config.run.seed)
+    model = build.build_network(config.model)
+    initial = initialise(model, config.policy)
+    loaded = None if origin.pretrained is None else load_pretrained(model, origin.pretrained, config)
+    cost = run_once(model, config)
+    signs = constant_signs(model, config)
+    teacher = None
+    if config.loss.distill is not None and here.teacher is not None:
+        teacher = Teacher(config.loss.distill, here.teacher)
+
+    loaders, rates, shortened = _open_data(here, model)
+    layout = precision.memory_format(model, config.precision, here.device)
+    model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    initialised = _initialise_ranges(here, origin, model, loaders, layout)
+    _join_processes(here, model)
+    precision.prepare(model, config.precision)
+    optimizer_, groups = optimizer.build_optimizer(model, config.optim)
+    policy = PolicyScheduler(
+        config.policy, model, optimizer_, groups, config.optim, rates, shortened=config.run.shortened
+    )
+    progress, changed = _resume(here, found, model, optimizer_, policy, loaders)
+    probe = _probe(here, model, policy, loaders)
+    arithmetic = precision.build_precision(model, optimizer_, config.precision, here.device)
+    with run_state.believing(found.path):
+        arithmetic.load_state_dict(progress.amp)
+    if teacher is not None:
+        teacher.to(here.device, layout)
+    methods = build_training_methods(config, model, teacher, policy.rates.total_steps)
+    with run_state.believing(found.path):
+        methods.load_state_dict(progress.methods, model)
+    idle = optimizer.idle_entries(model, config.optim)
+    return Assembled(
+        model=model,
+        layout=layout,
+        loaders=loaders,
+        optimizer=optimizer_,
+        groups=groups,
+        precision=arithmetic,
+        policy=policy,
+        methods=methods,
+        probe=probe,
+        progress=progress,
+        cost=cost,
+        initial=initial,
+        loaded=loaded,
+        initialised=initialised,
+        warnings=(
+            *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *signs,
+            *policy.warnings, *changed,
+        ),
+    )  # fmt: skip
+
+
+def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
+    """The loaders, and what depends on the length of an epoch: learning rates, warm-ups, and warnings of them."""
+    config = here.config
+    loaders = open_data(config.data, here.device)
+    check_batches(config, loaders.train.samples)
+    build.set_stable(model, len(loaders.train))
+    rates = Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))
+    return loaders, *fit_warmups(model, config, len(loaders.train), rates)
+
+
+def _initialise_ranges(
+    here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format
+) -> int:
+    """Initialise the quantizers' ranges by a batch, where a training begins and asks for it; returns how many."""
+    config = here.config
+    trains = not (config.run.evaluate or config.run.dry_run or config.run.lr_test)
+    if not (config.model.quant.re_init and origin.found.path is None and trains):
+        return 0
+    images, _ = next(iter(loaders.train))
+    images = images.to(here.device, memory_format=layout)
+    return calibrate.initialise_ranges(model, images, config.model.quant)
+
+
+def _join_processes(here: Surroundings, model: nn.Module) -> None:
+    """Give all processes one network, random numbers of their own, and batch statistics in common if asked to."""
+    distributed.share_state(model)
+    if here.place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
+        seed_generators((here.config.run.seed + here.place.rank * 1_000_003) % 2**63)
+    if here.config.devices.sync_bn and here.place.world_size > 1:
+        sync_norm.synchronise(model, here.device)
+
+
+def _resume(
+    here: Surroundings, found: Found, model: nn.Module, optimizer_: torch.optim.Optimizer,
+    policy: PolicyScheduler, loaders: Loaders,
+) -> tuple[RunState, tuple[str, ...]]:  # fmt: skip
+    """Take over the checkpoint that the run continues from: how far it is, and warnings of what has changed."""
+    config, steps_per_epoch = here.config, policy.rates.steps_per_epoch
+    progress, warnings = RunState(), ()
+    if found.path is not None:
+        progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
+        changed = run_state.schedule_change(found.payload, progress, config, steps_per_epoch)
+        warnings = (changed,) * (changed != "" and not config.run.evaluate)
+    with run_state.believing(found.path):
+        step = run_state.next_step(progress, config, steps_per_epoch, len(loaders.train))
+        policy.load_state_dict(progress.policy, step)
+    return progress, warnings
+
+
+def _probe(here: Surroundings, model: nn.Module, policy: PolicyScheduler, loaders: Loaders) -> Probe | None:
+    """What looks into layers, in the first process of a training that asks for it."""
+    config = here.config
+    if not config.probe.enable or not here.place.first or config.run.evaluate:
+        return None
+    images = min(config.data.batch_size, loaders.train.samples)
+    return Probe(model, config.probe, here.folder / "probe", steps=policy.rates.total_steps, images=images)

@@ -1,0 +1,107 @@
+"""Stops a run whose numbers are not finite, before it saves them, with the name of what made the first one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from model.layers.quantized import QuantLayer
+from model.training.training_state import TrainingState
+from utils.errors import TrainingError
+from utils.processes import distributed
+
+
+def check_loss(parts: TrainingState, loss: Tensor, images: Tensor, where: str) -> None:
+    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
+    mine = not math.isfinite(float(loss.detach()))
+    if distributed.any_process(mine):
+        whose = "the loss" if mine else "the loss of another process"
+        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
+
+
+def check_gradients(parts: TrainingState, norm: Tensor, where: str) -> None:
+    """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
+    if not math.isfinite(float(norm)):
+        bad = [
+            name
+            for name, parameter in parts.model.named_parameters()
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+        ]
+        raise TrainingError(
+            f"the gradient of {bad[0] if bad else 'the network'} is not finite in {where}, though the loss is; "
+            "checkpoints hold the weights before it; try a lower --lr, --grad_clip or --re_init"
+        )
+
+
+def check_epoch(parts: TrainingState, row: Mapping[str, float], images: Callable[[], Tensor]) -> None:
+    """Stop the run before it notes an epoch whose last step has ruined the weights.
+
+    Args:
+        parts: the training.
+        row: the epoch's metrics.
+        images: a batch of images, asked for when something is wrong.
+    """
+    weights = parts.precision.weights(parts.model)
+    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if distributed.any_process(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
+        where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
+        says = advice(parts, images(), training=False)
+        raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {says}")
+
+
+def advice(parts: TrainingState, images: Tensor, *, training: bool = True) -> str:
+    """Where numbers that are not finite came from, and what may help; all processes ask, or none.
+
+    Args:
+        parts: the training.
+        images: that it came from, or may have.
+        training: in a step of training; otherwise in validation, or between the two.
+    """
+    with parts.precision.autocast():
+        found = distributed.gathered(first_nonfinite(parts.model, images, training=training))
+    # Shared statistics carry it to the others from the next layer on.
+    _, layer = min((each for each in found if each), default=(0, ""))
+    # An infinite running variance, for one, makes finite outputs, and other images may have made the loss.
+    nowhere = "no layer has such an output" + (
+        ", the loss itself is" if training else " for the images looked at"
+    )
+    where = f"the first layer with such an output is {layer}" if layer else nowhere
+    return f"{where}; these weights are not saved; try a lower --lr, --grad_clip or --re_init"
+
+
+def first_nonfinite(model: nn.Module, images: Tensor, *, training: bool = True) -> tuple[int, str] | None:
+    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S]; None: none does.
+
+    Returns how many layers came before it, and its name and state. In training mode this is a step of training
+    without the gradients: all processes take part, as norms and quantizers may share statistics, and the network's
+    buffers change. Call it when the run ends anyway.
+    """
+    found: list[tuple[int, str]] = []
+    counter = itertools.count()
+
+    def watch(name: str, module: nn.Module, output: Tensor) -> None:
+        before = next(counter)
+        if found or not isinstance(output, Tensor) or bool(output.isfinite().all()):
+            return
+        bad = [
+            key for key, value in module.named_parameters(recurse=False) if not bool(value.isfinite().all())
+        ]
+        found.append((before, f"{name} (its {', '.join(bad)} is not finite)" if bad else name))
+
+    hooks = [
+        module.register_forward_hook(lambda m, _, out, name=name: watch(name, m, out))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLayer) or not (isinstance(module, nn.Identity) or any(module.children()))
+    ]
+    model.train(training)
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

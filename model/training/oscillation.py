@@ -1,0 +1,154 @@
+"""Oscillating weights, dampened or frozen.
+
+Near the end of training a weight close to a threshold may jump between two levels in every few steps, since each
+level's gradient points to the other. Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware
+Training", arXiv 2203.11086.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.layers.quantized import quantized_layers, quantized_weights
+from utils.errors import UserError
+
+
+def dampening(model: nn.Module) -> Tensor:
+    """The sum over quantized weights of (q - clip(w))^2, q the level of w, constant; float32 [] (section 4.2).
+
+    Gradient 2 * (w - q) for weights within the range, 0 for those beyond its ends, which pulls a weight to the
+    middle of what rounds to its level. In a warm-up, in which levels mean nothing, a layer counts for nothing.
+    """
+    total = None
+    for _, layer, quantizer in quantized_weights(model):
+        weight = layer.weight.float()
+        found = quantizer.integers(weight)
+        level = found.unscaled(found.numbers)
+        last = quantizer.levels - 1
+        clipped = ((found.numbers == last) & (weight > level)) | ((found.numbers == 0) & (weight < level))
+        part = (weight - level).masked_fill(clipped, 0.0).square().sum() * quantizer.warmed_up().squeeze()
+        total = part if total is None else total + part
+    return torch.zeros(()) if total is None else total
+
+
+def dampening_factor(step: int, total_steps: int) -> float:
+    """From 0 at the first step to 1 at the last along a cosine (section 4.2): (1 - cos(pi * t / T)) / 2."""
+    return (1 - math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
+
+
+class Freezing:
+    """Iterative weight freezing (section 4.3): a weight that oscillates too often stays at its mean level.
+
+    In each step a weight oscillates when its level's number changes in the direction opposite to its last change.
+    With f the exponential mean of that (momentum m) and n that of the level's number, a weight with
+    f > threshold is put on the level round(n) and stays there, whatever the optimizer does to it.
+    The threshold goes from the first to the second of two values along a cosine. A layer whose levels a policy changes,
+    or whose quantizer it turns off, begins anew.
+
+    Args:
+        model: the network; its quantized weights as they are now.
+        threshold: one or two frequencies, oscillations a step; empty: nothing is frozen.
+        momentum: m.
+        total_steps: optimizer steps of the run.
+    """
+
+    def __init__(
+        self, model: nn.Module, threshold: Sequence[float], momentum: float, total_steps: int
+    ) -> None:
+        self._model = model
+        self._threshold, self._momentum, self._total_steps = tuple(threshold), momentum, total_steps
+        self._tracked: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether weights are frozen at all."""
+        return bool(self._threshold)
+
+    def threshold(self, step: int) -> float:
+        """The threshold after `step` steps."""
+        first, last = self._threshold[0], self._threshold[-1]
+        return last + (first - last) * (1 - dampening_factor(step, self._total_steps))
+
+    @torch.no_grad()
+    def after_step(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Follow the weights after optimizer step `step` (from 0), freeze some, and put frozen ones back.
+
+        Args:
+            step: as the schedule counts.
+            weights: the float32 weights that the optimizer updates, by the names of the network's state; they
+                and the network's own are changed. Nothing waits for the device.
+        """
+        if not self.enabled:
+            return
+        layers = list(quantized_weights(self._model))
+        for name in self._tracked.keys() - {name for name, _, _ in layers}:  # turned off by a policy
+            del self._tracked[name]
+        for name, layer, quantizer in layers:
+            weight = weights[f"{name}.weight"]
+            found = quantizer.integers(weight)
+            numbers = found.numbers.to(torch.int32)
+            grid = [quantizer.levels, int(quantizer.config.half_range)]
+            state = self._tracked.get(name)
+            if state is None or state["grid"].tolist() != grid:
+                self._tracked[name] = self._start(numbers, grid)
+                continue
+            changed = (numbers - state["numbers"]).sign()
+            moved = changed != 0
+            oscillates = moved & (changed == -state["direction"]) & quantizer.warmed_up()
+            state["frequency"].lerp_(oscillates.float(), self._momentum)
+            state["mean"].lerp_(numbers.float(), self._momentum)
+            state["direction"].copy_(torch.where(moved, changed, state["direction"]))
+            newly = (state["frequency"] > self.threshold(step)) & ~state["frozen"]
+            kept = torch.where(newly, state["mean"].round().to(torch.int32), state["kept"])
+            state["kept"].copy_(kept)
+            state["frozen"] |= newly
+            state["numbers"].copy_(torch.where(state["frozen"], kept, numbers))
+            weight.copy_(torch.where(state["frozen"], found.unscaled(kept.long()), weight))
+            if layer.weight.data_ptr() != weight.data_ptr():  # half of it is what the network computes with
+                layer.weight.copy_(weight)
+
+    @staticmethod
+    def _start(numbers: Tensor, grid: list[int]) -> dict[str, Tensor]:
+        """What is followed of a layer's weight: int32, float32 or bool of its shape, but for `grid`, on the CPU."""
+        return {
+            "grid": torch.tensor(grid),
+            "numbers": numbers.clone(),
+            "direction": torch.zeros_like(numbers),
+            "frequency": torch.zeros_like(numbers, dtype=torch.float32),
+            "mean": numbers.float(),
+            "kept": torch.zeros_like(numbers),
+            "frozen": torch.zeros_like(numbers, dtype=torch.bool),
+        }
+
+    def share(self) -> float:
+        """Share of the quantized weights that are frozen; waits for the device."""
+        masks = [state["frozen"] for state in self._tracked.values()]
+        frozen = sum(int(mask.sum()) for mask in masks)
+        return frozen / max(sum(mask.numel() for mask in masks), 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, tensors by layer."""
+        return {name: dict(state) for name, state in self._tracked.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`; an empty one is a start.
+
+        Raises:
+            UserError: it is of another network.
+        """
+        if not self.enabled:
+            return
+        layers = dict(quantized_layers(self._model))
+        for name, tensors in state.items():
+            weight = layers[name].weight if name in layers else None
+            if weight is None or tensors["numbers"].shape != weight.shape:
+                raise UserError(f"the checkpoint's frozen weights of {name} do not fit the network")
+            self._tracked[name] = {
+                key: value.clone() if key == "grid" else value.to(weight.device, copy=True)
+                for key, value in tensors.items()
+            }

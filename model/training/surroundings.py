@@ -1,0 +1,104 @@
+"""Where a run takes place and what it starts from: all that is known before its network is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.training.teacher import find_teacher
+from utils.checkpoint import case_files
+from utils.checkpoint.case_files import CheckpointFiles, Found
+from utils.config.schema import Config
+from utils.data.sources import check_data
+from utils.errors import UserError
+from utils.processes import distributed
+from utils.processes.distributed import Place
+from utils.step import optimizer, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What is known of a run before its network is built.
+
+    Attributes:
+        config: the run's, with this process's place among the data.
+        place: which process this is.
+        device: where it computes.
+        folder: of the log and the metrics.
+        files: the case's checkpoints.
+        teacher: the teacher's checkpoint; None without distillation.
+        warnings: what was noticed so far.
+    """
+
+    config: Config
+    place: Place
+    device: torch.device
+    folder: Path
+    files: CheckpointFiles
+    teacher: Path | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run starts from.
+
+    Attributes:
+        found: the checkpoint that it continues from.
+        pretrained: the weights that it begins with; None: random ones, or those of `found`.
+        launchers: what started its processes, see `utils.processes.distributed.launchers`.
+    """
+
+    found: Found
+    pretrained: Path | None
+    launchers: tuple[str, ...]
+
+
+def find_surroundings(config: Config) -> Surroundings:
+    """Find this process's place and device, and check what can be checked without building anything.
+
+    Raises:
+        UserError: an option does not fit this machine, or names what is not there.
+    """
+    settings = config.run
+    place = distributed.place(config.devices, os.environ)
+    if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
+        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
+    shard = dataclasses.replace(config.data, rank=place.rank, world_size=place.world_size)
+    config = dataclasses.replace(config, data=shard)
+    device, warnings = distributed.device_of(place, config.devices)
+    warnings += precision.check_precision(config.precision, device)
+    files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
+    optimizer.check_optimizer(config.optim)
+    distill = None if settings.evaluate else config.loss.distill
+    teacher = None if distill is None else find_teacher(distill, settings.weights_dir)
+    check_data(config.data)
+    return Surroundings(
+        config=config, place=place, device=device, folder=settings.log_dir / settings.case, files=files,
+        teacher=teacher, warnings=warnings,
+    )  # fmt: skip
+
+
+def find_origin(here: Surroundings) -> Origin:
+    """Find the checkpoint that the run continues from, or the weights that it begins with.
+
+    Raises:
+        UserError: there is no such file, or nothing to evaluate.
+    """
+    settings, files = here.config.run, here.files
+    launchers = distributed.launchers(os.environ)
+    found = distributed.broadcast(lambda: files.find(settings.resume, settings.resume_file, launchers))
+    pretrained = None  # a resumed checkpoint already has the weights, and the file may have moved since
+    if found.path is None:
+        name = here.config.model.name
+        pretrained = case_files.find_pretrained(settings.pretrained or "", settings.weights_dir, name)
+    if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
+        raise UserError(
+            f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
+            "--pretrained none random weights are"
+        )
+    return Origin(found=found, pretrained=pretrained, launchers=launchers)

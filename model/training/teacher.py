@@ -1,0 +1,83 @@
+"""The teacher of a distillation: a trained full-precision network that does not change."""
+
+from __future__ import annotations
+
+import zlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.networks import build
+from utils.checkpoint import archive, case_files, weights
+from utils.config.schema import DistillConfig
+from utils.errors import UserError
+
+
+class Teacher:
+    """Gives its logits for the images that the network is trained on.
+
+    Args:
+        config: its network.
+        path: the checkpoint, as `find` says.
+    """
+
+    def __init__(self, config: DistillConfig, path: Path) -> None:
+        self._path = path
+        try:
+            self._network = build.build_network(config.teacher)
+        except UserError as error:
+            raise UserError(
+                f"--distill_teacher: {error}; the teacher's own options are --distill_teacher, --distill_keyword and "
+                "--distill_width_alpha"
+            ) from error
+        state = weights.state_dict_of(archive.read(path), source=str(path))
+        try:
+            weights.load_weights(self._network, state, allow_missing=lambda name: False, source=str(path))
+        except UserError as error:
+            raise UserError(f"--distill_pretrained: {error}") from error
+        self._network.eval().requires_grad_(False)
+
+    def to(self, device: torch.device, layout: torch.memory_format) -> Teacher:
+        """Move it where the network is."""
+        self._network.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        return self
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, C], of images [N, 3, S, S]; computed as the network's, under its autocast."""
+        with torch.no_grad():
+            return self._network(images.float()).float()
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A checksum of its weights, to tell it from others."""
+        return _checksum(self._network)
+
+    def check_same(self, fingerprint: int) -> None:
+        """Refuse to be another teacher than one of this `fingerprint`."""
+        if fingerprint != self.fingerprint:
+            raise UserError(
+                f"--distill_pretrained {self._path}: the run that goes on learned from other weights; bring its "
+                "teacher back or start another case"
+            )
+
+
+def find_teacher(config: DistillConfig, weights_dir: Path) -> Path:
+    """The teacher's checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = case_files.find_pretrained(
+        config.pretrained, weights_dir, config.teacher.name, option="distill_pretrained"
+    )
+    assert path is not None  # `none` was refused with the options
+    return path
+
+
+def _checksum(network: nn.Module) -> int:
+    value = 0
+    for tensor in network.state_dict().values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), value)
+    return value

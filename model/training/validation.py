@@ -1,0 +1,87 @@
+"""The figures of an epoch: of its training, and of a validation, with batch norms' statistics before it."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch.nn import functional
+
+from model.layers import batch_statistics
+from model.training.training_state import TrainingState
+from utils.checkpoint.run_state import RunState
+from utils.data.loader import Loader
+from utils.data.loaders import Loaders
+from utils.processes import distributed
+from utils.processes.interrupt import Stop
+from utils.report.progress import progress
+from utils.step import meters
+
+AUDIT_BATCHES = 4
+
+
+def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
+    """The training's columns of the metrics, of an epoch that is at its end."""
+    sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), training.policy.rates
+    freezing = training.methods.freezing
+    return {
+        "epoch": state.epoch + 1,
+        "lr": rates.at(state.epoch * rates.steps_per_epoch),
+        **{f"train_{name}": value for name, value in meters.Totals.means(sums).items()},
+        "seconds": state.seconds,
+        "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),
+        "data_wait": 100 * state.waited / max(state.seconds, 1e-9),
+        **({"frozen": 100 * freezing.share()} if freezing.enabled else {}),
+    }
+
+
+def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
+    """The validation's columns of the metrics, after `epoch` (from 0): of the network and of its averaged weights."""
+    assert loaders.val is not None  # the caller has asked
+    average, row = training.methods.average, dict[str, float]()
+    if average.exists:  # first, so that the norms' statistics are the network's own in the end
+        with average.applied(training.model):
+            reestimate_norms(training, loaders.train, epoch)
+            distributed.share_state(training.model)
+            row |= {f"ema_{name}": value for name, value in validate(training, loaders.val, stop).items()}
+    reestimate_norms(training, loaders.train, epoch)
+    distributed.share_state(training.model)
+    return row | {f"val_{name}": value for name, value in validate(training, loaders.val, stop).items()}
+
+
+def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, float]:
+    """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
+
+    A process that is asked to stop leaves it early; the result then means nothing.
+    """
+    training.model.eval()
+    totals = meters.Totals(training.device)
+    with torch.no_grad(), training.precision.autocast():
+        enabled = training.config.data.rank == 0
+        for images, target in progress(loader, len(loader), "validation", enabled=enabled):
+            if stop.asked:
+                break
+            target = target.to(training.device, non_blocking=True)
+            output = training.model(training.images(images)).float()
+            totals.update(functional.cross_entropy(output, target), output, target)
+    return meters.Totals.means(distributed.summed(totals.sums))
+
+
+def reestimate_norms(training: TrainingState, loader: Loader, epoch: int) -> None:
+    """Compute the batch norms' statistics anew from the first `bn_batches` training batches of `epoch` (from 0)."""
+    count = training.config.run.bn_batches
+    if count == 0:
+        return
+    loader.set_epoch(epoch)
+    loader.set_position(0)
+    with training.precision.autocast():
+        batches = (training.images(images) for images, _ in itertools.islice(loader, count))
+        batch_statistics.reestimate(training.model, batches)
+
+
+def audit_batches(
+    training: TrainingState, loaders: Loaders, count: int = AUDIT_BATCHES
+) -> list[torch.Tensor]:
+    """A few batches of real images, of the validation set where there is one."""
+    loader = loaders.train if loaders.val is None else loaders.val
+    return [training.images(images) for images, _ in itertools.islice(loader, count)]

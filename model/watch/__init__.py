@@ -1,0 +1,1 @@
+"""Looking at a network: its cost, its quantizers' state, what it multiplies."""

@@ -1,0 +1,100 @@
+"""Counting what a network costs by running it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from model.layers.quantized import QuantLayer, quantizers
+from model.observe import observing
+from model.quantizers.frame import Quantizer
+from utils.config.schema import QuantizerConfig
+from utils.report.cost_record import FULL_BITS, Cost, LayerCost, stored_bits
+
+
+def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
+    """A quantizer for people, and its bits; ("", 32) for the identity or none."""
+    if not isinstance(quantizer, Quantizer):
+        return "", FULL_BITS
+    bits = stored_bits(quantizer.levels)
+    return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
+
+
+def network_cost(model: nn.Module, input_size: int) -> Cost:
+    """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
+
+    Of the quantizers with equal options only the first one works, to see that it can; the others, which would
+    take most of the time, let their input pass.
+    """
+    layers: list[LayerCost] = []
+
+    def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            return
+        quantized = isinstance(module, QuantLayer)
+        weight, weight_bits = describe_quantizer(module.quant_weight if quantized else None)
+        activation, bits = describe_quantizer(module.quant_activation if quantized else None)
+        result, _ = describe_quantizer(module.quant_output if quantized else None)
+        layers.append(
+            LayerCost(
+                name=name,
+                kind=_kind(module),
+                output=tuple(output.shape[1:]),
+                weights=module.weight.numel(),
+                # Every output value takes one product per weight of its output channel.
+                macs=output[0].numel() * module.weight[0].numel(),
+                weight=weight,
+                activation=activation,
+                weight_bits=weight_bits,
+                activation_bits=bits,
+                result=result,
+            )
+        )
+
+    parameter = next(model.parameters())
+    with one_of_a_kind(model), observing(model) as hooks:
+        hooks += [
+            module.register_forward_hook(partial(count, name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
+        model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
+    return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
+
+
+@contextmanager
+def one_of_a_kind(model: nn.Module) -> Iterator[None]:
+    """Turn off the quantizers whose options another one has already, and all threads but one, for a while.
+
+    One image is little to share: on a busy machine threads wait for each other many times as long.
+    """
+    threads = torch.get_num_threads()
+    kinds: list[QuantizerConfig] = []
+    repeated: list[Quantizer] = []
+    for _, quantizer in quantizers(model):
+        if quantizer.config not in kinds:
+            kinds.append(quantizer.config)
+        elif quantizer.enabled:
+            repeated.append(quantizer)
+    try:
+        torch.set_num_threads(1)
+        for quantizer in repeated:
+            quantizer.enabled = False
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for quantizer in repeated:
+            quantizer.enabled = True
+
+
+def _kind(module: nn.Conv2d | nn.Linear) -> str:
+    if isinstance(module, nn.Linear):
+        return f"linear {module.in_features}-{module.out_features}"
+    kernel = "x".join(map(str, module.kernel_size))
+    stride = f"/{module.stride[0]}" if module.stride[0] != 1 else ""
+    groups = f" g{module.groups}" if module.groups != 1 else ""
+    return f"conv {kernel}{stride} {module.in_channels}-{module.out_channels}{groups}"

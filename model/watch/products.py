@@ -1,0 +1,112 @@
+"""Looking at what enters the convolutions and matrix products of quantized layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.layers.quantized import QuantLayer
+from model.observe import first_input
+from model.quantizers.frame import Quantizer
+
+# Where a convolution or a matrix product takes its two factors.
+_aten = torch.ops.aten
+PRODUCTS: dict[Any, tuple[int, int]] = {
+    **dict.fromkeys((_aten.convolution, _aten.conv1d, _aten.conv2d, _aten.conv3d), (0, 1)),
+    **dict.fromkeys((_aten.linear, _aten.matmul, _aten.mm, _aten.bmm, _aten.mv, _aten.dot), (0, 1)),
+    **dict.fromkeys((_aten.addmm, _aten.addmv, _aten.addbmm, _aten.baddbmm), (1, 2)),
+}
+
+
+@dataclass
+class _Call:
+    """One call of a quantized layer: what its quantizers have put out so far, and what it has multiplied."""
+
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    products: int = 0
+    problem: str = ""
+
+
+class Products(TorchDispatchMode):
+    """Looks at what enters the convolutions and matrix products of quantized layers, and at what leaves the layers.
+
+    All that a layer multiplies must be what its quantizers have put out: every product has a factor whose values are
+    those of the activations' quantizer (or padding's zeros), and another one with those of the weights'.
+
+    Attributes:
+        problems: layer -> the first thing that was wrong.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problems: dict[str, str] = {}
+        self._calls: list[tuple[QuantLayer, _Call] | None] = []  # within each other; None: within a quantizer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        places = PRODUCTS.get(func.overloadpacket)
+        if places is not None and self._calls and self._calls[-1] is not None:
+            layer, call = self._calls[-1]
+            call.products += 1
+            call.problem = call.problem or _multiplied(layer, call, [args[place] for place in places])
+        return func(*args, **(kwargs or {}))
+
+    def enter_layer(self, layer: QuantLayer, inputs: object) -> None:
+        """A hook before a quantized layer."""
+        self._calls.append((layer, _Call()))
+
+    def leave_layer(
+        self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
+        """A hook behind it."""
+        entry = self._calls.pop()
+        assert entry is not None
+        call, problem = entry[1], entry[1].problem
+        if first_input(inputs, named).numel() == 0:  # then nothing but the weight is quantized
+            return
+        if not problem and call.products == 0:
+            problem = "has no convolution and no matrix product that could be looked at"
+        if not problem and "quant_output" in dict(layer.quantizers()):
+            outputs = call.outputs.get("quant_output", [])
+            problem = "" if _among(output, outputs) else "puts out values that quant_output did not"
+        if problem:
+            self.problems.setdefault(name, problem)
+
+    def enter_quantizer(self, quantizer: Quantizer, inputs: object) -> None:
+        """A hook before a quantizer, whose own products are no business of the layer's."""
+        self._calls.append(None)
+
+    def leave_quantizer(self, part: str, quantizer: Quantizer, inputs: object, output: Tensor) -> None:
+        """A hook behind it."""
+        self._calls.pop()
+        if self._calls and self._calls[-1] is not None:
+            self._calls[-1][1].outputs.setdefault(part, []).append(output)
+
+
+def _multiplied(layer: QuantLayer, call: _Call, factors: Sequence[Tensor]) -> str:
+    """What is wrong with the two factors of a product; empty when they are what the quantizers put out."""
+    parts = [part for part, _ in layer.quantizers() if part != "quant_output"]
+    of_part = {part: [_among(factor, call.outputs.get(part, [])) for factor in factors] for part in parts}
+    if any(
+        all(of_part[part][i] for part, i in zip(parts, order, strict=False)) for order in ((0, 1), (1, 0))
+    ):
+        return ""
+    wrong = [part for part in parts if not any(of_part[part])] or parts
+    return f"multiplies values that {' and '.join(wrong)} did not put out"
+
+
+def _among(factor: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether all values of `factor` are values of the outputs, or zero."""
+    rounded = [
+        output.detach().to(factor.dtype) for output in outputs
+    ]  # autocast multiplies in a lower precision
+    for output, view in itertools.product(rounded, (factor, factor.mT if factor.ndim > 1 else factor)):
+        if output.numel() == view.numel() and torch.equal(output.reshape(view.shape), view):
+            return True
+    values = torch.cat([factor.new_zeros(1), *(output.unique() for output in rounded)])
+    return bool(torch.isin(factor, values).all())

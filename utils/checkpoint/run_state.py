@@ -1,0 +1,363 @@
+"""How far a run is: what a checkpoint keeps of it, and going on from there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.checkpoint import archive, random_state, weights
+from utils.checkpoint.case_files import CheckpointFiles
+from utils.config.schema import Config, to_dict
+from utils.errors import TrainingError, UserError
+from utils.processes import distributed
+from utils.step import meters
+from utils.step.schedule import Schedule
+from utils.text import printable
+
+# Fields of the network that matter at its start or in the gradient only: a run may go on with others.
+CHANGEABLE = {
+    "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
+    "proxquant_step", "input_size", "progressive",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        epoch: epochs done.
+        position: images of the next epoch that all processes together have seen, in whole batches.
+        sums: what this process's `meters.Totals` of that epoch holds.
+        seconds: how long that epoch took so far.
+        waited: how much of it training waited for images.
+        best_acc: best top-1 of a validation so far, percent; -inf before the first.
+        amp: `Precision.state_dict` to go on with.
+        policy: `PolicyScheduler.state_dict` to go on with.
+        methods: `TrainingMethods.state_dict` to go on with.
+        differences: options that changed since the checkpoint that the run continues from.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    sums: tuple[float, ...] = meters.Totals.EMPTY
+    seconds: float = 0.0
+    waited: float = 0.0
+    best_acc: float = -math.inf
+    amp: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    methods: Mapping[str, Any] = field(default_factory=dict)
+    differences: tuple[str, ...] = ()
+
+
+def restore(
+    payload: dict[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
+) -> RunState:
+    """Everything of a checkpoint that training continues from, but for `set_random`."""
+    _check_kinds(payload, path)
+    changed = differences(payload.get("config", {}), to_dict(config))
+    for line in changed:
+        field = line.split(" ", 1)[0]
+        network = field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE
+        if network or field == "optim.name":
+            raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
+    state = weights.state_dict_of(payload, source=str(path))
+    weights.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
+    if config.run.evaluate:
+        return RunState(
+            epoch=payload.get("epoch", 0),
+            best_acc=payload.get("best_acc", -math.inf),
+            methods={"average": payload.get("methods", {}).get("average", {})},
+        )
+    missing = [name for name in ("epoch", "optimizer", "best_acc", "random") if name not in payload]
+    if missing:
+        raise UserError(
+            f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained"
+        )
+    # The options' hyperparameters count, as far as they differ from the checkpoint's; the rate is set before
+    # each step.
+    options = [
+        {name: value for name, value in group.items() if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(payload["optimizer"])
+        _check_optimizer(optimizer)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} holds another optimizer's state ({error}); use --pretrained") from error
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
+    return RunState(
+        epoch=payload["epoch"],
+        position=payload.get("position", 0),
+        sums=_own_sums(payload.get("sums", []), config.data.rank, config.data.world_size),
+        seconds=payload.get("seconds", 0.0),
+        waited=payload.get("waited", 0.0),
+        best_acc=payload["best_acc"],
+        amp=payload.get("amp", {}),
+        policy=payload.get("policy", {}),
+        methods=_wanted(payload.get("methods", {}), config),
+        differences=changed,
+    )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError when what is kept of a parameter has neither its shape nor a single element."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {list(value.shape)} for {list(parameter.shape)}")
+
+
+@contextmanager
+def believing(path: Path | None) -> Iterator[None]:
+    """Where the parts of a run take over what `path` holds of them: what they cannot take is the file's fault."""
+    if path is None:  # nothing is taken over
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} is damaged: it holds what this program does not write ({type(error).__name__}: "
+            f"{reason:.200}); use --pretrained or another file"
+        ) from error
+
+
+def _wanted(methods: dict[str, Any], config: Config) -> dict[str, Any]:
+    """The state of the methods of training, without an average that is not continued."""
+    return methods if config.weights.ema_decay > 0 else {**methods, "average": {}}
+
+
+def _own_sums(of_ranks: list[list[float]], rank: int, world_size: int) -> tuple[float, ...]:
+    """This process's part of the sums; among another number of processes the first one takes them all."""
+    if len(of_ranks) == world_size:
+        return tuple(of_ranks[rank])
+    return tuple(map(sum, zip(*of_ranks, strict=True))) if rank == 0 and of_ranks else meters.Totals.EMPTY
+
+
+def set_random(payload: dict[str, Any], rank: int) -> None:
+    """Continue this process's random numbers; one that was not there goes on with those it has."""
+    states = [payload["random"], *payload.get("random_of_others", [])]
+    if rank < len(states):
+        random_state.set_random_state(states[rank])
+
+
+def first_batch(position: int, images: int, passes: int, batches: int) -> int:
+    """The batch of an epoch to go on with, after `position` images of it.
+
+    With the batches of the run that saved it is the next one. With others it is the last whole group of
+    `passes` batches of `images` before it, so that no image is left out and some are seen twice.
+    """
+    batch = min(position // images, batches)
+    return batch if batch == batches else batch - batch % passes
+
+
+def next_step(state: RunState, config: Config, steps_per_epoch: int, batches: int) -> int:
+    """The step of the optimizer, from 0, that comes next after a state; `batches` is the length of an epoch now."""
+    passes = config.optim.iter_size
+    first = first_batch(state.position, config.data.batch_size * config.data.world_size, passes, batches)
+    return state.epoch * steps_per_epoch + first // passes
+
+
+def sums_until(sums: tuple[float, ...], position: int, first: int) -> tuple[float, ...]:
+    """The sums over `position` images of an epoch, which goes on with image `first` of it.
+
+    Images that are seen again count once: the sums are reduced to the share of those before.
+    """
+    return sums if first >= position else tuple(value * first / position for value in sums)
+
+
+def _check_kinds(payload: dict[str, Any], path: Path) -> None:
+    """Refuse a payload whose entries are not what `save` writes; published files may lack some of them."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
+        "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
+        "amp": (dict,), "policy": (dict,), "methods": (dict,), "random_of_others": (list,),
+        "launchers": (list,),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if name in payload and (not isinstance(payload[name], kind) or isinstance(payload[name], bool)):
+            raise _damaged(path, name, payload[name])
+    for name in ("epoch", "position", "seconds", "waited"):
+        if not 0 <= payload.get(name, 0) < math.inf:
+            raise _damaged(path, name, payload[name])
+    if math.isnan(payload.get("best_acc", 0)):
+        raise _damaged(path, "best_acc", payload["best_acc"])
+    rows = payload.get("sums", [])
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(meters.Totals.EMPTY):
+            raise _damaged(path, "sums", rows)
+        # The loss of a step that half precision skipped may be infinite.
+        if not all(isinstance(value, float | int) for value in row) or not all(map(math.isfinite, row[1:])):
+            raise _damaged(path, "sums", rows)
+    _check_place(payload, path)
+
+
+def _damaged(path: Path, name: str, value: object) -> UserError:
+    """What is said of an entry that `save` does not write."""
+    return UserError(f"{path} is damaged: {name} is {value!r:.200}; use --pretrained or another file")
+
+
+def _check_place(payload: dict[str, Any], path: Path) -> None:
+    """Refuse an epoch and a position that contradict the step of the schedule or the length of the run."""
+    config, scheduler = payload.get("config"), payload.get("scheduler")
+    if config is None or not isinstance(scheduler, dict) or "step" not in scheduler:
+        return  # another program's
+    try:
+        together = config["data"]["batch_size"] * config["data"]["world_size"]
+        epochs = config["schedule"]["epochs"] + config["schedule"]["extra_epoch"]
+        step, epoch = scheduler["step"], payload["epoch"]
+        within = math.ceil(payload.get("position", 0) // together / config["optim"]["iter_size"])
+        per_epoch = (step - within) / max(epoch, 1)
+        fits = per_epoch >= 1 and per_epoch == int(per_epoch) if epoch else per_epoch == 0
+    except (KeyError, TypeError, ArithmeticError) as error:
+        raise _damaged(path, "scheduler or config", scheduler) from error
+    if not fits or epoch > epochs or (epoch and within > per_epoch):
+        place = (epoch, payload.get("position", 0), step)
+        raise _damaged(path, "(epoch, position, scheduler's step)", place)
+
+
+def schedule_change(payload: dict[str, Any], state: RunState, config: Config, steps_per_epoch: int) -> str:
+    """What to warn of when the run's schedule goes on at another step than the checkpoint's; empty: it does not."""
+    scheduler = payload.get("scheduler")
+    before = scheduler.get("step") if isinstance(scheduler, dict) else None
+    now = _step(state, config, steps_per_epoch)
+    if before in (None, now):
+        return ""
+    return (
+        f"the schedule was at step {before} and goes on from step {now}: batches, processes or the number of "
+        "images have changed"
+    )
+
+
+def _step(state: RunState, config: Config, steps_per_epoch: int) -> int:
+    """The steps of the optimizer, from 0, that were taken before a state."""
+    batch = state.position // (config.data.batch_size * config.data.world_size)
+    return state.epoch * steps_per_epoch + math.ceil(batch / config.optim.iter_size)
+
+
+# Parts of the configuration that say where and how often, not what is trained.
+_ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
+              "devices.world_size", "devices.rank", "run"}  # fmt: skip
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """Fields of the configuration that changed, of those that change the training."""
+    found: list[str] = []
+    for name in before.keys() & now.keys():
+        old, new, field = before[name], now[name], f"{prefix}{name}"
+        if field in _ELSEWHERE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{field}.")
+        elif old != new:
+            found.append(printable(f"{field} was {old} and is {new} now"))
+    return tuple(sorted(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a run's checkpoints go, and how.
+
+    Attributes:
+        files: the case's.
+        writer: writes them beside the training.
+        launchers: what started the processes of the run, see `utils.processes.distributed.launchers`.
+    """
+
+    files: CheckpointFiles
+    writer: archive.Writer
+    launchers: Sequence[str]
+
+
+def save(
+    state: RunState, config: Config, output: Output, *, state_dict: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer, amp: Mapping[str, Any], rates: Schedule, best: bool = False,
+) -> None:  # fmt: skip
+    """Start writing the latest checkpoint, and the best and the epoch's where they are due.
+
+    All processes take part; the first one writes. What is written stands when this returns; that it is on
+    the disk is certain after the writer's next job, or its `wait`.
+
+    Args:
+        state: how far the run is.
+        config: the run's.
+        output: where the files go.
+        state_dict: the network's state, with float32 weights.
+        optimizer: of the weights.
+        amp: `Precision.state_dict`.
+        rates: the learning rates.
+        best: no validation was better.
+
+    Raises:
+        TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
+    """
+    _refuse_nonfinite(state_dict, state)
+    of_ranks = distributed.gathered((list(state.sums), random_state.random_state()))
+    if config.data.rank != 0:
+        return
+    step = _step(state, config, rates.steps_per_epoch)
+    payload = {
+        "epoch": state.epoch,
+        "position": state.position,
+        "sums": [sums for sums, _ in of_ranks],
+        "seconds": state.seconds,
+        "waited": state.waited,
+        "state_dict": dict(state_dict),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"step": step},
+        "best_acc": state.best_acc,
+        "learning_rate": rates.at(max(step - 1, 0)),
+        "amp": dict(amp),
+        "policy": dict(state.policy),
+        "methods": dict(state.methods),
+        "random": of_ranks[0][1],
+        "random_of_others": [random for _, random in of_ranks[1:]],
+        "config": to_dict(config),
+        "launchers": list(output.launchers),
+    }
+    kept = config.run.save_freq and state.position == 0 and state.epoch % config.run.save_freq == 0
+    output.writer.start(
+        partial(
+            _write, output.files, archive.snapshot(payload), keep=config.run.keep, best=best,
+            epoch=state.epoch if kept else None,
+        )
+    )  # fmt: skip
+
+
+def _write(
+    files: CheckpointFiles, payload: dict[str, Any], *, keep: int, best: bool, epoch: int | None
+) -> None:
+    """Write a payload to all files that are due."""
+    try:
+        data = archive.serialise(payload)
+        if best:
+            archive.write_atomic(files.best, data)
+        if epoch is not None:
+            archive.write_atomic(files.epoch(epoch), data)
+        # Last, because it is what a killed run continues from: then the others are there already.
+        files.write_latest(data, keep)
+    except (UserError, OSError) as error:  # the options were right when the run began
+        raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
+
+
+def _refuse_nonfinite(weights: Mapping[str, torch.Tensor], state: RunState) -> None:
+    """Never replace a good checkpoint by ruined weights."""
+    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise TrainingError(
+            f"{bad[0]} is not finite after {state.epoch} epochs and {state.position} images, which is not saved; "
+            "try a lower --lr, --grad_clip or --re_init"
+        )

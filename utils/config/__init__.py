@@ -1,0 +1,1 @@
+"""Options, keywords and the configuration that they become."""

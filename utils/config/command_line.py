@@ -1,0 +1,141 @@
+"""The command line: the parser made from the options' records, and what was given."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from utils.config.option import Option, floats, integer, integers, words
+from utils.config.options import GROUPS, OPTIONS
+from utils.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="main.py", usage="python main.py [options]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train image classifiers with low-bit weights and activations.",
+        epilog="Usually: bash train.sh config/config.NAME [options]. Guide: docs/classification.md",
+    )  # fmt: skip
+    for title, group in GROUPS.items():
+        section = parser.add_argument_group(title)
+        for option in group:
+            spellings = [*option.aliases, f"--{option.name}"]
+            if option.undoes:
+                section.add_argument(
+                    *spellings, dest=option.name, action=_Undo, const=option.undoes, nargs=0, help=option.help
+                )
+                continue
+            if option.kind is bool:
+                section.add_argument(
+                    *spellings, dest=option.name, action="store_true", default=None, help=option.help
+                )
+                continue
+            default = "" if option.default in (None, ()) else f" [{option.default}]"
+            section.add_argument(
+                *spellings, dest=option.name, action=_Last, const=option, type=option.kind, default=None,
+                metavar=_metavar(option),
+                choices=option.choices or None, nargs="+" if option.many else None,
+                help=(option.help + default).replace("%", "%%"),
+            )  # fmt: skip
+    return parser
+
+
+def _metavar(option: Option) -> str:
+    if option.choices:
+        return "{" + ",".join(option.choices) + "}"
+    names = {int: "N", integer: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
+    return names.get(option.kind, option.name.upper())
+
+
+_BARE = re.compile(r"--\w+")
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+def _canonical(argument: str) -> str:
+    """`--iter-size=2` as `--iter_size=2`; other arguments unchanged."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _joined(arguments: Iterable[str]) -> list[str]:
+    """With `--name -1.` as `--name=-1.`: argparse takes not every negative number for a value."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and _NEGATIVE.fullmatch(argument) and _BARE.fullmatch(joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+class _Last(argparse.Action):
+    """Stores the last of several values and keeps the earlier ones: what a config had said.
+
+    `const` is the `Option`. Several words of one become one tuple.
+    """
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        option: Any = self.const
+        if option.many:
+            values = tuple(value for word in values for value in word)
+        if values in option.unset:
+            values = None
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            namespace.replaced.setdefault(self.dest, []).append(before)
+        setattr(namespace, self.dest, values)
+
+
+class _Undo(argparse.Action):
+    """A flag that takes back the one named `const`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, True)
+        setattr(namespace, str(self.const), None)
+
+
+class Given(dict[str, Any]):
+    """The values of all options by name.
+
+    Attributes:
+        explicit: the names that were written.
+        replaced: name -> the values that a later one on the same command line has replaced, in order; a
+            config's, mostly, that the options behind it override.
+    """
+
+    def __init__(self, written: dict[str, Any], replaced: Mapping[str, Sequence[Any]] | None = None) -> None:
+        super().__init__({name: option.default for name, option in OPTIONS.items()} | written)
+        self.explicit = frozenset(written)
+        self.replaced = dict(replaced or {})
+
+
+def parse(argv: Sequence[str]) -> Given:
+    """The options of a command line.
+
+    Raises:
+        UserError: for an unknown option (with close names) or a value that does not fit.
+        SystemExit: for `--help`.
+    """
+    start = argparse.Namespace(replaced={})
+    known, unknown = _parser().parse_known_args(_joined(map(_canonical, argv)), start)
+    if unknown:
+        spellings = [f"--{name}" for name in OPTIONS] + [a for o in OPTIONS.values() for a in o.aliases]
+        first = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(first, spellings, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
+        raise UserError(f"unknown option {unknown[0]}: {hint}")
+    written = {name: value for name, value in vars(known).items() if name in OPTIONS and value is not None}
+    return Given(written, known.replaced)

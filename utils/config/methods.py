@@ -1,0 +1,180 @@
+"""A record for each quantization method and tag: which options it reads, and what they may be.
+
+Everything that must know what an option means to a method asks its record; no other file of the project compares
+methods by name. A method of a user's own brings its record when it registers (`model.quant.register`); of one that
+brings none nothing is claimed. Nothing heavy is imported here, since options are checked before torch is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from utils.text import closest
+
+# Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
+READABLE = frozenset({
+    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "custom", "binary_scale",
+    "custom_update", "closed_form", "re_init", "re_init_range",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRecord:
+    """What options may say of a method on one tag.
+
+    Attributes:
+        title: what messages call the method; empty: by its name.
+        reads: of `READABLE` what it reads; None: nobody knows, so that no option is said to be without effect.
+        grad_types: values of `grad_type` that it takes beside "none" and "STE", which all take; None: nobody knows.
+        idle_grad_types: those that change nothing -> the rest of a sentence that says why.
+        levels: the only number of levels that it has; None: several.
+        refuses: option -> why it cannot be written.
+        limits: option -> its highest value, the rest of a sentence that says why, and what to write instead.
+        restores: it undoes the normalisation of `adaptive` whatever `adaptive_restore` says.
+        other_scale: its levels are values of another scale than what it quantizes, unless it is `binary_scale`.
+        initial_step: its clip value starts from LSQ's formula with `--re_init`.
+
+    Raises:
+        ValueError: `reads` has a name that is not of `READABLE`.
+
+    Example:
+        >>> record = MethodRecord(reads=frozenset({"boundary"}))
+        >>> record.reads_option("boundary"), record.ignores("scale"), UNKNOWN.ignores("scale")
+        (True, True, False)
+    """
+
+    title: str = ""
+    reads: frozenset[str] | None = None
+    grad_types: frozenset[str] | None = None
+    idle_grad_types: Mapping[str, str] = field(default_factory=dict)
+    levels: int | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
+    restores: bool = False
+    other_scale: bool = False
+    initial_step: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse names that nothing would ever ask for."""
+        for name in sorted((self.reads or frozenset()) - READABLE):
+            raise ValueError(f"a method cannot read {name!r}{closest(name, set(READABLE))}")
+
+    def reads_option(self, name: str) -> bool:
+        """Whether the method is known to read an option of `READABLE`."""
+        return self.reads is not None and name in self.reads
+
+    def ignores(self, name: str) -> bool:
+        """Whether the method is known not to read an option of `READABLE`."""
+        return self.reads is not None and name not in self.reads
+
+    def takes_grad_type(self, value: str) -> bool:
+        """Whether the method may be given a `grad_type`."""
+        return self.grad_types is None or value in ("none", "STE") or value in self.grad_types
+
+
+UNKNOWN = MethodRecord()
+_RECORDS: dict[tuple[str, str], MethodRecord] = {}
+
+
+def declare(method: str, tags: Iterable[str], record: MethodRecord) -> None:
+    """Say what options mean to `method` on each of `tags`.
+
+    Raises:
+        ValueError: it is said already.
+    """
+    for tag in tags:
+        if (method, tag) in _RECORDS:
+            raise ValueError(f"{method} is declared twice for {tag}")
+        _RECORDS[method, tag] = record
+
+
+def record_of(method: str, tag: str) -> MethodRecord:
+    """The record of a method on a tag; `UNKNOWN` where there is none."""
+    return _RECORDS.get((method, tag), UNKNOWN)
+
+
+def methods() -> frozenset[str]:
+    """The names of all methods that have a record on some tag."""
+    return frozenset(method for method, _ in _RECORDS)
+
+
+def readers(option: str) -> str:
+    """The methods that are known to read an option on some tag, for messages."""
+    known = ((name, record) for (name, _), record in _RECORDS.items() if record.reads_option(option))
+    return " or ".join(dict.fromkeys(record.title or name for name, record in known))
+
+
+# The project's methods ---------------------------------------------------------------------------
+
+_ACTIVATIONS = ("fm", "ot")
+_CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})
+_STE_SCALE = frozenset({"STE-scale"})
+_WHOLE_WEIGHT = MethodRecord(reads=frozenset({"binary_scale"}), grad_types=_STE_SCALE, other_scale=True)
+
+declare("dorefa", _ACTIVATIONS, MethodRecord(reads=_CLIP, grad_types=_STE_SCALE))
+declare("dorefa", ["wt"], _WHOLE_WEIGHT)
+declare(
+    "pact",
+    _ACTIVATIONS,
+    MethodRecord(reads=_CLIP | {"grad_scale", "re_init"}, grad_types=_STE_SCALE, initial_step=True),
+)
+declare("pact", ["wt"], _WHOLE_WEIGHT)
+declare(
+    "lsq",
+    ("fm", "wt", "ot"),
+    MethodRecord(
+        reads=_CLIP | {"grad_scale", "re_init", "grid"},
+        grad_types=_STE_SCALE,
+        idle_grad_types={"STE-scale": "which rounds a clamped value"},
+        initial_step=True,
+    ),
+)
+declare(
+    "lq",
+    ("fm", "wt", "ot"),
+    MethodRecord(
+        reads=frozenset({"scale", "half_range", "quant_group", "custom_update", "re_init"}),
+        grad_types=frozenset(),
+        limits={
+            "scale": (
+                1.0,
+                "LQ-Nets' thresholds lie at this share of the way from a level to the next",
+                "give at most 1, or leave it out for 0.5, the middle",
+            )
+        },
+        restores=True,
+    ),
+)
+_FATNN = frozenset({"scale", "quant_group", "closed_form", "re_init"})
+declare(
+    "fatnn",
+    _ACTIVATIONS,
+    MethodRecord(
+        title="FATNN", reads=_FATNN | {"boundary", "half_range"}, grad_types=frozenset(), other_scale=True
+    ),
+)
+declare(
+    "fatnn",
+    ["wt"],
+    MethodRecord(
+        title="FATNN",
+        reads=_FATNN,
+        grad_types=frozenset(),
+        refuses={"half_range": "FATNN's weights are ternary, -1, 0 and 1; leave it out"},
+        other_scale=True,
+    ),
+)
+declare(
+    "xnor",
+    ["fm"],
+    MethodRecord(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
+)
+declare(
+    "xnor",
+    ["ot"],
+    MethodRecord(reads=frozenset({"quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
+)
+declare("xnor", ["wt"], MethodRecord(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
+
+PROJECT = methods()  # without those of users, which register later

@@ -1,0 +1,373 @@
+"""Every command-line option, declared once as a frozen record, and the parser built from them.
+
+Nothing heavy is imported here: `python main.py --help` answers at once, and a mistake is found before
+torch is loaded. Options with several words may be written with `_` or `-`.
+"""
+
+from __future__ import annotations
+
+from utils.config.option import Option, floats, integer, integers, loss_type, option, words
+from utils.config.schema import (
+    ADAPTIVE,
+    CUSTOM_SCALES,
+    GRAD_SCALES,
+    GRAD_TYPES,
+    GRIDS,
+    RANGE_SEARCHES,
+    TAGS,
+)  # fmt: skip
+
+COMMON: dict[str, tuple[Option, ...]] = {
+    "data": (
+        option(
+            "dataset",
+            str,
+            None,
+            "data set; default: the keyword's, else digits",
+            choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "dali", "fake"),
+        ),
+        option("root", str, None, "folder of the data set (imagenet: holds train/ and val/)"),
+        option("batch_size", int, 128, "images per iteration", aliases=("-b",)),
+        option(
+            "val_batch_size",
+            int,
+            None,
+            "images per validation step; 0: no validation; default: batch_size",
+            aliases=("-v",),
+        ),
+        option("workers", int, 2, "processes that decode images", aliases=("-j",)),
+        option(
+            "addition_augment",
+            bool,
+            False,
+            "colour jitter and PCA lighting",
+            aliases=("--aa",),
+        ),
+        option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
+        option("skip_corrupt", int, 0, "image files that may be left out because they cannot be read"),
+        option("mean", floats, None, "mean per channel, of images in [0, 1]; default: the data set's"),
+        option("std", floats, None, "standard deviation per channel; default: the data set's"),
+        option("fake_size", int, 256, "training images of the data set fake"),
+    ),
+    "optimizer": (
+        option("optimizer", str, "SGD", "SGD or ADAM"),
+        option("lr", float, 0.1, "base learning rate", aliases=("--learning_rate",)),
+        option("momentum", float, 0.9, "SGD's momentum"),
+        option("nesterov", bool, False, "Nesterov's momentum"),
+        option("weight_decay", float, 1e-4, "weight decay", aliases=("--wd",)),
+        option("decay_small", bool, False, "weight decay for one-dimensional and depth-wise weights too"),
+        option("no_decay_small", bool, False, "takes a --decay_small before it back", undoes="decay_small"),
+        option("custom_decay_list", words, (), "parameters whose name contains one of these words ..."),
+        option("custom_decay", float, 0.02, "... have this weight decay"),
+        option("custom_lr_list", words, (), "parameters whose name contains one of these words ..."),
+        option("custom_lr", float, 1e-5, "... have this base learning rate"),
+        option("grad_clip", float, None, "largest norm of the gradient; default: no clipping"),
+        option("iter_size", int, 1, "forward and backward passes per optimizer step"),
+    ),
+    "schedule": (
+        option("epochs", int, 10, "epochs of the schedule"),
+        option("extra_epoch", int, 0, "epochs after the schedule, at its last rate"),
+        option(
+            "lr_policy", str, "custom_step", "custom_step, fix_step, decay, fix, poly, sgdr, sgdr_step or cos"
+        ),
+        option("lr_decay", float, 0.1, "factor of the step policies and of decay; the power of poly"),
+        option("eta_min", float, 0.0, "lowest learning rate of poly, sgdr and cos"),
+        option("lr_fix_step", int, 30, "fix_step: epochs between two decays"),
+        option("lr_custom_step", integers, (), "epochs of custom_step's decays and of sgdr's restarts"),
+        option("wakeup", int, 0, "iterations of linear warm-up from zero"),
+        option("wakeup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+        option("warmup", int, 0, "first iterations without an optimizer step"),
+        option("warmup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+    ),
+    "precision": (
+        option("fp16", bool, False, "train in half precision, as opt_level says"),
+        option(
+            "opt_level",
+            str,
+            None,
+            "O0: float32; O1: autocast; O2: half weights, float32 norms and master weights; O3: all half [O1]",
+            choices=("O0", "O1", "O2", "O3"),
+        ),
+        option(
+            "amp_dtype",
+            str,
+            None,
+            "the half precision; gradients of float16 are scaled [bfloat16]",
+            choices=("bfloat16", "float16"),
+        ),
+        option(
+            "amp_backend",
+            str,
+            None,
+            "torch, or an installed apex that still has amp [torch]",
+            choices=("torch", "apex"),
+        ),
+        option("tf32", bool, False, "let NVIDIA GPUs multiply float32 in TF32, faster and less exact"),
+        option(
+            "memory_format",
+            str,
+            "channels_last",
+            "order of an image's numbers in memory",
+            choices=("channels_last", "contiguous"),
+        ),
+    ),
+    "devices": (
+        option(
+            "device_ids",
+            integers,
+            None,
+            "GPUs, a process each; default: the first one, the CPU where there is none",
+            aliases=("-g",),
+            many=True,
+        ),
+        option(
+            "distributed", bool, False, "join the processes of world_size and rank; torchrun needs no option"
+        ),
+        option("world_size", int, None, "number of processes; default: the variable WORLD_SIZE"),
+        option("rank", int, None, "number of this process, from 0; default: the variable RANK"),
+        option("sync_bn", bool, False, "batch statistics over the images of all processes"),
+    ),
+    "run": (
+        option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
+        option("seed", int, 0, "seed of everything random"),
+        option("evaluate", bool, False, "validate only; nothing is written but the log", aliases=("-e",)),
+        option(
+            "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
+        ),
+        option(
+            "dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"
+        ),
+        option(
+            "bn_batches",
+            int,
+            0,
+            "training batches that batch norms' statistics are computed from anew before validation; 0: none",
+        ),
+        option("delay", float, 0.0, "seconds to wait in each iteration"),
+    ),
+    "checkpoints and logs": (
+        option(
+            "pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"
+        ),
+        option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
+        option("resume_file", str, None, "continue from this checkpoint"),
+        option("unresume_scope", words, (), "parts of parameter names that --pretrained leaves alone"),
+        option("weights_dir", str, "weights", "folder of the checkpoints"),
+        option("log_dir", str, "exp", "folder of logs, metrics and TensorBoard files"),
+        option(
+            "save_freq",
+            int,
+            0,
+            "epochs between checkpoints that are kept; 0: the latest and the best only",
+            aliases=("-s",),
+            unset=(-1,),
+        ),
+        option(
+            "save_every", int, 0, "iterations between saves of the latest checkpoint; 0: after epochs only"
+        ),
+        option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
+        option("report_freq", integer, 50, "iterations between two lines of the log"),
+        option("tensorboard", bool, False, "write TensorBoard files"),
+        option("verbose", bool, False, "log parameter groups and the details of loading"),
+    ),
+    "loss": (
+        option("label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"),
+        option("focal_gamma", float, 0.0, "focal loss: exponent of 1 - p of the class; 0: cross-entropy"),
+        option("focal_alpha", float, 1.0, "focal loss: factor on all of it", unset=(-1.0,)),
+        option("distill_teacher", str, None, "distillation: the teacher, as --model, or none", unset=("",)),
+        option(
+            "distill_keyword",
+            words,
+            None,
+            "the teacher's keywords; default: the network's without quantizers",
+        ),
+        option("distill_width_alpha", float, None, "the teacher's width; default: the network's width_alpha"),
+        option(
+            "distill_pretrained",
+            str,
+            None,
+            "the teacher's checkpoint: a path, or a name in weights_dir/TEACHER",
+        ),
+        option("distill_loss_alpha", float, 0.5, "share of the distillation loss, the labels' is the rest"),
+        option("distill_loss_temperature", float, 4.0, "temperature of the soft labels"),
+        option(
+            "distill_loss_type",
+            loss_type,
+            "kl",
+            "kl: divergence of soft labels; mse: squared error of logits",
+            choices=("kl", "mse"),
+        ),
+        option("quant_loss", float, 0.0, "factor on the relative quantization error of the weights"),
+        option("dampen", float, 0.0, "factor on the dampening of oscillating weights at the end of training"),
+    ),
+    "weights": (
+        option("ema_decay", float, 0.0, "decay of averaged weights, evaluated beside the network; 0: none"),
+        option("ema_weights", bool, False, "take the averaged weights of the --pretrained checkpoint"),
+        option(
+            "freeze_threshold",
+            floats,
+            (),
+            "freeze weights that oscillate more often in a step; two: from, to, along a cosine",
+        ),
+        option("freeze_momentum", float, 0.01, "momentum of the frequencies of oscillation"),
+    ),
+}
+
+
+def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
+    half = (
+        "levels symmetric in [-c, c] instead of [0, c]"
+        if tag == "fm"
+        else "levels in [0, c] instead of [-c, c]"
+    )
+    group = "1" if tag != "wt" else "one per output channel"
+    options = [
+        option(f"{tag}_enable", bool, False, f"quantize every {what}"),
+        option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
+        option(
+            f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit", unset=(-1, 0)
+        ),
+        option(f"{tag}_half_range", bool, False, half),
+        option(
+            f"{tag}_quant_group",
+            int,
+            None,
+            f"groups that share parameters, -k: groups of k; default: {group}",
+            unset=(0,),
+        ),
+        option(f"{tag}_boundary", float, 1.0, "initial clipping value"),
+        option(
+            f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"
+        ),
+        option(f"{tag}_ratio", float, 1.0, "share that a method of your own may read; no other does"),
+        option(f"{tag}_correlate", float, -1.0, "factor on the calibrated clip value; not used when <= 0"),
+        option(
+            f"{tag}_adaptive",
+            str,
+            "none",
+            "normalise before quantizing",
+            choices=ADAPTIVE,
+        ),
+        option(f"{tag}_adaptive_restore", bool, False, "undo the normalisation after quantizing"),
+        option(
+            f"{tag}_grad_type",
+            str,
+            "none",
+            "gradient through the rounding",
+            choices=GRAD_TYPES,
+        ),
+        option(
+            f"{tag}_grad_scale",
+            str,
+            "none",
+            "factor on the clip value's gradient",
+            choices=GRAD_SCALES,
+        ),
+        option(
+            f"{tag}_grid",
+            str,
+            "midrise",
+            "levels of a full range: midtread has one at zero (lsq)",
+            choices=GRIDS,
+        ),
+    ]
+    if tag == "fm":
+        options.append(
+            option(
+                "fm_custom",
+                str,
+                "none",
+                "XNOR-Net's activation scale: mean |x| over ...",
+                choices=CUSTOM_SCALES,
+            )
+        )
+    return tuple(options)
+
+
+MODEL: dict[str, tuple[Option, ...]] = {
+    "model": (
+        option("model", str, "resnet20", "network", aliases=("-m", "--arch")),
+        option("keyword", words, (), "comma-separated keywords, see --list_keywords"),
+        option("keyword_file", str, None, "Python file that registers more keywords"),
+        option("list_keywords", bool, False, "print every keyword and exit"),
+        option("num_classes", int, None, "classes; default: the data set keyword's"),
+        option("input_size", int, None, "height and width of the images, pixels; default: the keyword's"),
+        option("width_alpha", float, 1.0, "factor on the network's width (64 channels in the first stage)"),
+        option("base", int, 1, "parallel branches of a block (Group-Net)"),
+        option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),
+        option(
+            "order",
+            str,
+            None,
+            "keyword ReShapeResolution: its layers, of c, b and a; default: cba",
+            unset=("none",),
+        ),
+        option("padding_after_quant", bool, False, "quantize first and pad with exact zeros"),
+        option(
+            "re_init",
+            bool,
+            False,
+            "initialise the quantizers from the loaded weights and one batch, before training",
+        ),
+        option(
+            "re_init_range",
+            str,
+            "paper",
+            "how re_init finds clip values: LSQ's formula, least squared error, or a percentile of |x|",
+            choices=RANGE_SEARCHES,
+        ),
+        option("re_init_percentile", float, 99.9, "the percentile, percent"),
+        option(
+            "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
+        ),
+        option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
+    ),
+    **{f"{what} quantizer": _quantizer_options(tag, what) for tag, what in TAGS.items()},
+    "steering": (
+        option(
+            "policy",
+            str,
+            None,
+            "YAML file that changes quantizers and training options as the run goes; see docs/policies.md",
+        ),
+        option(
+            "proxquant_step",
+            int,
+            1000,
+            "keyword proxquant: training iterations until all is quantized",
+            aliases=("--ps",),
+        ),
+        option("mixup_enable", bool, False, "Mixup: train on mixtures of two images"),
+        option("mixup_alpha", float, 0.2, "parameter of Mixup's beta distribution"),
+        option("cutmix_enable", bool, False, "CutMix: paste a part of another image"),
+        option("cutmix_alpha", float, 1.0, "parameter of CutMix's beta distribution"),
+        option(
+            "probe_list",
+            words,
+            (),
+            "layers whose tensors are written to log_dir/CASE/probe, by name or pattern [every quantized layer]",
+            unset=((),),
+        ),
+        option("probe_index", integers, (0,), "images of the batch that are kept of them", many=True),
+        option(
+            "probe_iteration", integers, (), "iterations of the run, from 0, at which [first, middle, last]"
+        ),
+    ),
+}
+
+OLDER: dict[str, tuple[Option, ...]] = {
+    "older configs (taken, with a warning, and without effect)": (
+        *(
+            option(f"{tag}_separator", float, None, f"of {what} quantizers that are not here")
+            for tag, what in TAGS.items()
+        ),
+        option("ot_independent_parameter", bool, False, "of output quantizers that are not here"),
+        option("block_alpha", float, None, "of networks that are not here"),
+        option("se_reduction", int, None, "of networks that are not here"),
+        option("repvgg_block", str, None, "of networks that are not here", unset=("",)),
+        option("wakeup_lr", float, None, "of a warm-up that does not begin at zero, which is not here"),
+    ),
+}
+
+GROUPS = {**MODEL, **COMMON, **OLDER}
+OPTIONS: dict[str, Option] = {option.name: option for group in GROUPS.values() for option in group}

@@ -1,0 +1,88 @@
+"""From the options of a command line and its keywords to the typed configuration.
+
+Everything is checked on the way, before anything is loaded: what cannot be meant is a `UserError` that says what to
+write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.config import keyword, policy_file, vocabulary  # noqa: F401  (vocabulary declares the keywords)
+from utils.config.command_line import Given, parse
+from utils.config.resolve.effects import without_effect
+from utils.config.resolve.network import family_of, model_config
+from utils.config.resolve.numbers import check_numbers
+from utils.config.resolve.quantizers import quant_config
+from utils.config.resolve.surroundings import (
+    data_config,
+    data_keyword,
+    device_config,
+    probe_config,
+    run_config,
+)
+from utils.config.resolve.training import (
+    loss_config,
+    optim_config,
+    precision_config,
+    schedule_config,
+    weights_config,
+)  # fmt: skip
+from utils.config.schema import Config
+
+# Fields that keywords set and options override, so that the option is named as what set them.
+FIELDS = {
+    "num_classes": "model.num_classes",
+    "input_size": "model.input_size",
+    "label_smooth": "loss.label_smooth",
+    "dataset": "data.dataset",
+    "order": "block.downsample_order",
+}
+
+
+def read(argv: Sequence[str]) -> Config:
+    """The configuration of a command line.
+
+    Raises:
+        UserError: for anything that cannot be meant, naming what to write instead.
+        SystemExit: for `--help`.
+    """
+    given = parse(argv)
+    if given["keyword_file"] is not None:
+        keyword.load_file(given["keyword_file"])
+    return resolve(given)
+
+
+def resolve(given: Given) -> Config:
+    """The typed configuration of parsed options; see `read`."""
+    words = data_keyword(given)
+    resolution = keyword.resolve(words, family_of(given["model"]))
+    fields = dict(resolution.fields)
+    check_numbers(given)
+    quant, quant_warnings = quant_config(given, fields)
+    model, model_warnings = model_config(given, fields, quant)
+    schedule, schedule_warnings = schedule_config(given)
+    return Config(
+        model=model,
+        data=data_config(given, fields, model),
+        loss=loss_config(given, words, fields, model),
+        optim=optim_config(given),
+        weights=weights_config(given, quant),
+        schedule=schedule,
+        precision=precision_config(given),
+        devices=device_config(given),
+        run=run_config(given, fields),
+        probe=probe_config(given, fields),
+        policy=() if given["policy"] in (None, "none") else policy_file.read_policy(Path(given["policy"])),
+        keywords=words,
+        origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
+        | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
+        warnings=(
+            *resolution.warnings,
+            *quant_warnings,
+            *model_warnings,
+            *schedule_warnings,
+            *without_effect(given, fields),
+        ),
+    )

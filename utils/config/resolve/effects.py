@@ -1,0 +1,98 @@
+"""Options that were written and that nothing of the run reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.config import keyword
+from utils.config.command_line import Given
+from utils.config.methods import PROJECT, record_of
+from utils.config.options import OLDER
+from utils.config.resolve.surroundings import resume_file
+from utils.config.schema import TAGS
+
+
+def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
+    """Warnings for options that were written and that nothing of this run reads."""
+    policy = given["lr_policy"]
+    dataset = given["dataset"] or fields.get("data.dataset", "digits")
+    calibrates = bool(given["stable"] or given["stable_epoch"])
+    untaught = given["distill_teacher"] in (None, "none")
+    idle = {
+        "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
+        "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
+        "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
+        "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),
+        "custom_decay": (not given["custom_decay_list"], "without --custom_decay_list"),
+        "freeze_momentum": (not given["freeze_threshold"], "without --freeze_threshold"),
+        "distill_loss_temperature": (
+            untaught or given["distill_loss_type"] == "mse",
+            "without --distill_teacher" if untaught else "with --distill_loss_type mse",
+        ),
+        **{
+            name: (untaught, "without --distill_teacher")
+            for name in ("distill_loss_alpha", "distill_loss_type")
+        },
+        "resume_file": (
+            given["resume_file"] is not None and resume_file(given) is None and not given["resume"],
+            "here: checkpoint.pth.tar is no file, and -r continues a case",
+        ),
+        "opt_level": (not given["fp16"] and given["opt_level"] != "O0", "without --fp16: all is float32"),
+        "re_init_range": (not given["re_init"], "without --re_init"),
+        "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
+        "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
+        "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
+        "fake_size": (dataset != "fake", f"with the data set {dataset}"),
+        "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
+        "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
+        "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
+        **{
+            name: (bool(given["evaluate"]), "with --evaluate")
+            for name in ("probe_list", "probe_index", "probe_iteration")
+        },
+        "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
+        "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
+        **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
+        **{
+            f"{tag}_adaptive_restore": (given[f"{tag}_adaptive"] == "none", f"without --{tag}_adaptive")
+            for tag in TAGS
+        },
+        **{
+            f"{tag}_ratio": (record_of(method, tag).ignores("ratio"), f"with {_called(method)}")
+            for tag in TAGS
+            for method in [fields.get(f"quant.{tag}.method", "none")]
+        },
+        **{option.name: (True, f"here: it is {option.help}") for group in OLDER.values() for option in group},
+    }
+    warnings = [
+        f"--{name} has no effect {when}"
+        for name, (vain, when) in idle.items()
+        if vain and name in given.explicit
+    ]
+    warnings += _idle_words(given)
+    for name in ("custom_lr", "custom_decay"):
+        if given[f"{name}_list"] and name not in given.explicit:
+            warnings.append(f"--{name}_list without --{name}: it is {given[name]}")
+    return warnings
+
+
+def _called(method: str) -> str:
+    """A method, or all that are not a user's own."""
+    return "the methods of this project" if method in PROJECT else method
+
+
+def _idle_words(given: Given) -> list[str]:
+    """Warnings for keywords of a quantizer that is not there, or of a change that never comes."""
+    enabled = [tag for tag in TAGS if given[f"{tag}_enable"]]
+    warnings = []
+    for word in given["keyword"]:
+        tags = {
+            tag for name in keyword.registry()[word].sets for tag in TAGS if name.startswith(f"quant.{tag}.")
+        }
+        if len(tags) == 1 and enabled and not tags & set(enabled):
+            warnings.append(f"the keyword {word} has no effect without --{tags.pop()}_enable")
+        if word == "progressive" and given["policy"] in (None, "none"):
+            warnings.append("the keyword progressive has no effect without --policy, which changes levels")
+    return warnings

@@ -1,0 +1,124 @@
+"""The network that options and keywords ask for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from utils.config import keyword
+from utils.config.command_line import Given
+from utils.config.methods import record_of
+from utils.config.resolve.quantizers import extra
+from utils.config.schema import BlockConfig, ModelConfig, QuantConfig, StemConfig
+from utils.errors import UserError
+
+FAMILIES = ("resnet", "pytorch", "torchvision", "timm", "mobilenet", "classic")
+CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small": "classic", "nin": "classic"}
+
+
+def family_of(model: str) -> str:
+    """The family of networks whose keywords `model` understands; "own", whose words nobody knows, for a user's."""
+    if model.startswith("pytorch-"):
+        return "pytorch"
+    source, colon, _ = model.partition(":")
+    if colon and source in FAMILIES:
+        return source
+    return "resnet" if model.startswith("resnet") else CLASSICS.get(model, "own")
+
+
+def model_config(
+    given: Given, fields: Mapping[str, Any], quant: QuantConfig
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The network of options and keyword fields, and warnings."""
+    family = family_of(given["model"])
+    resnet = family == "resnet"
+    orders = [k.name for k in keyword.registry().values() if "block.order" in k.sets]
+    if resnet and quant.enabled and "block.order" not in fields:
+        raise UserError(
+            f"--keyword: a quantized network needs the order of its units, one of {', '.join(orders)}"
+        )
+    block = _part(BlockConfig, "block", fields)
+    stem = _part(StemConfig, "stem", fields)
+    _check_variants(given, block, stem)
+    if given["order"] is not None and block.downsample_order:
+        block = dataclasses.replace(block, downsample_order=given["order"])
+    stem = dataclasses.replace(stem, kernel=given["stem_kernel"] or 1)
+    size = given["input_size"] or fields.get("model.input_size", 32)
+    if "stem.kind" not in fields:  # only `fake` comes without a data set's keyword
+        stem = dataclasses.replace(stem, kind="imagenet" if size >= 128 else "cifar")
+    warnings = []
+    if resnet and block.order.startswith("b") and not stem.pre_norm:
+        warnings.append(
+            f"{block.order} without the keyword preBN leaves the last block's output unnormalised"
+        )
+    activation = fields.get("model.activation", "relu6" if given["model"] == "mobilenetv2" else "relu")
+    if resnet and block.zero_init and activation in ("relu", "relu6") and _activates_last_norm(block):
+        needed = "fix" if block.skip == "block" else "origin and fix"
+        warnings.append(
+            f"zir: an activation follows the norm that starts at zero, has no gradient there and leaves it at "
+            f"zero: {block.order} needs {needed}"
+        )
+    if (
+        family in ("torchvision", "timm")
+        and quant.fm.enable
+        and quant.fm.half_range
+        and record_of(quant.fm.method, "fm").reads_option("half_range")
+    ):
+        warnings.append(
+            "the activations' levels start at zero, which suits networks of ReLUs: give --fm_half_range for one whose "
+            "layers get negative inputs (GELU, SiLU, layer norms)"
+        )
+    if given["base"] > 1 and family not in ("resnet", "own"):
+        raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")
+    model = ModelConfig(
+        name=given["model"],
+        num_classes=given["num_classes"] or fields.get("model.num_classes", 10),
+        input_size=size,
+        width_alpha=given["width_alpha"],
+        base=given["base"],
+        block=block,
+        stem=stem,
+        norm=fields.get("model.norm", "batch"),
+        activation=activation,
+        quant=quant,
+        extra=extra(fields),
+    )
+    return model, tuple(warnings)
+
+
+def _activates_last_norm(block: BlockConfig) -> bool:
+    """Whether an activation stands between the last norm of a branch and the sum with the shortcut."""
+    if block.skip == "block" and block.fix and block.order != "cabs":
+        return False  # it has moved behind the sum, or a norm follows it
+    behind = block.order.partition("b")[2]
+    return "a" in (behind if block.skip == "block" else behind.partition("s")[0])
+
+
+def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
+    """Combinations of network variants that have no network."""
+    order, kernel = given["order"], given["stem_kernel"]
+    if order is not None and (set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order):
+        raise UserError(
+            f"--order {order}: write each of the letters c, b and a at most once, with a c, like cb"
+        )
+    if kernel is not None:
+        if not stem.space_to_depth and kernel != 1:
+            raise UserError("--stem_kernel belongs to the keywords TResNetStem and TResNetStemMaxPool")
+        if kernel not in (1, 3):
+            raise UserError(f"--stem_kernel {kernel}: must be 1 or 3")
+    if block.prone_norm_inside and not block.order.startswith("cb"):
+        raise UserError(
+            f"--keyword: bn_before_restore needs an order in which the norm follows the convolution, "
+            f"cbas or cbsa, not {block.order}"
+        )
+    if block.fixup and block.order.startswith("b"):
+        raise UserError(
+            f"--keyword: fixup has no norms to begin with, so {block.order} cannot be; use cbas or cbsa"
+        )
+
+
+def _part(cls: type[Any], prefix: str, fields: Mapping[str, Any]) -> Any:
+    """A dataclass from the fields that begin with `prefix`."""
+    names = {item.name for item in dataclasses.fields(cls)}
+    return cls(**{name: fields[f"{prefix}.{name}"] for name in names if f"{prefix}.{name}" in fields})

@@ -1,0 +1,178 @@
+"""The quantizers that options and keywords ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from utils.config.command_line import Given
+from utils.config.methods import readers, record_of
+from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
+from utils.errors import UserError
+
+
+def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, tuple[str, ...]]:
+    """The quantizers of options and keyword fields, and warnings about what has no effect."""
+    warnings: list[str] = []
+    parts = {tag: _quantizer_config(tag, given, fields, warnings) for tag in TAGS}
+    quant = QuantConfig(
+        **parts,
+        padding_after_quant=bool(given["padding_after_quant"]),
+        re_init=bool(given["re_init"]),
+        re_init_range=given["re_init_range"],
+        re_init_percentile=given["re_init_percentile"],
+        first_last=bool(fields.get("quant.first_last", False)),
+        depthwise=bool(fields.get("quant.depthwise", True)),
+    )
+    records = [record_of(part.method, tag) for tag, part in parts.items() if part.enable]
+    searching = quant.re_init_range != "paper"
+    clipping = not all(record.ignores("re_init_range") for record in records)
+    if quant.re_init and quant.enabled and searching and not clipping:
+        warnings.append(
+            f"--re_init_range {quant.re_init_range} has no effect: no quantizer has a clipping value"
+        )
+    learning = not all(record.ignores("re_init") for record in records) or (searching and clipping)
+    if quant.re_init and quant.enabled and not learning:
+        warnings.append("--re_init has no effect: no quantizer of this network learns its range")
+    if not quant.enabled:
+        for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
+            if name in given.explicit:
+                warnings.append(
+                    f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable"
+                )
+        if any(part.method != "none" for part in parts.values()):
+            warnings.append(
+                "the network stays in full precision: add --fm_enable and --wt_enable to quantize it"
+            )
+    return quant, tuple(warnings)
+
+
+def _quantizer_config(
+    tag: str, given: Given, fields: Mapping[str, Any], warnings: list[str]
+) -> QuantizerConfig:
+    bit, level = given[f"{tag}_bit"], given[f"{tag}_level"]
+    enable = bool(given[f"{tag}_enable"])
+    if not 1 <= bit <= (16 if enable else 32):  # 32 says "full precision" in configs that enable one tag only
+        raise UserError(
+            f"--{tag}_bit {bit}: must be from 1 to 16; leave --{tag}_enable out for full precision"
+        )
+    if level is not None and not 2 <= level <= 2**16:
+        raise UserError(f"--{tag}_level {level}: must be from 2 to 65536 (3 is ternary)")
+    if level is not None and f"{tag}_bit" in given.explicit and level > 2**bit:
+        raise UserError(f"--{tag}_level {level} does not fit --{tag}_bit {bit}, which has {2**bit} levels")
+    method = fields.get(f"quant.{tag}.method", "none")
+    if enable and method == "none":
+        raise UserError(
+            f"--{tag}_enable: which quantizer? Add one of the keywords dorefa,lsq, pact, dorefa, lq, "
+            f"dorefa,non-uniform or xnor to --keyword"
+        )
+    if not enable:
+        written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
+        warnings.extend(f"--{name} has no effect without --{tag}_enable" for name in written)
+    levels = 2**bit if level is None else level
+    record = record_of(method, tag)
+    if record.levels is not None and level is None and f"{tag}_bit" not in given.explicit:
+        levels = record.levels
+    binary_scale = bool(fields.get(f"quant.{tag}.binary_scale", False))
+    if enable:
+        _check_method(tag, method, levels, binary_scale, given, fields, warnings)
+    half_default = tag == "fm"
+    return QuantizerConfig(
+        tag=tag,
+        enable=enable,
+        method=method,
+        levels=levels,
+        half_range=half_default != bool(given[f"{tag}_half_range"]),
+        grid=given[f"{tag}_grid"],
+        boundary=given[f"{tag}_boundary"],
+        scale=given[f"{tag}_scale"],
+        ratio=given[f"{tag}_ratio"],
+        correlate=given[f"{tag}_correlate"],
+        quant_group=given[f"{tag}_quant_group"],
+        adaptive=given[f"{tag}_adaptive"],
+        adaptive_restore=bool(given[f"{tag}_adaptive_restore"]) or record.restores,
+        grad_type=given[f"{tag}_grad_type"],
+        grad_scale=given[f"{tag}_grad_scale"],
+        gamma=bool(fields.get(f"quant.{tag}.gamma", False)),
+        binary_scale=binary_scale,
+        custom=given["fm_custom"] if tag == "fm" else "none",
+        custom_update=bool(fields.get("quant.custom_update", False)),
+        closed_form=bool(fields.get("quant.closed_form", False)),
+        proxquant_step=given["proxquant_step"] if "quant.proxquant" in fields else 0,
+        progressive=bool(fields.get("quant.progressive", False)),
+        stable=given["stable"],
+        stable_epoch=given["stable_epoch"],
+        extra=extra(fields),
+    )
+
+
+def _check_method(
+    tag: str, method: str, levels: int, binary_scale: bool, given: Given, fields: Mapping[str, Any],
+    warnings: list[str],
+) -> None:  # fmt: skip
+    """Options that contradict an enabled quantizer's method, or have no effect on it."""
+    record, kind = record_of(method, tag), given[f"{tag}_grad_type"]
+    for option, reason in record.refuses.items():
+        if f"{tag}_{option}" in given.explicit:
+            raise UserError(f"--{tag}_{option}: {reason}")
+    if binary_scale and levels != 2:
+        raise UserError(f"the keyword {tag}_bin needs --{tag}_bit 1, not {levels} levels")
+    if record.levels not in (None, levels):
+        number = f"--{tag}_bit 1" if record.levels == 2 else f"--{tag}_level {record.levels}"
+        what = "binary" if record.levels == 2 else f"of {record.levels} levels"
+        raise UserError(f"the keyword {method} is {what}: give {number}, not {levels} levels")
+    if kind == "Triangle" and not record.takes_grad_type(kind):
+        raise UserError(
+            f"--{tag}_grad_type Triangle belongs to binary activations; write none, STE or STE-scale"
+        )
+    if not record.takes_grad_type(kind):
+        raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write none or STE")
+    if kind in record.idle_grad_types:
+        reason = record.idle_grad_types[kind]
+        warnings.append(f"--{tag}_grad_type {kind} has no effect with {method}, {reason}")
+    if given[f"{tag}_grid"] == "midtread":
+        if record.ignores("grid"):
+            raise UserError(f"--{tag}_grid midtread belongs to {readers('grid')}, not to {method}")
+        if (tag == "fm") != bool(given[f"{tag}_half_range"]):
+            raise UserError(f"--{tag}_grid midtread needs a full range: change --{tag}_half_range")
+        if levels < 3:
+            raise UserError(f"--{tag}_grid midtread has no level above zero at {levels} levels; use midrise")
+    if tag == "fm" and given["fm_custom"] != "none" and record.ignores("custom"):
+        raise UserError(f"--fm_custom belongs to the keyword {readers('custom')}, not to {method}")
+    if f"{tag}_half_range" in given.explicit and record.ignores("half_range"):
+        warnings.append(f"--{tag}_half_range has no effect with {method}, whose levels are symmetric")
+    if f"{tag}_boundary" in given.explicit and record.ignores("boundary"):
+        warnings.append(f"--{tag}_boundary has no effect with {method}, which has no clipping value")
+    if given[f"{tag}_grad_scale"] != "none" and record.ignores("grad_scale"):
+        warnings.append(f"--{tag}_grad_scale has no effect with {method}, which learns no clipping value")
+    by_group = f"quant.{tag}.gamma" in fields or given[f"{tag}_adaptive"] != "none"
+    if f"{tag}_quant_group" in given.explicit and record.ignores("quant_group") and not by_group:
+        warnings.append(
+            f"--{tag}_quant_group has no effect with {method}, whose {TAGS[tag]}s share one range"
+        )
+    for option, (most, reason, instead) in record.limits.items():
+        if given[f"{tag}_{option}"] > most:
+            raise UserError(f"--{tag}_{option} {given[f'{tag}_{option}']}: {reason}; {instead}")
+    behind_relu = (
+        tag == "fm" and not given["fm_half_range"] and fields.get("model.activation", "relu") == "relu"
+    )
+    by_formula = given["re_init"] and given["re_init_range"] == "paper" and not given["evaluate"]
+    if by_formula and behind_relu and record.initial_step and levels == 2:
+        warnings.append(
+            "--re_init: the formula's clip value is too small for one-bit activations behind a ReLU; give "
+            "--re_init_range mse"
+        )
+    scaled = given[f"{tag}_grad_scale"] not in ("none", "paper")
+    if f"{tag}_scale" in given.explicit and record.ignores("scale") and not scaled:
+        warnings.append(f"--{tag}_scale has no effect with {method} without --{tag}_grad_scale")
+    for word, option in (("custom-update", "custom_update"), ("closed_form", "closed_form")):
+        if f"quant.{option}" in fields and record.ignores(option):
+            method_that_does = readers(option)
+            warnings.append(
+                f"the keyword {word} has no effect on {tag}, which is not quantized by {method_that_does}"
+            )
+
+
+def extra(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a user's own keywords set, by their names without `extra.`."""
+    return {name.removeprefix("extra."): value for name, value in fields.items() if name.startswith("extra.")}

@@ -1,0 +1,417 @@
+"""The typed, frozen configuration of a run.
+
+Words and strings end here: the command line (`utils.config.command_line`) and the keyword registry
+(`utils.config.keyword`) become the dataclasses below, and no other code looks at a keyword again.
+Every field is checked when the configuration is resolved (`utils.config.resolve`), before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.config.checks import Checks
+from utils.errors import UserError
+
+TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
+LEAST, MOST = 1e-6, 1e6  # of boundary and scale: a clip value is never less, and their quotients are floats
+MAX_LEVELS = 2**16
+GRIDS = ("midrise", "midtread")
+ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
+GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
+GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")
+CUSTOM_SCALES = ("none", "channel", "resolution")
+RANGE_SEARCHES = ("paper", "mse", "percentile")
+TRAINING = (
+    "lr",
+    "weight_decay",
+    "custom_lr",
+    "custom_decay",
+    "momentum",
+    "grad_clip",
+)  # what policies may set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One entry of a policy file.
+
+    Attributes:
+        section: "init", "epoch" or "iteration".
+        number: of the entry in its section, from 1, for messages.
+        at: epochs done, or iterations (steps of the optimizer) done, when it is carried out; empty in `init`.
+        index: the layers it selects, numbered from 0 in the order of the network; empty: all.
+        name: the layers it selects, as a shell pattern of their whole name.
+        tag: fm, wt or ot; empty: all.
+        values: what it sets, attributes of quantizers or training options.
+    """
+
+    section: str
+    number: int
+    at: tuple[int, ...] = ()
+    index: tuple[int, ...] = ()
+    name: str = "*"
+    tag: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it sets training options."""
+        return next(iter(self.values)) in TRAINING
+
+    def __str__(self) -> str:
+        """How messages call it."""
+        return f"--policy: entry {self.number} of {self.section}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """One tag's quantizer (`fm` activations, `wt` weights, `ot` outputs); see docs/quantizers.md.
+
+    Raises:
+        UserError: a value is none that the field takes; names the nearest one that is.
+
+    Example:
+        >>> QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4).levels
+        4
+        >>> QuantizerConfig(tag="wt", grad_scale="papr")
+        Traceback (most recent call last):
+        utils.errors.UserError: QuantizerConfig: grad_scale 'papr' is not known: did you mean 'paper'?
+    """
+
+    tag: str
+    enable: bool = False
+    method: str = "none"
+    levels: int = 256  # number of levels L; L - 1 steps
+    half_range: bool = False  # levels in [0, c] instead of [-c, c]
+    grid: str = "midrise"  # of a full range: "midtread" has a level at zero
+    boundary: float = 1.0  # initial clipping value c
+    scale: float = 0.5
+    ratio: float = 1.0  # for methods of the user's own; no other reads it
+    correlate: float = -1.0  # factor on the calibrated clip value; not used when <= 0
+    quant_group: int | None = None  # groups that share parameters; -k means groups of k channels
+    adaptive: str = "none"
+    adaptive_restore: bool = False
+    grad_type: str = "none"
+    grad_scale: str = "none"
+    gamma: bool = False  # a learned scale per output group
+    binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
+    custom: str = "none"  # XNOR-Net's activation scale: mean |x| over "channel" or "resolution"
+    custom_update: bool = False  # LQ-Nets: the basis as a running mean
+    closed_form: bool = False  # FATNN: a running least-squares scale on the result
+    proxquant_step: int = 0  # training forwards over which the quantized value is blended in; 0: at once
+    progressive: bool = False  # a policy that changes the levels keeps the step, not the clip value
+    stable: int = 0  # training iterations that pass through unquantized while ranges are collected
+    stable_epoch: int = 0  # the same in epochs; the longer of the two counts
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+
+    def __post_init__(self) -> None:
+        """Refuse values that no quantizer takes."""
+        check = Checks(self)
+        check.choice("tag", tuple(TAGS))
+        check.choice("grid", GRIDS)
+        check.choice("adaptive", ADAPTIVE)
+        check.choice("grad_type", GRAD_TYPES)
+        check.choice("grad_scale", GRAD_SCALES)
+        check.choice("custom", CUSTOM_SCALES)
+        check.integer("levels", 2, MAX_LEVELS if self.enable else 2**32)
+        for name in ("boundary", "scale"):
+            check.number(name, LEAST, MOST)
+        check.number("ratio", -math.inf, math.inf)
+        check.number("correlate", -math.inf, math.inf)
+        for name in ("proxquant_step", "stable", "stable_epoch"):
+            check.integer(name, 0)
+        if self.quant_group is not None:
+            check.integer("quant_group", -MAX_LEVELS)
+            if self.quant_group == 0:
+                raise UserError(
+                    "QuantizerConfig: quant_group 0: give the number of groups, -k for groups of k, or None"
+                )
+        check.flags()
+        if not isinstance(self.method, str):
+            raise UserError(f"QuantizerConfig: method {self.method!r} must be the name of a method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """The quantizers of every convolution (and, on request, linear layer) of a network.
+
+    Raises:
+        UserError: a part is of another tag than its name says, or a value is none that the field takes.
+
+    Example:
+        >>> config = QuantConfig(
+        ...     fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True),
+        ...     wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4),
+        ... )
+        >>> config.enabled
+        True
+    """
+
+    fm: QuantizerConfig = QuantizerConfig(tag="fm", half_range=True)
+    wt: QuantizerConfig = QuantizerConfig(tag="wt")
+    ot: QuantizerConfig = QuantizerConfig(tag="ot")
+    padding_after_quant: bool = False
+    re_init: bool = False
+    re_init_range: str = "paper"  # how clip values are found: "paper", "mse" or "percentile"
+    re_init_percentile: float = 99.9  # percent
+    first_last: bool = False  # quantize the first and the last layer too
+    depthwise: bool = True  # quantize depth-wise convolutions too
+
+    def __post_init__(self) -> None:
+        """Refuse parts that are of another tag, and values that the fields do not take."""
+        for tag in TAGS:
+            part = getattr(self, tag)
+            if not isinstance(part, QuantizerConfig) or part.tag != tag:
+                raise UserError(
+                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {part!r:.100}"
+                )
+        check = Checks(self)
+        check.choice("re_init_range", RANGE_SEARCHES)
+        check.number("re_init_percentile", 0, 100)
+        check.flags()
+
+    @property
+    def enabled(self) -> bool:
+        """True when at least one tag quantizes."""
+        return self.fm.enable or self.wt.enable or self.ot.enable
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """The residual block: the order of a unit as data, and its skip connections."""
+
+    order: str = "cbas"  # letters executed left to right: convolution, norm, activation, skip
+    skip: str = "layer"  # "layer": around every convolution; "block": around the whole block
+    fix: bool = False
+    shortcut_pool: bool = True  # average pooling before the shortcut's convolution, not a stride
+    shortcut_full_precision: bool = False
+    shortcut_repeat: bool = False  # channels grow by concatenating copies, not by a convolution
+    identity_norm: bool = False  # a norm on identity shortcuts
+    zero_init: bool = False  # the last norm of a block starts at zero
+    fixup: bool = False  # no norms, a multiplier per block and Fixup's initialisation
+    fixup_bias: bool = False  # Fixup's scalar biases
+    prone: bool = False  # 3x3 convolutions through space-to-depth
+    prone_strided: bool = True  # the strided ones too
+    prone_norm_inside: bool = False  # the norm before depth-to-space
+    downsample_order: str = (
+        ""  # layers (c, b, a) of a lossless downsampling before strided blocks; empty: none
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StemConfig:
+    """The layers before the first and after the last block."""
+
+    kind: str = "imagenet"  # "imagenet": 7x7 stride 2 and pooling; "cifar": 3x3 stride 1
+    space_to_depth: int = 0  # block of a space-to-depth stem; 4: no pooling, 2: pooling follows; 0: none
+    kernel: int = 1  # of the space-to-depth stem's convolution
+    norm_before_pool: bool = False
+    activation: bool = True
+    pre_norm: bool = False  # no norm in the stem, one norm before the final pooling
+    pre_norm_activation: bool = (
+        False  # an activation after that norm; with norm_before_pool the stem has its own too
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A network: which one, its width and the parts above."""
+
+    name: str = "resnet20"
+    num_classes: int = 10
+    input_size: int = 32  # pixels, height = width
+    width_alpha: float = 1.0
+    base: int = 1  # parallel branches of a block (Group-Net)
+    norm: str = "batch"  # batch, static, frozen, reverse, instance or group
+    activation: str = "relu"  # relu, none, prelu, relu6 or leaky
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+    block: BlockConfig = BlockConfig()
+    stem: StemConfig = StemConfig()
+    quant: QuantConfig = QuantConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are batched."""
+
+    dataset: str = "digits"
+    root: Path | None = None
+    batch_size: int = 128  # images per iteration
+    val_batch_size: int = 128  # 0: no validation
+    workers: int = 2
+    num_classes: int = 10
+    input_size: int = 32
+    mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
+    std: tuple[float, ...] | None = None
+    fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
+    seed: int = 0
+    rank: int = 0  # number of this process of a distributed run, from 0
+    world_size: int = 1  # its processes; `batch_size` is that of each
+    colour: bool = False  # change the colours of training images
+    rand_augment: int | None = None  # magnitude of RandAugment, 0 to 30; None: none
+    mixup_alpha: float = 0.0  # parameter of Mixup's beta distribution; 0: no Mixup
+    cutmix_alpha: float = 0.0  # the same of CutMix
+    skip_corrupt: int = 0  # unreadable images that may be left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and the rules of its parameter groups."""
+
+    name: str = "SGD"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_small: bool = False  # weight decay for one-dimensional and depth-wise weights too
+    custom_decay_list: tuple[str, ...] = ()
+    custom_decay: float = 0.0
+    custom_lr_list: tuple[str, ...] = ()
+    custom_lr: float = 0.0
+    grad_clip: float | None = None  # largest norm of the whole gradient
+    iter_size: int = 1  # forward and backward passes per optimizer step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A full-precision teacher whose outputs the network learns, beside the labels."""
+
+    teacher: ModelConfig = ModelConfig()
+    pretrained: str = ""  # a path, or a name in weights_dir/TEACHER
+    alpha: float = 0.5  # share of this loss; the labels' is 1 - alpha
+    temperature: float = 4.0
+    kind: str = "kl"  # or "mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What a training minimises."""
+
+    label_smooth: float = 0.0
+    focal_gamma: float = 0.0  # 0: cross-entropy
+    focal_alpha: float = 1.0
+    distill: DistillConfig | None = None
+    quant_loss: float = 0.0  # factor on the relative quantization error of the weights
+    dampen: float = 0.0  # factor on the dampening of oscillations, at the end of training
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """What is done with the weights after each step of the optimizer."""
+
+    ema_decay: float = 0.0  # of averaged weights; 0: none
+    freeze_threshold: tuple[float, ...] = ()  # oscillations a step that freeze a weight: from, to; none
+    freeze_momentum: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    policy: str = "custom_step"
+    epochs: int = 10
+    extra_epoch: int = 0  # epochs after the schedule's end, at its last rate
+    decay: float = 0.1  # factor, or the power of `poly`
+    eta_min: float = 0.0
+    fix_step: int = 30  # epochs
+    custom_step: tuple[int, ...] = ()  # epochs
+    wakeup: int = 0  # iterations of linear warm-up from zero
+    wakeup_epoch: int = 0
+    warmup: int = 0  # iterations without an optimizer step
+    warmup_epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """The floating types of a run; see `utils.step.precision`."""
+
+    level: str = "O0"  # O0 float32, O1 autocast, O2 half weights with float32 masters, O3 all half
+    dtype: str = "bfloat16"  # or float16
+    backend: str = "torch"  # or apex
+    tf32: bool = False
+    channels_last: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """The devices and processes of a run; None is what the environment says."""
+
+    ids: tuple[int, ...] = ()
+    distributed: bool = False
+    world_size: int | None = None
+    rank: int | None = None
+    sync_bn: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is done, where results go."""
+
+    case: str = "default"
+    seed: int = 0
+    evaluate: bool = False
+    audit: bool = False
+    dry_run: bool = False
+    lr_test: bool = False
+    resume: bool = False
+    resume_file: Path | None = None
+    pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
+    ema_weights: bool = False  # take the averaged weights of that checkpoint
+    unresume_scope: tuple[str, ...] = ()
+    weights_dir: Path = Path("weights")
+    log_dir: Path = Path("exp")
+    save_freq: int = 0  # epochs between checkpoints that are kept; 0: only the latest and the best
+    save_every: int = 0  # iterations between saves of the latest checkpoint; 0: after epochs only
+    keep: int = 2  # the latest checkpoint and those before it that stay
+    report_freq: int = 50  # iterations between two lines of the log
+    tensorboard: bool = False
+    verbose: bool = False
+    shortened: bool = False  # epochs or data were replaced on the command line: warm-ups shrink to fit
+    bn_batches: int = 0  # training batches for batch norms' statistics before each validation; 0: as trained
+    delay: float = 0.0  # seconds per iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What is looked into while a run trains; see `model.watch.probe`."""
+
+    enable: bool = False
+    layers: tuple[str, ...] = ()  # names or patterns; empty: every quantized layer
+    images: tuple[int, ...] = (0,)  # of the batch
+    iterations: tuple[int, ...] = ()  # of the run, from 0; empty: the first, the middle and the last one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on. Built by `utils.config.resolve`, never by hand in the program."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    weights: WeightsConfig = WeightsConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    devices: DeviceConfig = DeviceConfig()
+    run: RunConfig = RunConfig()
+    probe: ProbeConfig = ProbeConfig()
+    policy: tuple[Rule, ...] = ()
+    keywords: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
+    warnings: tuple[str, ...] = ()
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
+    if dataclasses.is_dataclass(config):
+        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(name): to_dict(value) for name, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config

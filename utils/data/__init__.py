@@ -1,0 +1,1 @@
+"""Images: the data sets by name, their loaders, decoding and augmentation."""

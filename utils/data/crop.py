@@ -1,0 +1,95 @@
+"""Crops of images: where they are, and cutting them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from utils.data.loader import AUGMENT, PART, seed_of
+
+SLENDER = 16  # times longer than wide
+
+
+def crop_and_flip(
+    height: int, width: int, seed: int, epoch: int, index: int
+) -> tuple[tuple[int, int, int, int], bool]:
+    """Return the random crop (top, left, height, width) of an image in an epoch, and whether it is flipped."""
+    words = np.random.default_rng(seed_of(AUGMENT, seed, epoch, index))
+    *draws, flip = words.random(CROP_DRAWS + 1).tolist()
+    return random_crop(height, width, draws), flip < 0.5
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], bilinearly with antialiasing, to [3, height, width]."""
+    # A batch in channels-last order: torchvision takes twice as long for any other order.
+    return functional.resize(pixels[None].permute(0, 3, 1, 2), [height, width], antialias=True)[0]
+
+
+def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
+    """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size].
+
+    Of one that is more than `SLENDER` times as long as wide only the middle is resized, since the whole would be as
+    much longer than the centre. That may move the picture by up to a pixel.
+    """
+    for side in (0, 1):
+        beyond = pixels.shape[side] - SLENDER * pixels.shape[1 - side]
+        if beyond > 0:
+            pixels = pixels.narrow(side, beyond // 2, pixels.shape[side] - beyond)
+    height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], size)
+    return functional.crop(resize(pixels, height, width), top, left, size, size)
+
+
+def put(image: Tensor, to: Tensor, *, flip: bool) -> None:
+    """Copy an image, uint8 [3, S, S], to `to`, uint8 [S, S, 3], if wanted flipped left to right."""
+    rows = max(1, PART // (3 * image.shape[2]))
+    for source, target in zip(image.split(rows, 1), to.split(rows), strict=True):
+        target.copy_((source.flip(-1) if flip else source).permute(1, 2, 0))
+
+
+def random_crop(height: int, width: int, draws: Sequence[float]) -> tuple[int, int, int, int]:
+    """Draw a crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3 (arXiv 1409.4842, section 6).
+
+    As torchvision's `RandomResizedCrop`: ten trials for a crop that fits, then the largest centred one.
+
+    Args:
+        height: of the image, in pixels.
+        width: likewise.
+        draws: uniform in [0, 1), CROP_DRAWS numbers.
+
+    Returns:
+        Top, left, height and width of the crop, in pixels.
+    """
+    for trial in range(10):
+        share, shape, down, right = draws[4 * trial : 4 * trial + 4]
+        area = height * width * (0.08 + 0.92 * share)
+        ratio = math.exp((2 * shape - 1) * math.log(4 / 3))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, round(height * 4 / 3))
+    crop_height = min(height, round(width * 4 / 3))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+CROP_DRAWS = 40  # ten trials of four numbers
+
+
+def centre_crop(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Return the crop that leaves the centre when the shorter side is 256/224 of `size`.
+
+    Args:
+        height: of the image, in pixels.
+        width: likewise.
+        size: of the result, in pixels.
+
+    Returns:
+        Height and width of the resized image; top and left of the centre in it.
+    """
+    shorter = round(size * 256 / 224)
+    high, wide = (shorter * side / min(height, width) for side in (height, width))
+    return int(high), int(wide), round((int(high) - size) / 2), round((int(wide) - size) / 2)

@@ -1,0 +1,246 @@
+"""Image files in a folder per class, decoded by NVIDIA's DALI; imported only when `--dataset dali` is asked for.
+
+The order, the crops and the flips are those of `utils.data.folder_loader`: numbers are drawn here, DALI decodes and
+crops by
+them. On the GPU it also resizes and flips. Its resizing on the CPU takes longer than decoding, so that torchvision
+resizes there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+from nvidia.dali.tensors import TensorCPU
+from torch import Tensor
+
+from utils.data.crop import centre_crop, crop_and_flip, put, resize, resize_to_centre
+from utils.data.image_file import DECODE_ERRORS, decode, not_for_dali, parse, read, reason_of
+from utils.data.image_folder import ImageNames, Unreadable, note
+from utils.data.loader import Delivery, Loader, Raw
+
+_AHEAD = 2  # batches that DALI has, and batches whose files are being read
+
+
+class _File(NamedTuple):
+    """An image file and what is to be done with it.
+
+    Attributes:
+        index: its number in the set.
+        data: the file, uint8 [bytes].
+        crop: top, left, height and width of what is decoded, in pixels, float32 [4].
+        flip: whether it is flipped left to right.
+    """
+
+    index: int
+    data: np.ndarray
+    crop: np.ndarray
+    flip: bool
+
+
+class _Undecodable(RuntimeError):
+    """DALI could not decode one of a batch's images."""
+
+
+_Bad = tuple[int, str]  # the number of an image and why it cannot be read
+
+
+class DaliLoader(Loader):
+    """Batches of image files in a folder per class, decoded and cropped by DALI.
+
+    Args:
+        names: the images.
+        delivery: how batches are cut and finished.
+        size: height and width of the images of a batch, in pixels.
+        workers: threads that decode on the CPU, and as many that read files and resize there, no more than images of a
+            batch; 0 is as 1.
+        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
+            validation when it lacks all.
+
+    Raises:
+        UserError: while iterating, when one image too many cannot be decoded; names its path.
+    """
+
+    def __init__(
+        self, names: ImageNames, delivery: Delivery, *, size: int, workers: int, unreadable: Unreadable
+    ) -> None:
+        super().__init__(len(names), delivery)
+        self._names = names
+        self._target = torch.from_numpy(names.target)
+        self._size = size
+        self._threads = max(1, min(workers, delivery.batch_size))
+        self._unreadable = unreadable
+        self._idle: Pipeline | None = None  # a pipeline without batches in it
+
+    def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
+        # Taken away for as long as it has batches: an iteration may be given up at any time.
+        pipeline, self._idle = self._idle or self._pipeline(self._delivery.batch_size), None
+        running: deque[list[_File]] = deque()
+        threads = ThreadPoolExecutor(self._threads)
+        try:
+            batches_of_files = self._files(batches, epoch, threads)
+            while True:
+                while len(running) < _AHEAD and (files := next(batches_of_files, None)):
+                    self._feed(pipeline, files)
+                    running.append(files)
+                if not running:
+                    break
+                try:
+                    images = self._take(pipeline, running[0], threads)
+                except DECODE_ERRORS:
+                    # DALI does not say which image it was, and its pipeline is of no use any more.
+                    left = self._without_bad(running.popleft(), threads)
+                    if left:
+                        running.appendleft(left)
+                    pipeline = self._pipeline(self._delivery.batch_size)
+                    for files in running:
+                        self._feed(pipeline, files)
+                    if not left:  # of validation
+                        continue
+                    images = self._take(pipeline, running[0], threads)
+                index = torch.tensor([file.index for file in running.popleft()])
+                yield Raw(images, self._target[index], index)
+            self._idle = pipeline
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+    def _files(
+        self, batches: Sequence[Tensor], epoch: int, threads: ThreadPoolExecutor
+    ) -> Iterator[list[_File]]:
+        """Read the files of these batches, some batches ahead."""
+        waiting: deque[list[Future[_File | _Bad]]] = deque()
+        remaining = iter(batches)
+        while True:
+            while len(waiting) < _AHEAD and (batch := next(remaining, None)) is not None:
+                waiting.append([threads.submit(self._file, index, epoch) for index in batch.tolist()])
+            if not waiting:
+                return
+            results = [future.result() for future in waiting.popleft()]
+            files = [result for result in results if isinstance(result, _File)]
+            bad = [result for result in results if not isinstance(result, _File)]
+            note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
+            if files:  # else of validation
+                yield files
+
+    def _file(self, index: int, epoch: int) -> _File | _Bad:
+        """Read a file, look at its header and draw the crop."""
+        try:
+            data = read(self._names.path(index))
+            with parse(data) as image:
+                width, height = image.size
+                if what := not_for_dali(image):
+                    image.load()
+                    return index, f"DALI cannot decode {what}, --dataset imagenet can"
+                # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
+                if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
+                    image.load()
+        except DECODE_ERRORS as error:
+            return index, reason_of(error)
+        crop, flip = (0, 0, height, width), False
+        if self._delivery.train:
+            crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
+        return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
+
+    def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
+        """Leave out, and take note of, the images that cannot be decoded or resized, found one by one."""
+        good, bad = [], []
+        for file in files:
+            pipeline = self._pipeline(1)
+            self._feed(pipeline, [file])
+            try:
+                self._take(pipeline, [file], threads)
+                good.append(file)
+            except _Undecodable:
+                bad.append((file.index, _why(file.data.tobytes())))
+            except DECODE_ERRORS as error:
+                bad.append((file.index, reason_of(error)))
+        note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+        return good
+
+    def _pipeline(self, batch_size: int) -> Pipeline:
+        """Make a pipeline from files to their crops; on the GPU also to images, uint8 [S, S, 3]."""
+        gpu = self._on_cuda
+        pipeline = Pipeline(
+            batch_size, self._threads, self._delivery.device.index or 0 if gpu else None,
+            prefetch_queue_depth=1,  # with more the first run would wait for as many batches
+        )  # fmt: skip
+        with pipeline:
+            data, crop = (fn.external_source(name=name) for name in ("data", "crop"))
+            image = fn.decoders.image_slice(
+                data, crop[:2], crop[2:], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
+                device="mixed" if gpu else "cpu",  # mixed: from the CPU's memory to the GPU's, in hardware
+                output_type=types.DALIImageType.RGB,
+                adjust_orientation=False,  # nor does torchvision's loader
+                jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
+            )  # fmt: skip
+            if gpu:
+                part = fn.external_source(name="part")
+                image = fn.resize(
+                    image, size=(self._size, self._size), roi_start=part[:2], roi_end=part[2:], antialias=True,
+                    interp_type=types.DALIInterpType.INTERP_LINEAR,
+                )  # fmt: skip
+            pipeline.set_outputs(image)
+        pipeline.build()
+        return pipeline
+
+    def _feed(self, pipeline: Pipeline, files: Sequence[_File]) -> None:
+        """Let the pipeline start on a batch."""
+        pipeline.feed_input("data", [file.data for file in files])
+        pipeline.feed_input("crop", [file.crop for file in files])
+        if self._on_cuda:
+            pipeline.feed_input("part", [self._part(file) for file in files])
+        pipeline.schedule_run()
+
+    def _part(self, file: _File) -> np.ndarray:
+        """Return top, left, bottom and right of the part of a crop that fills the result, float32 [4].
+
+        It may end within a pixel; with left and right exchanged it is flipped.
+        """
+        height, width = file.crop[2:].tolist()
+        if self._delivery.train:
+            part = (0, width, height, 0) if file.flip else (0, 0, height, width)
+        else:
+            resized_height, resized_width, top, left = centre_crop(height, width, self._size)
+            down, across = height / resized_height, width / resized_width
+            bottom, right = top + self._size, left + self._size
+            part = (top * down, left * across, bottom * down, right * across)
+        return np.array(part, np.float32)
+
+    def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
+        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
+        try:
+            (output,) = pipeline.share_outputs()
+        except RuntimeError as error:
+            raise _Undecodable from error
+        device = self._delivery.device
+        images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
+        if self._on_cuda:
+            stream = torch.cuda.current_stream(device)
+            feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
+            stream.synchronize()  # the copy is done before DALI gets its memory back
+        else:
+            list(threads.map(self._resize, output, files, images))
+        pipeline.release_outputs()
+        return images.permute(0, 3, 1, 2)
+
+    def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
+        """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
+        size, pixels = self._size, torch.from_dlpack(crop)
+        image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
+        put(image, to, flip=file.flip)
+
+
+def _why(data: bytes) -> str:
+    """Return why a file that DALI refuses cannot be decoded, as the other decoders see it."""
+    try:
+        decode(data)
+    except DECODE_ERRORS as error:
+        return reason_of(error)
+    return "DALI cannot decode it, --dataset imagenet can"

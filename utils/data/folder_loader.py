@@ -1,0 +1,205 @@
+"""The loader of image files in a folder per class, read by worker processes with torchvision's decoders."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from utils.data import workers
+from utils.data.crop import crop_and_flip, put, resize, resize_to_centre
+from utils.data.image_file import DECODE_ERRORS, decode, read, reason_of
+from utils.data.image_folder import ImageNames, Unreadable, note
+from utils.data.loader import Delivery, Loader, Raw, rand_augment
+from utils.errors import TrainingError, UserError
+
+_PREFETCH = 2  # batches that each worker may be ahead
+
+
+class _Batch(NamedTuple):
+    """What a worker is asked for: an epoch, images by their numbers, and the slot where they are put."""
+
+    epoch: int
+    numbers: list[int]
+    slot: int
+
+
+_Read = tuple[list[int], list[tuple[int, str]]]
+"""The numbers of a batch's images in the order they are in, and those of unreadable ones with the reason. A
+value, not an exception: a worker's exception would arrive with its traceback as its message."""
+
+
+class _ImageFiles(Dataset[_Read]):
+    """Batches of images, decoded, cropped and resized into `slots`, uint8 [slots, N, S, S, 3]."""
+
+    def __init__(
+        self, names: ImageNames, slots: Tensor, *, train: bool, randaugment: int | None, seed: int
+    ) -> None:
+        self._names = names
+        self._slots = slots
+        self._train = train
+        self._augment = None if randaugment is None else v2.RandAugment(magnitude=randaugment)
+        self._seed = seed
+
+    def __getitem__(self, batch: _Batch) -> _Read:
+        good: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for index in batch.numbers:
+            try:
+                image = decode(read(self._names.path(index)))
+                self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
+            except DECODE_ERRORS as error:
+                bad.append((index, reason_of(error)))
+                continue
+            good.append(index)
+        return good, bad
+
+    def _fit(self, image: Image.Image, epoch: int, index: int, to: Tensor) -> None:
+        """Crop and resize an image into `to`, uint8 [S, S, 3]."""
+        size = len(to)
+        if not self._train:
+            put(resize_to_centre(_pixels(image), size), to, flip=False)
+            return
+        (top, left, height, width), flip = crop_and_flip(image.height, image.width, self._seed, epoch, index)
+        pixels = resize(_pixels(image.crop((left, top, left + width, top + height))), size, size)
+        if self._augment is not None:
+            pixels = pixels.flip(-1) if flip else pixels
+            pixels, flip = rand_augment(self._augment, pixels, self._seed, epoch, index), False
+        put(pixels, to, flip=flip)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """The pixels, uint8 [H, W, 3], which torchvision resizes faster than Pillow does an image."""
+    return torch.from_numpy(np.array(image))
+
+
+def _shared(shape: tuple[int, ...], workers: int) -> Tensor:
+    """Make a tensor of bytes, uint8, in memory that other processes can have too."""
+    try:
+        return torch.empty(shape, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:  # what torch raises when the system has no more
+        raise UserError(
+            f"{workers} workers need {math.prod(shape) >> 20} MiB of shared memory for their batches, which is "
+            "more than there is: write fewer --workers or a smaller --batch_size or --val_batch_size, or let "
+            "the machine or container have more (/dev/shm)"
+        ) from error
+
+
+class _Batches(Sampler[_Batch]):
+    """The batches of the coming iteration; the only way an epoch reaches a worker.
+
+    Slots are used in turn. The `DataLoader` asks for a batch when it hands out one that it asked for `ahead`
+    batches before, so that at most `ahead + 1` batches exist, and the loader has finished all earlier ones.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self.slots = ahead + 1
+        self.batches: Sequence[Tensor] = ()
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[_Batch]:
+        for number, index in enumerate(self.batches):
+            yield _Batch(self.epoch, index.tolist(), number % self.slots)
+
+
+class FolderLoader(Loader):
+    """Batches of image files in a folder per class, read and cropped by worker processes.
+
+    Args:
+        names: the images.
+        delivery: how batches are cut and finished.
+        size: height and width of the images of a batch, in pixels.
+        workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
+        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
+            validation when it lacks all.
+        randaugment: magnitude of RandAugment in training; None: none.
+
+    Raises:
+        UserError: while iterating, when one image too many cannot be decoded; names its path.
+        TrainingError: while iterating, when a worker was ended.
+    """
+
+    def __init__(
+        self,
+        names: ImageNames,
+        delivery: Delivery,
+        *,
+        size: int,
+        workers: int,
+        unreadable: Unreadable,
+        randaugment: int | None = None,
+    ) -> None:
+        super().__init__(len(names), delivery)
+        self._names = names
+        self._target = torch.from_numpy(names.target)
+        self._size = size
+        self._workers = min(workers, len(self))
+        self._unreadable = unreadable
+        self._randaugment = randaugment
+        self._asked = _Batches(ahead=_PREFETCH * self._workers)
+        self._slots = torch.empty(0)
+        self._loader: DataLoader[_Read] | None = None  # opened by the first iteration
+
+    def _open(self) -> DataLoader[_Read]:
+        """Make the slots, in memory that is shared with the workers, and what starts these."""
+        count = min(self._delivery.batch_size, self.samples)
+        shape = (self._asked.slots, count, self._size, self._size, 3)
+        context = begin = None
+        # The same memory again and again: fresh pages cost more than what is written into them.
+        if not self._workers:
+            self._slots = torch.empty(shape, dtype=torch.uint8)
+        else:
+            self._slots = _shared(shape, self._workers)
+            context, begin = workers.prepare(self, preload=__name__)
+        # Of more workers than cores, which was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        return DataLoader(
+            _ImageFiles(
+                self._names, self._slots, train=self._delivery.train,
+                randaugment=self._randaugment, seed=self._delivery.seed,
+            ),
+            sampler=self._asked,
+            batch_size=None,  # what is asked for is a batch already
+            num_workers=self._workers,
+            prefetch_factor=_PREFETCH if self._workers else None,
+            persistent_workers=self._workers > 0,
+            multiprocessing_context=context,
+            worker_init_fn=begin,
+            generator=torch.Generator(),  # else each iteration draws from the global one
+        )  # fmt: skip
+
+    def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
+        self._loader = self._loader or self._open()
+        asked = self._asked
+        asked.batches, asked.epoch = batches, epoch
+        for number, (good, bad) in enumerate(_answers(self._loader)):
+            note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+            if not good:  # of validation
+                continue
+            images = self._slots[number % asked.slots, : len(good)]
+            images = images.pin_memory() if self._on_cuda else images
+            index = torch.tensor(good)
+            yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
+
+
+def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:
+    """What the workers have read. Raises `TrainingError` when one of them is gone."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):  # but one that a worker has raised
+            raise
+        raise TrainingError(
+            "a process that reads images was ended, perhaps because memory ran out; try fewer --workers"
+        ) from error

@@ -1,0 +1,103 @@
+"""Both loaders of a data set, as its configuration asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.config.schema import DataConfig
+from utils.data.augment import Augment, mixing
+from utils.data.loader import Delivery, Loader
+from utils.data.tensor_loader import Store, TensorLoader
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """What a source delivers.
+
+    Attributes:
+        train: batches of the training set.
+        val: batches of the validation set; None without validation.
+        num_classes: number of classes.
+        mean: per channel, of images in [0, 1]; what images were normalised with.
+        std: per channel, likewise.
+    """
+
+    train: Loader
+    val: Loader | None
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def check_classes(config: DataConfig, classes: int, what: str) -> None:
+    """Raise `UserError` when the configuration has another number of classes than the data."""
+    if config.num_classes != classes:
+        raise UserError(
+            f"{what} has {classes} classes, not {config.num_classes}: write --num_classes {classes} or name "
+            "another data set"
+        )
+
+
+def deliveries_of(
+    config: DataConfig, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Delivery, Delivery]:
+    """How batches of training and of validation are delivered; `mean` and `std` are the set's own."""
+
+    def delivery(batch_size: int, *, train: bool) -> Delivery:
+        return Delivery(
+            batch_size=batch_size,
+            train=train,
+            seed=config.seed,
+            mean=config.mean or mean,
+            std=config.std or std,
+            device=device,
+            rank=config.rank,
+            world_size=config.world_size,
+            colour=config.colour,
+            mix=mixing(config.mixup_alpha, config.cutmix_alpha, config.num_classes),
+        )
+
+    return delivery(config.batch_size, train=True), delivery(config.val_batch_size, train=False)
+
+
+def loaders_of(
+    config: DataConfig, deliveries: tuple[Delivery, Delivery], open_: Callable[[Delivery], Loader]
+) -> Loaders:
+    """Both loaders, of which `open_` makes one."""
+    train, val = deliveries
+    return Loaders(
+        train=open_(train),
+        val=open_(val) if config.val_batch_size else None,
+        num_classes=config.num_classes,
+        mean=train.mean,
+        std=train.std,
+    )
+
+
+def tensor_loaders(
+    config: DataConfig,
+    device: torch.device,
+    train: tuple[Store, Tensor],
+    val: tuple[Store, Tensor] | None,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: Augment | None,
+) -> Loaders:
+    """Loaders over (images, classes) in memory; `mean` and `std` are the set's own."""
+
+    def open_(delivery: Delivery) -> TensorLoader:
+        part = train if delivery.train else val
+        assert part is not None  # with a validation batch there is a validation set
+        return TensorLoader(
+            *part, delivery, size=config.input_size, augment=augment, randaugment=config.rand_augment
+        )
+
+    return loaders_of(config, deliveries_of(config, device, mean, std), open_)

@@ -1,0 +1,108 @@
+"""The data sets by name: what each needs, and how its loaders are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from utils.config.schema import DataConfig
+from utils.data import workers
+from utils.data.cifar import CIFAR10_SET, CIFAR100_SET
+from utils.data.folder_sets import build_dali, build_imagenet, check_dali, check_imagenet
+from utils.data.loaders import CPU, Loaders
+from utils.data.small_sets import (
+    build_digits,
+    build_fake,
+    build_glyphs,
+    check_digits,
+    check_fake,
+    check_glyphs,
+)
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set by name.
+
+    Attributes:
+        check: raises `UserError` for what would keep `build` from working, as far as a quick look can tell.
+        build: the loaders, for batches on a device; runs after `check`.
+    """
+
+    check: Callable[[DataConfig], None]
+    build: Callable[[DataConfig, torch.device], Loaders]
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(check_digits, build_digits),
+    "fake": Source(check_fake, build_fake),
+    "glyphs": Source(check_glyphs, build_glyphs),
+    "cifar10": Source(CIFAR10_SET.check, CIFAR10_SET.build),
+    "cifar100": Source(CIFAR100_SET.check, CIFAR100_SET.build),
+    "imagenet": Source(check_imagenet, build_imagenet),
+    "dali": Source(check_dali, build_dali),
+}
+"""Every data set by its name."""
+
+
+_FARTHEST = (
+    1e6  # of a mean or deviation from 1, where images are in [0, 1]; float32 has room for their quotient
+)
+
+
+def check_data(config: DataConfig) -> None:
+    """Look for mistakes that are cheap to find, before anything heavy is built.
+
+    Nothing is downloaded or read beyond the names of folders and files.
+
+    Raises:
+        UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
+            `val/`, class folders or images that are missing; classes that differ between training and
+            validation; a mean or std that is not of three channels or too large or
+            small for float32; RandAugment where it is not;
+            too many workers; DALI that is not installed or cannot be imported.
+    """
+    if config.dataset not in SOURCES:
+        raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
+    if config.rand_augment is not None and config.dataset in ("dali", "digits", "glyphs"):
+        raise UserError(
+            f"--rand_augment is not for --dataset {config.dataset}: use imagenet, cifar10, cifar100 or fake"
+        )
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) != 3:
+            raise UserError(f"--{name} has {len(values)} values: write three, for red, green and blue")
+        if values is not None and max(map(abs, values)) > _FARTHEST:
+            raise UserError(
+                f"--{name} has the value {max(values, key=abs):g}: write {_FARTHEST:g} at the most"
+            )
+    if config.std is not None and min(config.std) < 1 / _FARTHEST:
+        raise UserError(
+            f"--std has the value {min(config.std):g}: write numbers above 0, {1 / _FARTHEST:g} at the least"
+        )
+    workers.check_workers(config.workers)
+    try:
+        SOURCES[config.dataset].check(config)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; check --root and its permissions"
+        ) from error
+
+
+def open_data(config: DataConfig, device: torch.device = CPU) -> Loaders:
+    """Check the configuration and open the data set it names.
+
+    Args:
+        config: the data set, its batches and their augmentation.
+        device: where the batches are wanted.
+
+    Returns:
+        The loaders of both sets; `val` is None when `val_batch_size` is 0.
+
+    Raises:
+        UserError: as `check_data`; or the CIFAR files are missing and cannot be downloaded, or are damaged.
+    """
+    check_data(config)
+    return SOURCES[config.dataset].build(config, device)

@@ -1,0 +1,54 @@
+"""What comes before a run: a process for each GPU, and folders that can be written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from utils.config.schema import DeviceConfig
+from utils.errors import UserError
+from utils.processes import launch
+
+
+def process_per_gpu(config: DeviceConfig, arguments: list[str] | None) -> None:
+    """Become the launcher of a process per GPU when several are asked for and this process stands alone.
+
+    Args:
+        config: the GPUs and processes.
+        arguments: of the program's own command line, its path first; None: the program was called by another one.
+
+    Raises:
+        UserError: the environment says that this process is the only one, or another program called.
+    """
+    if len(config.ids) < 2:
+        return
+    several = f"--device_ids {' '.join(map(str, config.ids))}: several GPUs take a process each"
+    if "WORLD_SIZE" in os.environ or config.distributed:
+        if os.environ.get("WORLD_SIZE", str(config.world_size)) == "1":
+            raise UserError(f"{several}, and this is to be the only one: unset the variable WORLD_SIZE, and "
+                            "leave out --distributed, or name one GPU")  # fmt: skip
+        return
+    if arguments is None:
+        raise UserError(f"{several}; start main.py by itself")
+    options = ["--standalone", "--nproc_per_node", str(len(config.ids))]
+    sys.stdout.flush()
+    command = [sys.executable, "-m", launch.__name__, *options, *arguments]
+    os.execve(sys.executable, command, with_project(os.environ))
+
+
+def with_project(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which `python -m` finds the project's modules from any folder."""
+    levels = launch.__name__.count(".") + 1
+    paths = (str(Path(launch.__file__).resolve().parents[levels - 1]), environment.get("PYTHONPATH", ""))
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse, with a `UserError`, a folder that could not be made or written."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--{option}: {there} cannot be written; choose another --{option}")

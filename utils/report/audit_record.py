@@ -1,0 +1,102 @@
+"""What the audit found, as a record and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from utils.text import format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    """What one quantizer put out.
+
+    Attributes:
+        name: in the network.
+        allowed: levels that its bits allow.
+        seen: most distinct values in any of its groups; 0 when it was never reached.
+        changed: some value came out other than it went in.
+        exact: the output was always what the quantizer's own integers stand for.
+        finite: no value that came out was infinite or not a number.
+        warming: it still passes its input (`--stable`).
+    """
+
+    name: str
+    allowed: int
+    seen: int
+    changed: bool = True
+    exact: bool = True
+    finite: bool = True
+    warming: bool = False
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, empty when nothing is."""
+        if self.seen == 0:
+            return "was never reached"
+        if self.warming:
+            return "passes its input: the warm-up of --stable has not ended"
+        if not self.finite:
+            return "puts out values that are not finite"
+        if self.seen > self.allowed and not self.changed:
+            return "passes its input"
+        if self.seen > self.allowed:
+            return f"shows {self.seen} values where {self.allowed} are allowed"
+        # At many bits a small group has fewer values than levels; its integers tell all the same.
+        return "" if self.exact else "puts out values that are not those of its levels"
+
+    @property
+    def note(self) -> str:
+        """What a quantizer without a problem looks like: ok, or constant, which carries no information."""
+        return "constant, carries nothing" if self.seen == 1 else "ok"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """A layer that computes in full precision, or a quantized one that does not compute what it should.
+
+    Attributes:
+        name: in the network.
+        reason: why it stays in full precision, the rest of a sentence; empty for others.
+        problem: what is wrong, empty when nothing is.
+    """
+
+    name: str
+    reason: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The rows of all quantizers, and of the layers that stand out."""
+
+    rows: tuple[AuditRow, ...]
+    layers: tuple[LayerRow, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line per quantizer and per layer that fails."""
+        return tuple(f"{row.name} {row.problem}" for row in (*self.rows, *self.layers) if row.problem)
+
+    @property
+    def verdict(self) -> str:
+        """One line: passed, failed, or that there is nothing to check."""
+        if not self.rows and not self.problems:
+            return "full precision, nothing to audit"
+        if self.problems:
+            wrong = [sum(bool(row.problem) for row in rows) for rows in (self.rows, self.layers)]
+            parts = [f"{wrong[0]} of {len(self.rows)} quantizers"] * bool(wrong[0])
+            parts += [f"{wrong[1]} {'layer' if wrong[1] == 1 else 'layers'}"] * bool(wrong[1])
+            return f"FAILED: {', '.join(parts)}"
+        constant = sum(row.seen == 1 for row in self.rows)
+        note = f", {constant} of them constant" if constant else ""
+        return f"passed: {len(self.rows)} quantizers within their levels{note}"
+
+    def table(self) -> str:
+        """The rows as text."""
+        rows = [(row.name, str(row.seen), str(row.allowed), row.problem or row.note) for row in self.rows]
+        text = format_table(("quantizer", "levels seen", "allowed", "verdict"), rows)
+        if not self.layers:
+            return text
+        layers = [(row.name, row.problem or f"full precision: it {row.reason}") for row in self.layers]
+        return f"{text}\n\n{format_table(('layer', 'verdict'), layers)}\n"

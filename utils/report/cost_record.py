@@ -1,0 +1,120 @@
+"""What a network costs, as a record: shapes, parameters, multiply-accumulates, bit operations, weight size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from utils.text import format_table
+
+FULL_BITS = 32  # of a value in full precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """One convolution or linear layer for one image.
+
+    Attributes:
+        name: in the network.
+        kind: its class and geometry.
+        output: shape of its output without the batch.
+        weights: number of weights.
+        macs: multiply-accumulate operations.
+        weight: how the weight is quantized, for people; empty in full precision.
+        activation: the same of the input.
+        result: how its output is quantized; empty in full precision.
+        weight_bits: bits of a stored weight.
+        activation_bits: bits of an input value.
+    """
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    weights: int
+    macs: int
+    weight: str
+    activation: str
+    weight_bits: int
+    activation_bits: int
+    result: str = ""
+
+    @property
+    def bit_operations(self) -> int:
+        """MACs times the bits of both factors."""
+        return self.macs * self.weight_bits * self.activation_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A network's layers and totals.
+
+    Attributes:
+        layers: the convolutions and linear layers, in the order they run.
+        parameters: number of all parameters.
+    """
+
+    layers: tuple[LayerCost, ...]
+    parameters: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def bit_operations(self) -> int:
+        """Bit operations of one image."""
+        return sum(layer.bit_operations for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the convolutions' and linear layers' weights at their bits."""
+        return sum(math.ceil(layer.weights * layer.weight_bits / 8) for layer in self.layers)
+
+    @property
+    def float_weight_bytes(self) -> int:
+        """Bytes of the same weights in float32."""
+        return sum(layer.weights * 4 for layer in self.layers)
+
+    @property
+    def bits(self) -> str:
+        """The quantized layers' weight and activation bits, such as 2/2; 32/32 in full precision."""
+        low = [layer for layer in self.layers if layer.weight or layer.activation or layer.result]
+        if not low:
+            return f"{FULL_BITS}/{FULL_BITS}"
+        weight = sorted({layer.weight_bits for layer in low})
+        activation = sorted({layer.activation_bits for layer in low})
+        return "/".join("-".join(map(str, bits)) for bits in (weight, activation))
+
+    def table(self) -> str:
+        """The layers as text, a line each, and a line of totals."""
+        head = ("layer", "kind", "output", "weights", "MACs", "weight", "input")
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.output)),
+                f"{layer.weights:,}",
+                f"{layer.macs:,}",
+                layer.weight or "full precision",
+                layer.activation or "full precision",
+            )
+            for layer in self.layers
+        ]
+        if any(layer.result for layer in self.layers):
+            head += ("result",)
+            rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
+        return f"{format_table(head, rows)}\n{self.totals()}"
+
+    def totals(self) -> str:
+        """One line of totals."""
+        return (
+            f"total: {self.parameters:,} parameters, {self.macs:,} MACs, {self.bit_operations:,} bit "
+            f"operations, weights {self.weight_bytes / 1024:.1f} KiB "
+            f"({self.float_weight_bytes / 1024:.1f} KiB in float32)"
+        )
+
+
+def stored_bits(levels: int) -> int:
+    """Bits that hold a code of `levels` levels; ternary takes 2."""
+    return math.ceil(math.log2(levels))

@@ -1,0 +1,300 @@
+"""In which floating types a network computes, and how its gradients become steps of the optimizer.
+
+| level | weights | arithmetic | what the optimizer updates |
+| --- | --- | --- | --- |
+| O0 | float32 | float32 | the weights |
+| O1 | float32 | `torch.autocast` | the weights |
+| O2 | half in convolutions and linear layers, else float32 | `torch.autocast` | float32 master weights |
+| O3 | half, quantizers excepted | half | the weights |
+
+Quantizers compute in float32 at every level and keep their own values in float32 (`model.quantizers.frame`). Gradients
+of float16 are scaled at O1 and O2 (`torch.amp.GradScaler`), since small ones would vanish; bfloat16 has the
+exponents of float32 and needs no scaling. O3 has no scaling, as it had none in apex.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import utils
+
+from utils.config.schema import PrecisionConfig
+from utils.errors import TrainingError, UserError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALLEST_SCALE = 2.0**-10  # 26 halvings below the first one: these gradients are infinite at any scale
+
+
+def check_precision(config: PrecisionConfig, device: torch.device) -> tuple[str, ...]:
+    """Refuse a precision that this machine does not have, and give the warnings about the rest.
+
+    Raises:
+        UserError: bfloat16 on a GPU that emulates it, or an apex that is not installed or has no amp.
+    """
+    half = config.level != "O0"
+    if half and config.dtype == "bfloat16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise UserError(
+                    f"--amp_dtype bfloat16: {torch.cuda.get_device_name(device)} has no such arithmetic; "
+                    "write --amp_dtype float16"
+                )
+    if config.backend == "apex":
+        _apex(device)
+    if config.tf32 and device.type != "cuda":
+        return ("--tf32 has no effect without a GPU",)
+    return ()
+
+
+def _apex(device: torch.device) -> ModuleType:
+    """Apex's amp.
+
+    Raises:
+        UserError: there is none.
+    """
+    advice = "leave --amp_backend out, torch has its own"
+    try:
+        amp = importlib.import_module("apex.amp")
+    except ImportError as error:
+        raise UserError(
+            f"--amp_backend apex: no apex with amp is installed ({error}); NVIDIA removed amp from it in "
+            f"2025, and the package index has another package of that name; {advice}"
+        ) from error
+    if not all(hasattr(amp, name) for name in ("initialize", "scale_loss", "master_params")):
+        raise UserError(f"--amp_backend apex: the installed apex has no complete amp; {advice}")
+    if device.type != "cuda":
+        raise UserError(f"--amp_backend apex: its amp needs a GPU; {advice}")
+    return amp
+
+
+def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
+    """How weights and images lie in memory: channels last if that is asked for, but where it would crash.
+
+    On a CPU the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels writes past
+    its memory (oneDNN in torch 2.15). Only very narrow networks have one.
+    """
+    crashes = device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 16
+        for module in model.modules()
+    )
+    return torch.channels_last if config.channels_last and not crashes else torch.contiguous_format
+
+
+def prepare(model: nn.Module, config: PrecisionConfig) -> None:
+    """Set how GPUs multiply float32 and, at O3, make all of the network half but its quantizers.
+
+    A module whose class says `keeps_float32` is left as it is, as quantizers are.
+    Comes before the optimizer is built, which holds the parameters as they are then.
+    """
+    arithmetic = "tf32" if config.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = arithmetic
+    torch.backends.cudnn.conv.fp32_precision = arithmetic  # pyright: ignore[reportAttributeAccessIssue]
+    if config.level == "O3" and config.backend == "torch":
+        for module in model.modules():
+            if not getattr(module, "keeps_float32", False):
+                _convert(module, DTYPES[config.dtype])
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the floating parameters and buffers that a module holds itself."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for name, value in module.named_buffers(recurse=False):
+        if value.is_floating_point():
+            setattr(module, name, value.to(dtype))
+
+
+class Precision:
+    """The arithmetic of a run on `torch.amp`; at O0 all of it does nothing.
+
+    Built when the optimizer's state is restored, whose parameters become the master weights at O2.
+
+    Attributes:
+        image_dtype: what the network takes.
+        scaling: gradients are scaled, and steps whose gradients overflow are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: PrecisionConfig,
+        device: torch.device,
+    ) -> None:
+        dtype = DTYPES[config.dtype]
+        self._optimizer = optimizer
+        self._device, self._dtype = device, dtype
+        self._autocasts = config.level in ("O1", "O2")
+        self._masters = _halve(model, dtype) if config.level == "O2" else {}
+        self.image_dtype = dtype if config.level == "O3" else torch.float32
+        self.scaling = self._autocasts and dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.scaling)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forward passes, and the loss, are computed in."""
+        return torch.autocast(self._device.type, self._dtype, enabled=self._autocasts)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, scaled, to those of the parameters."""
+        self._scaler.scale(loss).backward()
+
+    def gradient_norm(self, limit: float | None) -> Tensor:
+        """Make the gradients ready for `step`: unscaled, no longer than `limit`; float32 [], their norm before.
+
+        The norm is not finite when a gradient is not. Nothing waits for the device but at `scaling`.
+        """
+        for half, master in self._masters.values():
+            master.grad = None if half.grad is None else half.grad.float()
+            half.grad = None
+        self._scaler.unscale_(self._optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = utils.get_total_norm([gradient.float() for gradient in gradients])
+        if limit is not None:
+            utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        return norm
+
+    def step(self, *, update: bool) -> str:
+        """Let the optimizer take its step; returns what to log when gradients overflowed and it was skipped.
+
+        Args:
+            update: False, in the warmup, only follows the gradients' scale.
+
+        Raises:
+            TrainingError: gradients overflow whatever they are scaled by.
+        """
+        before = self._scaler.get_scale()
+        if update:
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        with torch.no_grad():
+            for half, master in self._masters.values():
+                half.copy_(master)
+        after = self._scaler.get_scale()
+        if after >= before:
+            return ""
+        if after < SMALLEST_SCALE:
+            raise TrainingError(
+                f"gradients are not finite even when scaled by {after:g}; try a lower --lr, --grad_clip or "
+                "--amp_dtype bfloat16"
+            )
+        return f"step skipped, gradients overflowed when scaled by {before:g}; the scale is {after:g} now"
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+        for half, _ in self._masters.values():
+            half.grad = None
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The network's state with the master weights in place of the half ones."""
+        return model.state_dict() | {name: master.detach() for name, (_, master) in self._masters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights and optimizer: the scale of the gradients."""
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a `state_dict()`; an empty one, of a run without scaling, changes nothing.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such state.
+        """
+        if not state or not self.scaling:
+            return
+        for name in self._scaler.state_dict():
+            if not 0 <= state[name] < math.inf or (name == "scale" and state[name] == 0):
+                raise ValueError(f"{name} is {state[name]}")
+        self._scaler.load_state_dict(dict(state))
+
+
+def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Give convolutions and linear layers half parameters; the half and the former one by name."""
+    masters = {}
+    halves: dict[nn.Parameter, nn.Parameter] = {}  # modules may share one
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            for name, master in list(module.named_parameters(recurse=False)):
+                half = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
+                half = halves.setdefault(master, half)
+                setattr(module, name, half)
+                masters[f"{prefix}.{name}" if prefix else name] = half, master
+    return masters
+
+
+class ApexPrecision(Precision):
+    """The same by apex's amp, which changes network and optimizer itself and scales every loss."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: PrecisionConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, optimizer, PrecisionConfig(level="O0"), device)
+        self._amp = _apex(device)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        exact = [parameter.detach().clone() for parameter in self._parameters]
+        self._amp.initialize(model, optimizer, opt_level=config.level, verbosity=0)
+        self.scaling = True
+        # At O2 apex makes master weights from the half ones, in the first `zero_grad`, and puts them into the
+        # optimizer; checkpoints have to hold them, and they begin with what a checkpoint held.
+        optimizer.zero_grad()
+        self._own_masters: dict[str, Tensor] = {}
+        masters = self._amp.master_params(optimizer)
+        for parameter, master, value in zip(self._parameters, masters, exact, strict=True):
+            if master is not parameter:
+                self._own_masters[names[parameter]] = master
+                with torch.no_grad():
+                    master.copy_(value)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Precision`."""
+        with self._amp.scale_loss(loss, self._optimizer) as scaled:
+            scaled.backward()
+
+    def gradient_norm(self, limit: float | None) -> Tensor:
+        """See `Precision`."""
+        masters = list(self._amp.master_params(self._optimizer))
+        norm = utils.get_total_norm([p.grad for p in masters if p.grad is not None])
+        if limit is not None:
+            utils.clip_grads_with_norm_(masters, limit, norm)
+        return norm
+
+    def step(self, *, update: bool) -> str:
+        """See `Precision`; apex itself says which steps it skips."""
+        if update:
+            self._optimizer.step()
+        return ""
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """See `Precision`."""
+        return model.state_dict() | {name: master.detach() for name, master in self._own_masters.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Precision`."""
+        return {"apex": self._amp.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Precision`."""
+        if "apex" in state:
+            self._amp.load_state_dict(state["apex"])
+
+
+def build_precision(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: PrecisionConfig, device: torch.device
+) -> Precision:
+    """The arithmetic that the options ask for."""
+    kind = ApexPrecision if config.backend == "apex" and config.level != "O0" else Precision
+    return kind(model, optimizer, config, device)

@@ -1,0 +1,45 @@
+"""The command line of tools.py as one record, and checks that its words share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line; None or False where an option was not given."""
+
+    old: Path | None = None
+    new: Path | None = None
+    mf: Path | None = None
+    mt: Path | None = None
+    new_mf: Path | None = None
+    new_mt: Path | None = None
+    root: Path | None = None
+    verbose_list: str | None = None
+    workers: int | None = None
+    runs: tuple[Path, ...] | None = None
+    output: Path | None = None
+    num_classes: int | None = None
+    fake_size: int | None = None
+    image_size: tuple[int, int] | None = None
+    force: bool = False
+    raw: bool = False
+
+
+def given_path(path: Path | None) -> Path:
+    """An option that `parse` made sure of."""
+    if path is None:
+        raise TypeError("an option that the word needs is not declared in tools.WORDS")
+    return path
+
+
+def refuse_existing(options: Options, *paths: Path | None) -> None:
+    """Refuse, before any work, to write over an existing file without --force."""
+    for path in paths:
+        if path is not None and os.path.lexists(path) and not options.force:
+            raise UserError(f"{path} exists; --force writes over it")
