@@ -909,7 +909,7 @@ def test_an_image_that_cannot_be_fitted_is_named(
             raise error
         return resize_to_centre(image, size)
 
-    monkeypatch.setattr(f"utils.{'dali' if dataset == 'dali' else 'folder'}.resize_to_centre", fit)
+    monkeypatch.setattr(f"utils.data.{'dali' if dataset == 'dali' else 'folder'}_loader.resize_to_centre", fit)
     config = DataConfig(
         dataset=dataset, root=tmp_path, num_classes=3, input_size=16, val_batch_size=3, workers=0
     )

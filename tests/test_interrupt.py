@@ -27,8 +27,9 @@ LINE = (
     "--keyword imagenet,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --epochs 1 --case run"
 )
 # c10d, of several processes, may warn of one that has left before another.
-QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-LAUNCHER = ("-m", "utils.processes.launch", "--standalone", "--nproc_per_node", "2")
+QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONPATH": str(ROOT)}
+MODULE = ("-m", "utils.processes.launch")
+LAUNCHER = (*MODULE, "--standalone", "--nproc_per_node", "2")
 CHECKPOINT = Path("weights/tiny/run-checkpoint.pth.tar")
 
 
@@ -325,8 +326,8 @@ def test_the_launcher_says_which_signal_is_the_second_one(tmp_path: Path) -> Non
         "    time.sleep(100)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "utils.processes.launch", "--standalone", "--nproc_per_node", "1", "worker.py"],
-        cwd=tmp_path,
+        [sys.executable, *MODULE, "--standalone", "--nproc_per_node", "1", "worker.py"],
+        cwd=tmp_path, env={**os.environ, **QUIET},
     )
     deadline = time.monotonic() + LIMIT
     while not (tmp_path / "begun").exists():

@@ -75,7 +75,7 @@ def field_type(name: str) -> Any:
 def test_record(record: Keyword) -> None:
     """A record names known words and real fields, has one line of help and does something or says why not."""
     assert record.help and "\n" not in record.help and record.group
-    for other in (*record.excludes, *(word for group in record.requires for word in group)):
+    for other in (*record.excludes, *(word for group in keyword.requirements(record) for word in group)):
         assert other in RECORDS
     assert set(record.families) <= set(FAMILIES)
     assert record.rank in (0, 1, 2)
@@ -108,7 +108,7 @@ def test_every_word_of_the_specification_is_declared() -> None:
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_word_reaches_the_configuration(name: str) -> None:
     """Each word that is there, with what it requires, sets its own fields of the configuration."""
-    needed = [group[0] for group in RECORDS[name].requires]
+    needed = [group[0] for group in keyword.requirements(RECORDS[name])]
     config = read(["--model", "resnet18", "--keyword", ",".join([name, *needed])])
     assert config.keywords[-1 - len(needed)] == name
     everything = to_dict(config)

@@ -15,7 +15,7 @@ import pytest
 from tests.kill import NETWORK, free_port
 from tests.test_data import write_folder
 from tests.test_distributed import FILES, LINE
-from tests.test_interrupt import LAUNCHER, QUIET, listens, started_by
+from tests.test_interrupt import MODULE, QUIET, listens, started_by
 from utils.checkpoint.archive import read
 from utils.data.image_folder import ImageNames
 from utils.data.loader import epoch_order
@@ -52,7 +52,7 @@ def launch(folder: Path, line: str, *options: str, processes: int = 2) -> subpro
     if not (folder / "network.py").exists():
         (folder / "network.py").write_text(NETWORK)
     return subprocess.Popen(
-        [sys.executable, *LAUNCHER, *(options or ["--standalone"]), "--nproc_per_node", str(processes),
+        [sys.executable, *MODULE, *(options or ["--standalone"]), "--nproc_per_node", str(processes),
          str(ROOT / "main.py"), *line.split()],
         cwd=folder, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +87,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_the_options_of_torchrun_is_one_line(tmp_path: Path, options: str, message: str) -> None:
     done = subprocess.run(
-        [sys.executable, *LAUNCHER, *options.split(), str(ROOT / "main.py")],
+        [sys.executable, *MODULE, *options.split(), str(ROOT / "main.py")],
         cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
@@ -110,9 +110,10 @@ def test_a_machine_that_does_not_come_is_one_line(tmp_path: Path) -> None:
 
 def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     """C10d's messages, of some forty lines, are not turned off here."""
-    loud = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    loud = {**os.environ, "PYTHONPATH": str(ROOT)}
+    loud.pop("TORCH_CPP_LOG_LEVEL", None)
     done = subprocess.run(
-        [sys.executable, *LAUNCHER, "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1",
+        [sys.executable, *MODULE, "--nnodes", "2", "--node_rank", "1", "--master_addr", "127.0.0.1",
          "--master_port", "1", "--rdzv_conf", "timeout=1", str(ROOT / "main.py")],
         cwd=tmp_path, env=loud, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
@@ -124,7 +125,7 @@ def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *LAUNCHER, "--no_python", str(tmp_path / "nothing")],
+        [sys.executable, *MODULE, "--no_python", str(tmp_path / "nothing")],
         cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     message = f"launch: failed: [Errno 2] No such file or directory: '{tmp_path / 'nothing'}'\n"

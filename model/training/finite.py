@@ -15,20 +15,20 @@ from utils.errors import TrainingError
 from utils.processes import distributed
 
 
-def check_loss(parts: TrainingState, loss: Tensor, images: Tensor, where: str) -> None:
+def check_loss(state: TrainingState, loss: Tensor, images: Tensor, where: str) -> None:
     """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
     mine = not math.isfinite(float(loss.detach()))
     if distributed.any_process(mine):
         whose = "the loss" if mine else "the loss of another process"
-        raise TrainingError(f"{whose} is not finite in {where}; {advice(parts, images)}")
+        raise TrainingError(f"{whose} is not finite in {where}; {advice(state, images)}")
 
 
-def check_gradients(parts: TrainingState, norm: Tensor, where: str) -> None:
+def check_gradients(state: TrainingState, norm: Tensor, where: str) -> None:
     """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
     if not math.isfinite(float(norm)):
         bad = [
             name
-            for name, parameter in parts.model.named_parameters()
+            for name, parameter in state.model.named_parameters()
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
         raise TrainingError(
@@ -37,32 +37,32 @@ def check_gradients(parts: TrainingState, norm: Tensor, where: str) -> None:
         )
 
 
-def check_epoch(parts: TrainingState, row: Mapping[str, float], images: Callable[[], Tensor]) -> None:
+def check_epoch(state: TrainingState, row: Mapping[str, float], images: Callable[[], Tensor]) -> None:
     """Stop the run before it notes an epoch whose last step has ruined the weights.
 
     Args:
-        parts: the training.
+        state: the training.
         row: the epoch's metrics.
         images: a batch of images, asked for when something is wrong.
     """
-    weights = parts.precision.weights(parts.model)
+    weights = state.precision.weights(state.model)
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if distributed.any_process(bool(bad) or not math.isfinite(row.get("val_loss", 0.0))):
         where = f"{bad[0]} is not finite" if bad else "the validation loss is not finite"
-        says = advice(parts, images(), training=False)
+        says = advice(state, images(), training=False)
         raise TrainingError(f"{where} after epoch {row['epoch']:.0f}; {says}")
 
 
-def advice(parts: TrainingState, images: Tensor, *, training: bool = True) -> str:
+def advice(state: TrainingState, images: Tensor, *, training: bool = True) -> str:
     """Where numbers that are not finite came from, and what may help; all processes ask, or none.
 
     Args:
-        parts: the training.
+        state: the training.
         images: that it came from, or may have.
         training: in a step of training; otherwise in validation, or between the two.
     """
-    with parts.precision.autocast():
-        found = distributed.gathered(first_nonfinite(parts.model, images, training=training))
+    with state.precision.autocast():
+        found = distributed.gathered(first_nonfinite(state.model, images, training=training))
     # Shared statistics carry it to the others from the next layer on.
     _, layer = min((each for each in found if each), default=(0, ""))
     # An infinite running variance, for one, makes finite outputs, and other images may have made the loss.

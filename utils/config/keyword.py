@@ -140,7 +140,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
     problems = [_unknown(word) for word in words if word not in _REGISTRY]
     problems += _contradictions(known)
     for keyword in known:
-        for group in _requirements(keyword):
+        for group in requirements(keyword):
             if not set(group) & set(words):
                 problems.append(f"{keyword.name} needs {' or '.join(group)}")
     if problems:
@@ -164,7 +164,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
     return Resolution(fields, origins, warnings)
 
 
-def _requirements(keyword: Keyword) -> tuple[tuple[str, ...], ...]:
+def requirements(keyword: Keyword) -> tuple[tuple[str, ...], ...]:
     """Groups of words of each of which one must be given beside a keyword."""
     if not keyword.requires_method:
         return keyword.requires
@@ -212,7 +212,7 @@ def table() -> str:
 
 def relations(keyword: Keyword) -> str:
     """What a keyword needs and excludes, for a list of keywords; empty when that is nothing."""
-    notes = [f"needs {' or '.join(group)}" for group in _requirements(keyword)]
+    notes = [f"needs {' or '.join(group)}" for group in requirements(keyword)]
     notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
     idle: dict[str, list[str]] = {}
     for other, rescues in keyword.idle_with.items():
