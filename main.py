@@ -1,8 +1,8 @@
 """Train or evaluate a network: `python main.py --keyword ...`, usually through `bash train.sh CONFIG`.
 
 The command line becomes one typed configuration before anything heavy is imported, so that `--help` and a user's
-mistake answer at once. `run` then takes the stages of a run in their fixed order, each of them a function below it.
-What a stage needs of torch is imported where the stage begins.
+mistake answer at once. `run` then calls the stages of a run in their fixed order; each is a function below it.
+Modules that import torch are imported inside the stages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C in the middle of an import would leave a broken module behind, or be lost in it.
+    # Ctrl-C in the middle of an import would leave a half-loaded module behind, or be lost.
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"main.py: interrupted\n"), os._exit(130)))
 
 import dataclasses
@@ -53,14 +53,14 @@ AUDIT_FAILED = 3  # exit status
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status.
 
-    0 done, 1 failed, 2 the user's mistake, 3 trained but the audit failed, 75 asked to end and saved, 130
-    interrupted before there was anything to save.
+    0: done; 1: failed; 2: a user's mistake; 3: trained, but the audit failed; 75: asked to end, and saved;
+    130: interrupted before there was anything to save.
     """
     return launch.leave_status(answer(argv))
 
 
 def answer(argv: Sequence[str] | None) -> int:
-    """Run the program with its errors as one line each; returns the exit status."""
+    """Run the program and print an error as one line; returns the exit status."""
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
         if given["keyword_file"] is not None:
@@ -74,12 +74,12 @@ def answer(argv: Sequence[str] | None) -> int:
         return run(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            launch.wait_to_be_ended()  # the first process says it too, nearly always
+            launch.wait_to_be_ended()  # nearly always the first process reports the same error
         print(f"main.py: error: {error}", file=sys.stderr)
         return 2
     except (TrainingError, OSError) as error:  # OSError: a full disk, a folder that went away
         if isinstance(error, LostError) and "TORCHELASTIC_RUN_ID" in os.environ:
-            # The status is to be that of the one that ended first, for which the launcher may have ended this one.
+            # The run's exit status is that of the process that ended first; the launcher may be ending this one for it.
             if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Stop):
                 return 1
             launch.wait_to_be_ended()
@@ -96,7 +96,7 @@ def answer(argv: Sequence[str] | None) -> int:
 def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
     check_options(config)
-    from model.training.assemble import assemble  # imports torch, which a mistake above does not wait for
+    from model.training.assemble import assemble  # imports torch; the checks above need not wait for it
     from model.training.surroundings import find_origin, find_surroundings
     from utils.processes import distributed
     from utils.report import log
@@ -107,7 +107,7 @@ def run(config: Config) -> int:
         assembled = assemble(here, origin)
         if config.run.dry_run or config.run.lr_test:
             return describe(here, assembled)
-        # Only from here on is anything written, so that a mistake leaves no trace.
+        # Nothing is written before this line, so that a mistake leaves no trace.
         prepare_files(here, origin)
         with log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger:
             announce(here, origin, assembled, logger)
@@ -148,7 +148,7 @@ def describe(here: Surroundings, assembled: Assembled) -> int:
 
 
 def prepare_files(here: Surroundings, origin: Origin) -> None:
-    """Make the files of the case those that the run continues from; an earlier run of the case is kept."""
+    """Keep an earlier run's files of the case under another name, unless this run continues from them."""
     from utils.checkpoint import earlier_runs
 
     settings = here.config.run
@@ -207,7 +207,7 @@ def evaluate(training: TrainingState, loaders: Loaders) -> int:
 
 
 def open_recorder(here: Surroundings, assembled: Assembled) -> Recorder | None:
-    """Open the files that the first process writes beside log and checkpoints; None in others."""
+    """Open the first process's files beside log and checkpoints; returns None in other processes."""
     from model.watch.recorder import Recorder
     from utils.report import run_report
 
@@ -227,7 +227,7 @@ def open_recorder(here: Surroundings, assembled: Assembled) -> Recorder | None:
 
 
 def metrics_file(here: Surroundings) -> MetricsFile:
-    """The file with a row of figures for each epoch."""
+    """The file with one row of figures per epoch."""
     from utils.report.epoch_files import MetricsFile
 
     return MetricsFile(here.folder / "metrics.csv", METRICS)
@@ -240,9 +240,9 @@ def train_until_stopped(
     training: TrainingState,
     recorder: Recorder | None,
 ) -> tuple[RunState, bool]:
-    """Train to the end of the run, or until a signal asks to stop; returns how far it came, and whether it was asked.
+    """Train to the end of the run, or until a signal asks to stop; returns the state, and whether it was stopped.
 
-    What it has come to is on the disk when this returns.
+    The state is on disk when this returns.
     """
     from utils.checkpoint import run_state
     from utils.checkpoint.archive import Writer
@@ -259,7 +259,7 @@ def train_until_stopped(
         )
         writer.wait()
         if stopped:
-            distributed.any_process(False)  # none ends before the first has written
+            distributed.any_process(False)  # no process ends before the first one has written
             asked = stop.asked or "a process"
             training.logger.info("asked to end by %s: saved, -r goes on from here", asked)
     return progress, stopped
@@ -296,14 +296,14 @@ def train(
     Args:
         training: the training.
         loaders: the images.
-        progress: how far it is.
+        progress: the state to start from.
         stop: whether this process was asked to end.
-        save: writes a checkpoint of a state, as the best one too with `best=True`.
-        metrics: gets a row an epoch, from the first process.
-        recorder: what else the first process writes; None in others.
+        save: writes a checkpoint of a state; with `best=True` also as the best one.
+        metrics: gets one row per epoch, from the first process.
+        recorder: writes the first process's other records; None in other processes.
 
     Returns:
-        How far it came, saved, and whether it was stopped.
+        The last state, which is saved, and whether the run was stopped.
     """
     from model.networks import build
     from model.training import finite, validation
@@ -325,7 +325,7 @@ def train(
             save(progress)
             return progress, True
         finite.check_epoch(training, row, lambda: validation.audit_batches(training, loaders, 1)[0])
-        # A network whose quantizers still let everything pass is not the best low-bit network.
+        # While the quantizers still pass values through unquantized, no accuracy counts as the best.
         candidate = row.get("val_top1", -math.inf) if build.is_quantized(training.model) else -math.inf
         best = candidate > progress.best_acc
         progress = run_state.RunState(
@@ -350,7 +350,7 @@ def train_one_epoch(
 ) -> tuple[RunState, bool]:
     """Train from `start` to the end of its epoch, or until a process was asked to stop.
 
-    Returns how far it came, always with whole steps of the optimizer, and whether it was stopped.
+    Returns the last state, always after a whole optimizer step, and whether the run was stopped.
     """
     from model.training import finite
     from utils.checkpoint import run_state
@@ -360,10 +360,10 @@ def train_one_epoch(
 
     config, precision, policy = training.config, training.precision, training.policy
     passes, batches = config.optim.iter_size, len(loader)
-    together = config.data.batch_size * config.data.world_size  # images of a batch of all processes
-    first = run_state.first_batch(start.position, together, passes, batches)
+    global_batch = config.data.batch_size * config.data.world_size  # images of a batch of all processes
+    first = run_state.first_batch(start.position, global_batch, passes, batches)
     totals = meters.Totals(
-        training.device, run_state.sums_until(start.sums, start.position, first * together)
+        training.device, run_state.sums_until(start.sums, start.position, first * global_batch)
     )
     stopped, vote, saved, reached = False, distributed.Vote(), first, start
     training.model.train()
@@ -374,14 +374,14 @@ def train_one_epoch(
     waited = meters.Waiting(loader)
     last = config.schedule.epochs + config.schedule.extra_epoch
     bar = TrainingBar(
-        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=together,
+        waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=global_batch,
         device=training.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,
     )  # fmt: skip
     for i, (images, target) in enumerate(bar, first):
         where = f"epoch {start.epoch + 1}, iteration {i + 1}"
-        report = (i + 1) % config.run.report_freq == 0 and i + 1 < batches  # the epoch has a line of its own
-        # Looking costs nothing on the CPU; elsewhere it would wait for the device, so only reports look.
-        look = training.device.type == "cpu" or report or i + 1 == batches
+        report = (i + 1) % config.run.report_freq == 0 and i + 1 < batches  # the epoch's end has its own line
+        # Checking for finite numbers is free on the CPU; on a GPU it waits for the device, so only reports check.
+        check_now = training.device.type == "cpu" or report or i + 1 == batches
         images, target = training.images(images), target.to(training.device, non_blocking=True)
         step = start.epoch * policy.rates.steps_per_epoch + i // passes
         if i % passes == 0 and policy.advance(start.epoch, step):
@@ -393,9 +393,9 @@ def train_one_epoch(
             with precision.autocast():
                 output = training.network(images)
                 loss = training.methods.objective(output.float(), target, images, step)
-            if look:
+            if check_now:
                 finite.check_loss(training, loss, images, where)
-            # The last group of an epoch may be shorter; every group's gradient is a mean all the same.
+            # The last group of an epoch may be shorter; its gradient is a mean, too.
             precision.backward(loss / min(passes, batches - i // passes * passes))
         if training.probe is not None:
             training.probe.end()
@@ -412,7 +412,7 @@ def train_one_epoch(
             continue
         policy.rates.apply(training.optimizer, step)
         norm = precision.gradient_norm(policy.optim.grad_clip)
-        if look and not precision.scaling:
+        if check_now and not precision.scaling:
             finite.check_gradients(training, norm, where)
         update = not policy.rates.skip_update(step)
         skipped = precision.step(update=update)
@@ -427,7 +427,7 @@ def train_one_epoch(
         if stopped or due or i + 1 == batches:
             reached = dataclasses.replace(
                 start,
-                position=(i + 1) * together,
+                position=(i + 1) * global_batch,
                 sums=totals.values,
                 seconds=start.seconds + time.perf_counter() - began,
                 waited=start.waited + waited.seconds,

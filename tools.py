@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tools.py: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader (`head`) has all it wanted; the flush at exit must not fail once more.
+        # The reader, such as `head`, has closed the pipe; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -80,14 +80,14 @@ class _Signalled(BaseException):
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `_Signalled`, once: repeats do not disturb how the program ends."""
+    """Raise `_Signalled` on the first SIGINT or SIGTERM; repeats do not disturb the end of the program."""
     requests = Requests()
 
     def end(number: int, _: FrameType | None) -> None:
         if requests.new():
             raise _Signalled(number)
 
-    # What is ignored stays so: a shell has Ctrl-C ignored by what it runs in the background.
+    # Ignored signals stay ignored: a shell lets its background jobs ignore Ctrl-C.
     former = {number: signal.getsignal(number) for number in SIGNALS}
     former = {number: handler for number, handler in former.items() if handler is not signal.SIG_IGN}
     for number in former:
@@ -103,7 +103,7 @@ def _signals() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are a UserError, too."""
+    """An argument parser that raises `UserError` for mistakes."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -111,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Options]:
-    """The word and the options of a command line. Raises UserError for what does not fit the word."""
+    """The word and the options of a command line. Raises UserError for options that do not fit the word."""
     width = max(map(len, WORDS))
     described = "\n".join(
         f"  {name:{width}}  {word.run.__doc__}\n"
@@ -173,7 +173,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
 
 
 def _with_underscores(argument: str) -> str:
-    """`--new-mf=a-b` as `--new_mf=a-b`."""
+    """Turn `--new-mf=a-b` into `--new_mf=a-b`."""
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument[2:].partition("=")

@@ -1,4 +1,4 @@
-"""The errors that entry points answer with one line: a user's mistake, and a run that cannot go on."""
+"""Errors that entry points report in one line: a user's mistake, and a training that cannot continue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on, through no mistake in the options; `main.py` exits with status 1."""
+    """Training cannot continue, without a mistake in the options; `main.py` exits with status 1."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))
 
 
 class LostError(TrainingError):
-    """Another process of the run ended, which is to say why."""
+    """Another process of the run ended; that one reports the reason."""

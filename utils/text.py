@@ -1,4 +1,4 @@
-"""Text for people: what may be printed, tables, and what may have been meant by a word."""
+"""Text for people: escaping for terminals and logs, close matches of a word, tables."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import unicodedata
 
 
 def printable(text: str) -> str:
-    """Text from a file, or a file's name, for a terminal or a log: what breaks a line or is not UTF-8 is escaped."""
+    """Escape line breaks, control characters and invalid UTF-8 in a file's text or name, for a terminal or a log."""
     breaking = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
     return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
 
 
 def closest(word: str, known: set[str]) -> str:
-    """What may have been meant by a word, as the end of a message; empty when nothing is like it."""
+    """Suggest the known words closest to `word`, as the end of a message; empty when none is close."""
     close = difflib.get_close_matches(word, sorted(known), n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def format_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Columns aligned, numbers to the right."""
+    """A text table with aligned columns, numbers to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     right = [bool(rows) and all(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
     lines = [
