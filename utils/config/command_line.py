@@ -1,4 +1,4 @@
-"""The command line: the parser made from the options' records, and what was given."""
+"""The command line: the parser built from the options' records, and the values given."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 def _canonical(argument: str) -> str:
-    """`--iter-size=2` as `--iter_size=2`; other arguments unchanged."""
+    """Turn `--iter-size=2` into `--iter_size=2`; other arguments stay unchanged."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -71,7 +71,7 @@ def _canonical(argument: str) -> str:
 
 
 def _joined(arguments: Iterable[str]) -> list[str]:
-    """With `--name -1.` as `--name=-1.`: argparse takes not every negative number for a value."""
+    """Turn `--name -1.` into `--name=-1.`: argparse does not take every negative number as a value."""
     joined: list[str] = []
     for argument in arguments:
         if joined and _NEGATIVE.fullmatch(argument) and _BARE.fullmatch(joined[-1]):
@@ -82,9 +82,9 @@ def _joined(arguments: Iterable[str]) -> list[str]:
 
 
 class _Last(argparse.Action):
-    """Stores the last of several values and keeps the earlier ones: what a config had said.
+    """Stores the last of several values, and keeps the earlier ones in the namespace's `replaced`.
 
-    `const` is the `Option`. Several words of one become one tuple.
+    `const` is the `Option`. With `many`, all its words become one tuple.
     """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
@@ -100,7 +100,7 @@ class _Last(argparse.Action):
 
 
 class _Undo(argparse.Action):
-    """A flag that takes back the one named `const`."""
+    """A flag that unsets the one named `const`."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, True)
@@ -112,8 +112,8 @@ class Given(dict[str, Any]):
 
     Attributes:
         explicit: the names that were written.
-        replaced: name -> the values that a later one on the same command line has replaced, in order; a
-            config's, mostly, that the options behind it override.
+        replaced: name -> the values that a later one on the same command line has replaced, in order; mostly
+            those of a config, which comes before the user's options.
     """
 
     def __init__(self, written: dict[str, Any], replaced: Mapping[str, Sequence[Any]] | None = None) -> None:

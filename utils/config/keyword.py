@@ -1,4 +1,4 @@
-"""What a keyword is, the registry of all, and the resolution of a list into typed fields."""
+"""Keywords: their record, the registry of all, and the resolution of a list into typed fields."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Keyword:
         sets: dotted field -> value. Two words of equal rank that set a field to different values
             contradict each other.
         rank: 0 sets defaults, 1 refines them (`lsq` over `dorefa`), 2 refines one tag (`wt_lsq`).
-        requires: groups of words; of each group at least one must be given too.
+        requires: groups of words; at least one word of each group must be given too.
         requires_method: a word of rank 0 that names a method of quantization must be given too.
         excludes: words that cannot be given with this one.
-        families: networks it has an effect on, of `utils.config.resolve.network.FAMILIES`; empty: all.
-        idle_with: a word beside which this one has no effect -> groups of words, each of which gives it one
-            all the same.
+        families: families of networks it has an effect on, of `utils.config.resolve.network.FAMILIES`; empty: all.
+        idle_with: a word beside which this one has no effect -> groups of words; with all words of a group
+            given, it has one again.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Keyword:
     idle_with: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
-PACKAGES = ("model", "utils")  # what files of users import
+PACKAGES = ("model", "utils")  # users' keyword files import from these
 _REGISTRY: dict[str, Keyword] = {}
 
 
@@ -70,10 +70,10 @@ def load_file(path: str) -> None:
     """Run a user's Python file that registers more keywords.
 
     Its keywords may set `extra.NAME`, which networks and quantizers find in their `extra`, and every
-    field that the keywords declared before it set.
+    field that an earlier keyword sets.
 
     Raises:
-        UserError: when the file is missing or fails, or a keyword of it sets a field that nothing reads.
+        UserError: when the file is missing or fails, or one of its keywords sets a field that nothing reads.
     """
     if not os.path.isfile(path):
         raise UserError(f"--keyword_file {path}: no such file; give the path of a Python file")
@@ -116,7 +116,7 @@ def _is_plain(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a list of keywords says.
+    """A resolved list of keywords.
 
     Attributes:
         fields: dotted field -> value.
@@ -165,7 +165,7 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
 
 
 def requirements(keyword: Keyword) -> tuple[tuple[str, ...], ...]:
-    """Groups of words of each of which one must be given beside a keyword."""
+    """The groups of words that a keyword requires: at least one word of each."""
     if not keyword.requires_method:
         return keyword.requires
     naming = (k for k in _REGISTRY.values() if k.rank == 0 and any(f.endswith(".method") for f in k.sets))
@@ -173,7 +173,7 @@ def requirements(keyword: Keyword) -> tuple[tuple[str, ...], ...]:
 
 
 def _acts(keyword: Keyword, family: str) -> bool:
-    """Whether networks of `family` know the keyword; nobody knows whether a user's own do."""
+    """Whether the keyword acts on networks of `family`; it may act on a user's own network."""
     return not keyword.families or family in (*keyword.families, "own")
 
 
@@ -211,7 +211,7 @@ def table() -> str:
 
 
 def relations(keyword: Keyword) -> str:
-    """What a keyword needs and excludes, for a list of keywords; empty when that is nothing."""
+    """A keyword's requirements and exclusions, for a list of keywords; empty without any."""
     notes = [f"needs {' or '.join(group)}" for group in requirements(keyword)]
     notes += [f"not with {', '.join(keyword.excludes)}"] if keyword.excludes else []
     idle: dict[str, list[str]] = {}

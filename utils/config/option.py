@@ -1,4 +1,4 @@
-"""What an option is, and the kinds of values that options take."""
+"""The record of an option, and the kinds of values that options take."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Option:
         aliases: other spellings, with their dashes.
         choices: the only values.
         many: takes several values.
-        undoes: a flag that this one takes back when it comes later.
-        unset: values that mean that it is not given: defaults that configs of an earlier implementation write out.
+        undoes: a flag that this one unsets when it comes later.
+        unset: values that count as not given; configs of an earlier implementation write such defaults out.
     """
 
     name: str
@@ -73,5 +73,5 @@ class Option:
 
 
 def option(name: str, kind: Callable[[str], Any], default: Any, help: str, **rest: Any) -> Option:
-    """An option; see `Option`."""
+    """Make an `Option`, with its first four fields by position."""
     return Option(name=name, kind=kind, default=default, help=help, **rest)

@@ -1,4 +1,4 @@
-"""Every command-line option, declared once as a frozen record, and the parser built from them.
+"""Every command-line option, declared once as a frozen record; `utils.config.command_line` has the parser.
 
 Nothing heavy is imported here: `python main.py --help` answers at once, and a mistake is found before
 torch is loaded. Options with several words may be written with `_` or `-`.

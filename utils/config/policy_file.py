@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 SECTIONS = ("init", "epoch", "iteration")
 SELECTORS = ("index", "name", "tag")
-# In the order in which an entry sets them: `progressive` says how levels change, `boundary` has the last word.
+# An entry sets them in this order: `progressive` decides how levels change, and `boundary` comes last.
 FLAGS = ("progressive", "enable", "half_range")
 WORDS = ("grad_type", "grad_scale")
 NUMBERS = ("scale", "level_num", "boundary")
@@ -24,7 +24,7 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
     """The rules of a policy file, by section and in their order.
 
     Raises:
-        UserError: the file cannot be read, or an entry says something that cannot be meant whatever the network.
+        UserError: the file cannot be read, or an entry is wrong for every network.
     """
     import yaml
 
@@ -48,7 +48,7 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
 
 
 def _rule(section: str, number: int, entry: Any) -> Rule:
-    """One entry, checked."""
+    """Check an entry and return its rule."""
     where = f"--policy: entry {number} of {section}"
     if not isinstance(entry, dict):
         raise UserError(f"{where}: write names with values, like 'bit: 4', not {entry!r}")
@@ -96,7 +96,7 @@ def _rule(section: str, number: int, entry: Any) -> Rule:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value of a YAML file is a whole number; true and false are none."""
+    """Whether a value of a YAML file is a whole number; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -111,7 +111,7 @@ def _integers(where: str, name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_value(where: str, name: str, value: Any) -> None:
-    """Refuse a value that no quantizer and no training takes."""
+    """Refuse a value that neither quantizers nor the training take."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name in FLAGS:
         if not isinstance(value, bool):

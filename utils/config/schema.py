@@ -1,8 +1,8 @@
 """The typed, frozen configuration of a run.
 
-Words and strings end here: the command line (`utils.config.command_line`) and the keyword registry
-(`utils.config.keyword`) become the dataclasses below, and no other code looks at a keyword again.
-Every field is checked when the configuration is resolved (`utils.config.resolve`), before anything is loaded.
+The command line (`utils.config.command_line`) and the keywords (`utils.config.keyword`) become the dataclasses
+below, and no other code looks at a keyword again. Every field is checked when the configuration is resolved
+(`utils.config.resolve`), before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils.config.checks import Checks
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
-LEAST, MOST = 1e-6, 1e6  # of boundary and scale: a clip value is never less, and their quotients are floats
+LEAST, MOST = 1e-6, 1e6  # of boundary and scale; no clip value is below, and their quotients stay finite
 MAX_LEVELS = 2**16
 GRIDS = ("midrise", "midtread")
 ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
@@ -26,14 +26,8 @@ GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
 GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")
 CUSTOM_SCALES = ("none", "channel", "resolution")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
-TRAINING = (
-    "lr",
-    "weight_decay",
-    "custom_lr",
-    "custom_decay",
-    "momentum",
-    "grad_clip",
-)  # what policies may set
+# Training options that policies may set.
+TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class Rule:
     Attributes:
         section: "init", "epoch" or "iteration".
         number: of the entry in its section, from 1, for messages.
-        at: epochs done, or iterations (steps of the optimizer) done, when it is carried out; empty in `init`.
+        at: epochs done, or iterations (steps of the optimizer) done, when it is applied; empty in `init`.
         index: the layers it selects, numbered from 0 in the order of the network; empty: all.
         name: the layers it selects, as a shell pattern of their whole name.
         tag: fm, wt or ot; empty: all.
@@ -64,7 +58,7 @@ class Rule:
         return next(iter(self.values)) in TRAINING
 
     def __str__(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"--policy: entry {self.number} of {self.section}"
 
 
@@ -198,9 +192,8 @@ class BlockConfig:
     prone: bool = False  # 3x3 convolutions through space-to-depth
     prone_strided: bool = True  # the strided ones too
     prone_norm_inside: bool = False  # the norm before depth-to-space
-    downsample_order: str = (
-        ""  # layers (c, b, a) of a lossless downsampling before strided blocks; empty: none
-    )
+    # Layers (c, b, a) of a lossless downsampling before strided blocks; empty: none.
+    downsample_order: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +206,8 @@ class StemConfig:
     norm_before_pool: bool = False
     activation: bool = True
     pre_norm: bool = False  # no norm in the stem, one norm before the final pooling
-    pre_norm_activation: bool = (
-        False  # an activation after that norm; with norm_before_pool the stem has its own too
-    )
+    # An activation after that norm; with norm_before_pool the stem has its own too.
+    pre_norm_activation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +282,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What a training minimises."""
+    """The loss that training minimises."""
 
     label_smooth: float = 0.0
     focal_gamma: float = 0.0  # 0: cross-entropy
@@ -302,10 +294,10 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """What is done with the weights after each step of the optimizer."""
+    """Averaging and freezing of weights, after each step of the optimizer."""
 
     ema_decay: float = 0.0  # of averaged weights; 0: none
-    freeze_threshold: tuple[float, ...] = ()  # oscillations a step that freeze a weight: from, to; none
+    freeze_threshold: tuple[float, ...] = ()  # oscillations per step that freeze a weight: from, to
     freeze_momentum: float = 0.01
 
 
@@ -328,7 +320,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """The floating types of a run; see `utils.step.precision`."""
+    """The floating-point types of a run; see `utils.step.precision`."""
 
     level: str = "O0"  # O0 float32, O1 autocast, O2 half weights with float32 masters, O3 all half
     dtype: str = "bfloat16"  # or float16
@@ -339,7 +331,7 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceConfig:
-    """The devices and processes of a run; None is what the environment says."""
+    """The devices and processes of a run; None: as the environment says."""
 
     ids: tuple[int, ...] = ()
     distributed: bool = False
@@ -350,7 +342,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What is done, where results go."""
+    """The job of a run, and where its results go."""
 
     case: str = "default"
     seed: int = 0
@@ -367,7 +359,7 @@ class RunConfig:
     log_dir: Path = Path("exp")
     save_freq: int = 0  # epochs between checkpoints that are kept; 0: only the latest and the best
     save_every: int = 0  # iterations between saves of the latest checkpoint; 0: after epochs only
-    keep: int = 2  # the latest checkpoint and those before it that stay
+    keep: int = 2  # how many of the latest checkpoints stay
     report_freq: int = 50  # iterations between two lines of the log
     tensorboard: bool = False
     verbose: bool = False
@@ -378,7 +370,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """What is looked into while a run trains; see `model.watch.probe`."""
+    """Tensors that are written while a run trains; see `model.watch.probe`."""
 
     enable: bool = False
     layers: tuple[str, ...] = ()  # names or patterns; empty: every quantized layer

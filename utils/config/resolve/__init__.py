@@ -1,7 +1,7 @@
 """From the options of a command line and its keywords to the typed configuration.
 
-Everything is checked on the way, before anything is loaded: what cannot be meant is a `UserError` that says what to
-write instead.
+Everything is checked on the way, before anything is loaded: a mistake is a `UserError` that says what to write
+instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from utils.config.resolve.training import (
 )  # fmt: skip
 from utils.config.schema import Config
 
-# Fields that keywords set and options override, so that the option is named as what set them.
+# Option -> the field that a keyword sets and the option overrides; `origins` then names the option.
 FIELDS = {
     "num_classes": "model.num_classes",
     "input_size": "model.input_size",
@@ -45,7 +45,7 @@ def read(argv: Sequence[str]) -> Config:
     """The configuration of a command line.
 
     Raises:
-        UserError: for anything that cannot be meant, naming what to write instead.
+        UserError: for any mistake, naming what to write instead.
         SystemExit: for `--help`.
     """
     given = parse(argv)

@@ -1,4 +1,4 @@
-"""Options that were written and that nothing of the run reads."""
+"""Warnings for options that were given although nothing in the run reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.config.schema import TAGS
 
 
 def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
-    """Warnings for options that were written and that nothing of this run reads."""
+    """Warnings for options that were given although nothing in this run reads them."""
     policy = given["lr_policy"]
     dataset = given["dataset"] or fields.get("data.dataset", "digits")
     calibrates = bool(given["stable"] or given["stable_epoch"])
@@ -68,8 +68,8 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     }
     warnings = [
         f"--{name} has no effect {when}"
-        for name, (vain, when) in idle.items()
-        if vain and name in given.explicit
+        for name, (is_idle, when) in idle.items()
+        if is_idle and name in given.explicit
     ]
     warnings += _idle_words(given)
     for name in ("custom_lr", "custom_decay"):
@@ -79,12 +79,12 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
 
 
 def _called(method: str) -> str:
-    """A method, or all that are not a user's own."""
+    """A method's name in a warning; the project's own methods are named together."""
     return "the methods of this project" if method in PROJECT else method
 
 
 def _idle_words(given: Given) -> list[str]:
-    """Warnings for keywords of a quantizer that is not there, or of a change that never comes."""
+    """Warnings for keywords of disabled quantizers, and for `progressive` without a policy."""
     enabled = [tag for tag in TAGS if given[f"{tag}_enable"]]
     warnings = []
     for word in given["keyword"]:

@@ -18,7 +18,7 @@ CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small":
 
 
 def family_of(model: str) -> str:
-    """The family of networks whose keywords `model` understands; "own", whose words nobody knows, for a user's."""
+    """The family of networks, which decides the keywords that act on `model`; "own" for a user's network."""
     if model.startswith("pytorch-"):
         return "pytorch"
     source, colon, _ = model.partition(":")
@@ -96,7 +96,7 @@ def _activates_last_norm(block: BlockConfig) -> bool:
 
 
 def _check_variants(given: Given, block: BlockConfig, stem: StemConfig) -> None:
-    """Combinations of network variants that have no network."""
+    """Refuse combinations of variants that no network has."""
     order, kernel = given["order"], given["stem_kernel"]
     if order is not None and (set(order) - set("cba") or len(set(order)) != len(order) or "c" not in order):
         raise UserError(

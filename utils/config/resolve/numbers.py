@@ -1,4 +1,4 @@
-"""Values of options that make no sense whatever else is given."""
+"""Checks of option values that are wrong whatever else is given."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _share(given: Given, *names: str) -> None:
 
 
 def check_numbers(given: Given) -> None:
-    """Values that make no sense whatever else is given."""
+    """Refuse values that are wrong whatever else is given."""
     _positive(
         given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
         "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step", "mixup_alpha", "cutmix_alpha",
@@ -81,7 +81,7 @@ def check_numbers(given: Given) -> None:
 
 
 def _check_methods(given: Given) -> None:
-    """Numbers of the training methods that make no sense whatever else is given."""
+    """Refuse numbers of the training methods that are wrong whatever else is given."""
     threshold = given["freeze_threshold"]
     if "freeze_threshold" in given.explicit and (
         len(threshold) not in (1, 2) or not all(0 < value < 1 for value in threshold)

@@ -52,7 +52,7 @@ def _quantizer_config(
 ) -> QuantizerConfig:
     bit, level = given[f"{tag}_bit"], given[f"{tag}_level"]
     enable = bool(given[f"{tag}_enable"])
-    if not 1 <= bit <= (16 if enable else 32):  # 32 says "full precision" in configs that enable one tag only
+    if not 1 <= bit <= (16 if enable else 32):  # configs write 32 for "full precision" on a disabled tag
         raise UserError(
             f"--{tag}_bit {bit}: must be from 1 to 16; leave --{tag}_enable out for full precision"
         )
@@ -110,7 +110,7 @@ def _check_method(
     tag: str, method: str, levels: int, binary_scale: bool, given: Given, fields: Mapping[str, Any],
     warnings: list[str],
 ) -> None:  # fmt: skip
-    """Options that contradict an enabled quantizer's method, or have no effect on it."""
+    """Refuse options that contradict an enabled quantizer's method; warn of those without effect."""
     record, kind = record_of(method, tag), given[f"{tag}_grad_type"]
     for option, reason in record.refuses.items():
         if f"{tag}_{option}" in given.explicit:
@@ -167,9 +167,9 @@ def _check_method(
         warnings.append(f"--{tag}_scale has no effect with {method} without --{tag}_grad_scale")
     for word, option in (("custom-update", "custom_update"), ("closed_form", "closed_form")):
         if f"quant.{option}" in fields and record.ignores(option):
-            method_that_does = readers(option)
+            reading_methods = readers(option)
             warnings.append(
-                f"the keyword {word} has no effect on {tag}, which is not quantized by {method_that_does}"
+                f"the keyword {word} has no effect on {tag}, which is not quantized by {reading_methods}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a run reads, where it runs and what it leaves: data, devices, checkpoints, logs."""
+"""The configuration of data, devices, checkpoints, logs and probes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = {"digits": 10, "glyphs": 62, "cifar10": 10, "cifar100": 100}  # of dat
 def data_keyword(given: Given) -> tuple[str, ...]:
     """The keywords, with the data set's own added when none is given.
 
-    `fake` in place of another data set imitates that one.
+    `fake` imitates the data set that it replaces.
     """
     words = tuple(dict.fromkeys(given["keyword"]))
     present = [word for word in words if word in DATASETS.values()]
@@ -95,7 +95,7 @@ def device_config(given: Given) -> DeviceConfig:
 
 
 def resume_file(given: Given) -> Path | None:
-    """The checkpoint to continue from; the default of an earlier implementation means none where it is no file."""
+    """The checkpoint to continue from; an older config's default `checkpoint.pth.tar` counts only if it is a file."""
     value = given["resume_file"]
     if value is None or (value == "checkpoint.pth.tar" and not os.path.isfile(value)):
         return None
@@ -103,7 +103,7 @@ def resume_file(given: Given) -> Path | None:
 
 
 def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
-    """What is done, where results go."""
+    """The job of the run, and where its results go."""
     return RunConfig(
         case=given["case"],
         seed=given["seed"],
@@ -131,7 +131,7 @@ def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
 
 
 def probe_config(given: Given, fields: Mapping[str, Any]) -> ProbeConfig:
-    """Which tensors are written when."""
+    """The tensors to write, and when."""
     for name in ("probe_index", "probe_iteration"):
         if any(number < 0 for number in given[name]):
             raise UserError(f"--{name}: {min(given[name])} is not a number from 0")

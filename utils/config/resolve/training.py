@@ -1,4 +1,4 @@
-"""What is minimised and how: loss, teacher, optimizer, schedule, precision."""
+"""The configuration of loss, teacher, optimizer, schedule and precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.errors import UserError
 def loss_config(
     given: Given, words: tuple[str, ...], fields: Mapping[str, Any], model: ModelConfig
 ) -> LossConfig:
-    """What the training minimises."""
+    """The loss that training minimises."""
     smooth = given["label_smooth"]
     for name in ("quant_loss", "dampen"):
         if given[name] > 0:
@@ -42,7 +42,7 @@ def loss_config(
 
 
 def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) -> DistillConfig | None:
-    """The teacher, a full-precision network of the same data, and how it is learned from."""
+    """The teacher, a full-precision network for the same data, and the distillation loss."""
     name, source = given["distill_teacher"], given["distill_pretrained"]
     if name == "none":  # takes a config's teacher back
         return None
@@ -91,7 +91,7 @@ def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) ->
 
 
 def _check_levels_are_weights(option: str, quant: QuantConfig) -> None:
-    """Refuse what compares weights with their levels where these are values of another kind."""
+    """Refuse an option that compares weights with their levels, where these have another scale."""
     weights = quant.wt
     if not weights.enable:
         raise UserError(f"{option}: no weight is quantized; add --wt_enable or leave it out")
@@ -108,7 +108,7 @@ def _check_levels_are_weights(option: str, quant: QuantConfig) -> None:
 
 
 def weights_config(given: Given, quant: QuantConfig) -> WeightsConfig:
-    """What is done with the weights after each step."""
+    """Averaging and freezing of weights, after each step."""
     threshold = given["freeze_threshold"]
     if threshold:
         written = ",".join(map(str, threshold))
@@ -141,10 +141,10 @@ def optim_config(given: Given) -> OptimConfig:
 
 
 def schedule_config(given: Given) -> tuple[ScheduleConfig, tuple[str, ...]]:
-    """The schedule, and a warning where a run that the command line shortened loses a part of its own.
+    """The schedule, and a warning where a shortened run loses entries of `lr_custom_step`.
 
     An entry of `lr_custom_step` beyond the epochs is a mistake (`utils.step.schedule.check_schedule`) unless a later
-    `--epochs` has replaced those that it was written for.
+    `--epochs` has replaced the number that it was written for.
     """
     epochs, before = given["epochs"], given.replaced.get("epochs", [])
     steps, beyond, warnings = given["lr_custom_step"], (), ()
@@ -170,7 +170,7 @@ def schedule_config(given: Given) -> tuple[ScheduleConfig, tuple[str, ...]]:
 
 
 def precision_config(given: Given) -> PrecisionConfig:
-    """The floating types."""
+    """The floating-point types."""
     for name in ("amp_dtype", "amp_backend"):
         if given[name] is not None and not given["fp16"]:
             raise UserError(f"--{name} {given[name]} needs --fp16: without it everything is float32")
