@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, given the random numbers; and the transforms that torchvision has."""
+"""Augmentation of whole batches from given random numbers, and torchvision's Mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 Augment = Callable[[Tensor, Tensor], Tensor]
-"""Changes images [N, C, H, W] in [0, 255] as draws say, float32 [N, DRAWS] uniform in [0, 1)."""
+"""Changes images [N, C, H, W] in [0, 255] by draws, float32 [N, DRAWS] uniform in [0, 1)."""
 
 DRAWS = 4  # uniform numbers that a sample's augmentation gets in each epoch
-COLOUR_DRAWS = 6  # ... and that its colours get
+COLOUR_DRAWS = 6  # the same for its colours
 
 
 def warp(images: Tensor, draws: Tensor, padding: str = "zeros") -> Tensor:
@@ -28,7 +28,7 @@ def warp(images: Tensor, draws: Tensor, padding: str = "zeros") -> Tensor:
     Args:
         images: [N, C, H, W] in [0, 255].
         draws: uniform in [0, 1), [N, DRAWS].
-        padding: what moves in from outside: "zeros", black, or "border", the outermost pixels.
+        padding: fills the image from outside: "zeros", black, or "border", the outermost pixels.
 
     Returns:
         The changed images, float32 [N, C, H, W].
@@ -44,7 +44,7 @@ def warp(images: Tensor, draws: Tensor, padding: str = "zeros") -> Tensor:
 
 
 def crop_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Pad by 4 reflected pixels, crop the former size at random and flip every second image left to right.
+    """Pad by 4 reflected pixels, crop the original size at random and flip left to right with probability 1/2.
 
     Args:
         images: [N, C, S, S], any dtype.
@@ -78,8 +78,8 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 def colour(images: Tensor, draws: Tensor) -> Tensor:
     """Change brightness, contrast and saturation by a factor of 0.6 to 1.4 each, and the lighting.
 
-    The three in this order, each clamped to [0, 255], mix the image with black, with its mean grey and with
-    its grey image. The lighting adds to all pixels the principal components of ImageNet's colours, times
+    The three factors, in this order and each clamped to [0, 255], mix the image with black, with its mean grey
+    and with its grey image. The lighting adds to all pixels the principal components of ImageNet's colours, times
     normal numbers of deviation 0.1 (AlexNet, Krizhevsky et al. 2012, section 4.1).
 
     Args:
@@ -94,7 +94,7 @@ def colour(images: Tensor, draws: Tensor) -> Tensor:
     mean = _grey(images).mean((1, 2, 3), keepdim=True)
     images = torch.lerp(mean, images, contrast).clamp_(0, 255)
     images = torch.lerp(_grey(images), images, saturation).clamp_(0, 255)
-    # Of draws in [0, 1) none is 1; 0 would be minus infinity.
+    # Draws are below 1 already; a draw of 0 would give minus infinity.
     normal = 0.1 * torch.special.ndtri(draws[:, 3:].clamp_min(2**-25))
     scaled = images.new_tensor(_COMPONENTS) * images.new_tensor(_DEVIATIONS)
     return images.add_(255 * (normal @ scaled.T)[:, :, None, None])
@@ -115,7 +115,7 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Tran
 
     Returns:
         A transform of images, float32 [N, 3, S, S], and classes, int64 [N], to mixed images and shares of the
-        classes, float32 [N, classes], that draws from torch's generator; None without any.
+        classes, float32 [N, classes], that draws from torch's generator; None when both parameters are 0.
     """
     if not mixup_alpha and not cutmix_alpha:
         return None

@@ -37,16 +37,15 @@ _CIFAR_ERRORS = (
     tarfile.TarError,
     zlib.error,
 )
-"""What a download, a damaged archive and damaged files raise."""
+"""Exceptions of a failed download, a damaged archive and damaged files."""
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process has this folder for itself, then have it: one unpacks, others find it done."""
+    """Lock a folder against other processes: one unpacks the archive, and the others then find the files."""
     try:
-        handle = os.open(
-            folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666
-        )  # what NFS locks must be open for writing
+        # NFS locks only files that are open for writing.
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError:
         handle = os.open(folder, os.O_RDONLY)
     try:
@@ -70,7 +69,7 @@ def _patient() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cifar:
-    """A CIFAR set as a `Source`'s functions: torchvision's class of it, by name, and its usual statistics."""
+    """A CIFAR set, with the functions of a `Source`: the name of torchvision's class, and the usual statistics."""
 
     name: str
     num_classes: int

@@ -1,4 +1,4 @@
-"""Crops of images: where they are, and cutting them out."""
+"""Crops of images: drawing them, and cutting them out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from utils.data.loader import AUGMENT, PART, seed_of
 
-SLENDER = 16  # times longer than wide
+SLENDER = 16  # ratio of an image's sides above which only its middle is resized
 
 
 def crop_and_flip(
@@ -32,8 +32,8 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
     """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, size, size].
 
-    Of one that is more than `SLENDER` times as long as wide only the middle is resized, since the whole would be as
-    much longer than the centre. That may move the picture by up to a pixel.
+    Only the middle of an image is resized if it is more than `SLENDER` times as long as wide, since the whole would be
+    that much longer than the centre. That may move the picture by up to a pixel.
     """
     for side in (0, 1):
         beyond = pixels.shape[side] - SLENDER * pixels.shape[1 - side]
@@ -44,7 +44,7 @@ def resize_to_centre(pixels: Tensor, size: int) -> Tensor:
 
 
 def put(image: Tensor, to: Tensor, *, flip: bool) -> None:
-    """Copy an image, uint8 [3, S, S], to `to`, uint8 [S, S, 3], if wanted flipped left to right."""
+    """Copy an image, uint8 [3, S, S], to `to`, uint8 [S, S, 3], flipped left to right if wanted."""
     rows = max(1, PART // (3 * image.shape[2]))
     for source, target in zip(image.split(rows, 1), to.split(rows), strict=True):
         target.copy_((source.flip(-1) if flip else source).permute(1, 2, 0))
@@ -80,7 +80,7 @@ CROP_DRAWS = 40  # ten trials of four numbers
 
 
 def centre_crop(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Return the crop that leaves the centre when the shorter side is 256/224 of `size`.
+    """Return the central crop of an image whose shorter side is resized to 256/224 of `size`.
 
     Args:
         height: of the image, in pixels.

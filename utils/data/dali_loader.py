@@ -1,9 +1,8 @@
 """Image files in a folder per class, decoded by NVIDIA's DALI; imported only when `--dataset dali` is asked for.
 
-The order, the crops and the flips are those of `utils.data.folder_loader`: numbers are drawn here, DALI decodes and
-crops by
-them. On the GPU it also resizes and flips. Its resizing on the CPU takes longer than decoding, so that torchvision
-resizes there.
+The order, the crops and the flips are those of `utils.data.folder_loader`: numbers are drawn here, and DALI decodes
+and crops by them. On the GPU it also resizes and flips. On the CPU its resizing takes longer than decoding, so that
+torchvision resizes there.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from utils.data.image_file import DECODE_ERRORS, decode, not_for_dali, parse, re
 from utils.data.image_folder import ImageNames, Unreadable, note
 from utils.data.loader import Delivery, Loader, Raw
 
-_AHEAD = 2  # batches that DALI has, and batches whose files are being read
+_AHEAD = 2  # batches queued in DALI, and batches whose files are being read
 
 
 class _File(NamedTuple):
-    """An image file and what is to be done with it.
+    """An image file, its crop and its flip.
 
     Attributes:
         index: its number in the set.
         data: the file, uint8 [bytes].
-        crop: top, left, height and width of what is decoded, in pixels, float32 [4].
+        crop: top, left, height and width of the part to decode, in pixels, float32 [4].
         flip: whether it is flipped left to right.
     """
 
@@ -59,13 +58,13 @@ class DaliLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: threads that decode on the CPU, and as many that read files and resize there, no more than images of a
-            batch; 0 is as 1.
-        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
-            validation when it lacks all.
+        workers: number of threads that decode on the CPU, and of threads that read files and resize; at most one per
+            image of a batch; 0 counts as 1.
+        unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
+            images is left out.
 
     Raises:
-        UserError: while iterating, when one image too many cannot be decoded; names its path.
+        UserError: while iterating, when more images than allowed cannot be decoded; names the path.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class DaliLoader(Loader):
         self._idle: Pipeline | None = None  # a pipeline without batches in it
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
-        # Taken away for as long as it has batches: an iteration may be given up at any time.
+        # `_idle` is None while the pipeline has batches in it: an iteration may be abandoned at any time.
         pipeline, self._idle = self._idle or self._pipeline(self._delivery.batch_size), None
         running: deque[list[_File]] = deque()
         threads = ThreadPoolExecutor(self._threads)
@@ -95,14 +94,14 @@ class DaliLoader(Loader):
                 try:
                     images = self._take(pipeline, running[0], threads)
                 except DECODE_ERRORS:
-                    # DALI does not say which image it was, and its pipeline is of no use any more.
+                    # DALI does not say which image it was, and its pipeline cannot be used again.
                     left = self._without_bad(running.popleft(), threads)
                     if left:
                         running.appendleft(left)
                     pipeline = self._pipeline(self._delivery.batch_size)
                     for files in running:
                         self._feed(pipeline, files)
-                    if not left:  # of validation
+                    if not left:  # in validation only
                         continue
                     images = self._take(pipeline, running[0], threads)
                 index = torch.tensor([file.index for file in running.popleft()])
@@ -126,7 +125,7 @@ class DaliLoader(Loader):
             files = [result for result in results if isinstance(result, _File)]
             bad = [result for result in results if not isinstance(result, _File)]
             note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
-            if files:  # else of validation
+            if files:  # empty in validation only
                 yield files
 
     def _file(self, index: int, epoch: int) -> _File | _Bad:
@@ -138,7 +137,7 @@ class DaliLoader(Loader):
                 if what := not_for_dali(image):
                     image.load()
                     return index, f"DALI cannot decode {what}, --dataset imagenet can"
-                # DALI fills what is missing at the end of a JPEG with grey; Pillow says that it is truncated.
+                # DALI fills the missing end of a JPEG with grey; Pillow reports that it is truncated.
                 if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
         except DECODE_ERRORS as error:
@@ -149,7 +148,7 @@ class DaliLoader(Loader):
         return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
     def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
-        """Leave out, and take note of, the images that cannot be decoded or resized, found one by one."""
+        """Try the files one by one; record and leave out images that cannot be decoded or resized."""
         good, bad = [], []
         for file in files:
             pipeline = self._pipeline(1)
@@ -165,7 +164,7 @@ class DaliLoader(Loader):
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:
-        """Make a pipeline from files to their crops; on the GPU also to images, uint8 [S, S, 3]."""
+        """Make a pipeline that decodes files to crops, and on the GPU resizes these to images, uint8 [S, S, 3]."""
         gpu = self._on_cuda
         pipeline = Pipeline(
             batch_size, self._threads, self._delivery.device.index or 0 if gpu else None,
@@ -177,7 +176,7 @@ class DaliLoader(Loader):
                 data, crop[:2], crop[2:], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
                 device="mixed" if gpu else "cpu",  # mixed: from the CPU's memory to the GPU's, in hardware
                 output_type=types.DALIImageType.RGB,
-                adjust_orientation=False,  # nor does torchvision's loader
+                adjust_orientation=False,  # as in torchvision's loader
                 jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
             )  # fmt: skip
             if gpu:
@@ -191,7 +190,7 @@ class DaliLoader(Loader):
         return pipeline
 
     def _feed(self, pipeline: Pipeline, files: Sequence[_File]) -> None:
-        """Let the pipeline start on a batch."""
+        """Feed a batch to the pipeline and start it."""
         pipeline.feed_input("data", [file.data for file in files])
         pipeline.feed_input("crop", [file.crop for file in files])
         if self._on_cuda:
@@ -201,7 +200,7 @@ class DaliLoader(Loader):
     def _part(self, file: _File) -> np.ndarray:
         """Return top, left, bottom and right of the part of a crop that fills the result, float32 [4].
 
-        It may end within a pixel; with left and right exchanged it is flipped.
+        Its edges may lie within a pixel. Left and right are exchanged for a flip.
         """
         height, width = file.crop[2:].tolist()
         if self._delivery.train:
@@ -238,7 +237,7 @@ class DaliLoader(Loader):
 
 
 def _why(data: bytes) -> str:
-    """Return why a file that DALI refuses cannot be decoded, as the other decoders see it."""
+    """Return the reason why DALI refused a file, as Pillow reports it."""
     try:
         decode(data)
     except DECODE_ERRORS as error:

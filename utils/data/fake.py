@@ -15,7 +15,7 @@ from utils.data.loader import NOISE, PATTERN, generator, seed_of
 
 
 class FakeImages:
-    """Images made of their class's pattern of 4x4 coloured tiles and as much noise of their own.
+    """Images that are half their class's pattern of 4x4 coloured tiles and half noise of their own.
 
     They are computed when they are fetched, so that their number and size cost no memory. An image depends on
     its split, index and class only; the images are the same in every run.
@@ -44,9 +44,9 @@ class FakeImages:
         return pattern // 2 + noise // 2
 
 
-# Detail of a photograph at several scales: cells across, and its deviation in grey values.
+# Detail of a photograph at several scales: cells across, and standard deviation in grey values.
 _SCALES = ((4, 30), (16, 20), (64, 15), (160, 10), (500, 8))
-# Of the JPEG files; 500x375 pixels make about 100 KB, ImageNet's 1,281,167 files have 115 on average.
+# Of the JPEG files; 500x375 pixels take about 100 KB, ImageNet's 1,281,167 files 115 KB on average.
 _QUALITY = 95
 
 

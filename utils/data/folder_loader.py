@@ -1,4 +1,4 @@
-"""The loader of image files in a folder per class, read by worker processes with torchvision's decoders."""
+"""The loader of image files in a folder per class, decoded by Pillow in worker processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PREFETCH = 2  # batches that each worker may be ahead
 
 
 class _Batch(NamedTuple):
-    """What a worker is asked for: an epoch, images by their numbers, and the slot where they are put."""
+    """A request to a worker: the epoch, the numbers of the images, and the slot to put them into."""
 
     epoch: int
     numbers: list[int]
@@ -33,8 +33,8 @@ class _Batch(NamedTuple):
 
 
 _Read = tuple[list[int], list[tuple[int, str]]]
-"""The numbers of a batch's images in the order they are in, and those of unreadable ones with the reason. A
-value, not an exception: a worker's exception would arrive with its traceback as its message."""
+"""A worker's answer: the numbers of a batch's images in their order, and those of unreadable ones with the reason.
+The reason is no exception, because a worker's exception would arrive with its traceback as its message."""
 
 
 class _ImageFiles(Dataset[_Read]):
@@ -77,15 +77,15 @@ class _ImageFiles(Dataset[_Read]):
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """The pixels, uint8 [H, W, 3], which torchvision resizes faster than Pillow does an image."""
+    """The pixels, uint8 [H, W, 3]; torchvision resizes them faster than Pillow resizes an image."""
     return torch.from_numpy(np.array(image))
 
 
 def _shared(shape: tuple[int, ...], workers: int) -> Tensor:
-    """Make a tensor of bytes, uint8, in memory that other processes can have too."""
+    """Make a tensor of bytes, uint8, in memory shared with other processes."""
     try:
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
-    except RuntimeError as error:  # what torch raises when the system has no more
+    except RuntimeError as error:  # torch raises it when shared memory is used up
         raise UserError(
             f"{workers} workers need {math.prod(shape) >> 20} MiB of shared memory for their batches, which is "
             "more than there is: write fewer --workers or a smaller --batch_size or --val_batch_size, or let "
@@ -94,10 +94,10 @@ def _shared(shape: tuple[int, ...], workers: int) -> Tensor:
 
 
 class _Batches(Sampler[_Batch]):
-    """The batches of the coming iteration; the only way an epoch reaches a worker.
+    """The batches of the coming iteration; workers learn the epoch from them alone.
 
-    Slots are used in turn. The `DataLoader` asks for a batch when it hands out one that it asked for `ahead`
-    batches before, so that at most `ahead + 1` batches exist, and the loader has finished all earlier ones.
+    Slots are used in turn. The `DataLoader` asks for a batch when it hands out the one `ahead` batches before it,
+    so that at most `ahead + 1` batches exist. The loader has finished all earlier ones.
     """
 
     def __init__(self, ahead: int) -> None:
@@ -120,14 +120,14 @@ class FolderLoader(Loader):
         names: the images.
         delivery: how batches are cut and finished.
         size: height and width of the images of a batch, in pixels.
-        workers: number of processes, which stay between epochs, no more than batches; 0: read in this process.
-        unreadable: takes note of images that cannot be decoded; a batch that lacks them is smaller, and left out in
-            validation when it lacks all.
+        workers: number of processes, at most the number of batches; they stay between epochs. 0: read in this process.
+        unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
+            images is left out.
         randaugment: magnitude of RandAugment in training; None: none.
 
     Raises:
-        UserError: while iterating, when one image too many cannot be decoded; names its path.
-        TrainingError: while iterating, when a worker was ended.
+        UserError: while iterating, when more images than allowed cannot be decoded; names the path.
+        TrainingError: while iterating, when a worker has died.
     """
 
     def __init__(
@@ -152,17 +152,17 @@ class FolderLoader(Loader):
         self._loader: DataLoader[_Read] | None = None  # opened by the first iteration
 
     def _open(self) -> DataLoader[_Read]:
-        """Make the slots, in memory that is shared with the workers, and what starts these."""
+        """Make the slots, in memory shared with the workers, and the `DataLoader` that starts the workers."""
         count = min(self._delivery.batch_size, self.samples)
         shape = (self._asked.slots, count, self._size, self._size, 3)
         context = begin = None
-        # The same memory again and again: fresh pages cost more than what is written into them.
+        # Slots are reused: fresh pages of memory cost more time than writing into them.
         if not self._workers:
             self._slots = torch.empty(shape, dtype=torch.uint8)
         else:
             self._slots = _shared(shape, self._workers)
             context, begin = workers.prepare(self, preload=__name__)
-        # Of more workers than cores, which was asked for.
+        # The warning is about more workers than cores, which the user asked for.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return DataLoader(
             _ImageFiles(
@@ -170,7 +170,7 @@ class FolderLoader(Loader):
                 randaugment=self._randaugment, seed=self._delivery.seed,
             ),
             sampler=self._asked,
-            batch_size=None,  # what is asked for is a batch already
+            batch_size=None,  # each request is a whole batch already
             num_workers=self._workers,
             prefetch_factor=_PREFETCH if self._workers else None,
             persistent_workers=self._workers > 0,
@@ -185,7 +185,7 @@ class FolderLoader(Loader):
         asked.batches, asked.epoch = batches, epoch
         for number, (good, bad) in enumerate(_answers(self._loader)):
             note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
-            if not good:  # of validation
+            if not good:  # in validation only
                 continue
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
@@ -194,11 +194,11 @@ class FolderLoader(Loader):
 
 
 def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:
-    """What the workers have read. Raises `TrainingError` when one of them is gone."""
+    """The workers' answers. Raises `TrainingError` when a worker has died."""
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):  # but one that a worker has raised
+        if "DataLoader worker (pid" not in str(error):  # raised by a worker's own code
             raise
         raise TrainingError(
             "a process that reads images was ended, perhaps because memory ran out; try fewer --workers"

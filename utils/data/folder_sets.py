@@ -1,4 +1,4 @@
-"""The data sets that are a folder per class: imagenet, read with torchvision's decoders, and dali."""
+"""The data sets with a folder per class: imagenet, decoded by Pillow, and dali."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def check_imagenet(config: DataConfig) -> None:
     """Raise `UserError` for folders that are missing or another number of classes."""
-    from utils.data.image_folder import (
-        check_folders,
-    )  # here and below: other data need not wait for torchvision
+    # Here and below: other data sets need not wait for torchvision.
+    from utils.data.image_folder import check_folders
 
     classes = check_folders(config.root, config.dataset, val=bool(config.val_batch_size))
     check_classes(config, classes, f"{config.root}")
 
 
 def build_imagenet(config: DataConfig, device: torch.device) -> Loaders:
-    """The loaders of torchvision's decoders."""
+    """Loaders of images that Pillow decodes."""
     from utils.data.folder_loader import FolderLoader
 
     return _folder_loaders(config, device, partial(FolderLoader, randaugment=config.rand_augment))
 
 
 def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[..., Loader]) -> Loaders:
-    """Loaders over the folders of `--root`, made by `FolderLoader` or one that takes the same arguments."""
+    """Loaders over the folders of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
     from utils.data.image_folder import ImageNames, Unreadable
 
     assert config.root is not None  # checked
@@ -63,7 +62,7 @@ def check_dali(config: DataConfig) -> None:
         raise UserError(f"--dataset dali needs NVIDIA's DALI: {install}")
     try:
         from utils.data import dali_loader  # noqa: F401
-    except (ImportError, OSError) as error:  # one of another platform, or a library that it needs
+    except (ImportError, OSError) as error:  # built for another platform, or a library is missing
         raise UserError(
             f"--dataset dali: NVIDIA's DALI is installed but cannot be imported ({error}): {install}"
         ) from error
@@ -71,7 +70,7 @@ def check_dali(config: DataConfig) -> None:
 
 
 def build_dali(config: DataConfig, device: torch.device) -> Loaders:
-    """The loaders of DALI's decoders."""
+    """Loaders of images that DALI decodes."""
     from utils.data.dali_loader import DaliLoader  # imports an optional library
 
     return _folder_loaders(config, device, DaliLoader)

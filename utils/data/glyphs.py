@@ -1,7 +1,7 @@
 """Glyphs: 62 classes of distorted characters, drawn from the fonts that come with matplotlib.
 
-Nothing is downloaded and nothing is stored: the images are drawn when they are asked for, and are the same
-every time. What they look like: docs/data.md.
+Nothing is downloaded and nothing is stored: the images are drawn when they are needed, and are the same every
+time. docs/data.md shows some.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _CAPITAL = 34  # height of a capital H on the canvas, pixels
 
 @dataclass(frozen=True)
 class _Distortion:
-    """How far random changes go; lengths in pixels of the canvas, brightness from 0 to 1."""
+    """Limits of the random changes; lengths in pixels of the canvas, brightness from 0 to 1."""
 
     turn: float = 0.15  # radians, each way
     shear: float = 0.15  # pixels sideways per pixel up, each way
     stretch: float = 0.1  # share of width and of height, each way
     shift: float = 4.0  # each way
-    stroke: float = 1.0  # most that outlines grow by
+    stroke: float = 1.0  # largest growth of outlines
     blur: float = 1.5  # largest radius
-    lines: int = 1  # most lines that cross the image
+    lines: int = 1  # largest number of lines that cross the image
     contrast: float = 0.4  # least difference of glyph and background
     gradient: float = 0.3  # largest change of the background over the image
     noise: float = 0.1  # largest standard deviation
@@ -64,7 +64,7 @@ def font_files() -> dict[str, Path]:
     """The file of each font by its name.
 
     Raises:
-        UserError: when this installation of matplotlib has come without one of them.
+        UserError: when this installation of matplotlib lacks one of them.
     """
     import matplotlib  # here: other data sets need not wait for it
 
@@ -95,7 +95,7 @@ def glyphs() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _sized(path: Path) -> ImageFont.FreeTypeFont:
-    """The font of this file, in the size that makes capitals as high as those of all other fonts."""
+    """The font of this file, in the size that gives capitals the same height in all fonts."""
 
     def load(size: float) -> ImageFont.FreeTypeFont:
         # The basic layout is in every build of Pillow.
@@ -120,8 +120,8 @@ def _image(character: str, font: ImageFont.FreeTypeFont, rng: np.random.Generato
     """One image, uint8 [SIZE, SIZE]."""
     limit = _DISTORTION
     canvas = Image.new("L", (_CANVAS, _CANVAS))
-    # Capitals are centred on their height, and other characters stand on the same line: the size and the
-    # place tell C from c and P from p.
+    # Capitals are centred vertically, and all characters share their baseline: size and position tell C from c
+    # and P from p.
     foot = ((_CANVAS / 2), (_CANVAS + _CAPITAL) / 2)
     stroke = rng.uniform(0, limit.stroke)
     ImageDraw.Draw(canvas).text(foot, character, fill=255, font=font, anchor="ms", stroke_width=stroke)

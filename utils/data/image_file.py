@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 from utils.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "JPEG2000", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are decoded. MPO comes with JPEG; no format runs another program, as EPS does."""
+"""Pillow's names of the formats that are decoded; JPEG includes MPO. None runs another program, as EPS does."""
 
 DECODE_ERRORS = (
     OSError,
@@ -35,15 +35,15 @@ DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow is known to raise for files that are missing, truncated, no image, broken or suspiciously large."""
+"""Exceptions that Pillow raises for files that are missing, truncated, no image, broken or suspiciously large."""
 
 
-# Pillow's are of odd metadata, as some photographs of ImageNet have, and of size; they name no file.
+# Pillow warns of odd metadata, which some photographs of ImageNet have, and of size, and names no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read(path: str | Path) -> bytes:
-    """Read an image file. Raises `OSError`, also for what is no file of bytes, like a pipe, and might never end."""
+    """Read an image file. Raises `OSError`, also for a pipe or the like, whose data might never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
     with open(path, "rb") as file:
@@ -51,7 +51,7 @@ def read(path: str | Path) -> bytes:
 
 
 def parse(data: bytes) -> ImageFile.ImageFile:
-    """Read the header of an image file; of a picture that can be trained with. Raises DECODE_ERRORS."""
+    """Read the header of an image file that training can use. Raises DECODE_ERRORS."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     check_mode(image)
     return image
@@ -64,7 +64,7 @@ def decode(data: bytes) -> Image.Image:
             image.load()  # `convert` would copy it
             return image
         if image.mode.startswith("I;16"):
-            # `convert` would make white of all but the darkest greys.
+            # `convert` would turn all but the darkest greys white.
             return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
 
@@ -76,16 +76,16 @@ def check_mode(image: Image.Image) -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what is wrong with a file, in one line."""
+    """Return the error of a file in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = "no image" if isinstance(error, Image.UnidentifiedImageError) else text
     return " ".join(text.split()).rstrip(":") or type(error).__name__
 
 
 def not_for_dali(image: ImageFile.ImageFile) -> str:
-    """Say what an image is that DALI cannot decode or decodes to other pixels; empty: it is none of these.
+    """Name the kind of an image that DALI cannot decode or decodes to other pixels; empty for all others.
 
-    Only the header has been read, see `parse`.
+    The image may come from `parse`: only its header is needed.
     """
     if image.format not in ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP", "PPM"):
         return str(image.format)
@@ -115,5 +115,5 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             inside.clear()
             continue
         visited.add(real)
-        inside.sort()  # of two links to one folder always the same one is passed over
+        inside.sort()  # so that of two links to a folder always the same one is passed over
         yield folder, sorted(names)

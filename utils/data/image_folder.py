@@ -1,4 +1,4 @@
-"""Image files in a folder per class: their names and classes, which of them cannot be read, and the checks."""
+"""Image files in a folder per class: names and classes, unreadable images, checks of the folders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImageNames:
 
     def __init__(self, folder: Path) -> None:
         classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-        # Not `ImageFolder` itself: it has the images below a link that leads back up some forty times.
+        # `ImageFolder` itself would list the images below a link that leads back up some forty times.
         images = [_images(Path(path)) for path in classes]
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
@@ -87,9 +87,9 @@ def _images(folder: Path) -> list[str]:
 def note(
     unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int, *, train: bool
 ) -> None:
-    """Take note of a batch's unreadable images.
+    """Record a batch's unreadable images.
 
-    Raises `UserError` also when too few are left of a training batch for batch statistics: one or none.
+    Raises `UserError` also when a training batch has only one image left, or none: too few for batch statistics.
     """
     for index, reason in bad:
         unreadable.add(names.path(index), reason)
@@ -105,8 +105,8 @@ def check_folders(root: Path | None, dataset: str, *, val: bool) -> int:
     """Return the number of classes of `train/` in `root`, and of `val/` when that is wanted.
 
     Raises:
-        UserError: a folder is missing, has no class folders, some without images or a link that leads nowhere; the
-            classes differ.
+        UserError: a folder is missing or has no class folders; a class folder has no images; a link leads nowhere;
+            the classes differ.
     """
     if root is None:
         raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")

@@ -1,9 +1,9 @@
-"""The contract of all loaders: what an epoch delivers depends on (seed, epoch) and nothing else.
+"""The contract of all loaders: the batches of an epoch depend on (seed, epoch) and nothing else.
 
 No loader reads or changes global random state. The order of an epoch is drawn from (seed, epoch), the
-augmentation of a sample from (seed, epoch, index of the sample); neither the number of workers nor what was
-read before plays a part. A run resumed at batch k of an epoch sees the very batches it would have seen, and
-the processes of a distributed run together see those of a single process with the batch size of all.
+augmentation of a sample from (seed, epoch, index of the sample); neither the number of workers nor earlier
+reads matter. A run resumed at batch k of an epoch gets the same batches as an uninterrupted run. Together, the
+processes of a distributed run get the batches of a single process with the batch size of all.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 [N, 3, S, S], normalised per channel, in channels-last order, on the loader's device; and
-their classes, int64 [N], or where images are mixed the shares of the classes, float32 [N, classes]."""
+their classes, int64 [N], or of mixed images the shares of the classes, float32 [N, classes]."""
 
 # The first word of a seed keeps the streams of random numbers apart.
 _ORDER, AUGMENT, PATTERN, NOISE, _COLOUR, _MIX = range(1, 7)
 
-# Torch divides fewer numbers than these not among threads. A batch is finished on a CPU in such parts: they stay
-# in its cache, and threads would have to wait for cores that are decoding the batches to come.
+# A CPU finishes a batch in parts of this many numbers, which stay in its cache. Torch does not divide fewer numbers
+# among threads; these would have to wait for cores that are decoding the next batches.
 PART = 2**15
 
 
@@ -72,7 +72,7 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 class Raw(NamedTuple):
-    """A batch as its source has it; the images only until the next one is read, which may overwrite them.
+    """A batch as its source reads it; reading the next one may overwrite the images.
 
     Attributes:
         images: [N, C, S, S], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
@@ -95,7 +95,7 @@ class Delivery:
         seed: the run's seed.
         mean: per channel, of images in [0, 1].
         std: per channel, likewise.
-        device: where the batches are wanted.
+        device: the device that the batches are for.
         rank: number of this process of a distributed run, from 0.
         world_size: number of its processes.
         colour: whether to change the colours of training images, see `utils.data.augment.colour`.
@@ -122,12 +122,12 @@ class Loader(ABC):
     one (a batch of a single image would break batch normalisation). Validation visits every sample once, in
     the order of the set.
 
-    Of W processes with batches of B images, process r gets the r-th part of every batch of W * B images that
+    With W processes and batches of B images, process r gets the r-th part of every batch of W * B images that
     one process would see. An incomplete batch is cut into parts whose sizes differ by at most one, so that
     in validation no image is left out or seen twice; a process whose part is empty has one batch less.
 
-    A subclass only says how batches of indices become batches of images. At most one iteration of a loader
-    runs at a time: the next one ends it.
+    A subclass only turns batches of indices into batches of images. At most one iteration of a loader runs at
+    a time: starting the next one ends it.
 
     Args:
         samples: number of images of the set.
@@ -201,7 +201,7 @@ class Loader(ABC):
             batch.tensor_split(world_size)[delivery.rank]
             for batch in order.split(delivery.batch_size * world_size)
         ]
-        return batches[: len(self)]  # beyond are an incomplete batch of training and empty parts
+        return batches[: len(self)]  # without an incomplete batch of training or empty parts
 
     def _deliver(self, batches: Sequence[Tensor], epoch: int, first: int) -> Iterator[Batch]:
         """Finish the batches on the device; `first` is the number of the first one."""
@@ -235,7 +235,7 @@ class Loader(ABC):
             )
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Bring [N, C, S, S] in [0, 255] to float32 [N, 3, S, S], in channels-last order."""
+        """Convert [N, C, S, S] in [0, 255] to normalised float32 [N, 3, S, S], in channels-last order."""
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
@@ -253,9 +253,9 @@ class Loader(ABC):
 
 
 def _on_side_stream(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Copy and finish each batch on a stream of its own, while the device still computes the step before."""
+    """Copy and finish each batch on a stream of its own, while the device still computes the previous step."""
     side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))  # what the loader holds on the device is there
+    side.wait_stream(torch.cuda.current_stream(device))  # the loader's own tensors are ready
     while True:
         with torch.cuda.stream(side):
             batch = next(batches, None)

@@ -1,4 +1,4 @@
-"""Both loaders of a data set, as its configuration asks for them."""
+"""The loaders of a data set for training and validation, by its configuration."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Loaders:
-    """What a source delivers.
+    """The loaders of a data set, and its statistics.
 
     Attributes:
         train: batches of the training set.
         val: batches of the validation set; None without validation.
         num_classes: number of classes.
-        mean: per channel, of images in [0, 1]; what images were normalised with.
+        mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
     """
 
@@ -70,7 +70,7 @@ def deliveries_of(
 def loaders_of(
     config: DataConfig, deliveries: tuple[Delivery, Delivery], open_: Callable[[Delivery], Loader]
 ) -> Loaders:
-    """Both loaders, of which `open_` makes one."""
+    """Both loaders, each made by `open_`."""
     train, val = deliveries
     return Loaders(
         train=open_(train),

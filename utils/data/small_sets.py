@@ -25,7 +25,7 @@ def check_digits(config: DataConfig) -> None:
 def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Load the digits, a fifth of each class held out for validation.
 
-    The split is part of the data set: it has a constant of its own and is the same in every run.
+    The split is part of the data set: it has a fixed seed and is the same in every run.
 
     Args:
         size: height and width the images are resized to (bicubic), in pixels.
@@ -33,7 +33,7 @@ def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     Returns:
         Training and validation set, each as images, uint8 [n, 1, size, size], and classes, int64 [n].
     """
-    # Imported here: a second or more that no other source needs to spend.
+    # Imported here: it takes a second or more, which other data sets need not spend.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -88,7 +88,7 @@ def check_fake(config: DataConfig) -> None:
 
 
 def build_fake(config: DataConfig, device: torch.device) -> Loaders:
-    """Images that are computed, in place of another set's."""
+    """Computed images, in place of another data set's."""
 
     def part(split: int, samples: int) -> tuple[Store, Tensor]:
         store = FakeImages(split, config.num_classes, config.input_size)

@@ -1,4 +1,4 @@
-"""The data sets by name: what each needs, and how its loaders are opened."""
+"""The data sets by name: the checks and the loaders of each."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Source:
     """A data set by name.
 
     Attributes:
-        check: raises `UserError` for what would keep `build` from working, as far as a quick look can tell.
-        build: the loaders, for batches on a device; runs after `check`.
+        check: raises `UserError` for mistakes that would make `build` fail, as far as a quick look can find them.
+        build: makes the loaders, for batches on a device; runs after `check`.
     """
 
     check: Callable[[DataConfig], None]
@@ -48,9 +48,8 @@ SOURCES: dict[str, Source] = {
 """Every data set by its name."""
 
 
-_FARTHEST = (
-    1e6  # of a mean or deviation from 1, where images are in [0, 1]; float32 has room for their quotient
-)
+# Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.
+_FARTHEST = 1e6
 
 
 def check_data(config: DataConfig) -> None:
@@ -61,9 +60,9 @@ def check_data(config: DataConfig) -> None:
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
-            validation; a mean or std that is not of three channels or too large or
-            small for float32; RandAugment where it is not;
-            too many workers; DALI that is not installed or cannot be imported.
+            validation; a mean or std that is not of three channels, or too large or small for float32;
+            RandAugment on a data set without it; too many workers; DALI that is not installed or cannot be
+            imported.
     """
     if config.dataset not in SOURCES:
         raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
@@ -96,7 +95,7 @@ def open_data(config: DataConfig, device: torch.device = CPU) -> Loaders:
 
     Args:
         config: the data set, its batches and their augmentation.
-        device: where the batches are wanted.
+        device: the device that the batches are for.
 
     Returns:
         The loaders of both sets; `val` is None when `val_batch_size` is 0.

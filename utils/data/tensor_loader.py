@@ -1,4 +1,4 @@
-"""The loader of images that are at hand in memory: no workers, augmented a batch at a time."""
+"""The loader of images in memory: no workers, augmented a batch at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.data.loader import AUGMENT, Delivery, Loader, Raw, generator, rand_au
 
 
 class Store(Protocol):
-    """Images that are fetched by index: a tensor, or what computes them."""
+    """Images that are fetched by index: a tensor, or an object that computes them."""
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
         """Return the images of these indices, int64 [N], as uint8 [N, C, H, W]; C is 3, or 1 for grey."""
@@ -22,7 +22,7 @@ class Store(Protocol):
 
 
 class TensorLoader(Loader):
-    """Batches of images that are at hand, augmented in this process, on the device where they are wanted.
+    """Batches of images in memory, augmented in this process on the delivery's device.
 
     Args:
         store: the images, uint8; a tensor is kept on the device.

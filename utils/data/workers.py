@@ -1,4 +1,4 @@
-"""Processes that read images for another one: deaf to its signals, and gone when it is."""
+"""Processes that read images for another one: they ignore its signals and end with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.processes.interrupt import SIGNALS
 
 
 def check_workers(count: int) -> None:
-    """Raise `UserError` for a number of processes that is beyond reason: more than 64 and 4 for each core."""
+    """Raise `UserError` for too many processes: more than 64 and more than 4 per core."""
     cores = os.cpu_count() or 1
     most = max(64, 4 * cores)
     if count > most:
@@ -30,13 +30,13 @@ def check_workers(count: int) -> None:
 
 
 def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[int], None]]:
-    """The context that a `DataLoader` starts workers from, and what each of them runs first.
+    """The context from which a `DataLoader` starts workers, and the function that each worker runs first.
 
     Args:
-        owner: workers end when it is collected, or with this process.
+        owner: workers end when this object is garbage-collected, or with this process.
         preload: the module that the workers need; imported once, in the process that they are forked from.
     """
-    # Forking this process, which has threads, may deadlock. The server has one.
+    # Forking this process may deadlock, because it has several threads. The server has one.
     context = multiprocessing.get_context("forkserver")
     _start_server(context, preload)
     theirs, mine = context.Pipe(duplex=False)
@@ -46,7 +46,7 @@ def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[i
 
 @contextlib.contextmanager
 def pool(count: int, preload: str) -> Iterator[ProcessPoolExecutor]:
-    """Processes for functions that are mapped; left by an exception they end at once, whatever they are at.
+    """A pool of processes; when an exception leaves the context, they end at once.
 
     Args:
         count: number of processes.
@@ -66,22 +66,23 @@ def pool(count: int, preload: str) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin(training: Connection, _: int) -> None:
-    """Let signals be the training's business, which ends its workers when it has saved; end with it at the latest."""
+    """Ignore signals, since the training ends its workers once it has saved; end when the training does."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
     def end_with_training() -> None:
         with contextlib.suppress(EOFError):
-            training.recv()  # nothing ever comes, the other end is closed
+            training.recv()  # nothing is sent; this ends when the other end closes
         os._exit(0)
 
     threading.Thread(target=end_with_training, daemon=True).start()
 
 
 def _start_server(context: ForkServerContext, preload: str) -> None:
-    """Start the process that workers are forked from, as deaf to the signals as they are."""
+    """Start the process that workers are forked from; it ignores the signals as they do."""
     context.set_forkserver_preload([preload])
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited; what comes meanwhile is not lost
+    # The server inherits the mask; signals that come meanwhile wait.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
