@@ -1,1 +1,1 @@
-"""Processes: one training on many, signals that ask it to end, the launcher."""
+"""Processes: training on several of them, signals that ask it to end, the launcher."""

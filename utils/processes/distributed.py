@@ -1,6 +1,6 @@
-"""One training on many processes: joining them, what they share, and what only the first of them does.
+"""Distributed training: joining the processes, sharing values between them, averaging gradients, votes.
 
-The functions do nothing in a run of one process, so that the stages of a run need not ask.
+In a run of one process the functions do nothing, so that their callers need not ask.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from utils.errors import LostError, TrainingError, UserError
 from utils.processes.interrupt import ends_at_once
 
 T = TypeVar("T")
-JOINING = timedelta(
-    minutes=5
-)  # that processes wait for each other at the start, where no launcher watches them
+# How long processes wait for each other at the start, when no launcher watches them.
+JOINING = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which of the processes of a run this one is.
+    """This process's place among the processes of a run.
 
     Attributes:
         rank: from 0, over all machines; the first one writes the files.
@@ -47,7 +46,7 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """This process logs and writes."""
+        """Whether this process logs and writes."""
         return self.rank == 0
 
 
@@ -127,12 +126,12 @@ def device_of(place: Place, config: DeviceConfig) -> tuple[torch.device, tuple[s
 
 @contextmanager
 def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) -> Iterator[None]:
-    """The time in which the processes of a run work together: NCCL between GPUs, gloo between CPUs.
+    """Join the processes of a run while the context is open: NCCL between GPUs, gloo between CPUs.
 
     Args:
         place: which of them this one is.
         device: its GPU, or the CPU.
-        joining: how long to wait for the others without torchrun, which ends all when one of them ends.
+        joining: how long to wait for the others without torchrun; torchrun itself ends all when one ends.
 
     Raises:
         TrainingError: they do not come together.
@@ -169,12 +168,12 @@ def joined(place: Place, device: torch.device, *, joining: timedelta = JOINING) 
 
 
 def _store(place: Place, environment: Mapping[str, str], joining: timedelta) -> Any:
-    """Where the processes find each other; None: where torchrun says."""
+    """The store through which the processes find each other; None: torchrun's."""
     address, port = environment["MASTER_ADDR"], int_of(environment, "MASTER_PORT", 0)
     tcp = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         store = tcp(address, port, place.world_size, is_master=place.first, timeout=joining)
-        store.set_timeout(default_pg_timeout)  # all are there
+        store.set_timeout(default_pg_timeout)  # all have joined
         return store
     restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
     if restarts == 0:
@@ -185,9 +184,9 @@ def _store(place: Place, environment: Mapping[str, str], joining: timedelta) -> 
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """What the first process makes, on all of them; its `UserError` too.
+    """Call `make` in the first process; all processes return its result, or raise its `UserError`.
 
-    Only the first one needs to see the files that a run writes.
+    Only the first process needs access to the files that a run writes.
     """
     if not distributed.is_initialized():
         return make()
@@ -221,10 +220,10 @@ def summed(value: Tensor) -> Tensor:
 
 
 def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The torchrun of each machine of the run, known by boot, PID and start time; none without torchrun.
+    """Identify the torchrun of each machine by boot, PID and start time; empty without torchrun.
 
-    They are the same when torchrun starts the processes again, after a failure or because a machine came or went.
-    A system without /proc tells neither boot nor start time; there it is the machine's name and torchrun's `--rdzv_id`.
+    They stay the same when torchrun restarts the processes, after a failure or because a machine came or went.
+    Without /proc, the machine's name and torchrun's `--rdzv_id` stand for boot and start time.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return ()
@@ -241,7 +240,7 @@ def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
 def share_state(model: nn.Module) -> None:
     """Give all processes the parameters and buffers of the first one.
 
-    Batch statistics are each process's own unless `--sync_bn`; what is evaluated and saved is the first one's.
+    Without `--sync_bn` each process has its own batch statistics; the first one's are evaluated and saved.
     """
     if distributed.is_initialized():
         for value in model.state_dict().values():
@@ -249,30 +248,29 @@ def share_state(model: nn.Module) -> None:
 
 
 def parallel(model: nn.Module, device: torch.device, *, may_skip: bool) -> nn.Module:
-    """The network whose gradients are the means over all processes; itself in a run of one.
+    """Wrap a network so that its gradients are means over all processes; unchanged in a run of one.
 
     Args:
         model: the network.
         device: where it is.
-        may_skip: a pass may leave parameters out, the same in all processes. They then have no gradient, as in a run
-            of one; looking for them takes some time in every pass.
+        may_skip: a pass may leave parameters out, the same ones in all processes. They then have no gradient, as in a
+            run of one; finding them takes some time in every pass.
     """
     if not distributed.is_initialized():
         return model
-    # Buffers: quantizers reduce theirs themselves, batch statistics are shared before they are used.
     ids = [device.index] if device.type == "cuda" else None
+    # No buffers are synchronised here: quantizers reduce theirs, and batch statistics are shared before use.
     known = inspect.signature(DistributedDataParallel).parameters
-    option = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its old name
+    # `broadcast_buffers` is the option's older name.
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     buffers: dict[str, Any] = {option: False}
-    # Of 1x1 kernels in channels-last order, whose strides say the same in two ways.
+    # The warning is about 1x1 kernels in channels-last order, whose strides can be written in two ways.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=may_skip, **buffers)
 
 
 def reduction(network: nn.Module, *, now: bool) -> AbstractContextManager[Any]:
-    """What a pass runs in: its gradients are reduced `now`, or left for the group's last pass to reduce."""
+    """The context of a pass: its gradients are reduced `now`, or by the last pass of its group."""
     if now or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()

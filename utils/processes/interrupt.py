@@ -1,4 +1,4 @@
-"""Signals that ask a training to end: the first is a question that the loop answers, a later one ends at once."""
+"""Signals that ask a training to end: after the first the loop saves and ends, a later one ends it at once."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SAVED = (
-    75  # exit status of a run that was asked to end, has saved its state and goes on with -r (EX_TEMPFAIL)
-)
+# Exit status of a run that was asked to end and has saved its state; -r resumes it (EX_TEMPFAIL).
+SAVED = 75
 # Seconds in which signals are repeats of the first: `timeout`, for one, signals its child and then the child's group.
 REPEATS = 0.5
-# The same in a process that a launcher has started, which gets what the launcher passes on, too.
+# The same for a process under a launcher, which passes on its own signals, too.
 REPEATS_PASSED_ON = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Where SIGINT ends the process as the system does it: a wait in C++, in which no handler of Python's is called."""
+    """Let SIGINT end the process by default, for a wait in C++ in which no Python handler is called."""
     former = signal.getsignal(signal.SIGINT)
     if not callable(former):  # ignored, as in a shell's background jobs
         yield
@@ -37,10 +36,10 @@ def ends_at_once() -> Iterator[None]:
 
 
 class Requests:
-    """Tells a new request to end from one that is repeated.
+    """Tells a new request to end from a repeated one.
 
     One request often arrives several times: a batch system signals every process of a job, the launcher passes
-    on what it gets, and a terminal's Ctrl-C reaches all that was started from it.
+    on its signals, and a terminal's Ctrl-C reaches every process started from it.
 
     Args:
         repeats: seconds after a request in which signals are repeats of it.
@@ -63,12 +62,12 @@ class Requests:
 class Stop:
     """Remembers SIGTERM or SIGINT while it is open as a context; a second request ends the process at once.
 
-    It stays in force in a process that was asked to end, which may get repeats of the signal until then.
+    After a request it stays in force until the process ends, because repeats of the signal may come until then.
 
     Args:
-        say: takes a line when the first signal comes, in a thread of its own, which may be kept waiting.
+        say: called with a line when the first signal comes, in a thread of its own, which may block.
         repeats: seconds after the first signal in which others are repeats of it.
-        at_once: whether a signal that comes now ends the process whatever came before; None: nobody can tell.
+        at_once: returns whether a signal now ends the process, whatever came before; None: unknown.
 
     Attributes:
         asked: the name of the signal that came, empty before.
@@ -85,8 +84,8 @@ class Stop:
         self._pipe = (-1, -1)
 
     def __enter__(self) -> Stop:
-        # Python's handlers wait while the main thread is in a long computation or waits for another process. The
-        # number of a signal is in the pipe at once, and a thread that reads it can end the process.
+        # Python's handlers run in the main thread, which may be in a long computation or wait for another process.
+        # The number of a signal is in the pipe at once, and a thread that reads it can end the process.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._former_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -116,7 +115,7 @@ class Stop:
                 os._exit(128 + requests[0])
             asked = True
             self._end_if_at_once(requests[0])
-            # Output that nobody reads must not keep this thread from the second signal.
+            # Blocked output must not keep this thread from reading the second signal.
             name = signal.Signals(requests[0]).name
             threading.Thread(target=self._tell, args=(name,), name="signal", daemon=True).start()
             self._pass_over_repeats()
@@ -127,10 +126,10 @@ class Stop:
             os._exit(128 + number)
 
     def _pass_over_repeats(self) -> None:
-        """Read the repeats of a request for as long as there may be some.
+        """Ignore repeats of a request for as long as there may be some.
 
-        The time counts from here on, and all that has come until its end is passed over: this thread may have had to
-        wait for the main one, and a run that saves is better than one that a repeat of its signal ended.
+        The time counts from this call, because this thread may have had to wait for the main one: ignoring a second
+        request is better than ending a run unsaved for a repeat.
         """
         waiting = select.poll()
         waiting.register(self._pipe[0], select.POLLIN)

@@ -2,8 +2,8 @@
 
 Use: `python -m utils.processes.launch [torchrun's options] SCRIPT ...`.
 
-torchrun itself ends with status 1 and a traceback of its own whatever happened. Here the status is that of the
-process that failed first, and only what no process can say of itself is said: that one was killed, and by what.
+torchrun itself ends with status 1 and a traceback of its own whatever happened. This launcher ends with the status of
+the process that failed first. It reports only errors that no process can report: that one was killed, and by what.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from types import FrameType
 from utils.processes.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop
 
 STATUS_FOLDER = "LAUNCH_STATUS_FOLDER"  # where each process leaves its exit status, see `leave_status`
-AT_ONCE = "at-once"  # a file there: the launcher was asked a second time
+AT_ONCE = "at-once"  # a file there: the launcher got a second request to end
 PATIENCE = 5  # seconds
-DEAF = 3.0  # seconds without an answer to a signal, after which torchrun is known to wait for other machines
+DEAF = 3.0  # seconds after a signal; if no handler ran until then, torchrun waits for other machines
 
 
 def leave_status(status: int) -> int:
-    """Tell the launcher how this process ends; returns the exit status to take.
+    """Tell the launcher how this process ends; returns the exit status to use.
 
-    The launcher cannot see the status of a process that it has asked to end. And torchrun starts a process again
-    that ends with another one than 0 (--max_restarts), which a run that was asked to end is not meant to be.
+    The launcher cannot see the status of a process that it has asked to end. A run that was asked to end and saved
+    uses 0, because torchrun restarts processes that end with any other status (--max_restarts).
     """
     folder = os.environ.get(STATUS_FOLDER)
     if folder is None or not os.path.isdir(folder):
@@ -43,18 +43,18 @@ def leave_status(status: int) -> int:
 
 
 def wait_to_be_ended() -> None:
-    """Give the launcher time to end this process, because of another one, before it says what is wrong here."""
-    # Not the end without cleaning up, of which Python would warn.
+    """Give the launcher time to end this process for another one's failure, before it reports its own error."""
+    # The default action would end without cleaning up, of which Python would warn.
     for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(1))
     time.sleep(PATIENCE)
 
 
 def stop(say: Callable[[str], object]) -> Stop:
-    """What tells this process that it was asked to end; `say` takes a line then.
+    """Make the `Stop` of this process; `say` is called with a line when it is asked to end.
 
-    A launcher passes on what it gets, so that signals which come to a process soon after the first say nothing. By
-    itself a process takes the next one for a second request; under this launcher the one that follows its file.
+    A launcher passes on its signals, so that under one the signals soon after the first are repeats. Without a launcher
+    the next signal is a second request; under this launcher it is one that comes after the file `AT_ONCE`.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Stop(say)
@@ -64,16 +64,16 @@ def stop(say: Callable[[str], object]) -> Stop:
 
 
 def _left_status(folder: str, otherwise: int) -> int:
-    """The status of the processes: that of one that failed before that of those that were asked to end."""
+    """The status of the run: a failed process's, if there is one, rather than that of processes asked to end."""
     statuses = {int(path.read_text(encoding="ascii")) for path in Path(folder).glob("[0-9]*")} - {0}
     return min(statuses - {SAVED}, default=SAVED if statuses else otherwise)
 
 
 def _end_if_deaf(answered: threading.Event, folder: str) -> None:
-    """Let a signal end this process, in which `answered` is set by Python's handler, when that does not come.
+    """Let a signal end this process when Python's handler, which sets `answered`, does not run in time.
 
-    Where torchrun waits for other machines in C++, for minutes, no handler of Python's is called; it has no process of
-    the run then, and with one it is only slow. The number of a signal is in the pipe at once.
+    While torchrun waits for other machines in C++, for minutes, no Python handler is called. It has no child then; with
+    a child it is only slow. The number of a signal is in the pipe at once.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -89,7 +89,7 @@ def _end_if_deaf(answered: threading.Event, folder: str) -> None:
 
 
 def _has_child() -> bool:
-    """Whether this process has one, ended or not."""
+    """Whether this process has a child, ended or not."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -119,14 +119,14 @@ def main(arguments: list[str]) -> int:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)
         asked = True
-        # torchrun passes it on, and waits; the second time too.
+        # torchrun passes it on and waits, the second time too.
         raise SignalException("asked to end", signal.Signals(number))
 
-    logging.disable(logging.CRITICAL)  # what torchrun says of this is said here, in one line
-    # Several processes that use all cores each are slower than one; torchrun would say so in a long warning.
+    logging.disable(logging.CRITICAL)  # errors are printed below, in one line each
+    # Several processes that each use all cores are slower than one; torchrun would set it with a long warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A store that is used again holds the addresses of the processes before, and a machine that joins waits for it
-    # in vain; this is a new one each time.
+    # A reused store holds the addresses of earlier processes, for which a machine that joins would wait in vain; this
+    # makes a new one each time.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     parser = run.get_args_parser()
     parser.print_usage = lambda file=None: None  # a mistake is one line
@@ -167,9 +167,9 @@ def main(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
-    """Where torch's C++ part is loaded for this process alone, without its long messages of lost connections.
+    """Load torch's C++ part without its long messages about lost connections, in this process alone.
 
-    Not for the processes of the run, where they may be the only sign of what is waited for.
+    The processes of the run keep them: they may be the only sign there that a process waits for a connection.
     """
     name = "TORCH_CPP_LOG_LEVEL"
     if name in os.environ:

@@ -1,4 +1,4 @@
-"""What comes before a run: a process for each GPU, and folders that can be written."""
+"""Preparations for a run: one process per GPU, and checks that folders can be written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from utils.processes import launch
 
 
 def process_per_gpu(config: DeviceConfig, arguments: list[str] | None) -> None:
-    """Become the launcher of a process per GPU when several are asked for and this process stands alone.
+    """Become the launcher of one process per GPU, when several are asked for and no launcher started this one.
 
     Args:
         config: the GPUs and processes.
-        arguments: of the program's own command line, its path first; None: the program was called by another one.
+        arguments: the program's command line, its path first; None: another program called this one.
 
     Raises:
         UserError: the environment says that this process is the only one, or another program called.
@@ -46,7 +46,7 @@ def with_project(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Refuse, with a `UserError`, a folder that could not be made or written."""
+    """Raise `UserError` for a folder that cannot be made or written."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     if not there.is_dir():
         raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")

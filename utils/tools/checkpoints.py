@@ -15,7 +15,7 @@ from utils.tools.options import Options, given_path, refuse_existing
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALL = 4  # elements of a tensor whose values are listed
+SMALL = 4  # most elements of a tensor whose values are listed
 
 
 def verbose(options: Options) -> int:

@@ -1,4 +1,4 @@
-"""What is wrong or odd about image files: the looks of `tools.py --keyword verify-image` and `verify-data`."""
+"""Faults and oddities of image files, for `tools.py --keyword verify-image` and `verify-data`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.data.image_file import DECODE_ERRORS, FORMATS, decode, not_for_dali, parse, read, reason_of, walk
 
-# Pillow's names of formats, and the endings that say so; MPO is a JPEG with more pictures behind the first.
+# Pillow's names of formats -> their endings; MPO is a JPEG with more pictures after the first.
 ENDINGS = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
@@ -47,7 +47,7 @@ def _files(root: Path, *, images: bool) -> Iterator[Path]:
 
 
 def format_of(path: Path) -> str:
-    """The format of an image, whatever its ending, by its header alone; empty for what is no image."""
+    """The format of an image by its header alone, whatever its ending; empty for other files."""
     if not os.path.isfile(path):  # a pipe might never end
         return ""
     try:
@@ -58,13 +58,13 @@ def format_of(path: Path) -> str:
 
 
 def image_error(path: Path) -> str | None:
-    """Why the image cannot be decoded to RGB, in one line; None when it can."""
+    """The reason why the image cannot be decoded to RGB, in one line; None when it can."""
     found = _decodable(path)
     return found if isinstance(found, str) else None
 
 
 def image_findings(path: Path) -> list[tuple[str, str]]:
-    """What is wrong or odd about an image: the kind of each finding, and the reason in one line."""
+    """Faults and oddities of an image: the kind of each finding, and the reason in one line."""
     data = _decodable(path)
     if isinstance(data, str):
         return [("truncated" if "truncated" in data.lower() else "broken", data)]
@@ -90,7 +90,7 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
 
 
 def _decodable(path: Path) -> bytes | str:
-    """The image's file, if training can decode it; else the reason why not, in one line."""
+    """The bytes of the file, if training can decode the image; else the reason why not, in one line."""
     try:
         data = read(path)
         with warnings.catch_warnings(action="ignore"):  # odd metadata of an image that decodes
@@ -101,8 +101,8 @@ def _decodable(path: Path) -> bytes | str:
 
 
 def _warning(data: bytes) -> str:
-    """What the JPEG decoder warns of, which Pillow does not pass on: data that ends early, or that means nothing."""
-    os.environ["VIPS_CONCURRENCY"] = "1"  # threads; the processes are as many as the cores
+    """The JPEG decoder's warning, which Pillow hides: data ends early or is invalid; empty without one."""
+    os.environ["VIPS_CONCURRENCY"] = "1"  # threads; there is a process per core already
     import pyvips
 
     pyvips.cache_set_max(0)

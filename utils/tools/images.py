@@ -14,6 +14,7 @@ from utils.text import printable
 from utils.tools.options import Options, given_path
 
 # Pillow, torch and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
+
 T = TypeVar("T")
 
 
@@ -75,7 +76,7 @@ def _tell(path: Path, text: str) -> None:
 
 
 def _each_image(options: Options, look: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
-    """What `look` says of every image below --root, in --workers processes, with a progress bar."""
+    """Yield every image below --root and its result of `look`, in --workers processes, with a progress bar."""
     from concurrent.futures.process import BrokenProcessPool
 
     from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Names of a network's entries: the files that pair old with new ones, and renaming a state by them."""
+"""Names of a state dict's entries: mapping files of old and new names, and renaming by them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def read_names(path: Path) -> list[tuple[int, list[str]]]:
     """The lines of a mapping file that hold names: the line's number and its names, braces expanded in order.
 
     `layer1.{conv1,bn1}.weight` stands for two names; several brace lists in a line give every combination,
-    the last one counting fastest. What follows a `#` and blank lines are ignored. Raises UserError when the
-    file cannot be read or a brace has no partner.
+    the last one varying fastest. Blank lines and text after a `#` are ignored. Raises UserError when the file
+    cannot be read or a brace has no partner.
     """
     try:
         text = path.read_text(encoding="utf-8")

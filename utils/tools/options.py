@@ -32,7 +32,7 @@ class Options:
 
 
 def given_path(path: Path | None) -> Path:
-    """An option that `parse` made sure of."""
+    """A path that the word needs, so that `parse` has refused a command line without it."""
     if path is None:
         raise TypeError("an option that the word needs is not declared in tools.WORDS")
     return path

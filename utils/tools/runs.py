@@ -59,7 +59,7 @@ def report(options: Options) -> int:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """What a finished run wrote about itself. Raises UserError when it has not."""
+    """The summary that a finished run wrote. Raises UserError when there is none."""
     path = folder / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
