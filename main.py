@@ -122,7 +122,7 @@ def run(config: Config) -> int:
 
 
 def check_options(config: Config) -> None:
-    """Check what can be checked without importing torch."""
+    """Run the checks of options that do not need torch."""
     settings = config.run
     schedule.check_schedule(config.schedule, config.optim.lr)
     start.check_folder(settings.log_dir / settings.case, "log_dir")
@@ -131,7 +131,7 @@ def check_options(config: Config) -> None:
 
 
 def describe(here: Surroundings, assembled: Assembled) -> int:
-    """Print what would be trained (`--dry_run`), or the learning rates (the keyword `lr-test`)."""
+    """Print the planned training (`--dry_run`), or the learning rates (the keyword `lr-test`)."""
     from utils.report import run_report
     from utils.step import optimizer
 
@@ -157,7 +157,7 @@ def prepare_files(here: Surroundings, origin: Origin) -> None:
 
 
 def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: Logger) -> None:
-    """Log what the run is about to do, and what it starts from."""
+    """Log the plan of the run, and the checkpoint that it starts from."""
     from model.convert import full_precision
     from model.layers.quantized import quantizers
     from utils.report import run_report

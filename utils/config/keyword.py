@@ -29,7 +29,7 @@ class Keyword:
         excludes: words that cannot be given with this one.
         families: families of networks it has an effect on, of `utils.config.resolve.network.FAMILIES`; empty: all.
         idle_with: a word beside which this one has no effect -> groups of words; with all words of a group
-            given, it has one again.
+            given, it has an effect again.
     """
 
     name: str

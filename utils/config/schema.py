@@ -18,7 +18,7 @@ from utils.config.checks import Checks
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
-LEAST, MOST = 1e-6, 1e6  # of boundary and scale; no clip value is below, and their quotients stay finite
+LEAST, MOST = 1e-6, 1e6  # limits of boundary and scale; no clip value is below, and their quotients stay finite
 MAX_LEVELS = 2**16
 GRIDS = ("midrise", "midtread")
 ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
@@ -41,7 +41,7 @@ class Rule:
         index: the layers it selects, numbered from 0 in the order of the network; empty: all.
         name: the layers it selects, as a shell pattern of their whole name.
         tag: fm, wt or ot; empty: all.
-        values: what it sets, attributes of quantizers or training options.
+        values: the attributes of quantizers, or the training options, that it sets.
     """
 
     section: str

@@ -36,7 +36,7 @@ def prepare(owner: object, preload: str) -> tuple[ForkServerContext, Callable[[i
         owner: workers end when this object is garbage-collected, or with this process.
         preload: the module that the workers need; imported once, in the process that they are forked from.
     """
-    # Forking this process may deadlock, because it has several threads. The server has one.
+    # Forking this process may deadlock, because it has several threads. The server has one thread.
     context = multiprocessing.get_context("forkserver")
     _start_server(context, preload)
     theirs, mine = context.Pipe(duplex=False)

@@ -2,7 +2,7 @@
 
 Use: `python -m utils.processes.launch [torchrun's options] SCRIPT ...`.
 
-torchrun itself ends with status 1 and a traceback of its own whatever happened. This launcher ends with the status of
+torchrun itself ends with status 1 and a traceback of its own, whatever happened. This launcher ends with the status of
 the process that failed first. It reports only errors that no process can report: that one was killed, and by what.
 """
 

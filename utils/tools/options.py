@@ -32,7 +32,7 @@ class Options:
 
 
 def given_path(path: Path | None) -> Path:
-    """A path that the word needs, so that `parse` has refused a command line without it."""
+    """The path of an option that the word needs; `parse` has checked that it is given."""
     if path is None:
         raise TypeError("an option that the word needs is not declared in tools.WORDS")
     return path

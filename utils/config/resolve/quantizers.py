@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, tuple[str, ...]]:
-    """The quantizers of options and keyword fields, and warnings about what has no effect."""
+    """The quantizers of options and keyword fields, and warnings about options without effect."""
     warnings: list[str] = []
     parts = {tag: _quantizer_config(tag, given, fields, warnings) for tag in TAGS}
     quant = QuantConfig(
