@@ -18,7 +18,8 @@ from utils.config.checks import Checks
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
-LEAST, MOST = 1e-6, 1e6  # limits of boundary and scale; no clip value is below, and their quotients stay finite
+# Limits of boundary and scale; no clip value is below, and their quotients stay finite.
+LEAST, MOST = 1e-6, 1e6
 MAX_LEVELS = 2**16
 GRIDS = ("midrise", "midtread")
 ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
