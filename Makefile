@@ -3,7 +3,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test lint format lock clean
+.PHONY: help setup quickstart test check lint format lock clean
 
 # The interpreter that .venv is made with, and processes of the tests.
 PYTHON3 ?= python3
@@ -48,6 +48,14 @@ quickstart: $(SETUP) ## train a small network, then its 2-bit version, and compa
 
 test: $(SETUP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+check: $(SETUP) ## in under a minute, most mistakes: style, types, and the tests that are quick
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@set -e; set -x; \
+	$(BIN)/pyright --project pyproject.toml & types=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m quick || status=$$?; \
+	wait $$types && exit $${status:-0}
 
 lint: $(SETUP) ## check code, types, scripts and configs
 	$(BIN)/ruff check
