@@ -70,7 +70,7 @@ class Box:
         text: what it does.
         parameters: full names.
         colour: of its kind.
-        inputs: places in the list of the boxes that it reads; -1 is the part's input.
+        inputs: indices of the boxes that it reads; -1 is the part's input.
     """
 
     name: str
@@ -266,7 +266,7 @@ def _half_size(box: Box) -> tuple[float, float]:
 
 
 def plot(axes: Axes, panel: Panel) -> None:
-    """One panel."""
+    """Draw one panel."""
     steps = boxes(panel, network(panel))
     where = places(steps)
     for box, (column, row) in zip(steps, where, strict=True):
@@ -307,7 +307,7 @@ def _label(box: Box, panel: Panel) -> str:
 def _arrow(
     axes: Axes, start: tuple[float, int], end: tuple[float, int], top: float, taken: set[tuple[float, int]]
 ) -> None:
-    """Down from box to box; around those between them; into the side of a sum from another column."""
+    """Draw an arrow down from box to box, around those between them, or into a sum's side from another column."""
     (x0, y0), (x1, y1) = start, end
     between = any((x0, row) in taken for row in range(y0 + 1, y1))
     if x0 == x1 and not between:
