@@ -67,7 +67,7 @@ class Box:
 
     Attributes:
         name: of the module or the parameter, in the whole network; empty for a sum of tensors.
-        text: what it does.
+        text: its operation.
         parameters: full names.
         colour: of its kind.
         inputs: indices of the boxes that it reads; -1 is the part's input.
@@ -223,7 +223,7 @@ def _boxes(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...])
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
-    """What a layer does, without its channels, as (text, colour)."""
+    """The operation of a layer, without its channels, as (text, colour)."""
     if isinstance(module, nn.Conv2d):
         stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
         colour = QUANTIZED if isinstance(module, QuantConv2d) else CONVOLUTION
@@ -293,7 +293,7 @@ def plot(axes: Axes, panel: Panel) -> None:
 
 
 def _label(box: Box, panel: Panel) -> str:
-    """The text in a box: what it does, and its parameters' names behind that of the part."""
+    """The text in a box: its operation, its name within the part, and its parameters' names."""
     if not box.name:
         return box.text
     name = box.name.removeprefix(f"{panel.part}.")

@@ -38,7 +38,7 @@ from utils.step.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
-    """A network with everything that its training needs, and what to report of how it was built.
+    """A network with everything that its training needs, and reports of how it was built.
 
     Attributes:
         model: the network, on its device.
@@ -51,7 +51,7 @@ class Assembled:
         methods: the loss, averaged weights and frozen weights.
         probe: records tensors of layers, if asked to.
         progress: how far the run is.
-        cost: what the network costs.
+        cost: of the network.
         initial: changes that the policy made before weights were loaded.
         loaded: the report on loading `--pretrained`; None without it.
         initialised: number of quantizers that `--re_init` initialised.

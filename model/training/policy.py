@@ -157,7 +157,7 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
 def _plan_quantizers(
     rule: Rule, when: str, model: nn.Module, values: dict[tuple[str, str], Any]
 ) -> list[Change]:
-    """Plan the changes of a rule to attributes, which are as in `values` or else as now; updates `values`."""
+    """Plan a rule's changes, from attributes as in `values` or, where missing, as now; updates `values`."""
     changes: list[Change] = []
     for where, quantizer in _select(rule, model):
         for name, new in rule.values.items():

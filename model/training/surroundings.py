@@ -50,7 +50,7 @@ class Origin:
     Attributes:
         found: the checkpoint that it continues from.
         pretrained: the weights that it begins with; None: random ones, or those of `found`.
-        launchers: what started its processes, see `utils.processes.distributed.launchers`.
+        launchers: the torchrun of each of its machines, see `utils.processes.distributed.launchers`.
     """
 
     found: Found

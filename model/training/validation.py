@@ -68,7 +68,7 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
 
 
 def reestimate_norms(training: TrainingState, loader: Loader, epoch: int) -> None:
-    """Compute the batch norms' statistics anew from the first `bn_batches` training batches of `epoch` (from 0)."""
+    """Re-estimate the batch norms' statistics from the first `bn_batches` training batches of `epoch` (from 0)."""
     count = training.config.run.bn_batches
     if count == 0:
         return

@@ -1,4 +1,4 @@
-"""How a low-bit network is doing while it trains: clipping, dead levels, oscillation, update sizes."""
+"""The health of a low-bit network during training: clipping, dead levels, oscillation, update sizes."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class Output:
     Attributes:
         files: the checkpoint files of the case.
         writer: writes them beside the training.
-        launchers: what started the processes of the run, see `utils.processes.distributed.launchers`.
+        launchers: the torchrun of each machine of the run, see `utils.processes.distributed.launchers`.
     """
 
     files: CheckpointFiles

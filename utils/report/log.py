@@ -83,7 +83,7 @@ def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
 
 
 def close() -> None:
-    """Detach and close what `setup` attached; nothing happens without it."""
+    """Detach and close the handlers that `setup` attached, if any."""
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
         handler.close()

@@ -60,7 +60,7 @@ def announce(
 
     Args:
         config: the run's.
-        cost: what the network costs.
+        cost: of the network.
         device: of this process.
         groups: the optimizer's.
         quantizers: the network's, each with its options.

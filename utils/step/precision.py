@@ -165,7 +165,7 @@ class Precision:
         return norm
 
     def step(self, *, update: bool) -> str:
-        """Let the optimizer take its step; returns what to log when gradients overflowed and it was skipped.
+        """Let the optimizer take its step; returns a log line when gradients overflowed and it was skipped.
 
         Args:
             update: False, in the warmup, only updates the gradients' scale.
@@ -219,7 +219,7 @@ class Precision:
 
 
 def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Give convolutions and linear layers half parameters; returns these and the former ones by name."""
+    """Give convolutions and linear layers half parameters; returns (half, former) by name."""
     masters = {}
     halves: dict[nn.Parameter, nn.Parameter] = {}  # modules may share one
     for prefix, module in model.named_modules():

@@ -114,7 +114,7 @@ def _fields(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _figure(title: str, names: int, **axes: Any) -> graph_objects.Figure:
-    """An empty figure with room for a legend of so many names."""
+    """An empty figure with room for a legend of `names` entries."""
     below = 56 + 22 * math.ceil(2 * names / 3)
     figure = graph_objects.Figure()
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "linecolor": LINES, "automargin": True}
