@@ -5,7 +5,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .PHONY: help setup quickstart test check lint format lock clean
 
-# The interpreter that .venv is made with, and processes of the tests.
+# The interpreter that makes .venv, and the number of test processes.
 PYTHON3 ?= python3
 WORKERS ?= 2
 
@@ -20,8 +20,8 @@ help: ## list the targets
 
 setup: $(SETUP) ## make .venv, with uv where it is installed, otherwise with pip
 
-# An installation that was broken off may hold half a package, so it is made anew. One made by hand, with the CPU
-# build of torch for instance, is kept and gets what it lacks.
+# An interrupted installation may hold half a package, so it is made anew. One made by hand, for instance with the
+# CPU build of torch, is kept and gets the missing packages.
 $(SETUP): requirement.txt requirement.lock
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'make: error: $(PYTHON3) is not Python 3.11 or newer; name one that is: make PYTHON3=python3.12' >&2; \

@@ -75,7 +75,7 @@ wait_for_child() {
 }
 
 # shellcheck disable=SC2329  # called by traps
-# The traps of the signals: `child`, be it a run or a pause, gets them too.
+# The traps of the signals: passes them on to `child`, a run or a pause.
 pass_on() {
   stopped_by=$1
   signals=$((signals + 1))
@@ -83,7 +83,7 @@ pass_on() {
 }
 
 # Starts a command as `child` and waits for it. Job control gives it a process group of its own: Ctrl-C then
-# reaches it once, passed on from here, and is not ignored, as it is in a plain background process.
+# reaches it once, passed on from here. A plain background process would ignore Ctrl-C.
 run_child() {
   set -m
   "$@" </dev/null &

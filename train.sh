@@ -67,8 +67,8 @@ check_shell_file() {
   message=$(LC_ALL=C bash -n -- "$1" 2>&1) || fail "not valid shell, correct it: ${message%%$'\n'*}"
 }
 
-# Called after a command of the user's that fails. One that does not exist is nearly always an assignment
-# with spaces in it, and going on would train something else.
+# Called after a command in a user's file has failed. A command that does not exist is nearly always an
+# assignment with spaces in it, and going on would train something else.
 # shellcheck disable=SC2329  # called by a trap
 check_status() {
   [[ $1 -ne 127 ]] || fail "$2: no such command: $3 (an assignment is NAME=\"VALUE\", no spaces around =)"
@@ -127,12 +127,12 @@ if [[ -n ${1-} && $1 != -* ]]; then
 fi
 command_line=("$@")
 
-# What a config may set starts empty, whatever the caller's environment holds under these everyday names.
+# Config variables start empty, whatever the caller's environment holds under these common names.
 unset dataset root model base epochs train_batch val_batch case keyword pretrained nproc torchrun script
 options=''
 
-# The rules of a plain shell hold in the user's files: an unset variable is empty, a test may be false.
-# shellcheck disable=SC2329  # bash calls it, in place of its own message: check_status says what to write
+# User files run by the rules of a plain shell: an unset variable is empty, a test may be false.
+# shellcheck disable=SC2329  # bash calls it in place of its own message; check_status reports the mistake
 command_not_found_handle() { return 127; }
 user_files=("$config_file")
 if [[ -f .env ]]; then
@@ -157,7 +157,7 @@ unset -f command_not_found_handle
 words=$(xargs -r printf '%s\n' <<<"${options:-}" 2>&1 && echo end) ||
   fail "$config_file: options has a quote without its partner: $words"
 mapfile -t option_words <<<"$words"
-unset 'option_words[-1]' # the word end, behind which an empty word would get lost
+unset 'option_words[-1]' # the word end, without which an empty last word would get lost
 IFS=$' \t\n' read -r -d '' -a torchrun_words <<<"${TORCHRUN:-${torchrun:-}}" || true
 
 arguments=()

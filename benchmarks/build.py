@@ -1,12 +1,12 @@
-"""How long building takes: quantized ResNet-50s, and a dry run of every config.
+"""Measures how long building takes: quantized ResNet-50s, and a dry run of every config.
 
     python benchmarks/build.py               # build a quantized resnet50, 10 times each method
     python benchmarks/build.py --configs     # and dry-run every config, each in a process of its own
     python benchmarks/build.py --kinds       # or one of each kind, and what answers before torch is imported
 
-Prints median, lowest and highest seconds and the median of the seconds of processor time, beside the goal: 1 s
-for a network, 4 s for a dry run, 1 s for help and mistakes. A dry run of data that has to be downloaded takes
-imitated images instead, and it starts from no weights; its batch and image size are the config's.
+Prints median, lowest and highest seconds and the median of the processor's seconds, beside the goal: 1 s for a
+network, 4 s for a dry run, 1 s for help and mistakes. A dry run takes imitated images in place of data that has to
+be downloaded, and it loads no weights; its batch and image size are the config's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS = ("dorefa", "pact", "dorefa,lsq", "lq", "dorefa,fm_non-uniform,wt_lsq",
 
 
 def line(name: str, times: Sequence[tuple[float, float]], goal: float) -> str:
-    """One row of the table, from pairs of seconds: that passed, and of processor time."""
+    """One row of the table, from pairs of seconds: elapsed, and of processor time."""
     seconds = [passed for passed, _ in times]
     middle = statistics.median(seconds)
     verdict = "ok" if max(seconds) < goal else "TOO SLOW" if middle >= goal else "too slow at times"
@@ -66,7 +66,7 @@ def build_networks(repeats: int) -> list[str]:
 
 
 def timed(command: Sequence[str], repeats: int, status: int = 0) -> list[tuple[float, float]]:
-    """Seconds that a program takes from its cold start, and of processor time, each time.
+    """The seconds of each cold run of a program: elapsed, and of processor time.
 
     Raises:
         RuntimeError: when it does not end with `status`.

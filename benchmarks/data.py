@@ -1,16 +1,16 @@
-"""How fast the data sets are delivered, against nothing but decoding, and how long training waits for them.
+"""Measures how fast the data sets are, against decoding alone, and how long training waits for them.
 
     python benchmarks/data.py                    # everything, on generated photographs of 500x375 pixels
     python benchmarks/data.py --root FOLDER      # on the training images of a folder of yours
 
-Every round measures each way once, one after the other, so that what else the machine does meets all of
-them alike; a ratio is of two figures of the same round, and the median over the rounds is printed. The limit
-of `imagenet` is processes that read and decode whole files with Pillow and do nothing else; that of `dali`
-are threads of DALI that do the same. Next to it is what remains of the limit when the images are resized too:
-`imagenet` decodes whole files and `dali` random crops, and the results are thrown away.
+Every round measures each way once, one after the other, so that other load on the machine affects all of them
+alike; a ratio is of two figures of the same round, and the median over the rounds is printed. The limit of
+`imagenet` is processes that only read and decode whole files with Pillow; that of `dali` is threads of DALI that do
+the same. A further column has the share of the limit that remains when the images are resized too: `imagenet` decodes
+whole files and `dali` random crops, and the results are thrown away.
 
 The table of CPU time is of one process, `imagenet` without workers and `dali` with one thread of each kind. It
-says where the time goes, and depends little on what else the machine does.
+shows where the time goes, and depends little on other load.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ Clock = Callable[[], float]
 
 
 def seconds_of(work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Run it once."""
+    """The seconds of running `work` once."""
     started = clock()
     work()
     return clock() - started
 
 
 def epoch(loader: Loader, device: torch.device) -> None:
-    """Take all batches of an epoch, and nothing else."""
+    """Only take all batches of an epoch."""
     for _ in loader:
         pass
     if device.type == "cuda":
@@ -82,7 +82,7 @@ def dali_decoder(
 ) -> Callable[[], None]:
     """A pipeline of DALI that reads and decodes whole files, or with a size random crops that are resized.
 
-    What is returned runs it once over all.
+    Returns a function that runs it once over all files.
     """
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -151,7 +151,7 @@ def decode_in_pool(pool: Executor, size: int | None, shares: Sequence[Sequence[s
 
 
 def ratio(limit: Sequence[float], taken: Sequence[float]) -> str:
-    """The median over the rounds of what the limit took as a share of what this took."""
+    """The median over the rounds of the limit's time divided by this time."""
     return f"{statistics.median(a / b for a, b in zip(limit, taken, strict=True)):.2f}"
 
 

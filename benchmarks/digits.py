@@ -7,8 +7,8 @@
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
 full-precision network of the same block; all gaps are to that of the original block. Reported is the
-top-1 of the validation images after the last epoch, never the best epoch. Runs that a finished summary of
-the same command stands for are not repeated (`--fresh` does).
+top-1 of the validation images after the last epoch, never the best epoch. Runs with a finished summary of
+the same command are not repeated, except with `--fresh`.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ BLOCK = "origin,cbsa,fix_pooling,singleconv,fix"  # the original ResNet
 BINARY_BLOCK = "NReLU,cbsa,fix_pooling,singleconv,real_skip"
 
 FULL = "-b 64 --epochs 30 --lr 0.1 --weight_decay 5e-4 --label_smooth 0.1 --wakeup_epoch 1"
-# Norms make the loss blind to the size of a weight and its gradient large where the weight is small: without warm-up
-# and clipping the first steps throw binary weights so far from zero that they keep their signs ever after. Weights
-# that swing between two levels up to the last step spoil the norms' running statistics, which are computed anew.
+# With norms the loss does not depend on the size of a weight, and its gradient is large where the weight is small:
+# without warm-up and clipping the first steps move binary weights so far from zero that their signs never change again.
+# Weights that oscillate up to the last step spoil the norms' running statistics, which are therefore re-estimated.
 TUNE = (
     "-b 32 --epochs 10 --lr 0.05 --weight_decay 1e-4 --label_smooth 0.1 --wakeup_epoch 1 --grad_clip 1 "
     "--bn_batches 20 --re_init"
 )
 BOTH = "--fm_enable --wt_enable"
-NETWORK = {  # the full tables take smaller images or a narrower network, so that they can be repeated
+NETWORK = {  # small images or a narrow network in the full tables, so that they can be repeated
     "digits-quick": "--model resnet20 --width_alpha 0.25",
     "digits-all": "--model resnet20 --width_alpha 0.25 --input_size 16",
     "glyphs-quick": "--model resnet20 --width_alpha 0.125",
@@ -76,7 +76,7 @@ class Method:
 
 
 def bits(count: int) -> str:
-    """The options of weights and activations of so many bits."""
+    """The options for weights and activations of `count` bits."""
     return f"{BOTH} --fm_bit {count} --wt_bit {count}"
 
 
@@ -112,7 +112,7 @@ ALL = (
     Method("Bi-Real gradient", "1/1", "xnor", f"{bits(1)} --fm_grad_type Triangle", LIMIT[1], BINARY_BLOCK),
 )  # fmt: skip
 
-# Where clip values start: by the paper's formula and, the second row of each pair, at the least squared error.
+# Initial clip values: by the paper's formula and, in the second row of each pair, at the least squared error.
 STARTS = tuple(
     replace(m, name=f"{m.name}{where}", options=f"{m.options}{option}")
     for m in ALL
@@ -260,7 +260,7 @@ def section(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of trainings takes."""
+    """Add the arguments of every benchmark of trainings."""
     parser.add_argument("--dataset", choices=("digits", "glyphs"), default="digits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")

@@ -49,7 +49,7 @@ def main() -> int:
     """Write the picture."""
     SHEET.parent.mkdir(parents=True, exist_ok=True)
     (train, _), (val, _) = glyphs()
-    sheet(train, val).quantize(16).save(SHEET, optimize=True)  # greys that suffice for a look
+    sheet(train, val).quantize(16).save(SHEET, optimize=True)  # greys are enough
     print(SHEET.relative_to(ROOT))
     return 0
 

@@ -1,11 +1,11 @@
-"""What the training loop costs beside the bare step: the program's epoch against a minimal loop.
+"""Measures the overhead of the training loop: the program's epoch against a minimal loop.
 
     OMP_NUM_THREADS=1 python benchmarks/loop.py [--rounds 40] [--iterations 10] [options of main.py]
 
-Both train copies of one network on the same batches with the same optimizer. They take turns, so that what
-else the machine does falls on both; a round is a short epoch of each, and who begins changes. Printed are the
+Both train copies of one network on the same batches with the same optimizer. They take turns, so that
+other load on the machine falls on both; a round is a short epoch of each, and the order alternates. Printed are the
 medians of the rounds' times per iteration, of the processor and of the clock, and the median and the quartiles of
-the rounds' differences and ratios. On a machine that does other things the processor's times say more.
+the rounds' differences and ratios. On a busy machine the processor's times are more reliable.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def minimal(
     batches: list[Batch],
     layout: torch.memory_format,
 ) -> None:
-    """The least that trains."""
+    """A minimal training loop."""
     network.train()
     for images, target in batches:
         loss = functional.cross_entropy(network(images.to(memory_format=layout)), target)
@@ -60,7 +60,7 @@ def minimal(
 
 
 class Kept(Loader):
-    """The same batches in every epoch, which cost nothing."""
+    """A loader with the same batches in every epoch, at no cost."""
 
     def __init__(self, batches: list[Batch]) -> None:
         size = len(batches[0][1])
@@ -85,14 +85,14 @@ class Times(NamedTuple):
 
 
 def times_of(work: Callable[[], object]) -> Times:
-    """How long `work` takes."""
+    """The times that `work` takes."""
     processor, clock = time.process_time(), time.perf_counter()
     work()
     return Times(time.process_time() - processor, time.perf_counter() - clock)
 
 
 def show(name: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
-    """Print what came of the rounds, seconds per iteration of either loop."""
+    """Print the results of the rounds, from seconds per iteration of each loop."""
     differences = [1000 * (a - b) for a, b in zip(ours, theirs, strict=True)]
     ratios = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
     print(f"{name}: minimal loop {1000 * statistics.median(theirs):.2f} ms an iteration; the program's takes")
@@ -114,7 +114,7 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     bare_optimizer, _ = build_optimizer(bare, settings.optim)
     optimizer, groups = build_optimizer(network, settings.optim)
     rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
-    parts = TrainingState(
+    training = TrainingState(
         network, network, optimizer, precision.build_precision(network, optimizer, settings.precision, cpu),
         policy.PolicyScheduler((), network, optimizer, groups, settings.optim, rates),
         training_methods.build_training_methods(settings, network, None, rates.total_steps), cpu, layout, settings,
@@ -123,7 +123,7 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     loader = Kept(batches)
 
     def epoch() -> None:
-        main.train_one_epoch(parts, loader, run_state.RunState(), Stop(), lambda _: None)
+        main.train_one_epoch(training, loader, run_state.RunState(), Stop(), lambda _: None)
 
     def bare_epoch() -> None:
         minimal(bare, bare_optimizer, batches, layout)

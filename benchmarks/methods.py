@@ -4,8 +4,8 @@
     python benchmarks/methods.py --dataset glyphs
 
 Networks and full-precision starts are those of `benchmarks/digits.py --all`, whose finished runs are not repeated; the
-recipe is that of the example configs, which has none of these methods. A row's run has the options of the plain one
-and those in its column. Differences are to the plain run of the same seed.
+recipe is that of the example configs, which has none of these methods. Each row adds the options in its column to the
+plain run. Differences are to the plain run of the same seed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Variant:
 
     Attributes:
         name: for the table; empty for the plain run.
-        options: beside the plain ones; {start} is the full-precision checkpoint of the seed.
-        keyword: beside the plain ones.
+        options: added to the plain ones; {start} is the full-precision checkpoint of the seed.
+        keyword: added to the plain ones.
     """
 
     name: str

@@ -67,10 +67,10 @@ class Box:
 
     Attributes:
         name: of the module or the parameter, in the whole network; empty for a sum of tensors.
-        text: what it does.
+        text: its operation.
         parameters: full names.
         colour: of its kind.
-        inputs: places in the list of the boxes that it reads; -1 is the part's input.
+        inputs: indices of the boxes that it reads; -1 is the part's input.
     """
 
     name: str
@@ -223,7 +223,7 @@ def _boxes(node: fx.Node, part: nn.Module, prefix: str, inputs: tuple[int, ...])
 
 
 def _kind(module: nn.Module) -> tuple[str, str]:
-    """What a layer does, without its channels, as (text, colour)."""
+    """The operation of a layer, without its channels, as (text, colour)."""
     if isinstance(module, nn.Conv2d):
         stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
         colour = QUANTIZED if isinstance(module, QuantConv2d) else CONVOLUTION
@@ -266,7 +266,7 @@ def _half_size(box: Box) -> tuple[float, float]:
 
 
 def plot(axes: Axes, panel: Panel) -> None:
-    """One panel."""
+    """Draw one panel."""
     steps = boxes(panel, network(panel))
     where = places(steps)
     for box, (column, row) in zip(steps, where, strict=True):
@@ -293,7 +293,7 @@ def plot(axes: Axes, panel: Panel) -> None:
 
 
 def _label(box: Box, panel: Panel) -> str:
-    """The text in a box: what it does, and its parameters' names behind that of the part."""
+    """The text in a box: its operation, its name within the part, and its parameters' names."""
     if not box.name:
         return box.text
     name = box.name.removeprefix(f"{panel.part}.")
@@ -307,7 +307,7 @@ def _label(box: Box, panel: Panel) -> str:
 def _arrow(
     axes: Axes, start: tuple[float, int], end: tuple[float, int], top: float, taken: set[tuple[float, int]]
 ) -> None:
-    """Down from box to box; around those between them; into the side of a sum from another column."""
+    """Draw an arrow down from box to box, around those between them, or into a sum's side from another column."""
     (x0, y0), (x1, y1) = start, end
     between = any((x0, row) in taken for row in range(y0 + 1, y1))
     if x0 == x1 and not between:

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py    # exp/report.html and docs/images/report.png
 
-The picture needs chromium, chromium-driver and the package selenium. Runs that have ended are not trained again
-(`--fresh` does).
+The picture needs chromium, chromium-driver and the package selenium. Finished runs are not trained again,
+except with `--fresh`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUNS = {  # case -> arguments of train.sh
     ),
 }
 WIDTH = 1280  # pixels of the window
-PARTS = (("overview", "curves"), ("levels", "epochs"))  # first and last section of what the picture shows
+PARTS = (("overview", "curves"), ("levels", "epochs"))  # first and last section of each part of the picture
 MARGIN = 18  # pixels around them
 COLOURS = 128  # of the picture; enough for lines and letters
 
@@ -75,7 +75,7 @@ def picture(page: Path) -> Image.Image:
 
 
 def main() -> int:
-    """Train what is not there, write the page and the picture."""
+    """Train runs that are missing, write the page and the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -67,7 +67,7 @@ class Curves:
         x: inputs.
         q: the quantizer's output.
         dq_dx: the gradient that reaches each input when 1 arrives at each output.
-        dq_dc: what each point contributes to the gradient of the clip value; None without a learned one.
+        dq_dc: the contribution of each point to the gradient of the clip value; None without a learned one.
     """
 
     x: Tensor
@@ -193,9 +193,9 @@ def curves(panel: Panel) -> Curves:
 
 
 def plot(axes: Axes, panel: Panel) -> None:
-    """One panel."""
+    """Draw one panel."""
     found = curves(panel)
-    # The output is broad and pale, so that a gradient that lies on it can be told from it.
+    # The output is broad and pale, so that a gradient on top of it stays visible.
     axes.plot(found.x, found.x, color=INPUT, linewidth=1, linestyle=":", label="x")
     axes.plot(found.x, found.q, color=OUTPUT, linewidth=4.5, alpha=0.5, label="q(x)")
     axes.plot(found.x, found.dq_dx, color=GRADIENT, linewidth=1.5, linestyle="--", label="dq/dx")

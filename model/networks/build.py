@@ -1,4 +1,4 @@
-"""From a configuration to a network."""
+"""Builds a network from its configuration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build_network(config: ModelConfig) -> nn.Module:
     """The network that `config` describes, float32, on the CPU, in training mode.
 
     Raises:
-        UserError: when there is no such network, or the configuration has none, naming the layer where
+        UserError: when there is no such network, or it cannot be built as configured, naming the layer where
             that helps.
     """
     source, colon, _ = config.name.partition(":")
@@ -68,7 +68,7 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether no quantizer still lets its input pass (`--stable`); true in full precision."""
+    """Whether all quantizers are on and past their warm-up (`--stable`); true in full precision."""
     return all(quantizer.enabled and bool(quantizer.warmed_up()) for _, quantizer in quantizers(model))
 
 

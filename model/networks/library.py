@@ -35,7 +35,7 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
     elif name.startswith("maxvit_"):
         options["input_size"] = (config.input_size, config.input_size)
     elif name in ("googlenet", "inception_v3"):
-        # Their auxiliary classifiers would put out a tuple in training; `--unresume_scope` passes weights of them.
+        # Auxiliary classifiers would make the output a tuple in training; `--unresume_scope` skips their weights.
         options |= {"aux_logits": False, "init_weights": True}
     return torchvision.models.get_model(name, weights=None, num_classes=config.num_classes, **options)
 
@@ -48,9 +48,8 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
         raise UserError(
             f"--model timm:{name} needs the package timm, which is not there ({error}): pip install timm"
         ) from error
-    _check_name(
-        "timm", name, timm.list_models()
-    )  # its names with a colon or a folder, which fetch files, are none
+    # Names with a colon or a folder, which fetch files, are not in this list.
+    _check_name("timm", name, timm.list_models())
     known = timm.models.get_pretrained_cfg(name)
     size: dict[str, Any] = (
         {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
@@ -60,19 +59,19 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
 
 SOURCES: dict[str, Callable[[str, ModelConfig], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
 
-# How networks say that an image size does not suit them, some already when they are built.
+# Errors of networks that an image size does not suit, some already when they are built.
 _UNSUITABLE = (RuntimeError, ValueError, AssertionError)
 
 
 def build_library_network(config: ModelConfig) -> nn.Module:
-    """The network `SOURCE:NAME`, its convolutions and linear layers made quantized ones if any shall be.
+    """The network `SOURCE:NAME`, its convolutions and linear layers quantized if the configuration says so.
 
     Its parameters keep their names. The layers that run first and last stay in full precision unless they are
     to be quantized too, and so do layers whose weight is used without calling them.
 
     Raises:
-        UserError: for a name that is none (with close ones), a width, an image size that the network does not
-            take, one that puts out anything but logits, or has no layer that can be quantized.
+        UserError: for an unknown name (with close ones), a width, an image size that the network does not take,
+            or a network that puts out anything but logits or has no layer that can be quantized.
     """
     source, _, name = config.name.partition(":")
     if config.width_alpha != 1.0:
@@ -106,7 +105,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
 
 
 def _own_size(source: str, name: str) -> int | None:
-    """The size of the images that the network's published weights were trained for; None: not known."""
+    """The size of the images that the network's published weights were trained for; None: unknown."""
     if source == "timm":
         import timm
 

@@ -1,7 +1,7 @@
 """MobileNetV1 (Howard et al., arXiv 1704.04861) and MobileNetV2 (Sandler et al., arXiv 1801.04381).
 
-`width_alpha` is the papers' width multiplier. With the `cifar` stem the first convolution does not stride, in
-MobileNetV2 nor does the first strided block, so that images of 32 pixels end at 2x2 and 4x4.
+`width_alpha` is the papers' width multiplier. With the `cifar` stem the first convolution has stride 1, and in
+MobileNetV2 the first strided block as well, so that images of 32 pixels end at 2x2 and 4x4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from model.layers import factory
 from model.networks.resnet import initialise
 from utils.config.schema import ModelConfig
 
-# Output channels and stride of each block of MobileNetV1 (table 1; the last block does not stride, as in the
+# Output channels and stride of each block of MobileNetV1 (table 1; the last block has stride 1, as in the
 # authors' code).
 V1_BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1),
@@ -79,8 +79,8 @@ class InvertedResidual(nn.Module):
     """A block of MobileNetV2: 1x1 `expand`, depth-wise 3x3, 1x1 `project` without activation.
 
     Input [N, in, H, W], output [N, out, H / stride, W / stride]; the input is added where shapes agree. It
-    comes from a projection, so that it goes below zero; only the first block, of expansion 1, which has no
-    `expand`, reads activations.
+    comes from a projection, so it goes below zero; only the first block, which has expansion 1 and no `expand`,
+    reads activations.
     """
 
     def __init__(

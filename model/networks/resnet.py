@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Depth:
-    """What a depth means: blocks per stage, and whether blocks are bottlenecks."""
+    """The blocks of a depth: how many per stage, and whether they are bottlenecks."""
 
     stages: tuple[int, ...]
     bottleneck: bool = False
@@ -150,13 +150,13 @@ class Block(nn.Module):
         self.order, self.base, self.units = block.order, config.base, len(units)
         self.block_skip = block.skip == "block"
         self.fixup, self.fixup_bias = block.fixup, block.fixup_bias
-        # The original ResNet applies the last activation to the sum; b-first orders normalise what they add.
+        # The original ResNet applies the last activation to the sum; b-first orders normalise the branch added.
         sum_activation = self.block_skip and block.fix and block.order in ("cbas", "cbsa")
         sum_norm = self.block_skip and block.fix and block.order.startswith("b")
 
         self.skip = shortcut(channels_in, out, stride, config)
         self.identity_skip = not any(True for _ in self.skip.children())
-        # Space-to-depth may pad; the strided layers beside it then do, too.
+        # Space-to-depth may pad; then the strided layers beside it pad as well.
         self.grow = space_to_depth.PadToBlocks(2 * stride) if block.prone and stride != 1 else nn.Identity()
         for k, unit in enumerate(units, start=1):
             norm_first = block.order.index("b") < block.order.index("c")
@@ -199,13 +199,13 @@ class Block(nn.Module):
         return x
 
     def _fixup_norm(self, x: Tensor, k: int) -> Tensor:
-        """What stands in Fixup where a norm would."""
+        """Apply Fixup's scale and bias in place of a norm."""
         if k == self.units:
             x = x * self.fixup_scale
         return x + getattr(self, f"fixup_bias{k}b") if self.fixup_bias else x
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        """The skip connection; a convolving one sees Fixup's first bias."""
+        """The skip connection; one with a convolution takes Fixup's first bias."""
         if self.fixup_bias and not self.identity_skip:
             x = x + self.fixup_bias1a
         if isinstance(self.grow, nn.Identity):
@@ -215,7 +215,7 @@ class Block(nn.Module):
         return x
 
     def _layer(self, part: nn.Module, x: Tensor) -> Tensor:
-        """A layer of the block; a strided one of a block that goes through space-to-depth pads as that does."""
+        """Run a layer of the block; beside space-to-depth, strided layers pad as that does."""
         strided = isinstance(part, nn.Conv2d | nn.AvgPool2d) and part.stride not in (1, (1, 1))
         return part(self.grow(x) if strided else x)
 
@@ -363,7 +363,7 @@ def zero_last_norms(model: ResNet) -> None:
     """Start the scale of each block's last norm at zero, so that a block begins as its shortcut.
 
     The last norm is the one of the block's output where there is one, else the last unit's, which is inside
-    a convolution through space-to-depth where that asks for it.
+    a space-to-depth convolution where that has one.
     """
     for block in model.modules():
         if not isinstance(block, Block):

@@ -1,1 +1,1 @@
-"""From a network to its training: loss, penalties, teacher, policy, checks."""
+"""The training of a network: loss, penalties, teacher, policy, checks."""

@@ -1,4 +1,4 @@
-"""From the configuration to a network that is ready for its next step, with all that a step needs."""
+"""Puts a run together: network, data, optimizer and policy, with the state of its checkpoint."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from utils.step.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Assembled:
-    """A network with all that its training needs, and what is to be said of how it was put together.
+    """A network with everything that its training needs, and reports of how it was built.
 
     Attributes:
         model: the network, on its device.
-        layout: memory format of the network and of images.
+        layout: memory format of network and images.
         loaders: the images.
         optimizer: of the network's parameters, or of its master weights.
-        groups: the optimizer's.
-        precision: the arithmetic.
-        policy: carries out the policy; holds the learning rates.
-        methods: the loss, and what is done with the weights after each step.
-        probe: looks into layers, if asked to.
+        groups: the optimizer's parameter groups.
+        precision: the floating types it computes in.
+        policy: applies the policy file; holds the learning rates.
+        methods: the loss, averaged weights and frozen weights.
+        probe: records tensors of layers, if asked to.
         progress: how far the run is.
-        cost: what the network costs.
-        initial: what the policy has changed before weights were loaded.
-        loaded: what became of `--pretrained`.
-        initialised: how many quantizers `--re_init` has initialised.
-        warnings: everything to warn of.
+        cost: of the network.
+        initial: changes that the policy made before weights were loaded.
+        loaded: the report on loading `--pretrained`; None without it.
+        initialised: number of quantizers that `--re_init` initialised.
+        warnings: all warnings.
     """
 
     model: nn.Module
@@ -75,7 +75,7 @@ class Assembled:
     warnings: tuple[str, ...]
 
     def training_state(self, here: Surroundings, logger: Logger) -> TrainingState:
-        """What the training loop works with; from here on the processes of the run share gradients."""
+        """The state of the training loop; from here on the processes share gradients."""
         return TrainingState(
             model=self.model,
             network=distributed.parallel(self.model, here.device, may_skip=self.policy.disables),
@@ -98,7 +98,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     optimizer, which must hold the final parameters; the optimizer before its state.
 
     Raises:
-        UserError: something that was asked for does not fit the network, the data or the checkpoint.
+        UserError: an option does not fit the network, the data or the checkpoint.
     """
     config, found = here.config, origin.found
     seed_generators(config.run.seed)
@@ -155,7 +155,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
 
 
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
-    """The loaders, and what depends on the length of an epoch: learning rates, warm-ups, and warnings of them."""
+    """Open the data and fit warm-ups to its epochs; returns loaders, learning rates and warnings."""
     config = here.config
     loaders = open_data(config.data, here.device)
     check_batches(config, loaders.train.samples)
@@ -167,7 +167,7 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
 def _initialise_ranges(
     here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format
 ) -> int:
-    """Initialise the quantizers' ranges by a batch, where a training begins and asks for it; returns how many."""
+    """Initialise the quantizers' ranges from a batch if a new training asks for it; returns how many."""
     config = here.config
     trains = not (config.run.evaluate or config.run.dry_run or config.run.lr_test)
     if not (config.model.quant.re_init and origin.found.path is None and trains):
@@ -178,9 +178,9 @@ def _initialise_ranges(
 
 
 def _join_processes(here: Surroundings, model: nn.Module) -> None:
-    """Give all processes one network, random numbers of their own, and batch statistics in common if asked to."""
+    """Give all processes the same network, different random numbers and, if asked to, shared batch statistics."""
     distributed.share_state(model)
-    if here.place.rank > 0:  # all have drawn the same network; what is drawn from here on is each one's own
+    if here.place.rank > 0:  # all ranks drew the same network; from here on each draws its own numbers
         seed_generators((here.config.run.seed + here.place.rank * 1_000_003) % 2**63)
     if here.config.devices.sync_bn and here.place.world_size > 1:
         sync_norm.synchronise(model, here.device)
@@ -190,7 +190,7 @@ def _resume(
     here: Surroundings, found: Found, model: nn.Module, optimizer_: torch.optim.Optimizer,
     policy: PolicyScheduler, loaders: Loaders,
 ) -> tuple[RunState, tuple[str, ...]]:  # fmt: skip
-    """Take over the checkpoint that the run continues from: how far it is, and warnings of what has changed."""
+    """Restore the checkpoint that the run continues from; returns its progress, and warnings of changes."""
     config, steps_per_epoch = here.config, policy.rates.steps_per_epoch
     progress, warnings = RunState(), ()
     if found.path is not None:
@@ -204,7 +204,7 @@ def _resume(
 
 
 def _probe(here: Surroundings, model: nn.Module, policy: PolicyScheduler, loaders: Loaders) -> Probe | None:
-    """What looks into layers, in the first process of a training that asks for it."""
+    """The probe, in the first process of a training that asks for one."""
     config = here.config
     if not config.probe.enable or not here.place.first or config.run.evaluate:
         return None

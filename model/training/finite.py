@@ -1,4 +1,4 @@
-"""Stops a run whose numbers are not finite, before it saves them, with the name of what made the first one."""
+"""Stops a run whose numbers are not finite, before it saves them, and names the layer that made the first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.processes import distributed
 
 
 def check_loss(state: TrainingState, loss: Tensor, images: Tensor, where: str) -> None:
-    """Stop the run, in all processes, before the weights take the step, when the loss of one is NaN or infinite."""
+    """Stop all processes before the optimizer step when the loss of one is NaN or infinite."""
     mine = not math.isfinite(float(loss.detach()))
     if distributed.any_process(mine):
         whose = "the loss" if mine else "the loss of another process"
@@ -24,7 +24,7 @@ def check_loss(state: TrainingState, loss: Tensor, images: Tensor, where: str) -
 
 
 def check_gradients(state: TrainingState, norm: Tensor, where: str) -> None:
-    """Stop the run, before the weights take the step, when a gradient is NaN or infinite."""
+    """Stop the run before the optimizer step when a gradient is NaN or infinite."""
     if not math.isfinite(float(norm)):
         bad = [
             name
@@ -38,12 +38,12 @@ def check_gradients(state: TrainingState, norm: Tensor, where: str) -> None:
 
 
 def check_epoch(state: TrainingState, row: Mapping[str, float], images: Callable[[], Tensor]) -> None:
-    """Stop the run before it notes an epoch whose last step has ruined the weights.
+    """Stop the run before it records an epoch whose weights or validation loss are not finite.
 
     Args:
         state: the training.
         row: the epoch's metrics.
-        images: a batch of images, asked for when something is wrong.
+        images: gives a batch of images; called only when something is wrong.
     """
     weights = state.precision.weights(state.model)
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
@@ -54,18 +54,18 @@ def check_epoch(state: TrainingState, row: Mapping[str, float], images: Callable
 
 
 def advice(state: TrainingState, images: Tensor, *, training: bool = True) -> str:
-    """Where numbers that are not finite came from, and what may help; all processes ask, or none.
+    """Say where non-finite numbers came from and what may help; all processes must call it.
 
     Args:
         state: the training.
-        images: that it came from, or may have.
-        training: in a step of training; otherwise in validation, or between the two.
+        images: the images that caused them, or may have.
+        training: whether it was in a training step; otherwise in validation or between the two.
     """
     with state.precision.autocast():
         found = distributed.gathered(first_nonfinite(state.model, images, training=training))
-    # Shared statistics carry it to the others from the next layer on.
+    # Shared statistics carry it to the other processes from the next layer on.
     _, layer = min((each for each in found if each), default=(0, ""))
-    # An infinite running variance, for one, makes finite outputs, and other images may have made the loss.
+    # An infinite running variance, for example, gives finite outputs, and other images may have caused the loss.
     nowhere = "no layer has such an output" + (
         ", the loss itself is" if training else " for the images looked at"
     )
@@ -74,11 +74,11 @@ def advice(state: TrainingState, images: Tensor, *, training: bool = True) -> st
 
 
 def first_nonfinite(model: nn.Module, images: Tensor, *, training: bool = True) -> tuple[int, str] | None:
-    """The first layer that makes a NaN or infinity of `images` [N, 3, S, S]; None: none does.
+    """Find the first layer whose output for `images` [N, 3, S, S] is not finite; None if there is none.
 
-    Returns how many layers came before it, and its name and state. In training mode this is a step of training
-    without the gradients: all processes take part, as norms and quantizers may share statistics, and the network's
-    buffers change. Call it when the run ends anyway.
+    Returns the number of layers before it, and its name with its non-finite parameters. In training mode this is a
+    training step without gradients: all processes take part, since norms and quantizers may share statistics, and the
+    network's buffers change. So call it only when the run ends anyway.
     """
     found: list[tuple[int, str]] = []
     counter = itertools.count()

@@ -1,4 +1,4 @@
-"""What a training minimises: the labels' loss, a teacher's, and penalties on the weights."""
+"""The training loss: of the labels, of a teacher, and penalties on the weights."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ class Objective:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must find again: which teacher it is."""
+        """The teacher's fingerprint, which must be the same in a resumed run."""
         return {} if self.teacher is None else {"teacher": self.teacher.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuse, with a `UserError`, another teacher than that of the run that goes on."""
+        """Raise `UserError` when the resumed run had a different teacher."""
         if self.teacher is not None and "teacher" in state:
             self.teacher.check_same(state["teacher"])

@@ -19,10 +19,10 @@ from utils.errors import UserError
 
 
 def dampening(model: nn.Module) -> Tensor:
-    """The sum over quantized weights of (q - clip(w))^2, q the level of w, constant; float32 [] (section 4.2).
+    """The sum over quantized weights of (q - clip(w))^2, with q the level of w, a constant; float32 [] (section 4.2).
 
     Gradient 2 * (w - q) for weights within the range, 0 for those beyond its ends, which pulls a weight to the
-    middle of what rounds to its level. In a warm-up, in which levels mean nothing, a layer counts for nothing.
+    middle of the interval that rounds to its level. A layer in its warm-up, when levels mean nothing, is not counted.
     """
     total = None
     for _, layer, quantizer in quantized_weights(model):
@@ -37,22 +37,22 @@ def dampening(model: nn.Module) -> Tensor:
 
 
 def dampening_factor(step: int, total_steps: int) -> float:
-    """From 0 at the first step to 1 at the last along a cosine (section 4.2): (1 - cos(pi * t / T)) / 2."""
+    """Rise from 0 at the first step to 1 at the last along a cosine (section 4.2): (1 - cos(pi * t / T)) / 2."""
     return (1 - math.cos(math.pi * step / max(total_steps - 1, 1))) / 2
 
 
 class Freezing:
     """Iterative weight freezing (section 4.3): a weight that oscillates too often stays at its mean level.
 
-    In each step a weight oscillates when its level's number changes in the direction opposite to its last change.
-    With f the exponential mean of that (momentum m) and n that of the level's number, a weight with
-    f > threshold is put on the level round(n) and stays there, whatever the optimizer does to it.
-    The threshold goes from the first to the second of two values along a cosine. A layer whose levels a policy changes,
-    or whose quantizer it turns off, begins anew.
+    A weight oscillates in a step when its level number changes in the direction opposite to its last change. With
+    f the exponential mean of these oscillations (momentum m) and n that of the level number, a weight with
+    f > threshold is set to the level round(n) and stays there, whatever the optimizer does to it. The threshold
+    moves from the first to the second of two values along a cosine. A layer starts anew when a policy changes its
+    levels or turns its quantizer off.
 
     Args:
-        model: the network; its quantized weights as they are now.
-        threshold: one or two frequencies, oscillations a step; empty: nothing is frozen.
+        model: the network whose quantized weights are tracked.
+        threshold: one or two frequencies, oscillations per step; empty: nothing is frozen.
         momentum: m.
         total_steps: optimizer steps of the run.
     """
@@ -76,12 +76,12 @@ class Freezing:
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Follow the weights after optimizer step `step` (from 0), freeze some, and put frozen ones back.
+        """Track the weights after optimizer step `step` (from 0), freeze some, and reset frozen ones to their level.
 
         Args:
             step: as the schedule counts.
             weights: the float32 weights that the optimizer updates, by the names of the network's state; they
-                and the network's own are changed. Nothing waits for the device.
+                and the network's own are changed, without waiting for the device.
         """
         if not self.enabled:
             return
@@ -109,12 +109,12 @@ class Freezing:
             state["frozen"] |= newly
             state["numbers"].copy_(torch.where(state["frozen"], kept, numbers))
             weight.copy_(torch.where(state["frozen"], found.unscaled(kept.long()), weight))
-            if layer.weight.data_ptr() != weight.data_ptr():  # half of it is what the network computes with
+            if layer.weight.data_ptr() != weight.data_ptr():  # the network computes with a half copy
                 layer.weight.copy_(weight)
 
     @staticmethod
     def _start(numbers: Tensor, grid: list[int]) -> dict[str, Tensor]:
-        """What is followed of a layer's weight: int32, float32 or bool of its shape, but for `grid`, on the CPU."""
+        """The state that tracks a layer's weight: int32, float32 or bool of its shape; `grid` is on the CPU."""
         return {
             "grid": torch.tensor(grid),
             "numbers": numbers.clone(),
@@ -126,20 +126,20 @@ class Freezing:
         }
 
     def share(self) -> float:
-        """Share of the quantized weights that are frozen; waits for the device."""
+        """Share of the quantized weights that is frozen; waits for the device."""
         masks = [state["frozen"] for state in self._tracked.values()]
         frozen = sum(int(mask.sum()) for mask in masks)
         return frozen / max(sum(mask.numel() for mask in masks), 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, tensors by layer."""
+        """The state for a resumed run, tensors by layer."""
         return {name: dict(state) for name, state in self._tracked.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`; an empty one is a start.
+        """Continue from a `state_dict()`; an empty one is a fresh start.
 
         Raises:
-            UserError: it is of another network.
+            UserError: it belongs to a different network.
         """
         if not self.enabled:
             return

@@ -1,7 +1,7 @@
-"""Policy files: changes of quantizers and training options while a run goes (docs/policies.md).
+"""Carries out policies: changes of quantizers and training options during a run (docs/policies.md).
 
-`read` turns the YAML file into typed rules without torch; `initialise` carries out the section `init` on a network
-that was just built; `Steering` plans all other sections before training begins and carries them out as it goes.
+`utils.config.policy_file` reads the file. `initialise` carries out its section `init` on a network that was just built;
+`PolicyScheduler` plans all other sections before training begins and carries them out during it.
 """
 
 from __future__ import annotations
@@ -10,28 +10,27 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from model.layers.quantized import quantized_layers, quantizers
+from model.quantizers.frame import Quantizer
 from utils.config.methods import record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
-from utils.config.schema import Rule
+from utils.config.schema import OptimConfig, Rule
 from utils.errors import UserError
+from utils.step.optimizer import ParamGroup
+from utils.step.schedule import Schedule
 
-if TYPE_CHECKING:  # a file's mistakes are found before torch is loaded
-    from torch import nn
-    from torch.optim import Optimizer
-
-    from model.quantizers.frame import Quantizer
-    from utils.config.schema import OptimConfig
-    from utils.step.optimizer import ParamGroup
-    from utils.step.schedule import Schedule
-
-OTHER_NETWORK = {"enable", "half_range", "level_num"}  # what is best before is not best after
+OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One value that is changed: of a quantizer by its name, or of the training."""
+    """One changed value, of a named quantizer or of the training."""
 
     when: str
     target: str
@@ -46,7 +45,7 @@ class Change:
 
 
 def initialise(model: nn.Module, rules: Sequence[Rule]) -> tuple[Change, ...]:
-    """Carry out what `init` says of quantizers, before weights are loaded; returns what was changed.
+    """Carry out the quantizer entries of `init`, before weights are loaded; returns the changes.
 
     Raises:
         UserError: an entry selects nothing, changes nothing or does not suit a quantizer.
@@ -67,8 +66,6 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
     Raises:
         UserError: there is none, or an index has no layer.
     """
-    from model.layers.quantized import quantized_layers
-
     found, layers = [], list(quantized_layers(model))
     tags = {"activation": "fm", "weight": "wt", "output": "ot"}
     for number in rule.index:
@@ -91,7 +88,7 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
 
 
 def _get(quantizer: Quantizer, name: str) -> Any:
-    """An attribute's value now."""
+    """The current value of an attribute."""
     match name:
         case "level_num":
             return quantizer.levels
@@ -104,16 +101,14 @@ def _get(quantizer: Quantizer, name: str) -> Any:
 
 
 def _set(quantizer: Quantizer, name: str, value: Any, *, rescale: bool = True) -> tuple[nn.Parameter, ...]:
-    """Set an attribute; returns parameters whose value it changed.
+    """Set an attribute; returns the parameters whose values it changed.
 
     Args:
         quantizer: the quantizer.
         name: one of `ATTRIBUTES`.
-        value: as checked.
-        rescale: the quantizer's range is that of training, so that `progressive` keeps the step.
+        value: an accepted value.
+        rescale: whether the range is a trained one, so that `progressive` keeps the step.
     """
-    import torch
-
     match name:
         case "level_num":
             return quantizer.set_levels(value, keep_step=rescale and quantizer.config.progressive)
@@ -130,8 +125,6 @@ def _set(quantizer: Quantizer, name: str, value: Any, *, rescale: bool = True) -
 
 def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quantizer) -> None:
     """Refuse a value that the quantizer's method does not take."""
-    from model.quantizers.frame import Quantizer as Base
-
     config = quantizer.config
     method, record, fault = config.method, record_of(config.method, config.tag), ""
     if name == "level_num":
@@ -155,7 +148,7 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
     elif name in record.limits and value > record.limits[name][0]:
         most, reason, _ = record.limits[name]
         fault = f"{reason}, at most {most:g}"
-    elif name == "boundary" and type(quantizer).set_range is Base.set_range:
+    elif name == "boundary" and type(quantizer).set_range is Quantizer.set_range:
         fault = f"{method} has no clipping value here"
     if fault:
         raise UserError(f"{rule}: {where}: {name} {value}: {fault}")
@@ -164,7 +157,7 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
 def _plan_quantizers(
     rule: Rule, when: str, model: nn.Module, values: dict[tuple[str, str], Any]
 ) -> list[Change]:
-    """What a rule will change when attributes are as `values` say, else as they are; `values` are updated."""
+    """Plan a rule's changes, from attributes as in `values` or, where missing, as now; updates `values`."""
     changes: list[Change] = []
     for where, quantizer in _select(rule, model):
         for name, new in rule.values.items():
@@ -182,24 +175,24 @@ def _plan_quantizers(
 
 
 class PolicyScheduler:
-    """Carries out a policy while training goes, and is part of what a run continues from.
+    """Carries out a policy during training; its state is part of a checkpoint.
 
     Args:
-        rules: of the policy file; none: all of this does nothing.
+        rules: of the policy file; without any it does nothing.
         model: the network, after `initialise`.
         optimizer: of its parameters.
         groups: the optimizer's groups, in its order.
         optim: the options of the optimizer.
         rates: the learning rates.
-        shortened: the command line has shortened the run, so that what lies beyond it falls away with a warning.
+        shortened: the command line has shortened the run, so entries beyond its end are dropped with a warning.
 
     Attributes:
-        log: takes a line for each change.
-        warnings: what falls away.
-        optim: the options as they are now.
-        rates: the learning rates, with the base rates that have been set so far.
-        planned_rates: the same with all that the policy will set.
-        plan: every change that is to come, in order.
+        log: called with a line for each change.
+        warnings: one for each dropped entry.
+        optim: the current options of the optimizer.
+        rates: the learning rates, with the base rates set so far.
+        planned_rates: the same with all base rates that the policy will set.
+        plan: all changes to come, in order.
 
     Raises:
         UserError: an entry selects nothing, changes nothing, lies beyond the run or does not suit what it selects.
@@ -224,7 +217,7 @@ class PolicyScheduler:
                 self._set_options(rule.values, 0)
 
     def _planned(self) -> tuple[tuple[Change, ...], Schedule]:
-        """Every change in its order, on attributes and options that are followed without touching any; the rates."""
+        """Plan all changes in order, without making any; returns them and the planned rates."""
         per_epoch, total = self.rates.steps_per_epoch, self.rates.total_steps
         limits = {"epoch": total // per_epoch, "iteration": total}
         events: list[tuple[int, int, int, Rule]] = []
@@ -257,7 +250,7 @@ class PolicyScheduler:
         return tuple(changes), rates
 
     def _check_options(self, rule: Rule) -> None:
-        """Refuse options that this training does not read."""
+        """Refuse options that this training does not use."""
         config = self.rates.config
         for name, value in rule.values.items():
             if name == "custom_lr" and not any(group.custom_lr for group in self._groups):
@@ -277,9 +270,7 @@ class PolicyScheduler:
 
     @property
     def disables(self) -> bool:
-        """Whether a quantizer is turned off now or will be, so that a pass may leave its parameters out."""
-        from model.layers.quantized import quantizers
-
+        """Whether a quantizer is or will be turned off, so that a pass may not use its parameters."""
         planned = any(change.attribute == "enable" for change in self.plan)
         return planned or not all(quantizer.enabled for _, quantizer in quantizers(self._model))
 
@@ -288,9 +279,9 @@ class PolicyScheduler:
         return "\n".join(str(change) for change in (*initial, *self.plan))
 
     def advance(self, epoch: int, step: int) -> bool:
-        """Carry out what is due before optimizer step `step` (from 0) of the run, in `epoch` (from 0).
+        """Carry out the changes due before optimizer step `step` (from 0) of the run, in `epoch` (from 0).
 
-        Returns whether the network is another one now, whose accuracy the best one so far does not compare with.
+        Returns whether the network is a different one now, so that the best accuracy so far does not compare.
         """
         other = False
         for section, now in (("epoch", epoch), ("iteration", step)):
@@ -305,7 +296,7 @@ class PolicyScheduler:
         return other
 
     def _carry_out(self, rule: Rule, when: str, step: int) -> bool:
-        """Change what a rule says before a step, log it; returns whether the network is another one now."""
+        """Carry out and log a rule before a step; returns whether the network is a different one now."""
         if rule.trains:
             for change in _option_changes(when, self.optim, rule.values):
                 self.log(str(change))
@@ -317,16 +308,16 @@ class PolicyScheduler:
                 old = _get(quantizer, name)
                 if old == new:
                     continue
-                for parameter in _set(quantizer, name, new):  # its momentum is that of another range
+                for parameter in _set(quantizer, name, new):  # its momentum belongs to the old range
                     self._optimizer.state.pop(parameter, None)
                 self.log(str(Change(when=when, target=where, attribute=name, old=old, new=new)))
-                if name not in ("level_num", "boundary"):  # checkpoints hold these with the weights
+                if name not in ("level_num", "boundary"):  # these are saved with the weights
                     self._attributes.setdefault(where, {})[name] = new
                 other |= name in OTHER_NETWORK
         return other
 
     def _set_options(self, values: Mapping[str, Any], step: int) -> None:
-        """Set training options from a step on, and what follows from them in the optimizer."""
+        """Set training options from a step on, also in the optimizer's groups."""
         self._options |= values
         self.optim = dataclasses.replace(self.optim, **values)
         self.rates = _with_base(self.rates, step, self.optim.lr)
@@ -336,7 +327,7 @@ class PolicyScheduler:
                 group["momentum"] = self.optim.momentum
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimizer, as plain values."""
+        """The state for a resumed run, beside weights and optimizer, as plain values."""
         attributes = {name: dict(values) for name, values in self._attributes.items()}
         return {
             "done": dict(self._done),
@@ -346,19 +337,17 @@ class PolicyScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from a `state_dict()`: nothing that was carried out is carried out again; an empty one is a start.
+        """Continue from a `state_dict()`, without repeating changes; an empty one is a fresh start.
 
         Args:
-            state: what `state_dict` gave.
-            step: the iteration that comes next. A run may go on with fewer iterations an epoch than it began with, and
-                rates that were in force are so from here on at the latest.
+            state: a `state_dict()`.
+            step: the next iteration. A resumed run may have fewer iterations per epoch than before, so rates that
+                were in force hold from this step on at the latest.
 
         Raises:
-            UserError: it has other values than policies set.
-            KeyError, TypeError, ValueError, AttributeError: it is no such state, or of another network.
+            UserError: it has a value that a policy cannot set.
+            KeyError, TypeError, ValueError, AttributeError: it is no such state, or of a different network.
         """
-        from model.layers.quantized import quantizers
-
         if not state:
             return
         where, later = "the checkpoint's policy", tuple((step, lr) for step, lr in state.get("rates", []))
@@ -383,12 +372,12 @@ class PolicyScheduler:
         self._attributes = {name: dict(values) for name, values in state["quantizers"].items()}
         later = tuple((min(begin, step), lr) for begin, lr in later)
         self.rates = dataclasses.replace(self.rates, later=later)
-        # From the start on where a checkpoint does not say since when.
+        # From step 0 where the checkpoint does not say from which step.
         self._set_options(state["options"], later[-1][0] if later else 0)
 
 
 def _with_base(rates: Schedule, step: int, lr: float) -> Schedule:
-    """The rates with another base rate from a step on."""
+    """The rates with a different base rate from a step on."""
     if rates.base(step) == lr:
         return rates
     return dataclasses.replace(rates, later=(*rates.later, (step, lr)))

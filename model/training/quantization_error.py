@@ -11,10 +11,10 @@ from model.layers.quantized import quantized_weights
 def quantization_error(model: nn.Module) -> Tensor:
     """Mean over layers of sum (q - w)^2 / sum w^2, w the weights and q their levels; float32 [].
 
-    With gradient it pulls each weight to its level: q and sum w^2 count as constants, since the straight-through
+    Its gradient pulls each weight to its level: q and sum w^2 count as constants, since the straight-through
     gradient of q would cancel that of w. Learned clip values get the gradient of the same error through q with
-    constant w (`Quantizer.range_error`), which leads to the range of least squared error. Quantizers whose levels are
-    values of another kind than the weights are left to the caller to refuse.
+    constant w (`Quantizer.range_error`), which leads to the range of least squared error. The caller must refuse
+    quantizers whose levels are values of another kind than the weights.
     """
     errors = []
     for _, layer, quantizer in quantized_weights(model):

@@ -1,4 +1,4 @@
-"""Where a run takes place and what it starts from: all that is known before its network is built."""
+"""A run's place, device and starting point, found before its network is built."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from utils.step import optimizer, precision
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What is known of a run before its network is built.
+    """Everything known about a run before its network is built.
 
     Attributes:
-        config: the run's, with this process's place among the data.
+        config: the run's, with this process's rank in `data`.
         place: which process this is.
         device: where it computes.
-        folder: of the log and the metrics.
+        folder: for the log and the metrics.
         files: the case's checkpoints.
         teacher: the teacher's checkpoint; None without distillation.
-        warnings: what was noticed so far.
+        warnings: warnings so far.
     """
 
     config: Config
@@ -45,12 +45,12 @@ class Surroundings:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run starts from.
+    """The checkpoint or the weights that a run starts from.
 
     Attributes:
         found: the checkpoint that it continues from.
         pretrained: the weights that it begins with; None: random ones, or those of `found`.
-        launchers: what started its processes, see `utils.processes.distributed.launchers`.
+        launchers: the torchrun of each of its machines, see `utils.processes.distributed.launchers`.
     """
 
     found: Found
@@ -59,10 +59,10 @@ class Origin:
 
 
 def find_surroundings(config: Config) -> Surroundings:
-    """Find this process's place and device, and check what can be checked without building anything.
+    """Find this process's place and device, and check the options without building anything.
 
     Raises:
-        UserError: an option does not fit this machine, or names what is not there.
+        UserError: an option does not fit this machine, or names a file that is not there.
     """
     settings = config.run
     place = distributed.place(config.devices, os.environ)

@@ -16,11 +16,11 @@ from utils.errors import UserError
 
 
 class Teacher:
-    """Gives its logits for the images that the network is trained on.
+    """Computes the teacher's logits for the training images.
 
     Args:
         config: its network.
-        path: the checkpoint, as `find` says.
+        path: the checkpoint, see `find_teacher`.
     """
 
     def __init__(self, config: DistillConfig, path: Path) -> None:
@@ -40,12 +40,12 @@ class Teacher:
         self._network.eval().requires_grad_(False)
 
     def to(self, device: torch.device, layout: torch.memory_format) -> Teacher:
-        """Move it where the network is."""
+        """Move it to the network's device and memory format."""
         self._network.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits, float32 [N, C], of images [N, 3, S, S]; computed as the network's, under its autocast."""
+        """Logits, float32 [N, C], of images [N, 3, S, S]; computed under the network's autocast."""
         with torch.no_grad():
             return self._network(images.float()).float()
 
@@ -55,7 +55,7 @@ class Teacher:
         return _checksum(self._network)
 
     def check_same(self, fingerprint: int) -> None:
-        """Refuse to be another teacher than one of this `fingerprint`."""
+        """Raise `UserError` unless its weights have this `fingerprint`."""
         if fingerprint != self.fingerprint:
             raise UserError(
                 f"--distill_pretrained {self._path}: the run that goes on learned from other weights; bring its "

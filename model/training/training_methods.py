@@ -1,4 +1,4 @@
-"""The methods of training that a run is put together from: its loss, averaged weights, frozen weights."""
+"""The training methods of a run: its loss, averaged weights and frozen weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.step.precision import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMethods:
-    """The methods of training that have a part in every step; each does nothing when it is not asked for.
+    """The training methods that act in every step; each does nothing unless asked for.
 
     Attributes:
         objective: the loss.
@@ -31,14 +31,14 @@ class TrainingMethods:
     freezing: Freezing
 
     def after_step(self, step: int, precision: Precision, model: nn.Module) -> None:
-        """What follows step `step` (from 0) of the optimizer."""
+        """Freeze and average weights after optimizer step `step` (from 0)."""
         if self.freezing.enabled or self.average.enabled:
             weights = precision.weights(model)
             self.freezing.after_step(step, weights)
             self.average.after_step(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of them."""
+        """Their state for a resumed run."""
         return {
             "objective": self.objective.state_dict(),
             "average": self.average.state_dict(),
@@ -46,10 +46,10 @@ class TrainingMethods:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from a `state_dict()`; an empty one is a start.
+        """Continue from a `state_dict()`; an empty one is a fresh start.
 
         Raises:
-            UserError: it does not fit the network, or another teacher's.
+            UserError: it does not fit the network, or had a different teacher.
         """
         self.objective.load_state_dict(state.get("objective", {}))
         self.average.load_state_dict(state.get("average", {}), model)

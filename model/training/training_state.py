@@ -1,4 +1,4 @@
-"""What a training consists of, as one record."""
+"""The record of everything that the training loop works with."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from utils.step.precision import Precision
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a training consists of.
+    """Everything that the training loop works with.
 
     Attributes:
         model: the network.
-        network: the same as it is trained: with several processes, its gradients are their mean.
+        network: the same, wrapped for training: gradients are averaged over several processes.
         optimizer: of the network's parameters, or of its master weights.
-        precision: how both compute.
+        precision: the floating types they compute in.
         policy: the policy file's changes, and through it the learning rates and the optimizer's options.
-        methods: the loss, and what is done with the weights after each step.
-        device: where all of it is.
+        methods: the loss, averaged weights and frozen weights.
+        device: of all of it.
         layout: memory format of images.
         config: the configuration.
         logger: the log.
-        probe: looks into layers at some iterations, if asked to.
+        probe: records tensors of layers at some iterations, if asked to.
     """
 
     model: nn.Module
@@ -54,6 +54,6 @@ class TrainingState:
         )  # fmt: skip
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [N, 3, S, S] where and how the network takes them."""
+        """Images [N, 3, S, S] on the network's device, in its dtype and memory format."""
         dtype = self.precision.image_dtype
         return images.to(self.device, dtype, non_blocking=True, memory_format=self.layout)

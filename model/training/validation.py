@@ -1,4 +1,4 @@
-"""The figures of an epoch: of its training, and of a validation, with batch norms' statistics before it."""
+"""The metrics of an epoch: of its training, and of its validation after batch norms are re-estimated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUDIT_BATCHES = 4
 
 
 def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
-    """The training's columns of the metrics, of an epoch that is at its end."""
+    """The training columns of the metrics, for a finished epoch."""
     sums, rates = distributed.summed(torch.tensor(state.sums, dtype=torch.float64)), training.policy.rates
     freezing = training.methods.freezing
     return {
@@ -36,8 +36,8 @@ def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
 
 
 def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
-    """The validation's columns of the metrics, after `epoch` (from 0): of the network and of its averaged weights."""
-    assert loaders.val is not None  # the caller has asked
+    """The validation columns of the metrics after `epoch` (from 0), also for the averaged weights."""
+    assert loaders.val is not None  # the caller has checked
     average, row = training.methods.average, dict[str, float]()
     if average.exists:  # first, so that the norms' statistics are the network's own in the end
         with average.applied(training.model):
@@ -52,7 +52,7 @@ def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: 
 def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, float]:
     """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
 
-    A process that is asked to stop leaves it early; the result then means nothing.
+    A process that is asked to stop returns early; the result then means nothing.
     """
     training.model.eval()
     totals = meters.Totals(training.device)
@@ -68,7 +68,7 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
 
 
 def reestimate_norms(training: TrainingState, loader: Loader, epoch: int) -> None:
-    """Compute the batch norms' statistics anew from the first `bn_batches` training batches of `epoch` (from 0)."""
+    """Re-estimate the batch norms' statistics from the first `bn_batches` training batches of `epoch` (from 0)."""
     count = training.config.run.bn_batches
     if count == 0:
         return

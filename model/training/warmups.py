@@ -1,4 +1,4 @@
-"""What of the options shows only beside network and data: batches of one image, and warm-ups."""
+"""Checks of options that need network and data: batches of one image, and warm-ups."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_batches(config: Config, samples: int) -> None:
 def fit_warmups(
     model: nn.Module, config: Config, batches: int, rates: Schedule
 ) -> tuple[Schedule, tuple[str, ...]]:
-    """The schedule with warm-ups that fit into the run, and warnings.
+    """Fit warm-ups into the run; returns the schedule and warnings.
 
-    A warm-up that the run never leaves is a mistake. Where the command line has shortened the run of a
-    config, whose warm-ups are for the long one, they shrink to half of what there is.
+    A warm-up that the run never leaves is a mistake. But where the command line has shortened the run of a config,
+    its warm-ups shrink to half of the short run.
     """
     total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
     longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)

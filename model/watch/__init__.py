@@ -1,1 +1,1 @@
-"""Looking at a network: its cost, its quantizers' state, what it multiplies."""
+"""Measurements of a network: its cost, the state of its quantizers, its products."""

@@ -1,4 +1,4 @@
-"""Counting what a network costs by running it once."""
+"""Counts the cost of a network by running it once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.report.cost_record import FULL_BITS, Cost, LayerCost, stored_bits
 
 
 def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
-    """A quantizer for people, and its bits; ("", 32) for the identity or none."""
+    """A quantizer in words, and its bits; ("", 32) for the identity or none."""
     if not isinstance(quantizer, Quantizer):
         return "", FULL_BITS
     bits = stored_bits(quantizer.levels)
@@ -27,8 +27,8 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
 def network_cost(model: nn.Module, input_size: int) -> Cost:
     """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
 
-    Of the quantizers with equal options only the first one works, to see that it can; the others, which would
-    take most of the time, let their input pass.
+    Of quantizers with equal options only the first one runs, to check that it can; the others, which would take
+    most of the time, pass their input on.
     """
     layers: list[LayerCost] = []
 
@@ -68,9 +68,9 @@ def network_cost(model: nn.Module, input_size: int) -> Cost:
 
 @contextmanager
 def one_of_a_kind(model: nn.Module) -> Iterator[None]:
-    """Turn off the quantizers whose options another one has already, and all threads but one, for a while.
+    """For a while, use one thread and only one of several quantizers with equal options.
 
-    One image is little to share: on a busy machine threads wait for each other many times as long.
+    One image is too little work to share: on a busy machine, threads take many times as long waiting for each other.
     """
     threads = torch.get_num_threads()
     kinds: list[QuantizerConfig] = []

@@ -1,4 +1,4 @@
-"""How a low-bit network is doing while it trains: clipping, dead levels, oscillation, update sizes."""
+"""The health of a low-bit network during training: clipping, dead levels, oscillation, update sizes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from model.quantizers.integers import QuantizedTensor
 from utils.report.cost_record import stored_bits
 from utils.report.quantizer_record import KEPT_LEVELS, HealthRow, Histogram
 
-IMAGES = 64  # of a batch that are looked at
+IMAGES = 64  # of a batch that are measured
 BINS = 64  # of a histogram
 REACH = 5  # standard deviations around the mean that a histogram covers at most, beside the levels
 
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """A layer's weight and, as its quantizer stood then, the level of each element; small, since it is kept."""
+    """A layer's weight at one time, and the level of each element; small, since it is kept."""
 
     weight: Tensor
     levels: int
@@ -36,9 +36,8 @@ class Health:
     """Watches the quantizers of a network from one epoch to the next.
 
     Args:
-        model: the network; its weights and their levels now are what the next report compares with.
-        epoch_begins: otherwise this is the middle of an epoch, whose beginning is not known: its report compares
-            with nothing.
+        model: the network; the next report compares with its present weights and their levels.
+        epoch_begins: False in the middle of an epoch, whose start is not known: its report compares with nothing.
     """
 
     def __init__(self, model: nn.Module, *, epoch_begins: bool = True) -> None:
@@ -53,9 +52,9 @@ class Health:
         }
 
     def report(self, images: Tensor) -> list[HealthRow]:
-        """The rows after an epoch, activations from one pass of the first `IMAGES` of `images` [N, 3, S, S].
+        """The rows after an epoch; activations come from one pass of the first `IMAGES` of `images` [N, 3, S, S].
 
-        Starts the next epoch. The network is run in evaluation mode and left as it was.
+        Starts the next epoch. The network runs in evaluation mode and is left as it was.
         """
         found: dict[str, tuple[Quantizer, dict[str, Tensor]]] = {}
 
@@ -91,12 +90,12 @@ def _snapshot(layer: QuantLayer, quantizer: Quantizer, integers: QuantizedTensor
 
 
 def _integers(quantizer: Quantizer, x: Tensor) -> QuantizedTensor | None:
-    """The codes of `x`; None for a method of the user's own that does not tell them."""
+    """The codes of `x`; None for a user's own method without them."""
     return None if type(quantizer).encode is Quantizer.encode else quantizer.integers(x)
 
 
 def _measure(quantizer: Quantizer, x: Tensor, integers: QuantizedTensor | None) -> dict[str, Tensor]:
-    """The figures of a quantizer and what comes in, as float64 vectors on the device."""
+    """The figures of a quantizer and its input, as float64 vectors on the device."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         normed = quantizer.normalise(x.float())
         figures: dict[str, Tensor] = {}
@@ -123,7 +122,7 @@ def _measure(quantizer: Quantizer, x: Tensor, integers: QuantizedTensor | None) 
 
 
 def _histogram(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The ends [2] and the counts [BINS] of a histogram of `x` that covers `levels`; not finite ones are left out."""
+    """The ends [2] and the counts [BINS] of a histogram of `x` that covers `levels`; only finite values count."""
     finite = x.isfinite()
     values = torch.where(finite, x, 0.0).double()
     count = finite.sum().clamp_min(1)
@@ -135,7 +134,7 @@ def _histogram(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     if levels.numel() > 0:
         ends = torch.stack([torch.minimum(low, levels.amin()), torch.maximum(high, levels.amax())])
     ends = torch.where(ends.isfinite(), ends, 0.0)
-    # A width of zero, where all is one value, would leave it without a bin.
+    # Where all values are equal, a width of zero would leave no bin.
     width = ((ends[1] - ends[0]) / BINS).clamp_min(1e-12)
     bins = ((values - ends[0]) / width).floor().clamp(0, BINS - 1).long()
     counts = torch.bincount(bins.flatten(), weights=finite.double().flatten(), minlength=BINS)
@@ -143,7 +142,7 @@ def _histogram(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _movement(before: _Snapshot | None, now: _Snapshot) -> dict[str, Tensor]:
-    """How far the weights went over the epoch, and the share of them that changed their level."""
+    """How far the weights moved in the epoch, and the share of them that changed their level."""
     if before is None:
         return {}
     update = (now.weight - before.weight).norm() / before.weight.norm().clamp_min(1e-12)

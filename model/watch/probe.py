@@ -24,15 +24,15 @@ from utils.report.tensorboard import Board
 
 
 class Probe:
-    """Writes what goes through layers of a network in the forward and backward pass of some iterations.
+    """Writes the tensors of chosen layers in the forward and backward pass of some iterations.
 
-    A file `iteration-N.npz` for each holds, for every layer, `LAYER.input` and `LAYER.output` of the chosen images,
-    `LAYER.weight`, where there are quantizers `LAYER.quantized_input` and `LAYER.quantized_weight`, and what has a
-    gradient also with `.gradient` behind its name; all float32.
+    Each iteration has a file `iteration-N.npz`. For every layer it holds `LAYER.input` and `LAYER.output` of the chosen
+    images, `LAYER.weight` and, where there are quantizers, `LAYER.quantized_input` and `LAYER.quantized_weight`; for a
+    tensor with a gradient also this, with `.gradient` appended to the name. All are float32.
 
     Args:
         model: the network.
-        config: what is looked at.
+        config: which layers, iterations and images.
         folder: where the files go.
         steps: iterations of the whole run: the optimizer's steps.
         images: images of a batch of this process.
@@ -54,12 +54,12 @@ class Probe:
         self.iterations = frozenset(config.iterations or (0, steps // 2, steps - 1))
         self.board = Board(None)
         self._model, self._folder, self._images = model, folder, list(config.images)
-        self._step = -1  # the iteration that is being looked at
+        self._step = -1  # the iteration being recorded; -1: none
         self._found: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def begin(self, step: int) -> None:
-        """Watch the forward and the backward pass that follow, if iteration `step` is a chosen one."""
+        """Record the next forward and backward pass if iteration `step` is a chosen one."""
         if step not in self.iterations:
             return
         self._step = step
@@ -71,7 +71,7 @@ class Probe:
                 self._keep(f"{name}.weight", weight)
             if isinstance(layer, QuantLayer):
                 for part, quantizer in layer.quantizers():
-                    if part != "quant_output":  # what it puts out is the layer's output
+                    if part != "quant_output":  # its output is the layer's
                         what = "quantized_weight" if part == "quant_weight" else "quantized_input"
                         hooks.append(
                             quantizer.register_forward_hook(partial(self._quantized, f"{name}.{what}"))
@@ -79,7 +79,7 @@ class Probe:
             self._hooks += hooks
 
     def end(self) -> None:
-        """Write what was seen since `begin`; nothing happens when that watched nothing."""
+        """Write the tensors recorded since `begin`, if any."""
         if self._step < 0:
             return
         for hook in self._hooks:
@@ -104,10 +104,10 @@ class Probe:
         self._keep(name, output, None if name.endswith("quantized_weight") else self._images)
 
     def _keep(self, name: str, value: Tensor, images: list[int] | None = None) -> None:
-        """Copy a tensor, or these images of it, and its gradient once that is there."""
+        """Copy a tensor, or these images of it, and later its gradient."""
 
         def copy(key: str, tensor: Tensor) -> None:
-            # A layer that is passed twice shows its first pass.
+            # A layer that runs twice shows its first pass.
             self._found.setdefault(
                 key, tensor.detach()[images].clone() if images else tensor.detach().clone()
             )

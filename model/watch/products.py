@@ -1,4 +1,4 @@
-"""Looking at what enters the convolutions and matrix products of quantized layers."""
+"""Checks the factors of convolutions and matrix products in quantized layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.layers.quantized import QuantLayer
 from model.observe import first_input
 from model.quantizers.frame import Quantizer
 
-# Where a convolution or a matrix product takes its two factors.
+# Positions of the two factors among the arguments of a convolution or a matrix product.
 _aten = torch.ops.aten
 PRODUCTS: dict[Any, tuple[int, int]] = {
     **dict.fromkeys((_aten.convolution, _aten.conv1d, _aten.conv2d, _aten.conv3d), (0, 1)),
@@ -26,7 +26,7 @@ PRODUCTS: dict[Any, tuple[int, int]] = {
 
 @dataclass
 class _Call:
-    """One call of a quantized layer: what its quantizers have put out so far, and what it has multiplied."""
+    """One call of a quantized layer: the outputs of its quantizers so far, its products and their first problem."""
 
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     products: int = 0
@@ -34,19 +34,19 @@ class _Call:
 
 
 class Products(TorchDispatchMode):
-    """Looks at what enters the convolutions and matrix products of quantized layers, and at what leaves the layers.
+    """Checks the factors of convolutions and matrix products in quantized layers, and the layers' outputs.
 
-    All that a layer multiplies must be what its quantizers have put out: every product has a factor whose values are
-    those of the activations' quantizer (or padding's zeros), and another one with those of the weights'.
+    A layer may multiply only outputs of its quantizers: in every product, the values of one factor are those of the
+    activation quantizer (or zeros of padding), and the values of the other are those of the weight quantizer.
 
     Attributes:
-        problems: layer -> the first thing that was wrong.
+        problems: layer -> its first problem.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.problems: dict[str, str] = {}
-        self._calls: list[tuple[QuantLayer, _Call] | None] = []  # within each other; None: within a quantizer
+        self._calls: list[tuple[QuantLayer, _Call] | None] = []  # nested; None: inside a quantizer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         places = PRODUCTS.get(func.overloadpacket)
@@ -63,11 +63,11 @@ class Products(TorchDispatchMode):
     def leave_layer(
         self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
     ) -> None:
-        """A hook behind it."""
+        """A hook after a quantized layer."""
         entry = self._calls.pop()
         assert entry is not None
         call, problem = entry[1], entry[1].problem
-        if first_input(inputs, named).numel() == 0:  # then nothing but the weight is quantized
+        if first_input(inputs, named).numel() == 0:  # then only the weight is quantized
             return
         if not problem and call.products == 0:
             problem = "has no convolution and no matrix product that could be looked at"
@@ -78,18 +78,18 @@ class Products(TorchDispatchMode):
             self.problems.setdefault(name, problem)
 
     def enter_quantizer(self, quantizer: Quantizer, inputs: object) -> None:
-        """A hook before a quantizer, whose own products are no business of the layer's."""
+        """A hook before a quantizer, whose own products are not checked."""
         self._calls.append(None)
 
     def leave_quantizer(self, part: str, quantizer: Quantizer, inputs: object, output: Tensor) -> None:
-        """A hook behind it."""
+        """A hook after a quantizer."""
         self._calls.pop()
         if self._calls and self._calls[-1] is not None:
             self._calls[-1][1].outputs.setdefault(part, []).append(output)
 
 
 def _multiplied(layer: QuantLayer, call: _Call, factors: Sequence[Tensor]) -> str:
-    """What is wrong with the two factors of a product; empty when they are what the quantizers put out."""
+    """Say what is wrong with the two factors of a product; empty when they are outputs of the quantizers."""
     parts = [part for part, _ in layer.quantizers() if part != "quant_output"]
     of_part = {part: [_among(factor, call.outputs.get(part, [])) for factor in factors] for part in parts}
     if any(
@@ -102,9 +102,8 @@ def _multiplied(layer: QuantLayer, call: _Call, factors: Sequence[Tensor]) -> st
 
 def _among(factor: Tensor, outputs: Sequence[Tensor]) -> bool:
     """Whether all values of `factor` are values of the outputs, or zero."""
-    rounded = [
-        output.detach().to(factor.dtype) for output in outputs
-    ]  # autocast multiplies in a lower precision
+    # Autocast multiplies in a lower precision.
+    rounded = [output.detach().to(factor.dtype) for output in outputs]
     for output, view in itertools.product(rounded, (factor, factor.mT if factor.ndim > 1 else factor)):
         if output.numel() == view.numel() and torch.equal(output.reshape(view.shape), view):
             return True

@@ -1,4 +1,4 @@
-"""What a run writes of each epoch beside log and metrics: the state of its quantizers and TensorBoard's files."""
+"""Writes the state of the quantizers and TensorBoard's files for each epoch."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Recorder:
         folder: the run's, `exp/CASE`.
         model: the network.
         config: the run's configuration.
-        done: epochs that the run has done; what the files hold of later ones is dropped.
-        position: images of the next one that it has seen.
+        done: epochs that the run has done; records of later ones are dropped.
+        position: images of the next epoch already seen.
 
     Raises:
         UserError: TensorBoard is not installed, a folder cannot be written, a file is damaged.
@@ -54,31 +54,31 @@ class Recorder:
         self.board.images("images/denormalised", plain, epoch)
 
     def epoch(self, row: Mapping[str, float], images: Callable[[], Tensor], logger: Logger) -> None:
-        """Write what is to be said after an epoch.
+        """Write the records of an epoch.
 
         Args:
             row: the epoch's metrics.
-            images: a batch of real images [N, 3, S, S]; asked for once, the same are looked at every time.
+            images: gives a batch of real images [N, 3, S, S]; called once, so that all epochs measure the same ones.
             logger: gets the table of quantizers, for `--verbose`.
         """
         epoch = int(row["epoch"])
         self.board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch)
         if self.board.writes:
             for name in full_precision(self._model):
-                weight = getattr(self._model.get_submodule(name), "weight", None)  # attention has none itself
+                weight = getattr(self._model.get_submodule(name), "weight", None)  # attention has none
                 if isinstance(weight, Tensor):
                     self.board.histogram(f"weights/{name}", weight, epoch)
         if self._health.layers:
             self._quantizers(epoch, images, logger)
-        self.board.flush()  # what is held back would be lost with a killed run
+        self.board.flush()  # buffered events would be lost with a killed run
 
     def _quantizers(self, epoch: int, images: Callable[[], Tensor], logger: Logger) -> None:
         if self._images is None:
-            self._images = images()[: health.IMAGES].clone()  # not the whole batch, which would be kept, too
+            self._images = images()[: health.IMAGES].clone()  # a copy, which does not keep the whole batch
         rows = self._health.report(self._images)
         self._file.append({"epoch": epoch, "quantizers": [each.record() for each in rows]})
         logger.debug("%s", quantizer_record.health_table(rows))
-        drawn = epoch in (1, self._last // 2, self._last)  # a picture takes longer than all the rest
+        drawn = epoch in (1, self._last // 2, self._last)  # a picture takes longer than everything else
         for each in rows:
             self.board.scalars({f"health/{name}": value for name, value in each.scalars().items()}, epoch)
             self.board.counts(f"inputs/{each.name}", each.histogram, epoch)

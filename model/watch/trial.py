@@ -1,4 +1,4 @@
-"""Running a network once before it is trained: does the image size suit it, and do signs carry anything?"""
+"""Runs a network once before training: does the image size suit it, and do its signs carry information?"""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from utils.report.cost_record import Cost
 
 
 def constant_signs(model: nn.Module, config: Config) -> tuple[str, ...]:
-    """A warning when signs are taken of what never goes below zero, as behind a ReLU: all of them are +1.
+    """Warn when inputs of binary layers never go below zero, as behind a ReLU: all signs are +1.
 
-    Found with two images of noise, which norms that follow a batch centre as they will in training.
+    Two images of noise show it, since norms with batch statistics centre them as in training.
     """
     taken = {
         name: layer.quant_activation
@@ -54,10 +54,10 @@ def constant_signs(model: nn.Module, config: Config) -> tuple[str, ...]:
 
 
 def run_once(model: nn.Module, config: Config) -> Cost:
-    """What the network costs, found by running it once, which shows that the image size suits it."""
+    """Run the network once to count its cost, which also shows that the image size suits it."""
     try:
         return network_cost(model, config.model.input_size)
-    except (RuntimeError, ValueError) as error:  # how torch says that shapes do not fit
+    except (RuntimeError, ValueError) as error:  # torch's errors for shapes that do not fit
         raise UserError(
             f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
             f"({error}); use a multiple of 32, or of 4 for the networks of three stages"

@@ -1,1 +1,1 @@
-"""Checkpoint files, what is in them, and the files of a case."""
+"""Checkpoint files, their contents, and the files of a case."""

@@ -24,9 +24,9 @@ from utils.errors import UserError
 
 
 class _Kind:
-    """Stands for `numpy.dtype` in a file: the type of a number, and nothing else.
+    """Replaces `numpy.dtype` in a file: the type of a number, and nothing else.
 
-    NumPy's own believes what a file says of it, and can be made to read where it must not.
+    NumPy's own trusts the file and can be made to read memory that it must not.
     """
 
     def __init__(self, name: str, *_: object) -> None:
@@ -39,11 +39,11 @@ class _Kind:
 
 
 def _number(kind: _Kind, data: bytes) -> np.generic:
-    """Stands for `numpy.core.multiarray.scalar` in a file."""
+    """Replaces `numpy.core.multiarray.scalar` in a file."""
     return np.frombuffer(data, kind.dtype, 1)[0]
 
 
-# What a number of NumPy is pickled as, under the names of its versions 1 and 2: published files note accuracies so.
+# How NumPy 1 and 2 pickle a number: published files hold accuracies in this form.
 _PLAIN = [
     (_Kind, "numpy.dtype"),
     *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -54,9 +54,9 @@ _PLAIN = [
 _COMMENT = re.compile(rb"sha256 ([0-9a-f]{64})")
 _COMMENT_SIZE = 71
 _NO_COMMENT = bytes(2)
-_FOLDER = 0x10  # MS-DOS attribute of an archive's entry: torch reads nothing of a tensor that has it
+_FOLDER = 0x10  # MS-DOS attribute of an archive's entry: torch reads nothing of a tensor with it
 
-# What zipfile and torch.load are known to raise on files with missing or changed bytes.
+# Known errors of zipfile and torch.load on files with missing or changed bytes.
 _DAMAGE = (
     AssertionError,
     AttributeError,
@@ -74,7 +74,6 @@ _DAMAGE = (
 )
 
 
-# Files
 def write_atomic(
     path: Path, data: bytes | memoryview, *, before: Callable[[], object] = lambda: None
 ) -> None:
@@ -82,7 +81,7 @@ def write_atomic(
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`;
     then the folder is flushed. Missing folders are made. `before` is called between flushing and renaming, when
-    nothing is missing but names. Raises UserError when the disk refuses.
+    only the renaming is left. Raises UserError when the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -146,9 +145,9 @@ def snapshot(value: Any) -> Any:
 
 
 class Writer:
-    """Runs the jobs that write, one after another, in a thread beside the training.
+    """Runs writing jobs one after another in a thread beside the training.
 
-    At most one job waits or runs: giving the next one waits for it. An error of a job is raised then, or by
+    At most one job waits or runs: `start` waits for the one before. A job's error is raised by the next `start` or
     `wait`.
     """
 
@@ -157,7 +156,7 @@ class Writer:
         self._job: Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Run a job when the former one is done."""
+        """Run a job once the one before is done."""
         self.wait()
         self._job = self._thread.submit(job)
 
@@ -178,8 +177,8 @@ class Writer:
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without running any code from it.
 
-    The digest of the whole file is verified that `serialise` has written; of an archive without one, as other
-    programs write it, the checksum of each entry.
+    Verifies the digest of the whole file that `serialise` has written or, in an archive of another program, the
+    checksum of each entry.
 
     Raises UserError when the file is missing, damaged, holds anything but plain data, or holds no dict.
     """
@@ -187,7 +186,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load_archive(path: Path, *, mapped: bool) -> dict[str, Any]:
-    """Read a checkpoint; `mapped` leaves the tensors on the disk and verifies only what is beside them."""
+    """Read a checkpoint; `mapped` leaves the tensors on the disk and verifies only the rest."""
     broken = f"{path}: damaged, cut short or not a PyTorch checkpoint; copy or download it again"
     try:
         if zipfile.is_zipfile(path):  # torch.load looks at no checksum
@@ -214,7 +213,7 @@ def load_archive(path: Path, *, mapped: bool) -> dict[str, Any]:
 
 
 def _damaged_part(path: Path, *, mapped: bool) -> str:
-    """What of an archive is not as it was written, empty when all is; `mapped` looks at nothing but the pickle."""
+    """Name the damaged part of an archive, empty when it is whole; `mapped` checks only the pickle."""
     with zipfile.ZipFile(path) as archive:
         comment = archive.comment
         entries = archive.infolist()
@@ -245,5 +244,5 @@ def _damaged_part(path: Path, *, mapped: bool) -> str:
 
 
 def reason_of(error: OSError) -> str:
-    """What the system says of an error with a file."""
+    """The system's message for an error with a file."""
     return error.strerror or str(error)

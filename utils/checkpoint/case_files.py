@@ -24,7 +24,6 @@ def some_names(names: Iterable[str]) -> str:
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
-# Paths of a run
 def find_pretrained(value: str, weights_dir: Path, model: str, *, option: str = "pretrained") -> Path | None:
     """The file that `--pretrained VALUE`, or another `option`, means; None for the word `none` or nothing.
 
@@ -84,7 +83,7 @@ class CheckpointFiles:
 
     @property
     def latest(self) -> Path:
-        """The checkpoint that every save replaces."""
+        """The checkpoint that each save replaces."""
         return self.folder / f"{self.case}-checkpoint.pth.tar"
 
     def backup(self, number: int) -> Path:
@@ -108,11 +107,10 @@ class CheckpointFiles:
         return sorted(path for path in self.folder.iterdir() if ours.fullmatch(path.name))
 
     def write_latest(self, data: bytes | memoryview, keep: int) -> None:
-        """Write the latest checkpoint; it and `keep` - 1 before it stay, under `backup`'s names.
+        """Write the latest checkpoint; `keep` - 1 earlier ones stay as backups.
 
-        The former ones are renamed when the new one is on the disk, and what is too much is removed in the end:
-        at every moment there are as many whole ones as before, whatever fails. Raises UserError when the disk
-        refuses.
+        The earlier ones are renamed once the new one is on the disk, and surplus ones are removed last: at every moment
+        there are as many whole ones as before, whatever fails. Raises UserError when the disk refuses.
         """
         write_atomic(self.latest, data, before=self._shift_backups if keep > 1 else lambda: None)
         for number in self._backups():
@@ -126,11 +124,11 @@ class CheckpointFiles:
         return sorted(int(match[1]) for match in found if match)
 
     def _shift_backups(self) -> None:
-        """Let the first backup be the latest checkpoint, and the others take the next number, up to a free one."""
+        """Make the latest checkpoint the first backup; the other backups move up by one, to a free number."""
         first = self.backup(1)
         if not self.latest.exists():
             return
-        # A save that was cut short came so far. Some disks say that all files are the same, but know no links.
+        # An interrupted save came this far. Some disks report all files as the same one, but have no links.
         if first.exists() and first.samefile(self.latest) and self.latest.stat().st_nlink > 1:
             return
         taken = self._backups()
@@ -139,11 +137,11 @@ class CheckpointFiles:
             os.replace(self.backup(number - 1), self.backup(number))
         try:
             os.link(self.latest, first)
-        except OSError:  # the disk knows no links
+        except OSError:  # the disk has no links
             os.replace(self.latest, first)
 
     def promote(self, path: Path) -> None:
-        """Make a whole checkpoint the latest one if that is damaged or gone.
+        """Make a whole checkpoint the latest one if the latest one is damaged or gone.
 
         Otherwise the next save would keep the damaged file as the backup and give up a whole one.
         """
@@ -156,7 +154,7 @@ class CheckpointFiles:
                 write_atomic(self.latest, path.read_bytes())
 
     def remove_leftovers(self) -> None:
-        """Remove what a run that was killed while it wrote has left of the file."""
+        """Remove temporary files of a run that was killed while writing."""
         ours = re.compile(
             r"\."
             + re.escape(self.case)
@@ -172,9 +170,9 @@ class CheckpointFiles:
 
         Args:
             newest: look for the newest one, whoever wrote it.
-            file: what to take else.
-            launchers: take the newest one also when one of these started the run that wrote it, since then this
-                is a restart of that run.
+            file: the file to take otherwise.
+            launchers: take the newest one also when one of these started the run that wrote it, since this is then
+                a restart of that run.
         """
         found = self.newest() if newest or launchers else Found(None, {})
         wrote = found.payload.get("launchers")
@@ -185,7 +183,7 @@ class CheckpointFiles:
         return found
 
     def newest(self) -> Found:
-        """The whole checkpoint that is furthest inside; the latest of equals. Damaged files are passed over."""
+        """The whole checkpoint with the most progress; of equals, the latest. Damaged files are skipped."""
         found: list[tuple[int, int, bool, Path]] = []
         passed: list[str] = []
         for path in self.existing():
@@ -212,8 +210,8 @@ class Found:
     """The checkpoint to continue from.
 
     Attributes:
-        path: the file; None when there is none that is whole.
-        payload: what is in it.
+        path: the file; None when there is no whole one.
+        payload: its contents.
         passed_over: a line for each file that is damaged.
     """
 

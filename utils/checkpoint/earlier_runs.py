@@ -16,16 +16,16 @@ from utils.errors import UserError
 
 
 def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen: Path | None) -> None:
-    """Make the files of the case those that the run goes on from: its own, or none.
+    """Leave the case only files that the run continues from; other ones get a new name.
 
     Args:
-        folder: of the log and the metrics.
+        folder: with the log and the metrics.
         files: the checkpoints.
-        found: what the run goes on from.
+        found: the checkpoint that the run continues from.
         chosen: the file that the user named.
 
     Raises:
-        UserError: checkpoints could not be written there.
+        UserError: the checkpoints' folder cannot be written.
     """
     try:
         files.folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen:
 
 
 def keep_later(folder: Path, files: CheckpointFiles, found: Found) -> None:
-    """Rename checkpoints that are further than `found` to CASE.N, so that `-r` goes on from what is written now."""
+    """Rename checkpoints that are further than `found` to CASE.N, so that `-r` continues from new ones."""
     later = [path for path in files.existing() if path != found.path and _reached(path) > _far(found.payload)]
     if not later:
         return
@@ -77,13 +77,13 @@ def _free_name(folder: Path, files: CheckpointFiles) -> str:
 
 
 def _rename(files: CheckpointFiles, paths: Iterable[Path], case: str) -> None:
-    """Make checkpoints of the case those of another one."""
+    """Move checkpoints of the case to another one."""
     for path in paths:
         path.rename(path.with_name(case + path.name.removeprefix(files.case)))
 
 
 def keep_earlier_run(folder: Path, files: CheckpointFiles) -> None:
-    """Rename what an earlier run of the same case left to CASE.N, so that nothing is overwritten."""
+    """Rename the files of an earlier run of the case to CASE.N, so that nothing is overwritten."""
     mine = files.existing()
     if not mine and not (folder / "metrics.csv").exists():
         return

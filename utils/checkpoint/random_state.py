@@ -12,7 +12,6 @@ import torch
 from utils.errors import UserError
 
 
-# Random state
 def random_state() -> dict[str, Any]:
     """The state of the global generators: `random`, NumPy, torch on the CPU and on every CUDA device.
 

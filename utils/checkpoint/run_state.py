@@ -1,4 +1,4 @@
-"""How far a run is: what a checkpoint keeps of it, and going on from there."""
+"""A run's progress: saving it in a checkpoint, and resuming from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.step import meters
 from utils.step.schedule import Schedule
 from utils.text import printable
 
-# Fields of the network that matter at its start or in the gradient only: a run may go on with others.
+# Fields of the network that matter only at its start or in the gradient: a resumed run may change them.
 CHANGEABLE = {
     "re_init", "boundary", "correlate", "stable", "stable_epoch", "scale", "grad_type", "grad_scale",
     "proxquant_step", "input_size", "progressive",
@@ -36,14 +36,14 @@ class RunState:
     Attributes:
         epoch: epochs done.
         position: images of the next epoch that all processes together have seen, in whole batches.
-        sums: what this process's `meters.Totals` of that epoch holds.
+        sums: this process's `meters.Totals.values` of that epoch.
         seconds: how long that epoch took so far.
-        waited: how much of it training waited for images.
+        waited: how much of that time training waited for images.
         best_acc: best top-1 of a validation so far, percent; -inf before the first.
-        amp: `Precision.state_dict` to go on with.
-        policy: `PolicyScheduler.state_dict` to go on with.
-        methods: `TrainingMethods.state_dict` to go on with.
-        differences: options that changed since the checkpoint that the run continues from.
+        amp: `Precision.state_dict` to resume with.
+        policy: `PolicyScheduler.state_dict` to resume with.
+        methods: `TrainingMethods.state_dict` to resume with.
+        differences: options that changed since the resumed checkpoint.
     """
 
     epoch: int = 0
@@ -61,7 +61,7 @@ class RunState:
 def restore(
     payload: dict[str, Any], path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config
 ) -> RunState:
-    """Everything of a checkpoint that training continues from, but for `set_random`."""
+    """Restore network, optimizer and progress from a checkpoint; `set_random` restores the random numbers."""
     _check_kinds(payload, path)
     changed = differences(payload.get("config", {}), to_dict(config))
     for line in changed:
@@ -82,8 +82,7 @@ def restore(
         raise UserError(
             f"{path} holds no {', '.join(missing)}, so training cannot continue; use --pretrained"
         )
-    # The options' hyperparameters count, as far as they differ from the checkpoint's; the rate is set before
-    # each step.
+    # Hyperparameters of the options win over those of the checkpoint; the rate is set before each step.
     options = [
         {name: value for name, value in group.items() if name not in ("params", "lr")}
         for group in optimizer.param_groups
@@ -110,7 +109,7 @@ def restore(
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError when what is kept of a parameter has neither its shape nor a single element."""
+    """Raise ValueError when a parameter's state has neither its shape nor a single element."""
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape:
@@ -119,8 +118,8 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 @contextmanager
 def believing(path: Path | None) -> Iterator[None]:
-    """Where the parts of a run take over what `path` holds of them: what they cannot take is the file's fault."""
-    if path is None:  # nothing is taken over
+    """Report errors while state is restored from `path` as damage of that file."""
+    if path is None:  # nothing is restored
         yield
         return
     try:
@@ -136,45 +135,45 @@ def believing(path: Path | None) -> Iterator[None]:
 
 
 def _wanted(methods: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The state of the methods of training, without an average that is not continued."""
+    """The state of the training methods, without an average that is not continued."""
     return methods if config.weights.ema_decay > 0 else {**methods, "average": {}}
 
 
 def _own_sums(of_ranks: list[list[float]], rank: int, world_size: int) -> tuple[float, ...]:
-    """This process's part of the sums; among another number of processes the first one takes them all."""
+    """This process's part of the sums; when the number of processes differs, the first one takes them all."""
     if len(of_ranks) == world_size:
         return tuple(of_ranks[rank])
     return tuple(map(sum, zip(*of_ranks, strict=True))) if rank == 0 and of_ranks else meters.Totals.EMPTY
 
 
 def set_random(payload: dict[str, Any], rank: int) -> None:
-    """Continue this process's random numbers; one that was not there goes on with those it has."""
+    """Restore this process's random numbers; a process that is new keeps its own."""
     states = [payload["random"], *payload.get("random_of_others", [])]
     if rank < len(states):
         random_state.set_random_state(states[rank])
 
 
 def first_batch(position: int, images: int, passes: int, batches: int) -> int:
-    """The batch of an epoch to go on with, after `position` images of it.
+    """The batch of an epoch to resume at, after `position` images of it.
 
-    With the batches of the run that saved it is the next one. With others it is the last whole group of
-    `passes` batches of `images` before it, so that no image is left out and some are seen twice.
+    With the batches of the run that saved, this is the next one. With others it follows the last whole group of
+    `passes` batches of `images`, so that no image is left out and some are seen twice.
     """
     batch = min(position // images, batches)
     return batch if batch == batches else batch - batch % passes
 
 
 def next_step(state: RunState, config: Config, steps_per_epoch: int, batches: int) -> int:
-    """The step of the optimizer, from 0, that comes next after a state; `batches` is the length of an epoch now."""
+    """The next step of the optimizer (from 0) after a state; `batches` is the length of an epoch now."""
     passes = config.optim.iter_size
     first = first_batch(state.position, config.data.batch_size * config.data.world_size, passes, batches)
     return state.epoch * steps_per_epoch + first // passes
 
 
 def sums_until(sums: tuple[float, ...], position: int, first: int) -> tuple[float, ...]:
-    """The sums over `position` images of an epoch, which goes on with image `first` of it.
+    """The sums over `position` images of an epoch, which resumes at image `first` of it.
 
-    Images that are seen again count once: the sums are reduced to the share of those before.
+    Images that are seen again count once: the sums are reduced to the share of those before `first`.
     """
     return sums if first >= position else tuple(value * first / position for value in sums)
 
@@ -206,7 +205,7 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
 
 
 def _damaged(path: Path, name: str, value: object) -> UserError:
-    """What is said of an entry that `save` does not write."""
+    """The error for an entry that `save` does not write."""
     return UserError(f"{path} is damaged: {name} is {value!r:.200}; use --pretrained or another file")
 
 
@@ -214,7 +213,7 @@ def _check_place(payload: dict[str, Any], path: Path) -> None:
     """Refuse an epoch and a position that contradict the step of the schedule or the length of the run."""
     config, scheduler = payload.get("config"), payload.get("scheduler")
     if config is None or not isinstance(scheduler, dict) or "step" not in scheduler:
-        return  # another program's
+        return  # of another program
     try:
         together = config["data"]["batch_size"] * config["data"]["world_size"]
         epochs = config["schedule"]["epochs"] + config["schedule"]["extra_epoch"]
@@ -230,7 +229,7 @@ def _check_place(payload: dict[str, Any], path: Path) -> None:
 
 
 def schedule_change(payload: dict[str, Any], state: RunState, config: Config, steps_per_epoch: int) -> str:
-    """What to warn of when the run's schedule goes on at another step than the checkpoint's; empty: it does not."""
+    """Warn when the schedule resumes at a different step than the checkpoint's; empty otherwise."""
     scheduler = payload.get("scheduler")
     before = scheduler.get("step") if isinstance(scheduler, dict) else None
     now = _step(state, config, steps_per_epoch)
@@ -243,18 +242,18 @@ def schedule_change(payload: dict[str, Any], state: RunState, config: Config, st
 
 
 def _step(state: RunState, config: Config, steps_per_epoch: int) -> int:
-    """The steps of the optimizer, from 0, that were taken before a state."""
+    """The number of optimizer steps taken before a state."""
     batch = state.position // (config.data.batch_size * config.data.world_size)
     return state.epoch * steps_per_epoch + math.ceil(batch / config.optim.iter_size)
 
 
-# Parts of the configuration that say where and how often, not what is trained.
+# Parts of the configuration about where and how often, not about the training itself.
 _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
               "devices.world_size", "devices.rank", "run"}  # fmt: skip
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """Fields of the configuration that changed, of those that change the training."""
+    """The fields of the configuration that changed, of those that affect the training."""
     found: list[str] = []
     for name in before.keys() & now.keys():
         old, new, field = before[name], now[name], f"{prefix}{name}"
@@ -272,9 +271,9 @@ class Output:
     """Where a run's checkpoints go, and how.
 
     Attributes:
-        files: the case's.
+        files: the checkpoint files of the case.
         writer: writes them beside the training.
-        launchers: what started the processes of the run, see `utils.processes.distributed.launchers`.
+        launchers: the torchrun of each machine of the run, see `utils.processes.distributed.launchers`.
     """
 
     files: CheckpointFiles
@@ -288,8 +287,8 @@ def save(
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
-    All processes take part; the first one writes. What is written stands when this returns; that it is on
-    the disk is certain after the writer's next job, or its `wait`.
+    All processes take part; the first one writes. The contents are fixed when this returns; they are on
+    the disk for certain when the writer's next job starts, or after its `wait`.
 
     Args:
         state: how far the run is.
@@ -299,7 +298,7 @@ def save(
         optimizer: of the weights.
         amp: `Precision.state_dict`.
         rates: the learning rates.
-        best: no validation was better.
+        best: whether no validation was better.
 
     Raises:
         TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
@@ -347,14 +346,14 @@ def _write(
             archive.write_atomic(files.best, data)
         if epoch is not None:
             archive.write_atomic(files.epoch(epoch), data)
-        # Last, because it is what a killed run continues from: then the others are there already.
+        # Last, because a killed run resumes from it: then the others are there already.
         files.write_latest(data, keep)
     except (UserError, OSError) as error:  # the options were right when the run began
         raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
 
 
 def _refuse_nonfinite(weights: Mapping[str, torch.Tensor], state: RunState) -> None:
-    """Never replace a good checkpoint by ruined weights."""
+    """Raise `TrainingError` rather than replace a good checkpoint by weights that are not finite."""
     bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
     if bad:
         raise TrainingError(

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from utils.checkpoint.case_files import some_names
 from utils.errors import UserError
 
-# Batch norms of the default momentum count batches and use the count for nothing; files of PyTorch before 0.4.1 have
-# none.
+# Batch norms count batches but do not use the count at the default momentum; files of PyTorch before 0.4.1 lack it.
 COUNTERS = frozenset({"num_batches_tracked"})
 
 
-# Weights
 def wrapper_of(payload: Mapping[str, Any]) -> str | None:
     """The key under which a checkpoint keeps its weights: `state_dict`, `model`, or None when bare."""
     for key in ("state_dict", "model"):
@@ -30,7 +28,7 @@ def wrapper_of(payload: Mapping[str, Any]) -> str | None:
 def state_dict_of(payload: Mapping[str, Any], *, source: str = "the checkpoint") -> dict[str, Tensor]:
     """The weights of a checkpoint: a bare state dict, or the one under `state_dict` or `model`.
 
-    A leading `module.`, left by a parallel wrapper, is taken off every name. `source` names the checkpoint
+    A leading `module.`, left by a parallel wrapper, is removed from every name. `source` names the checkpoint
     in messages. Raises UserError when there are no weights, when an entry is not a dense real tensor, or
     when two names become one.
     """
@@ -50,7 +48,7 @@ def state_dict_of(payload: Mapping[str, Any], *, source: str = "the checkpoint")
         short = name.removeprefix("module.")
         if short in state:
             raise UserError(f"{source} has both {short!r} and 'module.{short}'; keep one of them")
-        # Published files hold counters that are parameters.
+        # In some published files counters are parameters.
         state[short] = value.detach() if value.requires_grad else value
     return state
 
@@ -68,7 +66,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]  # name, shape in the fi
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What became of every name of a file and of a model."""
+    """The outcome of loading, for every name of a file and of a model."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...] = ()  # in the model only
@@ -98,14 +96,14 @@ def load_weights(
     scope: tuple[str, ...] = (),
     source: str,
 ) -> LoadReport:
-    """Copy `state` into `model` by name and value, all of it or nothing.
+    """Copy `state` into `model` by name, all of it or nothing.
 
     Every name must be on both sides with the same shape. Exceptions: names that contain an entry of
     `scope` are skipped; names of the model for which `allow_missing(name)`, and batch norms' counters, may be
-    absent from the file; one-element tensors match in any rank; what a module calls `obsolete` of published files is
-    passed over. Data types and whether an entry is a parameter or a buffer do not matter. `source` names the file in
-    messages. Afterwards `weights_loaded()` is called of every module that has it, whose `ValueError` means that the
-    file is damaged.
+    absent from the file; one-element tensors match in any rank; entries of published files that a
+    module lists in `obsolete` are skipped. Data types and whether an entry is a parameter or a buffer do not matter.
+    `source` names the file in messages. Afterwards `weights_loaded()` of every module that has it is called; its
+    `ValueError` means that the file is damaged.
 
     Raises UserError, before anything is copied, when the names or shapes do not fit, when an entry of `scope`
     matches no name, or when nothing at all would be loaded.

@@ -1,1 +1,1 @@
-"""What a run tells: log, files of its epochs, pictures, records and the page about runs."""
+"""The reports of a run: log, files of its epochs, pictures, records and the page about runs."""

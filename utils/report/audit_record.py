@@ -1,4 +1,4 @@
-"""What the audit found, as a record and as a table."""
+"""The findings of the audit, as a record and as a table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from utils.text import format_table
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRow:
-    """What one quantizer put out.
+    """The output of one quantizer.
 
     Attributes:
         name: in the network.
         allowed: levels that its bits allow.
         seen: most distinct values in any of its groups; 0 when it was never reached.
-        changed: some value came out other than it went in.
-        exact: the output was always what the quantizer's own integers stand for.
-        finite: no value that came out was infinite or not a number.
-        warming: it still passes its input (`--stable`).
+        changed: some value of the output differs from its input.
+        exact: the output always had the values of the quantizer's own integers.
+        finite: no value of the output was infinite or not a number.
+        warming: it still passes its input on (`--stable`).
     """
 
     name: str
@@ -31,7 +31,7 @@ class AuditRow:
 
     @property
     def problem(self) -> str:
-        """What is wrong, empty when nothing is."""
+        """The quantizer's problem; empty when there is none."""
         if self.seen == 0:
             return "was never reached"
         if self.warming:
@@ -42,12 +42,12 @@ class AuditRow:
             return "passes its input"
         if self.seen > self.allowed:
             return f"shows {self.seen} values where {self.allowed} are allowed"
-        # At many bits a small group has fewer values than levels; its integers tell all the same.
+        # At many bits a small group has fewer values than levels, but its integers still tell.
         return "" if self.exact else "puts out values that are not those of its levels"
 
     @property
     def note(self) -> str:
-        """What a quantizer without a problem looks like: ok, or constant, which carries no information."""
+        """A remark on a quantizer without a problem: ok, or constant, which carries no information."""
         return "constant, carries nothing" if self.seen == 1 else "ok"
 
 
@@ -58,7 +58,7 @@ class LayerRow:
     Attributes:
         name: in the network.
         reason: why it stays in full precision, the rest of a sentence; empty for others.
-        problem: what is wrong, empty when nothing is.
+        problem: its problem; empty when there is none.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a network costs, as a record: shapes, parameters, multiply-accumulates, bit operations, weight size."""
+"""The cost of a network as a record: shapes, parameters, multiply-accumulates, bit operations, weight size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerCost:
         output: shape of its output without the batch.
         weights: number of weights.
         macs: multiply-accumulate operations.
-        weight: how the weight is quantized, for people; empty in full precision.
+        weight: how the weight is quantized, in words; empty in full precision.
         activation: the same of the input.
         result: how its output is quantized; empty in full precision.
         weight_bits: bits of a stored weight.

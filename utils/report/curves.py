@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from utils.step.schedule import Schedule
 
-_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by colour-blind eyes too
+_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind eyes can tell them apart
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:

@@ -42,7 +42,7 @@ class MetricsFile:
             os.fsync(file.fileno())  # a checkpoint that knows of the row must not outlive it
 
     def truncate_after(self, epoch: int) -> None:
-        """Drop the rows from `epoch` on, so that training can go on (or, with 0, start) with that epoch.
+        """Drop the rows from `epoch` on, so that training can resume (or, with 0, start) with that epoch.
 
         Rows before it stay as they are, byte by byte; a line that a killed run left unfinished goes.
         The file is replaced in one move. Nothing happens when it does not exist.
@@ -122,7 +122,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Write a file anew, in one move."""
+    """Replace a file in one move."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         file.writelines(lines)

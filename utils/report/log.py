@@ -19,7 +19,7 @@ class _Console(logging.Handler):
     """Write messages to standard output, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "to_file_only", False):  # how a run ends is said on standard error
+        if getattr(record, "to_file_only", False):  # the end of a run is reported on standard error
             return
         encoding = sys.stdout.encoding or "utf-8"
         tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding))
@@ -37,9 +37,9 @@ class _File(logging.FileHandler):
 
 
 def silent(rank: int) -> logging.Logger:
-    """The logger `train` of process `rank`, not the first one of its run.
+    """The logger `train` of process `rank`, which is not the first of its run.
 
-    What all would say is left to the first one. Shown is what this one alone knows: records with `of_each_process`.
+    The first one logs for all. This one shows only what it alone knows: records with `of_each_process`.
     """
     close()
     console = _Console()
@@ -78,12 +78,12 @@ def setup(log_file: Path | None, verbose: bool) -> logging.Logger:
     for handler in handlers:
         _LOGGER.addHandler(handler)
     _LOGGER.setLevel(logging.DEBUG if verbose else logging.INFO)
-    _LOGGER.propagate = False  # a handler of the root logger would say everything twice
+    _LOGGER.propagate = False  # a handler of the root logger would show everything twice
     return _LOGGER
 
 
 def close() -> None:
-    """Detach and close what `setup` attached; nothing happens without it."""
+    """Detach and close the handlers that `setup` attached, if any."""
     for handler in list(_LOGGER.handlers):
         _LOGGER.removeHandler(handler)
         handler.close()
@@ -92,7 +92,7 @@ def close() -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path, rank: int, *, verbose: bool) -> Iterator[logging.Logger]:
-    """The time of a run in which its log is open; an error that ends it is written there, too.
+    """Keep the log of a run open; an error that ends the run is logged as well.
 
     Args:
         folder: of the run, for the file `log.txt` of the first process.

@@ -18,10 +18,10 @@ def progress(iterable: Iterable[T], total: int, description: str, enabled: bool)
     """Wrap an iterable in a progress bar.
 
     Args:
-        iterable: what is iterated.
+        iterable: the items.
         total: its length.
         description: the word before the bar.
-        enabled: False, or standard error not being a terminal, shows nothing and only passes on.
+        enabled: False, or standard error not being a terminal, shows nothing and only passes the items on.
     """
     disable = None if enabled else True  # None: tqdm looks for the terminal
     return tqdm(iterable, total=total, desc=description, disable=disable, leave=False, dynamic_ncols=True)
@@ -54,7 +54,7 @@ class TrainingBar(tqdm):  # generic for type checkers only
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm writes, with the rest behind it."""
+        """The fields that tqdm shows, with those of this bar appended."""
         values = dict(super().format_dict)
         elapsed, done = values["elapsed"], values["n"]
         if self.disable or not elapsed or not done:
@@ -67,7 +67,7 @@ class TrainingBar(tqdm):  # generic for type checkers only
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of tensors on a GPU, of everything on the CPU."""
+    """The most bytes that this process has held: of tensors on a GPU, of everything on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

@@ -9,13 +9,13 @@ from typing import Any
 
 from utils.text import format_table
 
-SHOWN_LEVELS = 16  # of more levels only the dead ones are counted in the log and in TensorBoard
-KEPT_LEVELS = 64  # of more levels neither shares nor values are kept
+SHOWN_LEVELS = 16  # with more levels, log and TensorBoard only count the dead ones
+KEPT_LEVELS = 64  # with more levels, neither shares nor values are kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How often values fall into bins of equal width; the outermost bins hold all that lies beyond.
+    """Counts of values in bins of equal width; the outermost bins hold all values beyond.
 
     Attributes:
         edges: the bins' ends, one more than counts.
@@ -36,17 +36,17 @@ class HealthRow:
         method: its method.
         levels: the number of levels it may use.
         bits: of a stored value.
-        used: levels that some value takes; None where the method of a user's own knows no integers.
+        used: levels that some value takes; None for a user's own method without integers.
         range: mean over the groups of the clip value (or top level); None where a method has none.
         range_lowest, range_highest: the least and the greatest of the groups; likewise.
         clipped: share of values below the lowest or above the highest value of the range; likewise.
         shares: share of each level, from the lowest; empty with more than `KEPT_LEVELS`.
         values: the levels, mean over the groups, before a normalisation is undone and without `gamma`; likewise.
         basis: LQ-Nets' basis, mean over the groups; empty for other methods.
-        changed: share of weights whose level is another than an epoch ago; None for activations, where
-            the number of levels is another, and in an epoch that was gone on with in its middle.
+        changed: share of weights whose level differs from an epoch ago; None for activations, where the
+            number of levels has changed, and in an epoch that was resumed in its middle.
         update: |w - w before| / |w before| over the epoch, in L2 norm; None for activations and in such an epoch.
-        histogram: of the values that come in, as the method sees them (`Quantizer.normalise`).
+        histogram: of the input values, as the method sees them (`Quantizer.normalise`).
     """
 
     name: str
@@ -73,14 +73,14 @@ class HealthRow:
 
     @property
     def notice(self) -> str:
-        """What needs somebody's attention; empty when nothing does."""
+        """A state that needs attention; empty when there is none."""
         return "constant, carries nothing" if self.used == 1 else ""
 
     @property
     def positions(self) -> tuple[float, ...]:
-        """Where the levels lie among the values that come in.
+        """The positions of the levels among the input values.
 
-        They are the levels themselves, but for a method whose levels are integers (FATNN): there the top one
+        They are the levels themselves, except for a method whose levels are integers (FATNN): there the top one
         is put at the end of the range and the others in proportion.
         """
         if self.range is None or not self.values or self.values[-1] <= 0:

@@ -1,4 +1,4 @@
-"""What a run tells about itself: the plan before it, lines while it goes, files and a picture at its end."""
+"""The texts of a run: the plan before it, log lines during it, files and a picture at its end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe_run(
     config: Config, network: str, groups: str, plan: str, rates: Schedule, warnings: tuple[str, ...],
     folder: Path,
 ) -> str:  # fmt: skip
-    """What `--dry_run` prints; and the keyword `lr-test`, which also draws its rates into a file in `folder`."""
+    """The text of `--dry_run` or of the keyword `lr-test`, whose rates are also drawn into a file in `folder`."""
     if config.run.lr_test:
         epochs = range(config.schedule.epochs + config.schedule.extra_epoch)
         lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in epochs]
@@ -56,15 +56,15 @@ def announce(
     config: Config, cost: Cost, device: torch.device, groups: Sequence[ParamGroup],
     quantizers: Iterable[tuple[str, QuantizerConfig]], full_precision: Sequence[str], logger: Logger,
 ) -> None:  # fmt: skip
-    """What is about to be trained or evaluated, for the log.
+    """Log what is about to be trained or evaluated.
 
     Args:
         config: the run's.
-        cost: what the network costs.
+        cost: of the network.
         device: of this process.
         groups: the optimizer's.
         quantizers: the network's, each with its options.
-        full_precision: names of the layers without any.
+        full_precision: names of the layers without quantizers.
         logger: takes the lines.
     """
     logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
@@ -79,7 +79,7 @@ def announce(
 
 
 def epoch_line(row: dict[str, float], last: int, best: float) -> str:
-    """One epoch for the log."""
+    """The log line of an epoch."""
     text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
     if "val_top1" in row:
         text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
@@ -97,8 +97,8 @@ def finish(
     config: Config, cost: Cost, found: Audit, state: RunState, folder: Path, files: CheckpointFiles,
     logger: Logger,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the run's summary and picture, and name them; returns the summary."""
-    metrics = folder / "metrics.csv"  # not there when a finished run was continued under another case
+    """Write the run's summary and picture, and log their names; returns the summary."""
+    metrics = folder / "metrics.csv"  # not there when a finished run was resumed under another case
     rows = epoch_files.MetricsFile.read(metrics) if metrics.exists() else []
     curves.draw_curves(
         rows, folder / "curves.png", f"{config.run.case} ({config.model.name}, {cost.bits} bits)"
@@ -151,7 +151,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def hyperparameters(config: Config) -> dict[str, object]:
-    """What a run's outcome depends on, as one dictionary with dotted names."""
+    """The options that a run's outcome depends on, as one dictionary with dotted names."""
     options: dict[str, object] = {"case": config.run.case, "keyword": ",".join(config.keywords)}
     for part in ("model", "data", "optim", "schedule", "precision"):
         options |= _flat(to_dict(getattr(config, part)), f"{part}.")

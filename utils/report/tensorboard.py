@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from utils.report.quantizer_record import HealthRow, Histogram
 
-_BLUE, _ORANGE = "#0072b2", "#d55e00"  # told apart by colour-blind eyes too
+_BLUE, _ORANGE = "#0072b2", "#d55e00"  # colour-blind eyes can tell them apart
 
 
 class Board:
@@ -28,7 +28,7 @@ class Board:
 
     Args:
         folder: where the event files go; None writes nothing and does not import TensorBoard.
-        purge_step: the step a resumed run goes on with; what a former run wrote from there on is hidden.
+        purge_step: the first step of a resumed run; events that a former run wrote from there on are hidden.
 
     Raises:
         UserError: TensorBoard is not installed, or the folder cannot be written.
@@ -39,7 +39,7 @@ class Board:
 
     @property
     def writes(self) -> bool:
-        """Whether there are event files, so that it is worth making something for them."""
+        """Whether events are written, so that making them is worthwhile."""
         return self._writer is not None
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -57,7 +57,7 @@ class Board:
                 self._writer.add_histogram(tag, numbers, step)
 
     def counts(self, tag: str, histogram: Histogram, step: int) -> None:
-        """Write a distribution that is counted already; its sums are those of the bins' middles."""
+        """Write a distribution that is counted already; its sums take each value as the middle of its bin."""
         if self._writer is not None:
             edges, counts = histogram.edges, histogram.counts
             middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
@@ -75,7 +75,7 @@ class Board:
             )
 
     def levels(self, tag: str, row: HealthRow, step: int) -> None:
-        """Draw what comes into a quantizer, and its levels, as a picture."""
+        """Draw a quantizer's inputs and levels as a picture."""
         if self._writer is not None:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -90,11 +90,11 @@ class Board:
             self._writer.add_images(tag, images.detach().float().clamp(0, 1).cpu(), step)
 
     def outcome(self, options: Mapping[str, object], metrics: Mapping[str, float], step: int) -> None:
-        """Write the run's options with what came of them, for the page HPARAMS.
+        """Write the run's options with their results, for the page HPARAMS.
 
         Args:
             options: numbers, texts and truth values stay; others become text.
-            metrics: finite numbers; their names are curves of their own, so they need others than `scalars`.
+            metrics: finite numbers; their names become curves, so they must differ from those of `scalars`.
             step: of the metrics' points.
         """
         if self._writer is None:
@@ -114,12 +114,12 @@ class Board:
         self.scalars(finite, step)
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write buffered events."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is held back and end the event file."""
+        """Write buffered events and close the event file."""
         if self._writer is not None:
             self._writer.close()
 

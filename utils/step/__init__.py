@@ -1,1 +1,1 @@
-"""What a step of training is made of, but for the network: optimizer, schedule, precision, loss, meters."""
+"""The parts of a training step beside the network: optimizer, schedule, precision, loss, meters."""

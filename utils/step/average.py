@@ -14,10 +14,11 @@ from utils.errors import UserError
 
 
 class WeightAverage:
-    """average = d * average + (1 - d) * weights after each step of the optimizer, d = min(decay, (1 + t) / (10 + t)).
+    """Averages the weights after each step of the optimizer: average = d * average + (1 - d) * weights.
 
-    t counts the steps; the smaller decay of the first ones lets the start be forgotten. All floating values of the
-    network's state are averaged, running statistics of norms and learned ranges too; counters are the network's.
+    d = min(decay, (1 + t) / (10 + t)), where t counts the steps: the smaller decay of the first ones lets the start be
+    forgotten. All floating values of the network's state are averaged, also running statistics of norms and learned
+    ranges; counters stay the network's.
     Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, in the
     exponential form that Tarvainen and Valpola, arXiv 1703.01780, use.
 
@@ -42,7 +43,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def after_step(self, weights: Mapping[str, Tensor]) -> None:
-        """Take in the network's state after a step: float32 values by name; others are left out."""
+        """Add the network's state after a step: float32 values by name; others are left out."""
         if not self.enabled:
             return
         floats = {name: value for name, value in weights.items() if value.is_floating_point()}
@@ -55,7 +56,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Let `model` have the averaged values, in its own dtypes, and afterwards every value that it had."""
+        """Give `model` the averaged values, in its own dtypes, and restore its values at the end."""
         state = model.state_dict()
         before = {name: value.clone() for name, value in state.items()}
         try:
@@ -69,14 +70,14 @@ class WeightAverage:
                     state[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state for a resumed run."""
         return {"steps": self._steps, "weights": dict(self._weights)} if self._weights else {}
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
-        """Go on from a `state_dict()` of a network like `model`; an empty one is a start.
+        """Continue from a `state_dict()` of a network like `model`; an empty one is a fresh start.
 
         Raises:
-            UserError: it is of another network.
+            UserError: it belongs to a different network.
         """
         if not state:
             return

@@ -1,4 +1,4 @@
-"""The losses of a batch: of labels, and of a teacher's outputs."""
+"""The losses of a batch: against labels, and against a teacher's outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that are summed while a pass over the images goes: loss, accuracy, waiting time."""
+"""Sums over a pass of the images: loss, accuracy, waiting time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 class Totals:
-    """Sums over the images of a pass, kept on the device, so that no host waits for it.
+    """Sums over the images of a pass, kept on the device, so that the host need not wait.
 
-    Counts are exact and the loss is summed in float64, so that the sums of several processes, or of a pass
-    that was interrupted, are those of one.
+    Counts are exact and the loss is summed in float64, so that the sums of several processes, or of an
+    interrupted pass, equal those of one.
 
     Attributes:
-        sums: float64 [4]: loss, images whose class is the best, is among the best 5, and all images.
+        sums: float64 [4]: loss, images whose class has the highest score, one of the 5 highest, and all images.
     """
 
     EMPTY = (0.0, 0.0, 0.0, 0.0)
@@ -48,7 +48,7 @@ class Totals:
 
     @staticmethod
     def means(sums: Tensor) -> dict[str, float]:
-        """`loss`, and `top1` and `top5` in percent, of such sums; NaN without an image. Waits for the device."""
+        """`loss`, and `top1` and `top5` in percent, from `sums`; NaN without an image. Waits for the device."""
         loss, hits1, hits5, images = sums.tolist()
         if not images:
             return dict.fromkeys(("loss", "top1", "top5"), math.nan)
@@ -78,11 +78,11 @@ class Waiting(Generic[T]):
     """An iterable that measures how long its user waits for the next item.
 
     Args:
-        items: what is iterated over.
+        items: the items.
         clock: the time in seconds.
 
     Attributes:
-        seconds: the waiting so far.
+        seconds: the waiting time so far.
     """
 
     def __init__(self, items: Iterable[T], clock: Callable[[], float] = time.perf_counter) -> None:

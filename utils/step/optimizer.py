@@ -1,7 +1,7 @@
 """The optimizer and its parameter groups, as ordered rules.
 
-Every trainable parameter is walked past the rules once and lands in one group; parameters that get
-the same base rate and weight decay share it.
+The rules put every trainable parameter into one group; parameters that get base rate and weight decay
+from the same options share one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Light:
     """Makes an optimizer without importing torch's compiler, which takes as long as importing torch itself.
 
     torch wraps this method so that the compiler leaves it alone, and the wrapper imports the compiler. A dry run
-    makes an optimizer and never needs one; a training does at its first step.
+    makes an optimizer and never needs the compiler; a training imports it at its first step.
     """
 
     add_param_group = inspect.unwrap(Optimizer.add_param_group)
@@ -49,8 +49,8 @@ class ParamGroup:
         base_lr: the learning rate that the schedule multiplies.
         weight_decay: the factor of the L2 penalty's gradient.
         rules: the rules that put parameters here, each once, for the table.
-        custom_lr: the base rate is `custom_lr`.
-        decay: what the weight decay is: "default" `weight_decay`, "custom_decay_list" `custom_decay`, "" none.
+        custom_lr: whether the base rate is `custom_lr`.
+        decay: the option it comes from: "default" `weight_decay`, "custom_decay_list" `custom_decay`, "" none.
     """
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ class ParamGroup:
     decay: str = "default"
 
     def settings(self, config: OptimConfig) -> dict[str, float]:
-        """What the optimizer's group is set to when the options are `config`; the lists stay as they were."""
+        """The settings of the optimizer's group with the options `config`; the lists stay as they were."""
         decays = {"default": config.weight_decay, "custom_decay_list": config.custom_decay}
         return {
             "base_lr": config.custom_lr if self.custom_lr else config.lr,
@@ -71,7 +71,7 @@ class ParamGroup:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """Refuse optimizer options that make no sense, as far as they show without a model.
+    """Refuse optimizer options that make no sense, as far as that shows without a model.
 
     Raises:
         UserError: names the option, its value and what it may be.
@@ -98,7 +98,7 @@ def check_optimizer(config: OptimConfig) -> None:
 
 
 def depthwise_weights(model: nn.Module) -> frozenset[str]:
-    """Name the weights of convolutions in which every group has one input channel of several.
+    """Name the weights of depth-wise convolutions: each group has one of several input channels.
 
     The weight alone does not tell: its second dimension is 1 in a convolution of a grey image too.
     """
@@ -116,7 +116,7 @@ def untrained(model: nn.Module) -> list[str]:
 
 
 def idle_entries(model: nn.Module, config: OptimConfig) -> tuple[str, ...]:
-    """Warnings for entries of the lists that match nothing that the optimizer trains, such as LQ-Nets' `basis`."""
+    """Warn of list entries that match only what the optimizer does not train, such as LQ-Nets' `basis`."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     lists = {"custom_decay_list": config.custom_decay_list, "custom_lr_list": config.custom_lr_list}
     return tuple(
@@ -146,8 +146,8 @@ def parameter_groups(
     Base rate: `custom_lr` where the name contains an entry of `custom_lr_list`, else `lr`.
 
     Args:
-        named_parameters: as of `nn.Module.named_parameters`. A parameter that comes under several names
-            is taken once, under the first; an entry of a list may be part of any of them.
+        named_parameters: as of `nn.Module.named_parameters`. A parameter with several names is taken once,
+            under the first; an entry of a list may be part of any of them.
         config: the optimizer's options.
         depthwise: names of depth-wise kernels, see `depthwise_weights`.
         untrained: names of state that no optimizer changes; an entry of a list may match these alone,

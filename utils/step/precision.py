@@ -1,4 +1,4 @@
-"""In which floating types a network computes, and how its gradients become steps of the optimizer.
+"""The floating types that a network computes in, and the way from its gradients to optimizer steps.
 
 | level | weights | arithmetic | what the optimizer updates |
 | --- | --- | --- | --- |
@@ -33,7 +33,7 @@ SMALLEST_SCALE = 2.0**-10  # 26 halvings below the first one: these gradients ar
 
 
 def check_precision(config: PrecisionConfig, device: torch.device) -> tuple[str, ...]:
-    """Refuse a precision that this machine does not have, and give the warnings about the rest.
+    """Refuse a precision that this machine lacks; returns warnings.
 
     Raises:
         UserError: bfloat16 on a GPU that emulates it, or an apex that is not installed or has no amp.
@@ -75,7 +75,7 @@ def _apex(device: torch.device) -> ModuleType:
 
 
 def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
-    """How weights and images lie in memory: channels last if that is asked for, but where it would crash.
+    """The memory format of weights and images: channels last if asked for, unless it would crash.
 
     On a CPU the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels writes past
     its memory (oneDNN in torch 2.15). Only very narrow networks have one.
@@ -93,8 +93,8 @@ def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.devic
 def prepare(model: nn.Module, config: PrecisionConfig) -> None:
     """Set how GPUs multiply float32 and, at O3, make all of the network half but its quantizers.
 
-    A module whose class says `keeps_float32` is left as it is, as quantizers are.
-    Comes before the optimizer is built, which holds the parameters as they are then.
+    A module whose class sets `keeps_float32`, as quantizers do, is left as it is. Call this before the optimizer is
+    built, which holds the parameters as they are then.
     """
     arithmetic = "tf32" if config.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = arithmetic
@@ -115,13 +115,13 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Precision:
-    """The arithmetic of a run on `torch.amp`; at O0 all of it does nothing.
+    """The arithmetic of a run on `torch.amp`; at O0 it does nothing.
 
-    Built when the optimizer's state is restored, whose parameters become the master weights at O2.
+    Build it after the optimizer's state is restored: at O2 the optimizer's parameters become the master weights.
 
     Attributes:
-        image_dtype: what the network takes.
-        scaling: gradients are scaled, and steps whose gradients overflow are left out.
+        image_dtype: of the images that the network takes.
+        scaling: whether gradients are scaled, and steps whose gradients overflow are skipped.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Precision:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What forward passes, and the loss, are computed in."""
+        """The context that forward passes and the loss are computed in."""
         return torch.autocast(self._device.type, self._dtype, enabled=self._autocasts)
 
     def backward(self, loss: Tensor) -> None:
@@ -150,9 +150,9 @@ class Precision:
         self._scaler.scale(loss).backward()
 
     def gradient_norm(self, limit: float | None) -> Tensor:
-        """Make the gradients ready for `step`: unscaled, no longer than `limit`; float32 [], their norm before.
+        """Unscale the gradients and clip them to `limit`; returns their norm before clipping, float32 [].
 
-        The norm is not finite when a gradient is not. Nothing waits for the device but at `scaling`.
+        The norm is not finite when a gradient is not. Waits for the device only with `scaling`.
         """
         for half, master in self._masters.values():
             master.grad = None if half.grad is None else half.grad.float()
@@ -165,13 +165,13 @@ class Precision:
         return norm
 
     def step(self, *, update: bool) -> str:
-        """Let the optimizer take its step; returns what to log when gradients overflowed and it was skipped.
+        """Let the optimizer take its step; returns a log line when gradients overflowed and it was skipped.
 
         Args:
-            update: False, in the warmup, only follows the gradients' scale.
+            update: False, in the warmup, only updates the gradients' scale.
 
         Raises:
-            TrainingError: gradients overflow whatever they are scaled by.
+            TrainingError: gradients overflow at any scale.
         """
         before = self._scaler.get_scale()
         if update:
@@ -191,7 +191,7 @@ class Precision:
         return f"step skipped, gradients overflowed when scaled by {before:g}; the scale is {after:g} now"
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self._optimizer.zero_grad()
         for half, _ in self._masters.values():
             half.grad = None
@@ -201,11 +201,11 @@ class Precision:
         return model.state_dict() | {name: master.detach() for name, (_, master) in self._masters.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimizer: the scale of the gradients."""
+        """The scale of the gradients, for a resumed run."""
         return self._scaler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a `state_dict()`; an empty one, of a run without scaling, changes nothing.
+        """Continue from a `state_dict()`; an empty one, of a run without scaling, changes nothing.
 
         Raises:
             KeyError, TypeError, ValueError: it is no such state.
@@ -219,7 +219,7 @@ class Precision:
 
 
 def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """Give convolutions and linear layers half parameters; the half and the former one by name."""
+    """Give convolutions and linear layers half parameters; returns (half, former) by name."""
     masters = {}
     halves: dict[nn.Parameter, nn.Parameter] = {}  # modules may share one
     for prefix, module in model.named_modules():
@@ -233,7 +233,7 @@ def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter
 
 
 class ApexPrecision(Precision):
-    """The same by apex's amp, which changes network and optimizer itself and scales every loss."""
+    """`Precision` by apex's amp, which changes network and optimizer itself and scales every loss."""
 
     def __init__(
         self,
@@ -248,8 +248,8 @@ class ApexPrecision(Precision):
         exact = [parameter.detach().clone() for parameter in self._parameters]
         self._amp.initialize(model, optimizer, opt_level=config.level, verbosity=0)
         self.scaling = True
-        # At O2 apex makes master weights from the half ones, in the first `zero_grad`, and puts them into the
-        # optimizer; checkpoints have to hold them, and they begin with what a checkpoint held.
+        # At O2 apex makes master weights from the half ones in the first `zero_grad` and puts them into the
+        # optimizer. Checkpoints have to hold them, and they start from the weights before rounding.
         optimizer.zero_grad()
         self._own_masters: dict[str, Tensor] = {}
         masters = self._amp.master_params(optimizer)

@@ -2,7 +2,7 @@
 
 A policy is a multiplier on a base rate, so that one schedule drives every parameter group: a group
 with its own base rate keeps its ratio to the others at every step. Nothing here counts steps or
-holds state, which makes a resumed run's rates those of the uninterrupted one.
+holds state, so a resumed run has the rates of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from utils.config.schema import ScheduleConfig
 from utils.errors import UserError
 
-if TYPE_CHECKING:  # options are checked with `check` before torch is loaded
+if TYPE_CHECKING:  # `check_schedule` runs before torch is loaded
     from torch.optim import Optimizer
 
 POLICIES = ("custom_step", "fix_step", "decay", "fix", "poly", "sgdr", "sgdr_step", "cos")
@@ -29,7 +29,7 @@ _READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}
 def learning_rate(config: ScheduleConfig, lr: float, step: int, steps_per_epoch: int) -> float:
     """Give the learning rate of one step.
 
-    With `e` the epoch, `t` the steps since the interval's begin, `T` the interval's steps and `i` its
+    With `e` the epoch, `t` the steps since the interval's start, `T` the interval's steps and `i` its
     index (intervals lie between 0, the entries of `lr_custom_step` and `epochs`):
 
     - `custom_step`: `lr * lr_decay^i`
@@ -39,12 +39,12 @@ def learning_rate(config: ScheduleConfig, lr: float, step: int, steps_per_epoch:
     - `poly`: `eta_min + (lr - eta_min) * (1 - t/T)^lr_decay`
     - `sgdr`: `eta_min + (lr - eta_min) * (1 + cos(pi * t/T)) / 2`; each interval begins at exactly `lr`
     - `sgdr_step`: as `sgdr` with the peak `lr * lr_decay^i` (not below `eta_min`) instead of `lr`
-    - `cos`: as `sgdr` with `e / epochs` for `t/T`; `eta_min` is where the epoch after the last would be
+    - `cos`: as `sgdr` with `e / epochs` for `t/T`; the epoch after the last would have `eta_min`
 
     Steps after the end of `epochs` (`extra_epoch`) keep the rate of the last step before it. During the
     wakeup, the first `N = max(wakeup, wakeup_epoch * steps_per_epoch)` steps, the policy's rate is
-    multiplied by `(step + 1) / N`: the line that leaves zero just before the first step and reaches the
-    policy's rate at step `N - 1`.
+    multiplied by `(step + 1) / N`: a line from zero, just before the first step, to the policy's rate at
+    step `N - 1`.
 
     Args:
         config: the schedule.
@@ -60,10 +60,10 @@ class Schedule:
     """The rates of a whole run.
 
     Args:
-        config: the schedule, as accepted by `check`.
+        config: the schedule, as accepted by `check_schedule`.
         lr: the base rate of the groups without a rate of their own, at the start.
         steps_per_epoch: iterations of one epoch, at least 1.
-        later: other base rates, each with the iteration from which on it holds, in their order.
+        later: other base rates, each with the iteration from which it holds, in order.
     """
 
     config: ScheduleConfig
@@ -99,7 +99,7 @@ class Schedule:
         return step < max(config.warmup, config.warmup_epoch * self.steps_per_epoch)
 
     def changes(self) -> list[tuple[int, float]]:
-        """List `(epoch, rate)` for each epoch whose first step has another rate than the previous one's."""
+        """List `(epoch, rate)` for each epoch whose first step has a different rate than the previous one's."""
         changes: list[tuple[int, float]] = []
         for epoch in range(self.config.epochs + self.config.extra_epoch):
             rate = self.at(epoch * self.steps_per_epoch)
@@ -117,7 +117,7 @@ class Schedule:
 def check_schedule(config: ScheduleConfig, lr: float) -> None:
     """Refuse a schedule that makes no sense.
 
-    Only options that the policy reads are held against each other.
+    Only options that the policy reads are checked against each other.
 
     Args:
         config: the schedule.
@@ -159,7 +159,7 @@ def check_schedule(config: ScheduleConfig, lr: float) -> None:
 
 
 def _check_custom_step(config: ScheduleConfig) -> None:
-    """Refuse entries of `lr_custom_step` that cannot be the borders of intervals."""
+    """Refuse entries of `lr_custom_step` that cannot bound intervals."""
     written = "--lr_custom_step " + ",".join(map(str, config.custom_step))
     previous = 0
     for entry in config.custom_step:

@@ -1,7 +1,7 @@
 """One HTML page about one run or several: `python tools.py --keyword report RUN...`.
 
-`runs` reads what runs have left, `page` makes figures (with plotly) and tables of it, `page.html`, `page.css` and
-`page.js` are what the page is made of. It holds all of them, plotly's script too, and asks no network for anything.
+`runs` reads the files of runs, `page` makes figures (with plotly) and tables of them. `page.html`, `page.css` and
+`page.js` are the page's sources. The page holds everything, also plotly's script, and loads nothing from a network.
 """
 
 from __future__ import annotations

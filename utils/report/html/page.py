@@ -19,8 +19,8 @@ from utils.report.html.runs import Run
 
 FOLDER = Path(__file__).resolve().parent
 COLOURS = ("#3b82c4", "#e07b39", "#2fa37c", "#c46fa3", "#b8952f", "#6f7bd9", "#c9544d", "#58a6b0")
-GREY, LINES = "#7d8590", "rgba(128, 128, 128, 0.22)"  # seen on light and on dark ground
-SHOWN_EPOCHS = 12  # of which histograms are on the page
+GREY, LINES = "#7d8590", "rgba(128, 128, 128, 0.22)"  # visible on light and on dark backgrounds
+SHOWN_EPOCHS = 12  # epochs whose histograms are on the page
 CURVES = (  # heading, column of the training, column of the validation
     ("Loss", "train_loss", "val_loss"),
     ("Top-1 accuracy, %", "train_top1", "val_top1"),
@@ -55,7 +55,7 @@ def render(runs: Sequence[Run]) -> str:
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        # Inside a script element the only thing that could end it, or begin a comment, is a `<`.
+        # Inside a script element only a `<` could end it or begin a comment.
         data=Markup(json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
     )
 
@@ -66,7 +66,7 @@ def colour(i: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text for plotly, which understands some HTML."""
+    """Escape text for plotly, which interprets some HTML."""
     return html.escape(text, quote=False)
 
 
@@ -114,7 +114,7 @@ def _fields(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _figure(title: str, names: int, **axes: Any) -> graph_objects.Figure:
-    """An empty figure with room for a legend of so many names."""
+    """An empty figure with room for a legend of `names` entries."""
     below = 56 + 22 * math.ceil(2 * names / 3)
     figure = graph_objects.Figure()
     axis = {"gridcolor": LINES, "zerolinecolor": LINES, "linecolor": LINES, "automargin": True}
@@ -129,7 +129,7 @@ def _figure(title: str, names: int, **axes: Any) -> graph_objects.Figure:
 
 
 def _curve(runs: Sequence[Run], title: str, training: str, validation: str) -> graph_objects.Figure:
-    """A column of the metrics over the epochs; a run's training and validation go on and off together."""
+    """A column of the metrics over the epochs; a run's training and validation are shown and hidden together."""
     ticks = {"dtick": 1} if max(run.done for run in runs) <= 12 else {}
     figure = _figure(title, len(runs), xaxis={"title": {"text": "epoch", "standoff": 4}, **ticks})
     if training in ("lr", "train_loss"):

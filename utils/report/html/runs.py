@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read and checked."""
+"""Reads and checks the files in the folder of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from utils.errors import UserError
 from utils.report.epoch_files import MetricsFile, RecordsFile
 
-LARGEST = 1e300  # beyond is damage
+LARGEST = 1e300  # larger numbers count as damage
 NUMBER = (int, float, type(None))  # None: it was not finite, or there is none
 NUMBERS = "numbers"  # a list of such
 _SUMMARY = {
@@ -39,12 +39,12 @@ class Run:
 
     Attributes:
         folder: where it was read from.
-        label: what it is called on the page, different for each run.
+        label: its name on the page, different for each run.
         config: dotted name of a field of its configuration -> the value as text.
         planned: epochs that it was to train.
         metrics: a row per epoch, as `MetricsFile.read`.
-        epochs: the records of its quantizers, as `model.watch.health` writes them; empty in full precision.
-        summary: what it wrote at its end; None as long as it has not ended.
+        epochs: the records of its quantizers, of `HealthRow.record`; empty in full precision.
+        summary: the file `summary.json`; None as long as the run has not ended.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def layers(self) -> Sequence[Mapping[str, Any]]:
-        """What each layer costs; empty before the end."""
+        """The cost of each layer; empty before the end."""
         return self.summary["layers"] if self.summary else ()
 
     @property
@@ -112,7 +112,7 @@ def _read(folder: Path, label: str) -> Run:
             _check(records, quantizer["histogram"], _HISTOGRAM)
     summary = _summary(folder / "summary.json")
     if summary is not None and rows and summary["epochs"] != rows[-1]["epoch"]:
-        summary = None  # of an earlier end: the run goes on
+        summary = None  # of an earlier end: the run was resumed
     return Run(
         folder=folder,
         label=label,
@@ -182,6 +182,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for name, value in config.items():
         if isinstance(value, dict) and value and name != "origins":
             flat |= _flat(value, f"{prefix}{name}.")
-        elif name != "origins":  # who set a field; the fields are what is compared
+        elif name != "origins":  # who set a field; only the fields are compared
             flat[prefix + str(name)] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat
