@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
+from collections.abc import Iterable
+
+SHOWN = 5  # names listed in a message before "..."
 
 
 def printable(text: str) -> str:
@@ -12,9 +15,21 @@ def printable(text: str) -> str:
     return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
 
 
-def closest(word: str, known: set[str]) -> str:
-    """Suggest the known words closest to `word`, as the end of a message; empty when none is close."""
-    close = difflib.get_close_matches(word, sorted(known), n=3)
+def some_names(names: Iterable[str]) -> str:
+    """The first names of a list for a message, printable, with dots where there are more."""
+    names = list(map(printable, names))
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Suggest the known words closest to `word`, as the end of a message; empty when none is close.
+
+    Args:
+        word: the word.
+        known: the words that may have been meant.
+        cutoff: least similarity, from 0 to 1, as difflib measures it.
+    """
+    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

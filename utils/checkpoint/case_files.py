@@ -6,22 +6,14 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint.archive import load_archive, read, write_atomic
 from utils.errors import UserError
-from utils.text import printable
-
-SHOWN = 5  # names listed in a message before "..."
-
-
-def some_names(names: Iterable[str]) -> str:
-    """The first names of a list for a message, printable, with dots where there are more."""
-    names = list(map(printable, names))
-    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+from utils.text import SHOWN, some_names
 
 
 def find_pretrained(value: str, weights_dir: Path, model: str, *, option: str = "pretrained") -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint.case_files import some_names
 from utils.errors import UserError
+from utils.text import closest, some_names
 
 # Batch norms count batches but do not use the count at the default momentum; files of PyTorch before 0.4.1 lack it.
 COUNTERS = frozenset({"num_batches_tracked"})
@@ -113,7 +112,7 @@ def load_weights(
     everything = dict.fromkeys((*own, *state))
     for word in scope:
         if not any(word in name for name in everything):
-            close = _closest(word, {part for name in everything for part in name.split(".")})
+            close = closest(word, {part for name in everything for part in name.split(".")}, cutoff=0.5)
             raise UserError(f"--unresume_scope {word!r}: no name in {source} or the network has it{close}")
 
     skipped = {name: None for name in everything if any(word in name for word in scope)}
@@ -172,8 +171,3 @@ def _with_shape(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str
 
 def _both_shapes(mismatched: Iterable[Mismatch]) -> list[str]:
     return [f"{name}: {list(a)} in the file, {list(b)} in the network" for name, a, b in mismatched]
-
-
-def _closest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from utils.step.schedule import Schedule
 
-_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind eyes can tell them apart
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind eyes can tell them apart
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
@@ -39,13 +39,13 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
         axes.margins(x=0.02, y=0.08)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    _draw_line(loss, rows, "train_loss", "training", _BLUE)
-    _draw_line(loss, rows, "val_loss", "validation", _ORANGE)
-    _draw_line(top1, rows, "train_top1", "training", _BLUE)
+    _draw_line(loss, rows, "train_loss", "training", BLUE)
+    _draw_line(loss, rows, "val_loss", "validation", ORANGE)
+    _draw_line(top1, rows, "train_top1", "training", BLUE)
     best = max(_points(rows, "val_top1"), key=lambda point: point[1], default=None)
     best_label = "validation" if best is None else f"validation, best {best[1]:.2f} in epoch {best[0]:g}"
-    _draw_line(top1, rows, "val_top1", best_label, _ORANGE)
-    _draw_line(rate, rows, "lr", "learning rate", _GREEN)
+    _draw_line(top1, rows, "val_top1", best_label, ORANGE)
+    _draw_line(rate, rows, "lr", "learning rate", GREEN)
     rates = [value for _, value in _points(rows, "lr")]
     if rates and 0 < 10 * min(rates) < max(rates):
         rate.set_yscale("log")
@@ -65,7 +65,7 @@ def draw_schedule(rates: Schedule, path: Path, title: str) -> None:
     steps = range(rates.total_steps)
     axes.plot(
         [step / rates.steps_per_epoch for step in steps], [rates.at(step) for step in steps],
-        color=_GREEN, linewidth=1.6, drawstyle="steps-post",
+        color=GREEN, linewidth=1.6, drawstyle="steps-post",
     )  # fmt: skip
     axes.set_title(title, fontsize=13, fontweight="bold", parse_math=False)
     axes.set_xlabel("epoch")

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.report.curves import BLUE, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from utils.report.quantizer_record import HealthRow, Histogram
-
-_BLUE, _ORANGE = "#0072b2", "#d55e00"  # colour-blind eyes can tell them apart
 
 
 class Board:
@@ -133,9 +132,9 @@ def draw_levels(row: HealthRow, epoch: int) -> Figure:
     axes = figure.add_axes((0.18, 0.12, 0.79, 0.76))  # a computed layout would take longer than the drawing
     edges, counts = row.histogram.edges, row.histogram.counts
     total = max(sum(counts), 1)
-    axes.stairs([count / total for count in counts], edges, fill=True, color=_BLUE, alpha=0.7)
+    axes.stairs([count / total for count in counts], edges, fill=True, color=BLUE, alpha=0.7)
     for position in row.positions:
-        axes.axvline(position, color=_ORANGE, linewidth=1)
+        axes.axvline(position, color=ORANGE, linewidth=1)
     axes.set_yscale("log")  # a ReLU's zeros would leave nothing to see of the others
     # Small ticks, powers as formulas and a title that makes room for ticks take most of the time.
     axes.yaxis.set_minor_locator(NullLocator())
