@@ -50,7 +50,15 @@ def runs(block: str) -> int:
 
 def test_every_way_of_starting_is_there() -> None:
     text = "\n".join(blocks())
-    for command in ("train.sh", "main.py", "launch.py", "srun", "TORCHRUN=", "NPROC=", "--distributed"):
+    for command in (
+        "train.sh",
+        "main.py",
+        "utils.processes.launch",
+        "srun",
+        "TORCHRUN=",
+        "NPROC=",
+        "--distributed",
+    ):
         assert command in text
     assert len(blocks()) == 5 and text.count("srun") == text.count("srun --kill-on-bad-exit=1") == 2
 

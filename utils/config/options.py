@@ -74,9 +74,14 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("eta_min", float, 0.0, "lowest learning rate of poly, sgdr and cos"),
         option("lr_fix_step", int, 30, "fix_step: epochs between two decays"),
         option("lr_custom_step", integers, (), "epochs of custom_step's decays and of sgdr's restarts"),
-        option("wakeup", int, 0, "iterations of linear warm-up from zero"),
+        option("wakeup", int, 0, "learning-rate warm-up: iterations of a linear rise from zero"),
         option("wakeup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
-        option("warmup", int, 0, "first iterations without an optimizer step"),
+        option(
+            "warmup",
+            int,
+            0,
+            "first iterations without an optimizer step; the learning-rate warm-up is wakeup",
+        ),
         option("warmup_epoch", int, 0, "the same in epochs; the longer of the two counts"),
     ),
     "precision": (
@@ -216,11 +221,11 @@ COMMON: dict[str, tuple[Option, ...]] = {
 
 def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
     half = (
-        "levels symmetric in [-c, c] instead of [0, c]"
+        "signed levels in [-c, c] instead of unsigned levels in [0, c]"
         if tag == "fm"
-        else "levels in [0, c] instead of [-c, c]"
+        else "unsigned levels in [0, c] instead of signed levels in [-c, c]"
     )
-    group = "1" if tag != "wt" else "one per output channel"
+    group = "per tensor, one for all" if tag != "wt" else "per channel, one for each output"
     options = [
         option(f"{tag}_enable", bool, False, f"quantize every {what}"),
         option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
@@ -232,10 +237,10 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
             f"{tag}_quant_group",
             int,
             None,
-            f"groups that share parameters, -k: groups of k; default: {group}",
+            f"granularity: groups of channels that share parameters, -k: groups of k; default: {group}",
             unset=(0,),
         ),
-        option(f"{tag}_boundary", float, 1.0, "initial clipping value"),
+        option(f"{tag}_boundary", float, 1.0, "clip value c at the start"),
         option(
             f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"
         ),
@@ -318,7 +323,10 @@ MODEL: dict[str, tuple[Option, ...]] = {
         ),
         option("re_init_percentile", float, 99.9, "the percentile, percent"),
         option(
-            "stable", int, 0, "first training iterations in full precision, which calibrate the clip values"
+            "stable",
+            int,
+            0,
+            "range calibration: first training iterations, in full precision, that set the clip values",
         ),
         option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
     ),
