@@ -406,7 +406,7 @@ def train_one_epoch(
             means = meters.Totals.means(distributed.summed(totals.sums))
             training.logger.info(
                 "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
-                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], training.optimizer.param_groups[0]["lr"],
+                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], policy.rates.at(step),
             )  # fmt: skip
         if not group_ends:
             continue

@@ -75,19 +75,18 @@ def _apex(device: torch.device) -> ModuleType:
 
 
 def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
-    """The memory format of weights and images: channels last if asked for, unless it would crash.
+    """The memory format of weights and images: channels last if asked for, and if that is safe.
 
-    On a CPU the backward pass of a 1x1 convolution with a stride and fewer than 16 input channels writes past
-    its memory (oneDNN in torch 2.15). Only very narrow networks have one.
+    torch 2.15 ends the process of some very narrow channels-last networks on a CPU; they are trained contiguous there.
     """
-    crashes = device.type == "cpu" and any(
+    unsafe = device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)
         and max(module.stride) > 1
         and module.in_channels < 16
         for module in model.modules()
     )
-    return torch.channels_last if config.channels_last and not crashes else torch.contiguous_format
+    return torch.channels_last if config.channels_last and not unsafe else torch.contiguous_format
 
 
 def prepare(model: nn.Module, config: PrecisionConfig) -> None:
