@@ -21,7 +21,8 @@ from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
 
-@torch.library.custom_op("quant::snapshot", mutates_args=())
+# Named after the module: the repository and the installed package may be imported in one process.
+@torch.library.custom_op(f"lowbit::snapshot_{__name__.replace('.', '_')}", mutates_args=())
 def snapshot(value: Tensor) -> Tensor:
     """A copy that a compiled graph keeps for its backward pass.
 
