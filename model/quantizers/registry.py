@@ -69,10 +69,12 @@ def methods() -> dict[tuple[str, str], type[Quantizer]]:
     return dict(_METHODS)
 
 
-def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
-    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
-    if not config.enable:
-        return nn.Identity()
+def method_class(config: QuantizerConfig) -> type[Quantizer]:
+    """The class of the method that `config` names on its tag.
+
+    Raises:
+        UserError: there is none, or it takes fewer levels.
+    """
     try:
         cls = _METHODS[config.method, config.tag]
     except KeyError:
@@ -83,4 +85,9 @@ def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
         ) from None
     if cls.level_limit is not None and config.levels > cls.level_limit:
         raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
-    return cls(config, site)
+    return cls
+
+
+def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
+    return method_class(config)(config, site) if config.enable else nn.Identity()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.checks import Checks
+from utils.config.checks import Checks, shown
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
@@ -128,12 +128,15 @@ class QuantizerConfig:
         if self.quant_group is not None:
             check.integer("quant_group", -MAX_LEVELS)
             if self.quant_group == 0:
-                raise UserError(
-                    "QuantizerConfig: quant_group 0: give the number of groups, -k for groups of k, or None"
+                raise check.error(
+                    "quant_group", "makes no groups: give their number, -k for groups of k, or None"
                 )
         check.flags()
-        if not isinstance(self.method, str):
-            raise UserError(f"QuantizerConfig: method {self.method!r} must be the name of a method")
+        check.names("extra")
+        if not isinstance(self.method, str) or not self.method:
+            raise check.error("method", "must be the name of a method, such as 'lsq'")
+        if self.enable and self.method == "none":
+            raise check.error("method", "quantizes nothing: name one, such as 'lsq', or leave enable out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +169,19 @@ class QuantConfig:
         """Refuse parts that are of another tag, and values that the fields do not take."""
         for tag in TAGS:
             part = getattr(self, tag)
-            if not isinstance(part, QuantizerConfig) or part.tag != tag:
+            if not isinstance(part, QuantizerConfig):
                 raise UserError(
-                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {part!r:.100}"
+                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {shown(part)}"
+                )
+            if part.tag != tag:
+                raise UserError(
+                    f"QuantConfig: {tag} has a QuantizerConfig of {part.tag!r}: build it with tag={tag!r}"
                 )
         check = Checks(self)
         check.choice("re_init_range", RANGE_SEARCHES)
         check.number("re_init_percentile", 0, 100)
+        if self.re_init_percentile == 0:
+            raise check.error("re_init_percentile", "must be above 0 and at most 100")
         check.flags()
 
     @property
