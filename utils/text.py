@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
@@ -12,9 +13,9 @@ def printable(text: str) -> str:
     return "".join(ascii(char)[1:-1] if unicodedata.category(char) in breaking else char for char in text)
 
 
-def closest(word: str, known: set[str]) -> str:
-    """What may have been meant by a word, as the end of a message; empty when nothing is like it."""
-    close = difflib.get_close_matches(word, sorted(known), n=3)
+def closest(word: object, known: Iterable[str]) -> str:
+    """Known words that are like a word, as the end of a message; empty where none is."""
+    close = difflib.get_close_matches(str(word), sorted(known), n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

@@ -2,7 +2,8 @@
 
 Words and strings end here: the command line (`utils.config.command_line`) and the keyword registry
 (`utils.config.keyword`) become the dataclasses below, and no other code looks at a keyword again.
-Every field is checked when the configuration is resolved (`utils.config.resolve`), before anything is loaded.
+Every field is checked when the configuration is resolved (`utils.config.resolve`), before anything is loaded; those of
+quantizers, which other programs write in Python, by their constructors too.
 """
 
 from __future__ import annotations
@@ -70,12 +71,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """One tag's quantizer (`fm` activations, `wt` weights, `ot` outputs); see docs/quantizers.md.
+    """The quantizers of one tag: "fm" activations, "wt" weights, "ot" outputs; see docs/quantizers.md.
+
+    Which methods there are, and which fields they read, is not checked here but where quantizers are built, since
+    programs register methods of their own. NumPy's scalars become Python's.
 
     Raises:
-        UserError: a value is none that the field takes; names the nearest one that is.
+        UserError: a field does not take its value, for any field; the message names the nearest value that it takes.
 
     Example:
+        >>> from utils.config.schema import QuantizerConfig
         >>> QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4).levels
         4
         >>> QuantizerConfig(tag="wt", grad_scale="papr")
@@ -144,9 +149,10 @@ class QuantConfig:
     """The quantizers of every convolution (and, on request, linear layer) of a network.
 
     Raises:
-        UserError: a part is of another tag than its name says, or a value is none that the field takes.
+        UserError: a part has another tag than its name says, or a field does not take its value.
 
     Example:
+        >>> from utils.config.schema import QuantConfig, QuantizerConfig
         >>> config = QuantConfig(
         ...     fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True),
         ...     wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4),
