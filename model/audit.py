@@ -152,13 +152,20 @@ def _check_arguments(model: object, batches: object, config: object) -> None:
     if not isinstance(batches, Iterable):
         raise TypeError(f"audit: batches is {shown(batches)}: write a list of batches, [images]")
     if config is not None and not isinstance(config, QuantConfig):
-        raise TypeError(f"audit: config is {shown(config)}: give the QuantConfig of the network, or leave it out")
+        raise TypeError(
+            f"audit: config is {shown(config)}: give the QuantConfig of the network, or leave it out"
+        )
 
 
 def _check_batch(batch: object) -> None:
     """Refuse a batch that a loader made of images and labels; a detector may take a list of images."""
     pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if pair and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor) and not batch[1].is_floating_point():
+    if (
+        pair
+        and isinstance(batch[0], Tensor)
+        and isinstance(batch[1], Tensor)
+        and not batch[1].is_floating_point()
+    ):
         raise TypeError(
             "audit: a batch has images and labels: write (images for images, labels in batches), without labels"
         )

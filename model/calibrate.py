@@ -91,11 +91,15 @@ def _check_arguments(model: object, images: object, config: object) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"{where} images is {shown(images)}: give one batch of images, a tensor [N, 3, S, S]")
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"{where} config is {shown(config)}: give the QuantConfig of the network, or leave it out")
+        raise TypeError(
+            f"{where} config is {shown(config)}: give the QuantConfig of the network, or leave it out"
+        )
     shape = list(images.shape)
     convolves = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
     if convolves and images.ndim == 3:
-        raise ValueError(f"{where} images of shape {shape} are no batch: write images.unsqueeze(0) for one image")
+        raise ValueError(
+            f"{where} images of shape {shape} are no batch: write images.unsqueeze(0) for one image"
+        )
     if images.ndim < 2 or (convolves and images.ndim != 4):
         wanted = "[N, 3, S, S]" if convolves else "[N, ...]"
         raise ValueError(f"{where} images of shape {shape}: give one batch of images {wanted}")
@@ -150,7 +154,9 @@ def least_error_clip(rows: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
         >>> least_error_clip(rows, Grid.of(3, half_range=False), quantizer)
         tensor([0.6200])
     """
-    rows = rows[:, :: rows.numel() // _ELEMENTS | 1]  # an odd stride, which does not follow the columns of an image
+    rows = rows[
+        :, :: rows.numel() // _ELEMENTS | 1
+    ]  # an odd stride, which does not follow the columns of an image
     maximum = torch.distributed.ReduceOp.MAX
     largest = quantizer.over_ranks(rows.abs().amax(dim=1, keepdim=True), maximum)
     best, least = torch.zeros_like(largest), torch.full_like(largest, math.inf)

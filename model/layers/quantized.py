@@ -202,7 +202,9 @@ def keep_full_precision(layer: Module, reason: str) -> Module:
         'is the last layer'
     """
     if not isinstance(layer, nn.Module):
-        raise TypeError(f"keep_full_precision: layer is {shown(layer)}: give the layer itself, a torch.nn.Module")
+        raise TypeError(
+            f"keep_full_precision: layer is {shown(layer)}: give the layer itself, a torch.nn.Module"
+        )
     if not isinstance(reason, str) or not reason.strip():
         raise ValueError(
             f'keep_full_precision: reason is {shown(reason)}: write why, as in "is the last layer"'

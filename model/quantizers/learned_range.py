@@ -1,4 +1,4 @@
-"""The learned clip value that PACT and LSQ share."""
+"""The learned clip value, for PACT and LSQ."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LearnedRange(Quantizer):
         return encode_on_grid(x, self.clip(x), self.grid())
 
     def set_range(self, value: Tensor) -> None:
-        """Take `value` as the clip value."""
+        """Set the clip value."""
         self.clip_val.copy_(value)
 
     def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
