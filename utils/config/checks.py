@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from utils.errors import UserError
+
+LARGEST = sys.float_info.max
 
 
 class Checks:
@@ -47,7 +50,8 @@ class Checks:
         """A finite number in a range, ends included."""
         value = getattr(self._config, name)
         plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if not plain or not math.isfinite(value) or not least <= value <= most:
+        # Compared before it becomes a float, which a large integer cannot.
+        if not plain or not max(least, -LARGEST) <= value <= min(most, LARGEST):
             limits = "finite" if math.isinf(most) else f"from {least:g} to {most:g}"
             raise self.error(name, f"must be a number, {limits}")
 
@@ -55,6 +59,8 @@ class Checks:
         """A whole number in a range, ends included."""
         value = getattr(self._config, name)
         plain = isinstance(value, int) and not isinstance(value, bool)
+        if plain and most is None and value >= 2**63:
+            raise self.error(name, "must be a whole number below 2^63")
         if not plain or value < least or (most is not None and value > most):
             limits = f"of {least} or more" if most is None else f"from {least} to {most}"
             close = _as_whole(value)
