@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,15 +158,12 @@ def _check_arguments(model: object, batches: object, config: object) -> None:
         )
 
 
-def _check_batch(batch: object) -> None:
+def _check_batch(batch: Any) -> None:
     """Refuse a batch that a loader made of images and labels; a detector may take a list of images."""
-    pair = isinstance(batch, tuple | list) and len(batch) == 2
-    if (
-        pair
-        and isinstance(batch[0], Tensor)
-        and isinstance(batch[1], Tensor)
-        and not batch[1].is_floating_point()
-    ):
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return
+    images, labels = batch
+    if isinstance(images, Tensor) and isinstance(labels, Tensor) and not labels.is_floating_point():
         raise TypeError(
             "audit: a batch has images and labels: write (images for images, labels in batches), without labels"
         )

@@ -89,8 +89,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantizers on its input, weight and output.
 
     By default the input is padded first and then quantized, so that padded positions take a real
-    level; `padding_after_quant` quantizes first and pads with exact zeros. An empty input passes without its
-    quantizers, such as the head of a detector gets when nothing was found; see `check_empty`.
+    level; `padding_after_quant` quantizes first and pads with exact zeros. An empty input, which the head of a
+    detector gets when nothing was found, passes without the quantizers of input and output; see `check_empty`.
 
     Example:
         >>> import torch
@@ -140,7 +140,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """`nn.Linear` with quantizers on its input, weight and output; an empty input passes without its quantizers.
+    """`nn.Linear` with quantizers on its input, weight and output; of an empty input only the weight is quantized.
 
     Example:
         >>> import torch

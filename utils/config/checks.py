@@ -29,7 +29,7 @@ class Checks:
                 object.__setattr__(config, item.name, value.item())  # a frozen one, too
 
     def error(self, name: str, problem: str) -> UserError:
-        """What to raise about the value of a field; `problem` is the rest of a sentence about it."""
+        """The error about the value of a field; `problem` is the rest of a sentence about it."""
         return UserError(f"{self._kind}: {name} {shown(getattr(self._config, name))} {problem}")
 
     def choice(self, name: str, choices: tuple[str, ...]) -> None:
