@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import full_precision
-from model.layers.quantized import QuantLayer, full_precision_reason, quantized_layers, quantizers
+from model.layers.quantized import (
+    QuantLayer,
+    check_one_copy,
+    full_precision_reason,
+    quantized_layers,
+    quantizers,
+)
 from model.observe import observing
 from model.quantizers.frame import Quantizer
 from model.watch.products import Products
-from utils.config.checks import shown
+from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
 from utils.report.audit_record import Audit, AuditRow, LayerRow
 
@@ -148,13 +154,14 @@ def _check_arguments(model: object, batches: object, config: object) -> None:
     """Refuse arguments of `audit` that are of the wrong type, and say what to write."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit: model is {shown(model)}: give the network, a torch.nn.Module")
+    check_one_copy(model)
     if isinstance(batches, Tensor):
         raise TypeError("audit: batches is one tensor: write a list of batches, [images]")
     if not isinstance(batches, Iterable):
         raise TypeError(f"audit: batches is {shown(batches)}: write a list of batches, [images]")
     if config is not None and not isinstance(config, QuantConfig):
         raise TypeError(
-            f"audit: config is {shown(config)}: give the QuantConfig of the network, or leave it out"
+            f"audit: config is {unlike(config, QuantConfig)}: give the QuantConfig of the network, or leave it out"
         )
 
 

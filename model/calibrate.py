@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import batch_statistics
-from model.layers.quantized import quantized_layers
+from model.layers.quantized import check_one_copy, quantized_layers
 from model.observe import observing
 from model.quantizers.frame import Quantizer
 from model.quantizers.grid import Grid
-from utils.config.checks import shown
+from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
 
 __all__ = ["initialise_ranges", "least_error_clip", "percentile_clip"]
@@ -86,13 +86,14 @@ def _check_arguments(model: object, images: object, config: object) -> None:
     where = "initialise_ranges:"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where} model is {shown(model)}: give the network, a torch.nn.Module")
+    check_one_copy(model)
     if isinstance(images, tuple | list):
         raise TypeError(f"{where} images is a {type(images).__name__}: write one tensor, torch.stack(images)")
     if not isinstance(images, Tensor):
         raise TypeError(f"{where} images is {shown(images)}: give one batch of images, a tensor [N, 3, S, S]")
     if not isinstance(config, QuantConfig):
         raise TypeError(
-            f"{where} config is {shown(config)}: give the QuantConfig of the network, or leave it out"
+            f"{where} config is {unlike(config, QuantConfig)}: give the QuantConfig of the network, or leave it out"
         )
     shape = list(images.shape)
     convolves = any(isinstance(layer, nn.Conv2d) for layer in model.modules())

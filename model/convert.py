@@ -21,7 +21,7 @@ from model.observe import first_input, observing
 from model.quantizers.frame import MIN_DIVISOR
 from model.quantizers.registry import method_class
 from model.selection import Left, Report, Selection, all_names, matches
-from utils.config.checks import shown
+from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
@@ -201,9 +201,13 @@ def _check_arguments(module: object, config: object, select: object, example: ob
             f"quantize: config is a QuantizerConfig, of one tag alone: write QuantConfig({config.tag}=...)"
         )
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"quantize: config is {shown(config)}: write QuantConfig(fm=..., wt=...)")
+        raise TypeError(
+            f"quantize: config is {unlike(config, QuantConfig)}: write QuantConfig(fm=..., wt=...)"
+        )
     if select is not None and not isinstance(select, Selection):
-        raise TypeError(f'quantize: select is {shown(select)}: write Selection(include=("layer1.*",))')
+        raise TypeError(
+            f'quantize: select is {unlike(select, Selection)}: write Selection(include=("layer1.*",))'
+        )
     if isinstance(example, Tensor):
         raise TypeError("quantize: example is a tensor: write the tuple of all inputs, example=(images,)")
     if example is not None and (isinstance(example, str | Mapping) or not isinstance(example, Sequence)):

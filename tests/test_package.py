@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "model", "utils", "tests/test_package.py")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 ALONE = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-SDIST = "import setuptools.build_meta as backend; backend.build_sdist('../made')"
+BUILD = (
+    "from setuptools import build_meta; build_meta.build_sdist('../made'); build_meta.build_wheel('../made')"
+)
 
 # The modules that other programs import need torch and nothing else. Of the rest, only these may ask for more.
 OPTIONAL = {"numpy", "yaml", "tqdm", "jinja2", "PIL", "torchvision", "sklearn", "pyvips", "nvidia", "tensorboard",
@@ -52,12 +54,31 @@ BOTH = """
 import torch
 import lowbit.model.quant as installed
 import model.quant as repository
+from lowbit.model.audit import audit
+from lowbit.model.convert import quantize
+from model.convert import quantize as of_the_repository
 
-for one in (installed, repository):
-    config = one.QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4, proxquant_step=2)
-    quantizer = one.methods()["lsq", "wt"](config, one.LayerSite(name="", channels=2, channel_dim=0, ndim=2, fan=3))
-    quantizer(torch.ones(2, 3)).sum().backward()
+def refusal(function, *arguments):
+    try:
+        function(*arguments)
+    except TypeError as error:
+        return str(error)
+
+for one, convert in ((installed, quantize), (repository, of_the_repository)):
+    wt = one.QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4, proxquant_step=2)
+    network, config = torch.nn.Sequential(torch.nn.Linear(3, 2)), one.QuantConfig(wt=wt, first_last=True)
+    convert(network, config)
+    network(torch.ones(2, 3)).sum().backward()
+
+print(refusal(quantize, network, config))
+print(refusal(audit, network, [torch.ones(2, 3)]))
 """
+MIXED = (
+    "quantize: config is of utils.config.schema, another copy of lowbit.utils.config.schema: import both from one "
+    "package: write QuantConfig(fm=..., wt=...)\n"
+    "0.quant_weight is a quantizer of model.quantizers.frame, another copy of lowbit.model.quantizers.frame: import "
+    "both from one package\n"
+)
 
 
 def run(command: Sequence[str | Path], folder: Path) -> str:
@@ -108,8 +129,7 @@ def test_the_package_is_built_installed_and_used(checkout: Path) -> None:
     """Through a source distribution, whose wheel is the same as the checkout's."""
     before, made, world = sources_in(checkout), checkout.parent / "made", checkout.parent / "world"
     made.mkdir()
-    run([sys.executable, "-c", SDIST], checkout)
-    run([*PIP, "wheel", ".", *ALONE, "--wheel-dir", made], checkout)
+    run([sys.executable, "-c", BUILD], checkout)  # as pip does
     assert sources_in(checkout) == before
     (sdist,), (wheel,) = made.glob("*.tar.gz"), made.glob("*.whl")
     with tarfile.open(sdist) as archive:
@@ -139,7 +159,7 @@ def test_the_package_is_built_installed_and_used(checkout: Path) -> None:
     output = run([python, "program.py"], program)
     assert "left because it\n" in output and "conv1  is the first layer\n" in output
     assert output.endswith("\npassed: 38 quantizers within their levels\n")
-    run([python, "-c", BOTH], checkout)
+    assert run([python, "-c", BOTH], checkout) == MIXED
 
 
 @pytest.mark.slow

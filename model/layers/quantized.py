@@ -280,3 +280,18 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             yield name, module
+
+
+def check_one_copy(model: nn.Module) -> None:
+    """Refuse, with a `TypeError`, a network with quantizers of another copy of this package, which nothing here sees.
+
+    A process has two copies where it imports both the repository's modules and those of the installed package.
+    """
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            same = kind.__name__ == "Quantizer" and kind.__module__.endswith("model.quantizers.frame")
+            if same and kind is not Quantizer:
+                raise TypeError(
+                    f"{name} is a quantizer of {kind.__module__}, another copy of {Quantizer.__module__}: import "
+                    "both from one package"
+                )

@@ -101,6 +101,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def unlike(value: object, kind: type) -> str:
+    """How a value is not of the class `kind`, for messages; this package may be imported under two names."""
+    if type(value).__name__ == kind.__name__:
+        return f"of {type(value).__module__}, another copy of {kind.__module__}: import both from one package"
+    return shown(value)
+
+
 def _as_whole(value: object) -> int | None:
     """The whole number that "4" and 4.0 mean; None where there is none."""
     try:

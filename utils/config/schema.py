@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.checks import Checks, shown
+from utils.config.checks import Checks, unlike
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
@@ -176,8 +176,9 @@ class QuantConfig:
         for tag in TAGS:
             part = getattr(self, tag)
             if not isinstance(part, QuantizerConfig):
+                found = unlike(part, QuantizerConfig)
                 raise UserError(
-                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {shown(part)}"
+                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {found}"
                 )
             if part.tag != tag:
                 raise UserError(
