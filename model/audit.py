@@ -1,20 +1,30 @@
-"""The audit: on real data, is what is multiplied quantized, and to no more levels than its bits allow?"""
+"""The audit: does a network multiply quantized values only, and do these have no more levels than their bits allow?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.convert import full_precision
-from model.layers.quantized import QuantLayer, full_precision_reason, quantized_layers, quantizers
+from model.layers.quantized import (
+    QuantLayer,
+    check_one_copy,
+    full_precision_reason,
+    quantized_layers,
+    quantizers,
+)
 from model.observe import observing
 from model.quantizers.frame import Quantizer
 from model.watch.products import Products
+from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
 from utils.report.audit_record import Audit, AuditRow, LayerRow
+
+__all__ = ["audit", "full_precision_rows", "unexplained", "unquantized"]
 
 
 class _Watch:
@@ -51,7 +61,16 @@ class _Watch:
 
 
 def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
-    """The quantizers that quantized layers should have by the configuration and do not have."""
+    """Names of the quantizers that `config` asks for in quantized layers and that are not there.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.audit import unquantized
+        >>> from model.quant import QuantConfig, QuantLinear, QuantizerConfig
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> unquantized(nn.Sequential(QuantLinear(4, 2)), QuantConfig(wt=wt))
+        ['0.quant_weight']
+    """
     parts = {"quant_activation": config.fm, "quant_weight": config.wt, "quant_output": config.ot}
     return [
         f"{name}.{part}"
@@ -63,13 +82,41 @@ def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
 
 
 def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | None = None) -> Audit:
-    """Run image batches [N, 3, S, S] through `model` in evaluation mode, count levels, look at what is multiplied.
+    """Run batches through the network, count the levels of every quantizer, and look at what layers multiply.
 
-    A quantizer that `config` asks for in a quantized layer and that is not there counts as never reached. In a
-    quantized network a convolution or linear layer without quantizers fails unless it was left so on purpose: by
-    `model.layers.factory`, by `model.convert`, or with `model.quant.keep_full_precision`. The network's mode is
-    restored; nothing else of it changes.
+    In a quantized network a convolution or linear layer without quantizers fails unless it was left so on purpose: by
+    `model.convert`, by `model.layers.factory`, or with `model.quant.keep_full_precision`.
+
+    Args:
+        model: the network; runs in evaluation mode and without gradients, and is left as it was.
+        batches: inputs of the network, each a tensor [N, 3, S, S] for a classifier.
+        config: a quantizer that it asks for in a quantized layer and that is not there counts as never reached.
+
+    Returns:
+        A row for each quantizer and each layer that stands out; `problems` is empty where the audit passes.
+
+    Raises:
+        TypeError: an argument is of the wrong type, such as one tensor instead of a list of batches, or a batch of
+            images and labels.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from model.audit import audit
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> config = QuantConfig(wt=wt)
+        >>> _ = quantize(network, config)
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> audit(network, [images], config).verdict
+        'passed: 1 quantizers within their levels'
+        >>> network[2] = nn.Conv2d(4, 10, 3)  # another last layer, which nobody quantized and nobody left on purpose
+        >>> audit(network, [images], config).verdict
+        'FAILED: 1 layer'
     """
+    _check_arguments(model, batches, config)
     found = dict(quantizers(model))
     watches = {name: _Watch() for name in found}
     products = Products()
@@ -83,6 +130,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 hooks.append(quantizer.register_forward_hook(partial(products.leave_quantizer, part)))
         with products:
             for images in batches:
+                _check_batch(images)
                 model(images)
         rows = [
             AuditRow(
@@ -102,8 +150,43 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     return Audit(tuple(rows), (*(full_precision_rows(model) if rows else ()), *layers))
 
 
+def _check_arguments(model: object, batches: object, config: object) -> None:
+    """Refuse arguments of `audit` that are of the wrong type, and say what to write."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"audit: model is {shown(model)}: give the network, a torch.nn.Module")
+    check_one_copy(model)
+    if isinstance(batches, Tensor):
+        raise TypeError("audit: batches is one tensor: write a list of batches, [images]")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"audit: batches is {shown(batches)}: write a list of batches, [images]")
+    if config is not None and not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"audit: config is {unlike(config, QuantConfig)}: give the QuantConfig of the network, or leave it out"
+        )
+
+
+def _check_batch(batch: Any) -> None:
+    """Refuse a batch that a loader made of images and labels; a detector may take a list of images."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        return
+    images, labels = batch
+    if isinstance(images, Tensor) and isinstance(labels, Tensor) and not labels.is_floating_point():
+        raise TypeError(
+            "audit: a batch has images and labels: write (images for images, labels in batches), without labels"
+        )
+
+
 def full_precision_rows(model: nn.Module) -> tuple[LayerRow, ...]:
-    """The layers that multiply in full precision; those that no `keep_full_precision` is about have a problem."""
+    """A row for each layer that multiplies in full precision; it has a problem unless `keep_full_precision` noted it.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.audit import full_precision_rows
+        >>> from model.quant import keep_full_precision
+        >>> network = nn.Sequential(keep_full_precision(nn.Linear(4, 4), "is the first layer"), nn.Linear(4, 2))
+        >>> [(row.name, bool(row.problem)) for row in full_precision_rows(network)]
+        [('0', False), ('1', True)]
+    """
     reasons = {name: full_precision_reason(model.get_submodule(name)) for name in full_precision(model)}
     problem = "computes in full precision, and no model.quant.keep_full_precision(layer, reason) says that it should"
     return tuple(
@@ -113,6 +196,21 @@ def full_precision_rows(model: nn.Module) -> tuple[LayerRow, ...]:
 
 
 def unexplained(model: nn.Module) -> tuple[str, ...]:
-    """What the audit of a quantized network will find that shows without data: a line per layer."""
+    """The problems that an audit of a quantized network will report and that show without data, a line for each.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.audit import unexplained
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> _ = quantize(network, QuantConfig(wt=wt))
+        >>> unexplained(network)
+        ()
+        >>> network[2] = nn.Linear(4, 10)
+        >>> [line[:31] for line in unexplained(network)]
+        ['2 computes in full precision, a']
+    """
     rows = full_precision_rows(model) if any(True for _ in quantizers(model)) else ()
     return tuple(f"{row.name} {row.problem}; the audit fails" for row in rows if row.problem)

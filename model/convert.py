@@ -5,13 +5,10 @@ How other programs use this: docs/detectron2.md.
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -22,92 +19,81 @@ from model import quant  # noqa: F401  (registers what a configuration can name)
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.observe import first_input, observing
 from model.quantizers.frame import MIN_DIVISOR
-from utils.config.schema import QuantConfig
+from model.quantizers.registry import method_class
+from model.selection import Left, Report, Selection, all_names, matches
+from utils.config.checks import shown, unlike
+from utils.config.schema import QuantConfig, QuantizerConfig
 from utils.errors import UserError
-from utils.text import format_table
+
+__all__ = [
+    "Left",
+    "Report",
+    "Selection",
+    "below_zero",
+    "build_quantizers",
+    "called",
+    "full_precision",
+    "quantize",
+    "register_layer",
+    "replace",
+]
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 
-# Modules that use the weights of their children without calling them, some of them only on a fast path that
-# is off while hooks watch.
-USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
+# Modules that use the weights of their children without calling them. Some do so only on a fast path, which is off
+# while hooks are registered.
+_USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
-SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
+_SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
 
-# What multiplies by weights of its own: all that a report and an audit speak of.
-WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
+# The layers that multiply by weights of their own: reports and audits list these and no others.
+_WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
 
 
 def _used_without_a_call() -> dict[type[nn.Module], tuple[str, ...]]:
-    """All such modules: a network has torchvision's only where somebody has imported them."""
-    swin = sys.modules.get(SWIN)
-    return USED_WITHOUT_A_CALL | ({swin.ShiftedWindowAttention: ("qkv", "proj")} if swin else {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which layers of a network are quantized.
-
-    A pattern is matched against a layer's whole name as the shell matches file names: `*` stands for any
-    text, dots included, so that `backbone.*` is everything inside `backbone`. Upper and lower case differ.
-    A layer that is held in several places has several names, and matches by any of them.
-    Whether the first and the last layer and depth-wise convolutions are quantized is the configuration's
-    `first_last` and `depthwise`.
-
-    Attributes:
-        convolutions: select `nn.Conv2d`.
-        linears: select `nn.Linear`.
-        include: patterns; a layer must match one of them.
-        exclude: patterns; a layer that matches one of them stays in full precision.
-        signed: patterns of layers whose input goes below zero: its levels are symmetric also where the
-            configuration's activations have levels from zero up, which would cut off all that is negative.
-    """
-
-    convolutions: bool = True
-    linears: bool = True
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    signed: tuple[str, ...] = ()
-
-
-class Left(NamedTuple):
-    """A layer that stays as it was, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of a network's layers.
-
-    Attributes:
-        replaced: names of the layers that were made quantized ones, in the order of definition.
-        left: the other layers that multiply by weights, in the order of definition.
-    """
-
-    replaced: tuple[str, ...]
-    left: tuple[Left, ...]
-
-    def table(self) -> str:
-        """A line for each layer that was left, and one of totals."""
-        total = f"quantized {len(self.replaced)} layers, left {len(self.left)} as they were"
-        rows = format_table(("layer", "left because it"), [*self.left])
-        return f"{rows}\n{total}" if self.left else total
+    """All such modules. A network can have torchvision's only where its file has been imported already."""
+    swin = sys.modules.get(_SWIN)
+    return _USED_WITHOUT_A_CALL | ({swin.ShiftedWindowAttention: ("qkv", "proj")} if swin else {})
 
 
 def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
-    """Let `quantize` turn layers of exactly the class `kind` into `quantized`, a subclass of both.
+    """Let `quantize` turn layers of the class `kind` into layers of the class `quantized`.
 
-    For subclasses of `nn.Conv2d` and `nn.Linear` with a forward of their own, which are left otherwise. The
-    constructor of `quantized` does not run: it has the state of `kind` and the three quantizers.
+    Use it for a subclass of `nn.Conv2d` or `nn.Linear` that has a forward of its own; without it such layers are
+    left in full precision. Subclasses of `kind` are not affected.
+
+    Args:
+        kind: the class of the layers.
+        quantized: a subclass of `kind` and of `QuantConv2d` or `QuantLinear`. Its constructor does not run: the
+            layer keeps the state of `kind` and gets the three quantizers.
 
     Raises:
-        ValueError: when `quantized` is not such a class, or `kind` is registered already.
+        TypeError: an argument is not a class, such as a layer itself.
+        ValueError: `quantized` is not such a subclass, or `kind` is registered already.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize, register_layer
+        >>> from model.quant import QuantConfig, QuantizerConfig, QuantLinear
+        >>> class Gated(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).sigmoid() * x
+        >>> class QuantGated(QuantLinear, Gated):
+        ...     def forward(self, x):
+        ...         return QuantLinear.forward(self, x).sigmoid() * x
+        >>> register_layer(Gated, QuantGated)
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> quantize(nn.Sequential(Gated(4, 4)), QuantConfig(wt=wt, first_last=True)).replaced
+        ('0',)
     """
+    for name, value in (("kind", kind), ("quantized", quantized)):
+        if not isinstance(value, type):
+            raise TypeError(
+                f"register_layer: {name} is {shown(value)}, not a class: give the class of the layer"
+            )
     if kind in LAYERS:
         raise ValueError(f"{kind.__name__} is registered already")
     if not (issubclass(quantized, kind) and issubclass(quantized, QuantConv2d | QuantLinear)):
@@ -116,7 +102,29 @@ def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
 
 
 def build_quantizers(module: nn.Module, config: QuantConfig) -> None:
-    """Build the quantizers of every quantized layer in `module`, once the layers' names are known."""
+    """Build the quantizers of every quantized layer in `module`, once the names of the layers are known.
+
+    `quantize` does this itself. Call it for a network whose class creates `QuantConv2d` and `QuantLinear`.
+
+    Args:
+        module: the network, float32 on the CPU; changed in place.
+        config: the quantizers.
+
+    Raises:
+        UserError: a method is not known, or a quantizer does not fit its layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import build_quantizers
+        >>> from model.quant import QuantConfig, QuantLinear, QuantizerConfig
+        >>> network = nn.Sequential(QuantLinear(4, 2))
+        >>> network[0].quant_weight
+        Identity()
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> build_quantizers(network, QuantConfig(wt=wt))
+        >>> network[0].quant_weight
+        LSQ(wt, lsq, levels=4, groups=2)
+    """
     for name, layer in module.named_modules():
         if isinstance(layer, QuantLayer):
             layer.build_quantizers(config, name)
@@ -131,27 +139,48 @@ def quantize(
 ) -> Report:
     """Turn convolutions and linear layers into quantized ones.
 
-    Do this before the optimizer is built, which must know the quantizers' parameters, and before the network
-    is compiled or distributed. A second call with another configuration quantizes further layers.
+    Call it before the optimizer is built, since the optimizer must know the parameters of the quantizers, and
+    before the network is compiled or distributed. A second call with another configuration quantizes further layers.
 
     Args:
-        module: any network; changed in place. Parameters keep their identity, names and values, layers their
+        module: any network; changed in place. Parameters keep their identity, names and values; layers keep their
             hooks, mode and device.
         config: the quantizers, and whether the first and the last layer and depth-wise convolutions get them.
         select: which layers; default: all.
-        example: positional inputs of one forward pass, run in evaluation mode and without gradients. It shows
-            which layer runs first and which last, otherwise taken from the order of definition, and which are
-            never called as modules, so that a quantizer of theirs would be without effect: these are left.
+        example: a tuple of positional inputs for one forward pass, which runs in evaluation mode and without
+            gradients. It shows which layer runs first and which runs last; without it the order of definition
+            decides. Layers that are never called as modules are left, since a quantizer there would never run.
 
     Returns:
-        What was replaced, and what was left and why.
+        The layers that were replaced, and the layers that were left with the reasons.
 
     Raises:
-        UserError: when the configuration quantizes nothing, a pattern matches no layer, or a quantizer does
-            not fit its layer.
+        UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, or
+            a quantizer does not fit its layer.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> report = quantize(network, QuantConfig(wt=wt))
+        >>> print(report.table())
+        layer  left because it
+        -----  ------------------
+            0  is the first layer
+            3  is the last layer
+        quantized 1 layers, left 2 as they were
+        >>> report.replaced, network[1].quant_weight
+        (('1',), LSQ(wt, lsq, levels=4, groups=8))
     """
+    _check_arguments(module, config, select, example)
     if not config.enabled:
         raise UserError("the configuration quantizes nothing: enable its fm, wt or ot")
+    for part in (config.fm, config.wt, config.ot):
+        if part.enable:
+            method_class(part)  # an unknown method is refused before anything has changed
     order = None if example is None else called(module, *example)[1]
     report = replace(module, config, select or Selection(), order)
     for name in report.replaced:
@@ -163,8 +192,52 @@ def quantize(
     return report
 
 
+def _check_arguments(module: object, config: object, select: object, example: object) -> None:
+    """Refuse arguments of `quantize` that are of the wrong type, and say what to write."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"quantize: module is {shown(module)}: give the network, a torch.nn.Module")
+    if isinstance(config, QuantizerConfig):
+        raise TypeError(
+            f"quantize: config is a QuantizerConfig, of one tag alone: write QuantConfig({config.tag}=...)"
+        )
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"quantize: config is {unlike(config, QuantConfig)}: write QuantConfig(fm=..., wt=...)"
+        )
+    if select is not None and not isinstance(select, Selection):
+        raise TypeError(
+            f'quantize: select is {unlike(select, Selection)}: write Selection(include=("layer1.*",))'
+        )
+    if isinstance(example, Tensor):
+        raise TypeError("quantize: example is a tensor: write the tuple of all inputs, example=(images,)")
+    if example is not None and (isinstance(example, str | Mapping) or not isinstance(example, Sequence)):
+        raise TypeError(f"quantize: example is {shown(example)}: write a tuple of inputs, example=(images,)")
+
+
 def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
-    """The output of one forward pass, and the layers that it called, in the order of their first calls."""
+    """Run one forward pass and record which layers it calls.
+
+    Args:
+        module: the network; runs in evaluation mode and without gradients, and is left as it was.
+        inputs: its positional inputs.
+
+    Returns:
+        The output, and the names of the layers with weights in the order of their first calls.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from model.convert import called
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.head, self.body = nn.Linear(4, 2), nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return self.head(self.body(x))
+        >>> output, names = called(Net(), torch.zeros(1, 4))
+        >>> output.shape, names
+        (torch.Size([1, 2]), ('body', 'head'))
+    """
     names: dict[str, None] = {}
     with observing(module) as hooks:
         hooks += [
@@ -175,10 +248,25 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
-    """How far the input of each layer goes below zero in a forward pass: -min / max|x|, from 0 to 1.
+    """Measure how far the input of each convolution and linear layer goes below zero in one forward pass.
 
-    For `Selection.signed`: sums and normalised tensors come near 1; activations do not go below zero (ReLU)
-    or, in a trained network, not far (SiLU, GELU), and lose little to levels that start at zero.
+    This helps to fill in `Selection.signed`. Sums and normalised tensors come near 1. The outputs of ReLU give 0,
+    and those of SiLU and GELU in a trained network give little: levels that start at zero cost them little.
+
+    Args:
+        module: the network; runs in evaluation mode and without gradients, and is left as it was.
+        inputs: its positional inputs.
+
+    Returns:
+        Name of the layer -> max(0, -min x) / max |x|, from 0 to 1. Layers with an empty input are left out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from model.convert import below_zero
+        >>> network = nn.Sequential(nn.Identity(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> below_zero(network, torch.tensor([[-1.0, 2.0]]))
+        {'1': 0.5, '3': 0.0}
     """
     shares: dict[str, float] = {}
 
@@ -201,24 +289,39 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
 def replace(
     module: nn.Module, config: QuantConfig, select: Selection, order: Sequence[str] | None = None
 ) -> Report:
-    """Make the selected layers of `module` quantized ones that have no quantizers yet.
+    """Turn the selected layers of `module` into quantized layers whose quantizers are not built yet.
+
+    `quantize` is this and `build_quantizers` of the replaced layers; call it alone where the names of the layers
+    still change in between.
 
     Args:
-        module: changed in place.
-        config: the quantizers; only the switches beside them are read.
+        module: the network; changed in place.
+        config: only its switches are read: `first_last`, `depthwise` and `padding_after_quant`.
         select: which layers.
-        order: the layers that are called, the first and the last at its ends; default: all, as defined.
+        order: names of the layers that are called, in the order of their calls; default: all layers, in the order
+            of definition.
+
+    Returns:
+        The layers that were replaced, and the layers that were left with the reasons.
+
+    Raises:
+        UserError: there is no layer to quantize, or a pattern matches none.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import Selection, replace
+        >>> from model.quant import QuantConfig
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> replace(network, QuantConfig(), Selection()).replaced
+        ('1',)
+        >>> type(network[1]).__name__, network[1].quant_weight
+        ('QuantLinear', Identity())
     """
     layers = dict(_layers(module))
     if not layers:
         raise UserError("there is no layer to quantize: the network has no convolution and no linear layer")
-    names = _names(module, layers)
-    known = [name for group in names.values() for name in group]
-    for pattern in (*select.include, *select.exclude, *select.signed):
-        if not _match(pattern, known):
-            close = difflib.get_close_matches(pattern, known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "`*` stands for any text"
-            raise UserError(f"no layer is called {pattern}; {hint}")
+    names = all_names(module, layers)
+    select.check_patterns([name for group in names.values() for name in group])
     obstacles = _obstacles(module, layers, order)
     ends = tuple(layers) if order is None else order
     replaced, left = [], []
@@ -236,7 +339,7 @@ def replace(
         assert isinstance(layer, QuantLayer)
         if isinstance(layer, QuantConv2d):
             layer.padding_after_quant = config.padding_after_quant
-        layer.signed_input = any(_match(pattern, names[name]) for pattern in select.signed)
+        layer.signed_input = any(matches(pattern, names[name]) for pattern in select.signed)
         layer.quant_activation = nn.Identity()
         layer.quant_weight = nn.Identity()
         layer.quant_output = nn.Identity()
@@ -244,7 +347,14 @@ def replace(
 
 
 def full_precision(module: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that multiply by weights without any quantizer, in the order of definition."""
+    """Names of the layers that multiply by weights without any quantizer, in the order of definition.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import full_precision
+        >>> full_precision(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LSTM(4, 2)))
+        ('0', '2')
+    """
     return tuple(
         name
         for name, layer in _layers(module)
@@ -254,31 +364,17 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The convolutions, linear layers, attention modules and so on, which have weights to multiply by."""
-    deformed = sys.modules.get(DEFORMED)
-    kinds = (*WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
+    deformed = sys.modules.get(_DEFORMED)
+    kinds = (*_WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
     for name, layer in module.named_modules():
         if isinstance(layer, kinds):
             yield name, layer
 
 
-def _names(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """All names of each layer under the first of them, which is the one in `layers`."""
-    first = {layer: name for name, layer in layers.items()}
-    found: dict[str, list[str]] = {name: [] for name in layers}
-    for name, layer in module.named_modules(remove_duplicate=False):
-        if layer in first:
-            found[first[layer]].append(name)
-    return found
-
-
-def _match(pattern: str, names: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
-
-
 def _obstacles(
     module: nn.Module, layers: dict[str, nn.Module], order: Sequence[str] | None
 ) -> dict[str, str]:
-    """Layers that cannot be quantized, and why, as the rest of a sentence about them."""
+    """Layers that cannot be quantized -> why not, the rest of a sentence about each."""
     found: dict[str, str] = {}
     for name, layer in layers.items():
         kind = type(layer)
@@ -312,13 +408,13 @@ def _obstacles(
 def _deselected(
     names: Sequence[str], layer: nn.Module, config: QuantConfig, select: Selection, ends: Sequence[str]
 ) -> str:
-    """Why a layer that can be quantized shall not be, the rest of a sentence about it; empty if it shall."""
+    """Why a layer that could be quantized is not selected, the rest of a sentence; empty where it is selected."""
     name = names[0]
     convolution = isinstance(layer, nn.Conv2d)
-    excluded = next((pattern for pattern in select.exclude if _match(pattern, names)), None)
+    excluded = next((pattern for pattern in select.exclude if matches(pattern, names)), None)
     if excluded is not None:
         return f"is excluded by {excluded}"
-    if not any(_match(pattern, names) for pattern in select.include):
+    if not any(matches(pattern, names) for pattern in select.include):
         return "is not included"
     if not (select.convolutions if convolution else select.linears):
         return f"is a {'convolution' if convolution else 'linear layer'}"

@@ -1,4 +1,4 @@
-"""Looking into a network without leaving a trace."""
+"""Observing a network without changing it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 def observing(model: nn.Module) -> Iterator[list[RemovableHandle]]:
     """Put `model` into evaluation mode without gradients; hooks added to the yielded list are removed.
 
-    Afterwards every module is in the mode it was in, also where they differed.
+    Afterwards every module is in its earlier mode, also where the modes differed.
     """
     modes = [(module, module.training) for module in model.modules()]
     hooks: list[RemovableHandle] = []
@@ -31,5 +31,5 @@ def observing(model: nn.Module) -> Iterator[list[RemovableHandle]]:
 
 
 def first_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with first, by position or by name, from the arguments of a hook `with_kwargs`."""
+    """The first argument of a layer, by position or by name, from the arguments of a hook `with_kwargs`."""
     return next(iter((*inputs, *named.values())))

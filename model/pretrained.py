@@ -20,9 +20,18 @@ from utils.errors import UserError
 def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     """Load weights into the network; quantizers that the file does not have keep their start values.
 
-    To be evaluated the file must have all that quantizers learn. The number of levels is the command line's,
-    not the file's, so that a 4-bit checkpoint can start a 2-bit network; evaluating it at other levels than it
-    was trained for is an error. Training counts its iterations from zero, so that a warm-up takes place.
+    For an evaluation the file must have everything that quantizers learn. The number of levels comes from the
+    command line and not from the file, so that a 4-bit checkpoint can start a 2-bit network; an evaluation with
+    another number of levels than that of the training is an error. Training counts its iterations from zero, so that
+    a warm-up takes place.
+
+    Args:
+        model: the network; its weights and quantizers change in place.
+        path: the checkpoint.
+        config: `run.evaluate`, `run.ema_weights` and `run.unresume_scope` are read.
+
+    Raises:
+        UserError: the file is damaged, lacks something, or was trained with other levels than it is evaluated with.
     """
     payload = archive.read(path)
     state = weights.state_dict_of(payload, source=str(path))
@@ -41,7 +50,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         if not config.run.evaluate:
             own_counters[f"{name}.iteration"] = quantizer.iteration
         state.update({key: value for key, value in own_counters.items() if key in state})
-        if not quantizer.calibrates:  # what a warm-up of the run that wrote the file has left
+        if not quantizer.calibrates:  # left in the file by a warm-up of the run that wrote it
             state.pop(f"{name}.range_mean", None)
             clip = state.pop(f"{name}.clip", None)
             if clip is not None:
@@ -70,7 +79,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         scope=config.run.unresume_scope,
         source=str(path),
     )
-    # Counters that the file has and that start anew all the same are not missing.
+    # Counters that start at zero although the file has them are not missing.
     return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
 
 

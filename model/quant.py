@@ -1,6 +1,6 @@
-"""The door to the quantizers: what other programs and methods of a user's own import.
+"""The public interface of the quantizers, for other programs and for methods of a user's own.
 
-Importing it registers every method of the project.
+Importing this module registers every method of the project.
 """
 
 from model.layers.quantized import (
@@ -23,7 +23,10 @@ from model.quantizers.site import LayerSite
 from utils.config.methods import MethodRecord
 from utils.config.schema import QuantConfig, QuantizerConfig
 
-Integers, TensorSite = QuantizedTensor, LayerSite  # the names before version 1.0, which programs may import
+Integers, TensorSite = (
+    QuantizedTensor,
+    LayerSite,
+)  # their names before version 1.0, for programs that import them
 
 __all__ = [
     "ClipSTE",

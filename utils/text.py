@@ -21,7 +21,7 @@ def some_names(names: Iterable[str]) -> str:
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
-def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Suggest the known words closest to `word`, as the end of a message; empty when none is close.
 
     Args:
@@ -29,7 +29,7 @@ def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
         known: the words that may have been meant.
         cutoff: least similarity, from 0 to 1, as difflib measures it.
     """
-    close = difflib.get_close_matches(word, sorted(known), n=3, cutoff=cutoff)
+    close = difflib.get_close_matches(str(word), sorted(known), n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

@@ -1,4 +1,4 @@
-"""Batch norms' statistics: of the batch at hand, and running ones computed anew (`--bn_batches`)."""
+"""Statistics of batch norms: those of the present batch, and running ones computed anew (`--bn_batches`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.observe import observing
 
 @contextmanager
 def of_the_batch(model: nn.Module) -> Iterator[None]:
-    """Let batch norms normalise by what they are given, as in training; their running statistics stay as they were."""
+    """Let batch norms normalise by their batch, as in training; their running statistics do not change."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     modes = [norm.training for norm in norms]
     kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
@@ -29,12 +29,12 @@ def of_the_batch(model: nn.Module) -> Iterator[None]:
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Replace running mean and variance of every batch norm by the plain means over `batches`.
+    """Replace the running mean and variance of every batch norm by the plain means over `batches`.
 
-    While low-bit weights oscillate between two levels, the exponential means of training are those of networks
-    that are gone (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv 2203.11086,
-    section 3.2). Nothing else of the network changes: quantizers are in evaluation mode, parameters and the
-    counts of batches stay.
+    While low-bit weights oscillate between two levels, the exponential means of training describe earlier weights
+    and not the present ones (Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv
+    2203.11086, section 3.2). Nothing else of the network changes: quantizers are in evaluation mode, and parameters
+    and the counts of batches stay.
 
     Args:
         model: the network.
@@ -53,7 +53,9 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> int:
                 norm.training = True
             for number, images in enumerate(batches, 1):
                 for norm in norms:
-                    norm.momentum = 1 / number  # the mean of all so far; the first replaces what was there
+                    norm.momentum = (
+                        1 / number
+                    )  # the mean of all batches so far; the first replaces the old one
                 model(images)
     finally:
         for norm, momentum, count in kept:

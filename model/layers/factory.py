@@ -12,6 +12,7 @@ from model.layers.norms import norm
 from model.layers.quantized import QuantConv2d, QuantLinear, keep_full_precision
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
+from utils.text import closest
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -23,7 +24,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation(config: ModelConfig) -> nn.Module:
-    """The network's activation."""
+    """The activation of the network.
+
+    Raises:
+        UserError: `config.activation` is no name in `ACTIVATIONS`.
+    """
+    if str(config.activation) not in ACTIVATIONS:
+        hint = closest(config.activation, ACTIVATIONS) or f"; use one of {', '.join(ACTIVATIONS)}"
+        raise UserError(f"ModelConfig: activation {config.activation!r} is not known{hint}")
     return ACTIVATIONS[config.activation]()
 
 
@@ -45,10 +53,10 @@ def conv(
     channels_in: int, channels_out: int, kernel: int, stride: int, config: ModelConfig, *, groups: int = 1,
     full_precision: bool = False, signed: bool = False,
 ) -> nn.Conv2d:  # fmt: skip
-    """A convolution without bias, "same" padding; quantized unless `full_precision` is asked for.
+    """A convolution without bias and with "same" padding; quantized unless `full_precision` is set.
 
     Its quantizers are built once its name is known (`model.networks.build`). It is depth-wise with as many `groups` as
-    input channels. The input of a `signed` one goes below zero, which makes its levels symmetric.
+    input channels. `signed` says that its input goes below zero; its activations then get symmetric levels.
     """
     size: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "bias": False, "groups": groups}
     depthwise = 1 < groups == channels_in

@@ -11,6 +11,7 @@ from torch.nn import functional
 from model.quantizers.site import group_count, undivided
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
+from utils.text import closest
 
 
 class StaticBatchNorm2d(nn.Module):
@@ -62,9 +63,9 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of as many groups as a group option asks for (`model.quant.group_count`).
+    """Group normalisation of as many groups as a group option asks for (`model.quantizers.site.group_count`).
 
-    Where they do not divide the channels it is `unfit`, and `check_norms` refuses it by its name.
+    Where they do not divide the channels, `unfit` says so, and `check_norms` refuses the norm by its name.
     """
 
     def __init__(self, requested: int, channels: int) -> None:
@@ -74,9 +75,17 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm(channels: int, config: ModelConfig) -> nn.Module:
-    """The network's normalisation of `channels` channels."""
+    """The normalisation of the network for `channels` channels.
+
+    Raises:
+        UserError: `config.norm` is no name in `NORMS` and is not "group".
+    """
     if config.norm == "group":
         return GroupNorm(config.quant.fm.quant_group or 1, channels)
+    if str(config.norm) not in NORMS:
+        known = (*NORMS, "group")
+        hint = closest(config.norm, known) or f"; use one of {', '.join(known)}"
+        raise UserError(f"ModelConfig: norm {config.norm!r} is not known{hint}")
     return NORMS[config.norm](channels)
 
 

@@ -13,21 +13,37 @@ from torch.nn import functional
 from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
+from utils.config.checks import shown
 from utils.config.schema import QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
 
 class QuantLayer(nn.Module):
-    """What quantized layers share: three quantizers, absent (identity) until `build_quantizers`."""
+    """The base of quantized layers: three quantizers, each `nn.Identity` until `build_quantizers`.
+
+    Attributes:
+        weight: float32 [out, ...], as in the layer's full-precision class.
+        quant_activation: quantizes the input.
+        quant_weight: quantizes `weight`.
+        quant_output: quantizes the output.
+        signed_input: the input goes below zero, so that its levels are symmetric whatever the configuration says.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.quant import QuantConv2d, QuantLayer
+        >>> network = nn.Sequential(QuantConv2d(3, 4, 3), nn.ReLU())
+        >>> [isinstance(layer, QuantLayer) for layer in network]
+        [True, False]
+    """
 
     weight: nn.Parameter
     quant_activation: nn.Module
     quant_weight: nn.Module
     quant_output: nn.Module
-    signed_input: bool = False  # it goes below zero: its levels are symmetric whatever the options say
+    signed_input: bool = False
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
-        """Create the quantizers of this layer, called `name` in messages."""
+        """Create the quantizers of this layer, which messages call `name`."""
         for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
             settings: QuantizerConfig = getattr(config, tag)
             if tag == "fm" and self.signed_input:
@@ -45,17 +61,18 @@ class QuantLayer(nn.Module):
         raise NotImplementedError
 
     def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
-        """The layer's quantizers that are not the identity, with their attribute names."""
+        """The quantizers of the layer that are not the identity, with their attribute names."""
         for part in ("quant_activation", "quant_weight", "quant_output"):
             quantizer = getattr(self, part)
             if isinstance(quantizer, Quantizer):
                 yield part, quantizer
 
     def check_empty(self) -> None:
-        """Whether this layer may pass an empty input on without its quantizers.
+        """Check that an empty input may pass without the quantizers.
 
         Raises:
-            ValueError: in training, where other processes would wait for this one's statistics for ever.
+            ValueError: in distributed training, where other processes would wait forever for the statistics of
+                this one.
         """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not self.training or not distributed or torch.distributed.get_world_size() == 1:
@@ -72,8 +89,19 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantizers on its input, weight and output.
 
     By default the input is padded first and then quantized, so that padded positions take a real
-    level; `padding_after_quant` quantizes first and pads with exact zeros. Of an empty input, such as a
-    detector's head gets when nothing was found, only the weight is quantized; see `check_empty`.
+    level; `padding_after_quant` quantizes first and pads with exact zeros. An empty input, which the head of a
+    detector gets when nothing was found, passes without the quantizers of input and output; see `check_empty`.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=2)
+        >>> layer = QuantConv2d(3, 8, 3, padding=1)
+        >>> layer.build_quantizers(QuantConfig(wt=wt), "conv1")
+        >>> layer(torch.rand(2, 3, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
+        >>> layer.quant_weight(layer.weight).unique().tolist()
+        [-1.0, 1.0]
     """
 
     def __init__(self, *args: Any, padding_after_quant: bool = False, **kwargs: Any) -> None:
@@ -94,7 +122,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Input [N, in, H, W], output [N, out, H', W'], or both without N, as `nn.Conv2d`."""
-        x = input  # the name is nn.Conv2d's: a network may call it by that
+        x = input  # the argument keeps the name that nn.Conv2d gives it: a network may pass it by name
         if x.ndim == 3:  # one image; quantizers tell samples and channels apart by position
             return QuantConv2d.forward(self, x.unsqueeze(0)).squeeze(0)  # not a subclass's, which does more
         weight = self.quant_weight(self.weight)
@@ -112,7 +140,17 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
 
 class QuantLinear(QuantLayer, nn.Linear):
-    """`nn.Linear` with quantizers on its input, weight and output; of an empty input, on its weight only."""
+    """`nn.Linear` with quantizers on its input, weight and output; of an empty input only the weight is quantized.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import QuantConfig, QuantizerConfig, QuantLinear
+        >>> fm = QuantizerConfig(tag="fm", enable=True, method="dorefa", levels=4, half_range=True)
+        >>> layer = QuantLinear(4, 2)
+        >>> layer.build_quantizers(QuantConfig(fm=fm), "fc")
+        >>> layer.quant_activation(torch.tensor([[-1.0, 0.3, 0.6, 2.0]]))
+        tensor([[0.0000, 0.3333, 0.6667, 1.0000]])
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -141,39 +179,119 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def keep_full_precision(layer: Module, reason: str) -> Module:
-    """Note on a convolution or linear layer that it computes in full precision on purpose; returns the layer.
+    """Record on a convolution or linear layer that it computes in full precision on purpose.
 
-    The audit of a quantized network fails where such a layer bears no note.
+    The audit of a quantized network fails for a full-precision layer without such a record.
 
     Args:
         layer: any layer.
         reason: the rest of a sentence about it: "is the last layer".
+
+    Returns:
+        The layer itself.
+
+    Raises:
+        TypeError: `layer` is no module.
+        ValueError: `reason` is empty or no string.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.quant import full_precision_reason, keep_full_precision
+        >>> head = keep_full_precision(nn.Linear(4, 2), "is the last layer")
+        >>> full_precision_reason(head)
+        'is the last layer'
     """
+    if not isinstance(layer, nn.Module):
+        raise TypeError(
+            f"keep_full_precision: layer is {shown(layer)}: give the layer itself, a torch.nn.Module"
+        )
+    if not isinstance(reason, str) or not reason.strip():
+        raise ValueError(
+            f'keep_full_precision: reason is {shown(reason)}: write why, as in "is the last layer"'
+        )
     vars(layer)["full_precision_reason"] = reason
     return layer
 
 
 def full_precision_reason(layer: nn.Module) -> str:
-    """What `keep_full_precision` noted on a layer; empty where nothing is noted."""
+    """The reason that `keep_full_precision` recorded on a layer; empty where there is none.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.quant import full_precision_reason
+        >>> full_precision_reason(nn.Linear(4, 2))
+        ''
+    """
     return vars(layer).get("full_precision_reason", "")
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
-    """Every quantized layer of a network with its name."""
+    """Every layer of a network that has a quantizer, with its name.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig, quantized_layers
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> _ = quantize(network, QuantConfig(wt=wt))
+        >>> [name for name, layer in quantized_layers(network)]
+        ['1']
+    """
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer) and any(True for _ in module.quantizers()):
             yield name, module
 
 
 def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantLayer, Quantizer]]:
-    """Every layer whose weight is quantized now, which a policy may have turned off, with its name and quantizer."""
+    """Every layer whose weight is quantized, with its name and the quantizer of its weight.
+
+    A quantizer that is turned off, as a policy may do, does not count.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig, quantized_weights
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> _ = quantize(network, QuantConfig(wt=wt))
+        >>> for name, layer, quantizer in quantized_weights(network):
+        ...     print(name, quantizer(layer.weight).shape, quantizer.levels)
+        1 torch.Size([4, 4]) 4
+    """
     for name, layer in quantized_layers(model):
         if isinstance(layer.quant_weight, Quantizer) and layer.quant_weight.enabled:
             yield name, layer, layer.quant_weight
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Every quantizer of a network that is not the identity, with its name."""
+    """Every quantizer of a network, with its name.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig, quantizers
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in ("fm", "wt")}
+        >>> _ = quantize(network, QuantConfig(**parts))
+        >>> [name for name, quantizer in quantizers(network)]
+        ['1.quant_activation', '1.quant_weight']
+    """
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             yield name, module
+
+
+def check_one_copy(model: nn.Module) -> None:
+    """Refuse, with a `TypeError`, a network with quantizers of another copy of this package, which nothing here sees.
+
+    A process has two copies where it imports both the repository's modules and those of the installed package.
+    """
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            same = kind.__name__ == "Quantizer" and kind.__module__.endswith("model.quantizers.frame")
+            if same and kind is not Quantizer:
+                raise TypeError(
+                    f"{name} is a quantizer of {kind.__module__}, another copy of {Quantizer.__module__}: import "
+                    "both from one package"
+                )

@@ -1,4 +1,4 @@
-"""Convolutions through space-to-depth, and what stands beside them."""
+"""Convolutions through space-to-depth, and the layers that are used beside them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ProneConv(nn.Module):
 class PadToBlocks(nn.Module):
     """Zeros around [N, C, H, W] until `block` divides height and width; a size with an odd remainder stays.
 
-    What a strided layer beside a `ProneConv` of this block needs to give outputs of the same size.
+    A strided layer beside a `ProneConv` of this block needs it to give outputs of the same size.
     """
 
     def __init__(self, block: int) -> None:

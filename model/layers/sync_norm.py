@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is its gradient, since each process's loss depends on it."""
+    """The sum over all processes. Its gradient is a sum over them too, since the loss of each depends on it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _Sum(torch.autograd.Function):
 
 
 def normalise(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """(x - mean) / sqrt(var + eps) by the statistics of all processes, which also enter the running ones.
+    """(x - mean) / sqrt(var + eps) with the statistics of all processes; updates the running statistics.
 
     Mean and biased variance are those of `nn.BatchNorm2d` on the images of all processes together, computed
     in float32 and in two passes, so that a large mean costs no digits; the running variance is the unbiased
@@ -79,9 +79,9 @@ class SyncReverseBatchNorm2d(ReverseBatchNorm2d):
 
 
 def synchronise(model: nn.Module, device: torch.device) -> int:
-    """Let all batch norms of a network take their statistics over all processes; returns how many.
+    """Let all batch norms of a network compute their statistics over all processes; returns how many there are.
 
-    Names, parameters and statistics stay. On GPUs torch's own does it, which is faster.
+    Names, parameters and statistics stay. On GPUs torch's own class is used, which is faster.
 
     Raises:
         UserError: the network has a batch norm of another kind, or none at all.

@@ -1,1 +1,1 @@
-"""The frame of all quantizers, what methods share, and a file for each paper."""
+"""The frame of all quantizers, parts that several methods use, and a file for each paper."""

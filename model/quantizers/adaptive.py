@@ -1,4 +1,4 @@
-"""Normalising before quantizing (`--xx_adaptive`), in float32 and finite wherever the input is."""
+"""Normalisation before quantizing (`--xx_adaptive`), in float32; finite inputs give finite results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
-HUGE, UNIT = 2.0**40, 2.0**-80  # values above the one are computed with in the other
+HUGE, UNIT = 2.0**40, 2.0**-80  # values above the first are multiplied by the second before they are summed
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two of float32 [r], at most `LARGEST`.
     """
-    # Rows of huge values in another unit, a power of two, so that everything else keeps its last bit.
+    # Rows of huge values are scaled by a power of two, which is exact; all other rows are not changed.
     unit = torch.where(rows.abs().amax(dim=1) > HUGE, UNIT, 1.0)
     rows = rows * unit.unsqueeze(1)
     spread = rows.std(dim=1) if rows.shape[1] > 1 else torch.zeros_like(rows[:, 0])
@@ -42,13 +42,14 @@ class GradientTimes(torch.autograd.Function):
 
 
 class Moments(NamedTuple):
-    """What normalising takes out of a tensor, float32, broadcastable to it, without a gradient.
+    """The moments that normalise a tensor: float32, broadcastable to it, without gradient.
 
     Attributes:
-        mean: subtracted.
-        deviation: divided by.
-        unit: of gradients between `normalised` and `restored`, which multiplies by the deviation what the other
-            divides by it later; a power of two that keeps the product a float32. None: 1.
+        mean: the subtrahend.
+        deviation: the divisor.
+        unit: a power of two that scales gradients between `restored` and `normalised`. The backward pass of `restored`
+            multiplies by the deviation and that of `normalised` divides by it; the unit keeps the product within
+            float32. None: 1.
     """
 
     mean: Tensor
@@ -57,12 +58,12 @@ class Moments(NamedTuple):
 
 
 def gradient_unit(deviation: Tensor) -> Tensor:
-    """The unit of gradients for such a deviation, a float32 scalar: 1 unless that is huge; see `Taken`."""
+    """The unit of gradients for a deviation, a float32 scalar: 1 unless the deviation is huge; see `Moments`."""
     return torch.where(deviation.abs().amax() > HUGE, UNIT, 1.0)
 
 
 def normalised(x: Tensor, taken: Moments) -> Tensor:
-    """(x - mean) / deviation; all float32, at most `LARGEST`. Halves, since the difference may overflow."""
+    """(x - mean) / deviation; float32, at most `LARGEST`. Both are halved first, since x - mean may overflow."""
     if taken.unit is not None:
         x = GradientTimes.apply(x, 1 / taken.unit)
     halved = torch.sub(0.5 * x, taken.mean, alpha=0.5)
@@ -70,6 +71,6 @@ def normalised(x: Tensor, taken: Moments) -> Tensor:
 
 
 def restored(x: Tensor, taken: Moments) -> Tensor:
-    """Undo `normalised`: x * deviation + mean; all float32, at most `LARGEST`."""
+    """Undo `normalised`: x * deviation + mean; float32, at most `LARGEST`."""
     x = (x * taken.deviation + taken.mean).clamp(-LARGEST, LARGEST)
     return x if taken.unit is None else GradientTimes.apply(x, taken.unit)

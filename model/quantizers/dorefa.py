@@ -17,7 +17,7 @@ from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
 SMALLEST = torch.finfo(torch.float32).tiny
-# A smaller max|tanh(w)| is not divided by: the gradient, up to the sum of the arriving one over it, overflows.
+# A smaller max|tanh(w)| is no divisor: the gradient, at most the sum of the incoming gradient over it, would overflow.
 SMALLEST_MAXIMUM = 1e-30
 
 
@@ -38,7 +38,7 @@ class DoReFaActivation(Quantizer):
         )
 
     def learned(self) -> set[str]:
-        """See `Quantizer`; behind a warm-up the clipping value that it found."""
+        """See `Quantizer`; with a warm-up, the clip value that it found too."""
         return super().learned() | ({"clip"} if self.calibrates else set())
 
     def zero_to_zero(self) -> bool:
@@ -59,7 +59,7 @@ class DoReFaActivation(Quantizer):
         return self.grid()
 
     def positive_clip(self) -> Tensor:
-        """The clipping value, float32 > 0, broadcastable to the tensor."""
+        """The clip value, float32 > 0, broadcastable to the tensor."""
         return self.per_channel(self.clip.float().clamp_min(SMALLEST))
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class DoReFaActivation(Quantizer):
         return encode_on_grid(x, self.positive_clip(), self.grid())
 
     def set_range(self, value: Tensor) -> None:
-        """Take `value` as the clipping value."""
+        """Set the clip value."""
         self.clip.copy_(value)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class DoReFaActivation(Quantizer):
         return clip * (grid.bottom / grid.top), clip
 
     def current_range(self) -> Tensor:
-        """The clipping value."""
+        """The clip value."""
         return self.clip
 
 
@@ -88,9 +88,9 @@ class DoReFaActivation(Quantizer):
 class DoReFaWeight(Quantizer):
     """t = tanh(w), u = t / (2 max|t|) + 1/2, q = 2 * round(n * u) / n - 1, n = levels - 1.
 
-    The maximum is over the whole tensor (paper, equation 9); below 1e-30 it is taken as 1. Gradient:
-    straight-through the rounding alone, exact through tanh and the maximum. With `binary_scale` (keyword
-    `wt_bin`) at two levels: sign(w) * mean|w| over the tensor, straight-through (equation 7).
+    The maximum is over the whole tensor (paper, equation 9); a maximum below 1e-30 counts as 1. Gradient:
+    straight-through for the rounding alone, exact for tanh and the maximum. With `binary_scale` (keyword `wt_bin`)
+    there are two levels, sign(w) * mean|w| over the tensor, with a straight-through gradient (equation 7).
     """
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class DoReFaWeight(Quantizer):
         return encode_on_grid(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Squashed into [-1, 1], where the levels are; binary weights as they are."""
+        """Map x to [-1, 1], where the levels are; binary weights are not changed."""
         return x if self.config.binary_scale else self._squashed(x)
 
     @staticmethod

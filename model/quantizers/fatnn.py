@@ -80,7 +80,7 @@ class _FATNN(Quantizer):
             self.register_buffer("output_scale", torch.ones(self.range_shape()))
 
     def check_levels(self, levels: int) -> None:
-        """Fewer levels leave the last slopes out; more would need slopes that are not there."""
+        """Refuse more levels than there are slopes for; fewer levels do not use the last slopes."""
         super().check_levels(levels)
         slopes = sum(name.startswith("alpha") for name, _ in self.named_parameters())
         if levels - 1 > slopes or (levels != self.levels and not self.config.half_range):
@@ -89,7 +89,7 @@ class _FATNN(Quantizer):
             )
 
     def learned(self) -> set[str]:
-        """See `Quantizer`; of `closed_form`'s scales the activations', since published weights have none."""
+        """See `Quantizer`; with `closed_form` the scale of activations too, which published weights do not have."""
         scaled = self.config.closed_form and self.config.tag != "wt"
         return super().learned() | ({"output_scale"} if scaled else set())
 
@@ -128,14 +128,14 @@ class _FATNN(Quantizer):
         return codes * self.per_channel(snapshot(self.output_scale).float())
 
     def gathers(self) -> bool:
-        """The running scale is that of all ranks, as is the range of a warm-up."""
+        """True for the running scale and the range of a warm-up, which are those of all ranks."""
         return (self.config.closed_form and self.enabled) or self.calibrates
 
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""
         rows, coded = self.grouped(x), self.grouped(codes)
         energy = (coded * coded).sum(dim=1, dtype=torch.float64)
-        # A quarter of the product: the largest code is 3, and times 3e38 that is no float32.
+        # A quarter of the product: the largest code, 3, times 3e38 would overflow float32.
         product = (rows * (coded / 4)).sum(dim=1, dtype=torch.float64) * 4
         energy = self.over_ranks(energy, torch.distributed.ReduceOp.SUM)
         product = self.over_ranks(product, torch.distributed.ReduceOp.SUM)

@@ -21,11 +21,12 @@ from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
 
-@torch.library.custom_op("quant::snapshot", mutates_args=())
+# Named after the module: the repository and the installed package may be imported in one process.
+@torch.library.custom_op(f"lowbit::snapshot_{__name__.replace('.', '_')}", mutates_args=())
 def snapshot(value: Tensor) -> Tensor:
     """A copy that a compiled graph keeps for its backward pass.
 
-    From a buffer, the compiler would compute the value anew there, when forward has already changed it.
+    Without it the compiler would read the buffer again in the backward pass, when forward has already changed it.
     """
     return value.clone()
 
@@ -38,8 +39,13 @@ def _(value: Tensor) -> Tensor:
 class Quantizer(nn.Module):
     """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
 
-    `forward` takes a tensor of any floating dtype, computes in float32 whatever autocast says, and
-    returns the input's dtype and shape. Subclasses implement `quantize` on float32 tensors.
+    `forward` takes a tensor of any floating dtype, computes in float32 whatever autocast says, and returns the
+    dtype and shape of its input. A method is a subclass that implements `quantize` on float32 tensors; `encode` gives
+    the integers to the audit and to engines; `model.quant.register` gives the method its name.
+
+    Args:
+        config: the options of its tag.
+        site: its place in the network.
 
     State:
         iteration: int64 [1], training forwards so far (buffer).
@@ -48,7 +54,19 @@ class Quantizer(nn.Module):
         gamma: float32, learned scale per group; only when asked for.
 
     Raises:
-        UserError: when the number of groups does not divide the channels.
+        UserError: the number of groups does not divide the channels.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import LayerSite, Quantizer, QuantizerConfig
+        >>> class Ternary(Quantizer):
+        ...     def quantize(self, x):
+        ...         return x + (x.clamp(-1, 1).round() - x).detach()  # straight-through
+        >>> config = QuantizerConfig(tag="wt", enable=True, method="ternary", levels=3, gamma=True)
+        >>> quantizer = Ternary(config, LayerSite(name="fc", channels=2, channel_dim=0, ndim=2, fan=2))
+        >>> quantizer.gamma.shape, quantizer(torch.tensor([[0.4, 0.6], [-3.0, 0.9]])).detach()
+        (torch.Size([2, 1]), tensor([[ 0.,  1.],
+                [-1.,  1.]]))
     """
 
     iteration: Tensor
@@ -75,31 +93,31 @@ class Quantizer(nn.Module):
         if config.gamma:
             self.gamma = nn.Parameter(torch.ones(self.range_shape()))
 
-    # What others ask a method ----------------------------------------------------------------
+    # Questions that other code asks a method ---------------------------------------------------
 
-    # Methods, not properties: in a graph of `torch.compile`, `super().some_property` is the property itself, which
-    # is true whatever its value is.
+    # Methods, not properties: in a graph of `torch.compile`, `super().some_property` is the property object, which
+    # is always true.
     def zero_to_zero(self) -> bool:
-        """Whether 0 becomes exactly 0, so that padding may come before or after."""
+        """Whether 0 becomes exactly 0, so that padding before and after quantizing is the same."""
         return False
 
     def output_is_sign(self) -> bool:
-        """Whether an output tells no more of an input than its sign, which must then go below zero sometimes."""
+        """Whether an output depends on the sign of its input alone, which must then be negative sometimes."""
         return False
 
     def half_range_changes(self) -> bool:
         """Whether a policy may turn levels in [0, c] into levels in [-c, c], or back, while the network is trained.
 
-        A method says so whose `quantize` asks `config.half_range` each time.
+        A method may return True when its `quantize` reads `config.half_range` each time.
         """
         return False
 
     def search_grid(self) -> Grid | None:
-        """The levels over the clip value that a search may find (`--re_init_range`); None: there is none to find."""
+        """The levels in units of the clip value, for a search for it (`--re_init_range`); None: no clip value."""
         return None
 
     def range_error(self, x: Tensor) -> Tensor | None:
-        """The sum of (q - x)^2 with a gradient to the clip value that is learned; None where none is.
+        """The sum of (q - x)^2 with a gradient to the learned clip value; None where no clip value is learned.
 
         Args:
             x: float32, any shape, without gradient.
@@ -110,10 +128,10 @@ class Quantizer(nn.Module):
         return None
 
     def figures(self) -> dict[str, Tensor]:
-        """What this method alone has to show of its state in reports: vectors by name."""
+        """Parts of the state that only this method has and that reports show: name -> vector."""
         return {}
 
-    # What a method implements ------------------------------------------------------------------
+    # The parts that a method implements --------------------------------------------------------
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake-quantize a float32 tensor; differentiable."""
@@ -135,7 +153,7 @@ class Quantizer(nn.Module):
         """Quantize `x`; any floating dtype and shape in, the same dtype and shape out.
 
         Raises:
-            ValueError: for an empty tensor, which has no range and no statistics.
+            ValueError: the tensor is empty, and has no range and no statistics.
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
@@ -153,10 +171,9 @@ class Quantizer(nn.Module):
             return result.to(x.dtype)
 
     def integers(self, x: Tensor) -> QuantizedTensor:
-        """The integer codes of `x` (any floating dtype) as this quantizer stands; changes nothing.
+        """The integer codes of `x` (any floating dtype) in the present state, which does not change.
 
-        Dequantizing gives exactly the float32 tensor that `forward` gives in evaluation mode after the
-        warm-up.
+        Dequantizing gives exactly the float32 tensor that `forward` returns in evaluation mode after the warm-up.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             normed, taken = self._normalised(x.float())
@@ -179,15 +196,15 @@ class Quantizer(nn.Module):
         return result * self.per_channel(self.gamma.float()) if self.config.gamma else result
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Float32 `x` as the method sees it, after `adaptive`."""
+        """Float32 `x` normalised by `adaptive`, as `quantize` gets it."""
         return self._normalised(x)[0]
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Moments | None]:
-        """The tensor as the method sees it, and what was taken out."""
+        """The normalised tensor, and its moments where it was normalised."""
         if self.config.adaptive == "none":
             return x, None
         taken = adaptive.Moments(*self._statistics(x))
-        # The gradient of a learned value is itself that of the restored tensor times the deviation.
+        # The gradient of a learned value is the gradient of the restored tensor times the deviation, without a unit.
         learned = [name for name, _ in self.named_parameters(recurse=False) if name != "gamma"]
         if self.config.adaptive_restore and not learned:
             taken = taken._replace(unit=adaptive.gradient_unit(taken.deviation))
@@ -198,7 +215,7 @@ class Quantizer(nn.Module):
         return self.iteration <= self.stable if self.training else ~self.warmed_up()
 
     def warmed_up(self) -> Tensor:
-        """Bool [1]: the next forward pass comes after the warm-up, between the passes of training too."""
+        """Bool [1]: the next forward pass comes after the warm-up; this holds between training passes too."""
         return self.iteration >= self.stable
 
     def set_stable(self, steps_per_epoch: int) -> None:
@@ -210,11 +227,11 @@ class Quantizer(nn.Module):
 
         Args:
             levels: the new number.
-            keep_step: where the method learns a clip value, move it instead, so that neighbouring levels stay
-                as far apart as they are (`progressive`).
+            keep_step: where the method learns a clip value, change it so that the distance between neighbouring
+                levels stays (`progressive`).
 
         Returns:
-            The parameters that were changed; an optimizer's momentum of them is out of date.
+            The parameters that were changed; the momentum that an optimizer has for them is out of date.
 
         Raises:
             UserError: the method does not take this number.
@@ -235,25 +252,25 @@ class Quantizer(nn.Module):
             )
 
     def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
-        """Change the range so that `levels` levels are as far apart as now; default: no parameter does that."""
+        """Change the range so that `levels` levels have the present distance; default: there is no such parameter."""
         return ()
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The entries of this quantizer in a checkpoint of another number of levels, as they fit this one."""
+        """Entries of a checkpoint with another number of levels, changed so that they fit this quantizer."""
         return entries | {"level_num": self.level_num.clone()}
 
     def learned(self) -> set[str]:
-        """The names in its state that training gives values to, without which it cannot be evaluated.
+        """The names of the state that training sets, without which the quantizer cannot be evaluated.
 
-        The parameters, and behind a warm-up the count that says that it is over.
+        These are the parameters and, with a warm-up, the count that says that it is over.
         """
         return {name for name, _ in self.named_parameters()} | ({"iteration"} if self.calibrates else set())
 
     def weights_loaded(self) -> None:
-        """Take over what `utils.checkpoint.weights` has copied into the state: the number of levels.
+        """Take over the number of levels that `utils.checkpoint.weights` has copied into the state.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the value is no number of levels.
         """
         found = float(self.level_num)
         if not 2 <= found <= 2**16:
@@ -287,7 +304,7 @@ class Quantizer(nn.Module):
         return tuple(shape)
 
     def per_channel(self, value: Tensor) -> Tensor:
-        """A value per group (`range_shape`) as one per channel, broadcastable to the tensor."""
+        """Repeat a value per group (`range_shape`) for each channel; the result broadcasts to the tensor."""
         if self.groups in (1, self.site.channels):
             return value
         return value.repeat_interleave(self.site.channels // self.groups, dim=self.site.channel_dim)
@@ -299,22 +316,22 @@ class Quantizer(nn.Module):
         return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
 
     def levels_per_sample(self) -> bool:
-        """The levels of a tensor's samples differ: normalised per sample and restored."""
+        """Whether each sample of a tensor has its own levels: it is normalised by sample and restored."""
         return self.config.tag != "wt" and self.config.adaptive != "none" and self.config.adaptive_restore
 
     def level_rows(self, output: Tensor) -> Tensor:
-        """A quantized tensor's values as rows that share their levels: [rows, values]."""
+        """The values of a quantized tensor as rows, each of which shares its levels: [rows, values]."""
         if not self.levels_per_sample():
             return self.grouped(output)
         channels = output.movedim(self.site.channel_dim, 1)
         return channels.reshape(output.shape[0] * self.groups, -1)
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What to subtract and to divide by: of each weight group, or of each sample; no gradient.
+        """The subtrahend and the divisor for each weight group, or for each sample; without gradient.
 
-        `var-mean` and `mean-var` subtract the mean and divide by the standard deviation (unbiased); `var`
-        divides by the deviation alone, `mean` by the mean alone. A group with zero variance is divided by
-        a small number instead of zero, which keeps its (x - mean) / deviation = 0 finite.
+        `var-mean` and `mean-var` subtract the mean and divide by the standard deviation (unbiased). `var` only
+        divides by the deviation, `mean` only by the mean. The divisor of a group with zero variance is a small
+        number instead of zero, so that (x - mean) / deviation = 0 is finite.
         """
         x = x.detach()
         weight = self.config.tag == "wt"
@@ -330,7 +347,7 @@ class Quantizer(nn.Module):
         return (mean if "mean" in kind else torch.zeros_like(mean)), deviation
 
     def safe_divisor(self, value: Tensor) -> Tensor:
-        """A statistic as a divisor, away from zero."""
+        """A statistic as a divisor that is not near zero."""
         return torch.where(value.abs() < MIN_DIVISOR, MIN_DIVISOR, value)
 
     # Calibration -------------------------------------------------------------------------------
@@ -344,7 +361,7 @@ class Quantizer(nn.Module):
             collecting = self.iteration <= self.stable
             self.range_mean.copy_(torch.where(collecting, mean, self.range_mean))
             factor = self.config.correlate if self.config.correlate > 0 else 1.0
-            # Setting a range may change what it is made of, so everything is put back after the warm-up.
+            # `set_range` may change any part of the state. After the warm-up each part gets its earlier value back.
             tensors = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
             floats = [tensor for _, tensor in tensors if tensor.is_floating_point()]
             before = [tensor.clone() for tensor in floats]
@@ -353,18 +370,18 @@ class Quantizer(nn.Module):
                 tensor.copy_(torch.where(collecting, tensor, old))
 
     def gathers(self) -> bool:
-        """Whether a training forward reduces statistics over all ranks, which wait for each other there."""
+        """Whether a training forward reduces statistics over all ranks, so that these wait for each other."""
         return self.calibrates
 
     def mean_over_ranks(self, statistic: Tensor) -> Tensor:
-        """The mean over all ranks of a statistic of their tensors, which are of one size; see `over_ranks`."""
+        """The mean of a statistic over all ranks, whose tensors have the same size; see `over_ranks`."""
         total = self.over_ranks(
             torch.stack([statistic, torch.ones_like(statistic)]), torch.distributed.ReduceOp.SUM
         )
         return total[0] / total[1]
 
     def over_ranks(self, statistic: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
-        """A statistic of this rank's tensor reduced over all ranks; weights are the same on each already."""
+        """A statistic of a tensor, reduced over all ranks; weights are the same on each rank, so theirs is returned."""
         if (
             self.config.tag != "wt"
             and torch.distributed.is_available()
@@ -375,26 +392,26 @@ class Quantizer(nn.Module):
         return statistic
 
     def bounds(self) -> tuple[Tensor, Tensor] | None:
-        """The lowest and the highest value that is not clipped (`range_shape`), in units of `normalise`.
+        """The lowest and the highest value that is not clipped (`range_shape`), on the normalised scale.
 
         None for methods whose levels do not depend on a range.
         """
         return None
 
     def current_range(self) -> Tensor:
-        """The clip value now (`range_shape`); the configured boundary where there is none."""
+        """The present clip value (`range_shape`); the configured boundary where the method has none."""
         return torch.full(self.range_shape(), self.config.boundary, device=self.iteration.device)
 
     def elements(self, x: Tensor) -> float:
-        """Elements of `x` in one group."""
+        """The number of elements of `x` in one group."""
         return x.numel() / self.groups
 
     def gradient_factor(self, x: Tensor, qp: float) -> float:
         """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
 
-        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does, which multiplies its
-        gradient by 1 / sqrt(N * Qp), N elements of a weight or of one sample's activation: a gradient
-        step of c moves s by 1 / Qp of it and dL/dc is dL/ds / Qp, hence Qp^2 / sqrt(N * Qp) for c.
+        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does. The paper multiplies the gradient
+        of s by 1 / sqrt(N * Qp), with N elements of a weight or of the activation of one sample. dL/dc is dL/ds / Qp,
+        and a change of c changes s by 1 / Qp of it; the factor for c is hence Qp^2 / sqrt(N * Qp).
         """
         kind, scale = self.config.grad_scale, self.config.scale
         if kind == "none":
@@ -406,7 +423,7 @@ class Quantizer(nn.Module):
         return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of a quantizer."""
+        """The text in the brackets when a network is printed."""
         return f"{self.config.tag}, {self.config.method}, levels={self.levels}, groups={self.groups}"
 
 

@@ -13,12 +13,12 @@ from model.quantizers.integers import QuantizedTensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Evenly spaced levels up to a clip value c, as integer codes of the scale c / top.
+    """Evenly spaced levels up to a clip value c, as integer codes with the scale c / top.
 
     Half range: codes 0 .. n for levels in [0, c], n = levels - 1. Full range: levels in [-c, c]; with an
     even count they lie mid-rise and their codes are the odd integers -n .. n, with an odd count the
-    integers -n / 2 .. n / 2. Mid-tread: the codes -levels / 2 .. levels / 2 - 1, as two's complement has,
-    with a level at zero and one more below it than above.
+    integers -n / 2 .. n / 2. Mid-tread: the codes -levels / 2 .. levels / 2 - 1 of two's complement, with a level
+    at zero and one more level below it than above.
 
     Attributes:
         steps: n, distances between the lowest and the highest level.
@@ -26,6 +26,17 @@ class Grid:
         top: highest code.
         half_range: levels in [0, c].
         midtread: a full range with a level at zero and an even count.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import Grid
+        >>> for grid in (Grid.of(4, True), Grid.of(4, False), Grid.of(4, False, midtread=True)):
+        ...     print(range(grid.bottom, grid.top + 1, grid.gap), grid.ratios(torch.arange(4.0)))
+        range(0, 4) tensor([0.0000, 0.3333, 0.6667, 1.0000])
+        range(-3, 4, 2) tensor([-1.0000, -0.3333,  0.3333,  1.0000])
+        range(-2, 2) tensor([-2., -1.,  0.,  1.])
+        >>> Grid.of(4, True).numbers(torch.tensor([-1.0, 0.4, 2.0]))
+        tensor([0., 1., 3.])
     """
 
     steps: int
@@ -47,7 +58,7 @@ class Grid:
 
     @property
     def gap(self) -> int:
-        """Distance of two neighbouring codes."""
+        """Distance between neighbouring codes."""
         return (self.top - self.bottom) // self.steps
 
     @property
@@ -58,9 +69,9 @@ class Grid:
     def numbers(self, ratio: Tensor) -> Tensor:
         """The levels nearest to `ratio` = x / c, counted from the lowest, as float32 of any shape.
 
-        Ties go to the even number, on a mid-tread grid to the even code. The arithmetic here and in
-        `ratios` is that of the papers' formulas, step by step, so that values on a threshold, such as those
-        near zero on a mid-rise grid, fall to the side that published code gives them.
+        Ties go to the even number, on a mid-tread grid to the even code. The arithmetic here and in `ratios` follows
+        the formulas of the papers step by step. Values on a threshold, such as those near zero on a mid-rise grid,
+        therefore go to the same side as in published code.
         """
         if self.half_range:
             return ratio.clamp(0, 1).mul_(self.steps).round_()
@@ -69,7 +80,7 @@ class Grid:
         return ratio.clamp(-1, 1).add_(1).div_(2).mul_(self.steps).round_()
 
     def ratios(self, numbers: Tensor) -> Tensor:
-        """The levels of these numbers over c, float32; computed in place."""
+        """The levels by their numbers, divided by c, float32; computed in place."""
         if self.half_range:
             return numbers.div_(self.steps)
         if self.midtread:
@@ -82,7 +93,7 @@ class Grid:
 
 
 class ClipSTE(torch.autograd.Function):
-    """q = l * c, l the level over c that is nearest to r = x / c, with a gradient to the clip value c.
+    """q = l * c, where l is the level nearest to r = x / c in units of c, with a gradient to the clip value c.
 
     Straight-through rounding gives
     dq/dx = 1 inside the range, 0 outside; dq/dc = l - r inside, l outside
@@ -96,6 +107,18 @@ class ClipSTE(torch.autograd.Function):
 
     Returns:
         float32, the shape of x.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import ClipSTE, Grid
+        >>> x = torch.tensor([-0.5, 0.4, 5.0], requires_grad=True)
+        >>> clip = torch.tensor([1.5], requires_grad=True)
+        >>> q = ClipSTE.apply(x, clip, Grid.of(4, half_range=True))
+        >>> q.detach()
+        tensor([0.0000, 0.5000, 1.5000])
+        >>> q.sum().backward()
+        >>> x.grad, clip.grad  # to the clip value: 0 below the range, 1/3 - 0.4/1.5 inside, 1 above
+        (tensor([0., 1., 0.]), tensor([1.0667]))
     """
 
     @staticmethod
@@ -141,12 +164,25 @@ def balance_factor(inside: Tensor) -> Tensor:
 
 
 def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:
-    """The codes of `x` and their scale.
+    """The integer codes of `x` on a grid, and their scale.
 
     Args:
         x: float32, any shape.
-        clip: float32, broadcastable to x.
+        clip: the clip value, float32, positive, broadcastable to x.
         grid: the levels.
+
+    Returns:
+        Codes int32 of the shape of x; dequantized they equal `ClipSTE.apply(x, clip, grid)`.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import ClipSTE, Grid, encode_on_grid
+        >>> x, clip, grid = torch.tensor([-0.9, 0.1, 2.0]), torch.tensor([0.6]), Grid.of(4, half_range=False)
+        >>> found = encode_on_grid(x, clip, grid)
+        >>> found.codes, found.scale  # two bits in [-0.6, 0.6]
+        (tensor([-3,  1,  3], dtype=torch.int32), tensor([0.2000]))
+        >>> torch.equal(found.dequantize(), ClipSTE.apply(x, clip, grid))
+        True
     """
     numbers = grid.numbers(x / clip).long()
     return QuantizedTensor(

@@ -14,23 +14,33 @@ from model.quantizers import adaptive
 class QuantizedTensor:
     """A quantized tensor as integers.
 
-    For engines: `(codes - zero_point) * scale`, or the codebook's entries where levels are not evenly
-    spaced. This agrees with what training sees to rounding, 2^-22 = 2.4e-7 of the largest level in magnitude,
-    which is more of a level that is next to zero. To the last bit it is `codebook[rows, numbers] * factor`, which
-    `dequantize` computes; normalisation that was undone and the learned scale come on top:
-    `value * deviation + mean`, then `value * gamma`. All but the integers are float32 and broadcast to the tensor.
+    Engines compute `(codes - zero_point) * scale`, or take the entries of the codebook where levels are not evenly
+    spaced. The result agrees with the fake-quantized tensor of training up to rounding: an error of 2^-22 = 2.4e-7 of
+    the largest level in magnitude, which is a larger part of a level near zero. `dequantize` agrees to the last bit.
+    It computes `value = codebook[rows, numbers] * factor`, then `value * deviation + mean` where the normalisation is
+    undone, then `value * gamma` where there is a learned scale. All tensors but the integers are float32 and
+    broadcast to the shape of the tensor.
 
     Attributes:
         codes: int32, the shape of the tensor.
         scale: distance of two codes that differ by 1; None where levels are not evenly spaced.
         numbers: int64, the shape of the tensor: the level of each element, from 0, the lowest.
         codebook: [rows, levels], the levels over `factor`; one row, or one per group.
-        factor: of the whole tensor, a group or a position.
+        factor: on the levels; one for the tensor, or one for each group or position.
         zero_point: the code of zero.
         rows: int64, broadcastable to the tensor: the row of the codebook of an element; None: the first.
-        deviation: what the normalisation divided by; None where it was not undone.
-        mean: what the normalisation subtracted.
+        deviation: the divisor of the normalisation; None where the normalisation is not undone.
+        mean: the mean that the normalisation subtracted.
         gamma: the learned scale.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import Grid, encode_on_grid
+        >>> found = encode_on_grid(torch.tensor([0.0, 0.4, 9.0]), torch.tensor([1.5]), Grid.of(4, half_range=True))
+        >>> found.codes, found.scale
+        (tensor([0, 1, 3], dtype=torch.int32), tensor([0.5000]))
+        >>> found.dequantize()
+        tensor([0.0000, 0.5000, 1.5000])
     """
 
     codes: Tensor
@@ -45,12 +55,12 @@ class QuantizedTensor:
     gamma: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """The float32 tensor that the integers stand for, exactly the fake-quantized one."""
+        """The float32 tensor that the integers represent, equal to the fake-quantized one to the last bit."""
         value = self.unscaled(self.numbers)
         return value if self.gamma is None else value * self.gamma
 
     def unscaled(self, numbers: Tensor) -> Tensor:
-        """The values of the levels of these numbers, int64 [shape of the tensor], before the learned scale."""
+        """The values of levels by their numbers, int64 [shape of the tensor], without the learned scale."""
         rows = torch.zeros_like(numbers) if self.rows is None else self.rows.expand(numbers.shape)
         value = self.codebook[rows, numbers] * self.factor
         if self.deviation is not None and self.mean is not None:

@@ -1,4 +1,4 @@
-"""The learned clip value that PACT and LSQ share."""
+"""The learned clip value, for PACT and LSQ."""
 
 from __future__ import annotations
 
@@ -14,10 +14,25 @@ from utils.config.schema import QuantizerConfig
 
 
 class LearnedRange(Quantizer):
-    """What methods with a learned clip value c = |clip_val| share; each brings its `quantize`.
+    """The base of methods with a learned clip value c = |clip_val|; a method adds its `quantize`.
 
     State:
         clip_val: float32, `range_shape`; starts at `boundary`.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import ClipSTE, LayerSite, LearnedRange, QuantizerConfig
+        >>> class Uniform(LearnedRange):
+        ...     def quantize(self, x):
+        ...         return ClipSTE.apply(x, self.clip(x), self.grid())
+        >>> config = QuantizerConfig(tag="fm", enable=True, levels=4, method="uniform", half_range=True, boundary=3.0)
+        >>> quantizer = Uniform(config, LayerSite(name="fc", channels=2, channel_dim=-1, ndim=2, fan=2))
+        >>> output = quantizer(torch.tensor([[1.2, 5.0]]))
+        >>> output.detach(), quantizer.integers(torch.tensor([[1.2, 5.0]])).codes
+        (tensor([[1., 3.]]), tensor([[1, 3]], dtype=torch.int32))
+        >>> output.sum().backward()
+        >>> quantizer.clip_val.grad  # -0.0667 inside the range, 1 outside
+        tensor([0.9333])
     """
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
@@ -25,7 +40,7 @@ class LearnedRange(Quantizer):
         self.clip_val = nn.Parameter(torch.full(self.range_shape(), config.boundary))
 
     def zero_to_zero(self) -> bool:
-        """See `Quantizer`; false also where padding changes a factor of the gradients, which counts elements."""
+        """See `Quantizer`; false too where a factor of the gradients counts elements, which padding would change."""
         config = self.config
         return (
             config.half_range
@@ -47,7 +62,7 @@ class LearnedRange(Quantizer):
         return self.grid()
 
     def range_error(self, x: Tensor) -> Tensor | None:
-        """See `Quantizer`; None for normalised values, whose clip value is of another scale."""
+        """See `Quantizer`; None for normalised values, since their clip value has another scale."""
         if self.config.adaptive != "none":
             return None
         return (ClipSTE.apply(x, self.clip(x), self.grid()) - x).square().sum()
@@ -64,11 +79,11 @@ class LearnedRange(Quantizer):
         return encode_on_grid(x, self.clip(x), self.grid())
 
     def set_range(self, value: Tensor) -> None:
-        """Take `value` as the clip value."""
+        """Set the clip value."""
         self.clip_val.copy_(value)
 
     def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
-        """The clip value times (levels - 1) / (levels now - 1); on a mid-tread grid times the ratio of Qp."""
+        """Multiply the clip value by (levels - 1) / (levels now - 1), on a mid-tread grid by the ratio of the Qp."""
         before, self.levels = self.grid().qp, levels
         with torch.no_grad():
             self.clip_val.mul_(self.grid().qp / before)
@@ -84,7 +99,7 @@ class LearnedRange(Quantizer):
         return self.clip_val.detach()
 
     def initialise_from(self, x: Tensor) -> None:
-        """The clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group; a group of zeros keeps its own."""
+        """Set the clip value of LSQ's initial step 2 * mean|x| / sqrt(Qp) per group; a group of zeros keeps its own."""
         with torch.no_grad():
             rows = self.grouped(self.normalise(x.float()))
             mean = self.mean_over_ranks(mean_magnitude(rows, 1))

@@ -51,7 +51,7 @@ class LQ(Quantizer):
     basis: Tensor
     codes: Tensor
     level_limit: ClassVar[int | None] = 256
-    # Tables that published files store beside the basis; they are computed from it here.
+    # Tables that published files hold beside the basis; here they are computed from the basis.
     obsolete: ClassVar[frozenset[str]] = frozenset(
         {"auxil", "codec_vector", "codec_index", "thrs_multiplier"}
     )
@@ -83,14 +83,14 @@ class LQ(Quantizer):
         raise NotImplementedError
 
     def check_levels(self, levels: int) -> None:
-        """The basis has one vector per bit, so that the number stays."""
+        """Refuse to change the number of levels: the basis has one vector for each bit."""
         if levels != self.levels:
             raise UserError(
                 f"{self.site.name}: LQ-Nets' {self.levels} levels are fixed; start another run with --pretrained"
             )
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A basis of another number of bits as this number's first basis, scaled to the same top level."""
+        """Replace a basis of another number of bits by the first basis of this one, scaled to the same top level."""
         basis = entries.get("basis")
         if basis is None or basis.ndim != 2 or basis.shape[1] != self.groups or len(basis) == self.bits:
             return super().adapted(entries)
@@ -103,32 +103,32 @@ class LQ(Quantizer):
         return torch.sort((self.codes.float() @ self.basis.float()).T.contiguous(), dim=1, stable=True)
 
     def assign(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [g, n] to levels; returns the positions int64 [g, n], the sorted levels and their codes."""
+        """Assign rows [g, n] to levels: the positions, int64 [g, n], the sorted levels and their codes."""
         levels, order = self.sorted_levels()
         scale = self.config.scale
         thresholds = levels[:, :-1] * (1 - scale) + levels[:, 1:] * scale
         return torch.searchsorted(thresholds.contiguous(), rows.contiguous(), right=True), levels, order
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Float32 of any shape to the basis' levels."""
+        """Float32 of any shape to the levels of the basis."""
         rows = self.grouped(x.detach())
         positions, levels, order = self.assign(rows)
         quantized = self.ungrouped(levels.gather(1, positions), x)
-        quantized = torch.where(x.isnan(), x.detach(), quantized)  # so that it is noticed
+        quantized = torch.where(x.isnan(), x.detach(), quantized)  # NaN stays NaN, so that it is noticed
         top = self.per_channel(levels[:, -1].reshape(self.range_shape())) if self.config.tag != "wt" else None
         if self.training:
             self._update(rows, order.gather(1, positions))
         return BelowTop.apply(x, quantized, top)
 
     def ungrouped(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows [g, n] as a tensor of the shape that `grouped` took them from."""
+        """Undo `grouped`: rows [g, n] as a tensor of the shape of `like`."""
         if self.groups == 1:
             return rows.reshape(like.shape)
         moved = like.movedim(self.site.channel_dim, 0)
         return rows.reshape(moved.shape).movedim(0, self.site.channel_dim)
 
     def gathers(self) -> bool:
-        """The least squares are those of all ranks, as is the range of a warm-up."""
+        """True for the least squares and the range of a warm-up, which are those of all ranks."""
         return self.enabled or self.calibrates
 
     def _update(self, rows: Tensor, numbers: Tensor) -> None:
@@ -162,8 +162,8 @@ class LQ(Quantizer):
     def normal_equations(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """B^T B [g, bits, bits] and B^T x [g, bits, 1], float64, for codes B of these numbers.
 
-        A code's entries are the bits u of its number, or 2u - 1 in full range, so that counts and sums over
-        one bit at a time are enough and B, [g, n, bits], is never held.
+        The entries of a code are the bits u of its number, or 2u - 1 in full range. Counts and sums for one bit at a
+        time are therefore enough, and B [g, n, bits] is never built.
         """
         ones = [(numbers >> i & 1).bool() for i in range(self.bits)]
         pairs = [[(a & b).sum(dim=1) for b in ones] for a in ones]
@@ -237,7 +237,7 @@ class LQActivation(LQ):
         return 0.6745 * 2
 
     def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A code that no element has would leave a zero on the diagonal; it becomes 1e-5."""
+        """Replace a zero on the diagonal, from a code that no element has, by 1e-5."""
         diagonal = gram.diagonal(dim1=1, dim2=2)
         return gram + torch.diag_embed(torch.where(diagonal == 0, 1e-5, 0.0)), target
 
@@ -251,7 +251,7 @@ class LQWeight(LQ):
         return 0.6745 * (2 / self.site.fan) ** 0.5
 
     def regularised(self, gram: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Each diagonal entry d becomes (d + 1e-4) * 1.000001; 1e-4 * basis is added to B^T x."""
+        """Replace each diagonal entry d by (d + 1e-4) * 1.000001, and add 1e-4 * basis to B^T x."""
         diagonal = gram.diagonal(dim1=1, dim2=2)
         gram = gram + torch.diag_embed((diagonal + 1e-4) * 1.000001 - diagonal)
         return gram, target + 1e-4 * self.basis.T.double().unsqueeze(2)

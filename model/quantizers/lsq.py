@@ -20,9 +20,9 @@ class LSQ(LearnedRange):
     Full range: c * (2 * round(n * (clamp(x / c, -1, 1) + 1) / 2) / n - 1), n = levels - 1.
     Full range, mid-tread: s * round(clamp(x / s, -levels / 2, Qp)), s = c / Qp, Qp = levels / 2 - 1.
 
-    Gradient: straight-through to x inside the range; to c, q / c - x / c inside and the end level
-    outside, times `grad_scale`'s factor. `STE-scale` changes nothing here: the value that is
-    rounded has been clamped, so that all elements are inside.
+    Gradient: straight-through to x inside the range; to c, q / c - x / c inside and the end level outside, times
+    the factor of `grad_scale`. `STE-scale` changes nothing here: values are clamped before they are rounded, so that
+    all elements are inside.
 
     State:
         clip_val: float32, `range_shape`; starts at `boundary`.
@@ -34,7 +34,7 @@ class LSQ(LearnedRange):
             raise UserError(f"--{config.tag}_grid midtread has no level above zero at {config.levels} levels")
 
     def check_levels(self, levels: int) -> None:
-        """A mid-tread grid has a level above zero."""
+        """Refuse a mid-tread grid without a level above zero."""
         super().check_levels(levels)
         if self.config.grid == "midtread" and levels < 3:
             raise UserError(f"{self.site.name}: a mid-tread grid needs at least 3 levels, not {levels}")

@@ -14,7 +14,7 @@ from model.quantizers.registry import register
 
 
 class ClippedRound(torch.autograd.Function):
-    """q = l * c, l the level over c that is nearest to x / c, with PACT's gradient of the clip value c.
+    """q = l * c, where l is the level nearest to x / c in units of c, with PACT's gradient to the clip value c.
 
     dq/dx = 1 for low <= x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3).
     """

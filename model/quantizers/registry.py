@@ -20,15 +20,15 @@ _METHODS: dict[tuple[str, str], type[Quantizer]] = {}
 def register(
     method: str, *tags: str, record: MethodRecord | None = None
 ) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: `method` on each of `tags` ("fm", "wt", "ot") is this class.
+    """Class decorator: register a subclass of `Quantizer` as the method `method` on each of `tags`.
 
     Args:
-        method: the name, as a keyword sets it in `quant.TAG.method`.
-        tags: what it quantizes.
-        record: what options mean to it; without one no option is said to be without effect.
+        method: the name, which `QuantizerConfig.method` or the field `quant.TAG.method` of a keyword gives.
+        tags: "fm" activations, "wt" weights, "ot" outputs.
+        record: the options that the method reads; without it no option is reported as without effect.
 
     Raises:
-        ValueError: a tag is none, or has the method already.
+        ValueError: a tag is not known, or the method is registered on it already.
         TypeError: the class has no `quantize` of its own.
 
     Example:
@@ -37,8 +37,13 @@ def register(
         ... class Rounded(Quantizer):
         ...     def quantize(self, x):
         ...         return x + (x.round() - x).detach()
-        >>> sorted(tag for name, tag in methods() if name == "rounded")
-        ['fm']
+        >>> from model.quant import QuantConfig, QuantizerConfig, QuantLinear
+        >>> layer = QuantLinear(2, 2)
+        >>> fm = QuantizerConfig(tag="fm", enable=True, method="rounded")
+        >>> layer.build_quantizers(QuantConfig(fm=fm), "fc")
+        >>> import torch
+        >>> layer.quant_activation(torch.tensor([[0.2, 1.7]]))
+        tensor([[0., 2.]])
     """
     for tag in tags:
         if tag not in TAGS:
@@ -60,19 +65,22 @@ def register(
 
 
 def methods() -> dict[tuple[str, str], type[Quantizer]]:
-    """Every registered (method, tag) and its class.
+    """All registered methods: (method, tag) -> class.
 
     Example:
+        >>> from model.quant import methods
         >>> methods()["lsq", "wt"].__name__
         'LSQ'
     """
     return dict(_METHODS)
 
 
-def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
-    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
-    if not config.enable:
-        return nn.Identity()
+def method_class(config: QuantizerConfig) -> type[Quantizer]:
+    """The class of the method that `config` names on its tag.
+
+    Raises:
+        UserError: there is none, or it takes fewer levels.
+    """
     try:
         cls = _METHODS[config.method, config.tag]
     except KeyError:
@@ -83,4 +91,9 @@ def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
         ) from None
     if cls.level_limit is not None and config.levels > cls.level_limit:
         raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
-    return cls(config, site)
+    return cls
+
+
+def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
+    return method_class(config)(config, site) if config.enable else nn.Identity()

@@ -1,4 +1,4 @@
-"""The sign function that the binary methods share."""
+"""The sign function of the binary methods."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from model.quantizers.integers import QuantizedTensor
 
 
 def sign(x: Tensor) -> Tensor:
-    """-1 where x < 0, +1 where x >= 0, NaN stays, so that it is noticed; float32, the shape of x."""
+    """-1 where x < 0 and +1 where x >= 0; NaN stays NaN, so that it is noticed; float32, the shape of x."""
     return torch.where(x < 0, -1.0, torch.where(x >= 0, 1.0, x))
 
 
 def mean_magnitude(x: Tensor, dim: int | list[int] | None = None) -> Tensor:
-    """The mean |x| of all elements, or over `dim`, which is kept; also where their sum overflows.
+    """The mean |x| of all elements, or over `dim`, which is kept; correct even where the sum overflows.
 
     Args:
         x: float32, any shape.

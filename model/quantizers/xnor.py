@@ -16,9 +16,9 @@ from model.quantizers.sign import binary, mean_magnitude, sign
 class ScaledSign(torch.autograd.Function):
     """sign(x) * scale with sign(0) = +1.
 
-    The gradient of x is the arriving one times a mask, without the scale, as published binary networks
-    are trained: `none` 1; `STE` 1 where |x| < 1, else 0; `Triangle` 2 - 2|x| where |x| < 1, else 0
-    (arXiv 1808.00278, equation 8). The scale has no gradient.
+    The gradient of x is the incoming gradient times a mask and without the scale, as in the training of published
+    binary networks. The mask `none` is 1; `STE` is 1 where |x| < 1, else 0; `Triangle` is 2 - 2|x| where |x| < 1,
+    else 0 (arXiv 1808.00278, equation 8). The scale has no gradient.
     """
 
     @staticmethod
@@ -55,10 +55,10 @@ class _Binary(Quantizer):
 
 @register("xnor", "fm", "ot")
 class XNORActivation(_Binary):
-    """sign(x), times the mean |x| over channels or over positions when `custom` asks for it.
+    """sign(x), with `custom` times the mean |x| over channels or over positions.
 
-    `custom`: none; channel, one factor per position (the paper's K, equation 11); resolution, one per
-    channel.
+    `custom`: "none"; "channel", a factor for each position (K of the paper, equation 11); "resolution", a factor for
+    each channel.
     """
 
     def scale(self, x: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ class XNORActivation(_Binary):
         return x.new_ones(1)
 
     def output_is_sign(self) -> bool:
-        """See `Quantizer`; so it is, unless a mean is subtracted before."""
+        """See `Quantizer`; True unless a mean is subtracted before."""
         return self.config.adaptive in ("none", "var")
 
     def levels_per_sample(self) -> bool:
-        """A factor per position or channel of each sample makes levels of their own."""
+        """True too where each position or channel of a sample has its own factor."""
         return self.config.custom != "none" or super().levels_per_sample()
 
     def level_rows(self, output: Tensor) -> Tensor:
-        """Values that share a factor as rows."""
+        """Rows of the values that share a factor."""
         dim = self.site.channel_dim % output.ndim
         if self.config.custom == "resolution" and output.ndim > 2:
             return output.movedim(dim, 1).flatten(0, 1).flatten(1)

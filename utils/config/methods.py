@@ -21,24 +21,25 @@ READABLE = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRecord:
-    """What options may say of a method on one tag.
+    """The options that a method reads on one tag, and the values that they may have.
 
     Attributes:
-        title: what messages call the method; empty: by its name.
-        reads: of `READABLE` what it reads; None: nobody knows, so that no option is said to be without effect.
-        grad_types: values of `grad_type` that it takes beside "none" and "STE", which all take; None: nobody knows.
-        idle_grad_types: those that change nothing -> the rest of a sentence that says why.
+        title: the name of the method in messages; empty: the name it is registered by.
+        reads: the options of `READABLE` that it reads; None: unknown, so that no option is reported as without effect.
+        grad_types: values of `grad_type` that it takes beside "none" and "STE", which all methods take; None: unknown.
+        idle_grad_types: values of `grad_type` that change nothing -> the rest of a sentence that says why.
         levels: the only number of levels that it has; None: several.
         refuses: option -> why it cannot be written.
-        limits: option -> its highest value, the rest of a sentence that says why, and what to write instead.
+        limits: option -> its highest value, the rest of a sentence that says why, and the text to write instead.
         restores: it undoes the normalisation of `adaptive` whatever `adaptive_restore` says.
-        other_scale: its levels are values of another scale than what it quantizes, unless it is `binary_scale`.
+        other_scale: its levels have another scale than the tensor that it quantizes, unless `binary_scale` is set.
         initial_step: its clip value starts from LSQ's formula with `--re_init`.
 
     Raises:
-        ValueError: `reads` has a name that is not of `READABLE`.
+        ValueError: `reads` has a name that is not in `READABLE`.
 
     Example:
+        >>> from utils.config.methods import UNKNOWN, MethodRecord
         >>> record = MethodRecord(reads=frozenset({"boundary"}))
         >>> record.reads_option("boundary"), record.ignores("scale"), UNKNOWN.ignores("scale")
         (True, True, False)

@@ -2,7 +2,8 @@
 
 The command line (`utils.config.command_line`) and the keywords (`utils.config.keyword`) become the dataclasses
 below, and no other code looks at a keyword again. Every field is checked when the configuration is resolved
-(`utils.config.resolve`), before anything is loaded.
+(`utils.config.resolve`), before anything is loaded; those of quantizers, which other programs write in Python, in their
+constructors too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.checks import Checks
+from utils.config.checks import Checks, unlike
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
@@ -65,12 +66,16 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """One tag's quantizer (`fm` activations, `wt` weights, `ot` outputs); see docs/quantizers.md.
+    """The quantizers of one tag: "fm" activations, "wt" weights, "ot" outputs; see docs/quantizers.md.
+
+    Which methods there are, and which fields they read, is not checked here but where quantizers are built, since
+    programs register methods of their own. NumPy's scalars become Python's.
 
     Raises:
-        UserError: a value is none that the field takes; names the nearest one that is.
+        UserError: a field does not take its value, for any field; the message names the nearest value that it takes.
 
     Example:
+        >>> from utils.config.schema import QuantizerConfig
         >>> QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4).levels
         4
         >>> QuantizerConfig(tag="wt", grad_scale="papr")
@@ -123,12 +128,15 @@ class QuantizerConfig:
         if self.quant_group is not None:
             check.integer("quant_group", -MAX_LEVELS)
             if self.quant_group == 0:
-                raise UserError(
-                    "QuantizerConfig: quant_group 0: give the number of groups, -k for groups of k, or None"
+                raise check.error(
+                    "quant_group", "makes no groups: give their number, -k for groups of k, or None"
                 )
         check.flags()
-        if not isinstance(self.method, str):
-            raise UserError(f"QuantizerConfig: method {self.method!r} must be the name of a method")
+        check.names("extra")
+        if not isinstance(self.method, str) or not self.method:
+            raise check.error("method", "must be the name of a method, such as 'lsq'")
+        if self.enable and self.method == "none":
+            raise check.error("method", "quantizes nothing: name one, such as 'lsq', or leave enable out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +144,10 @@ class QuantConfig:
     """The quantizers of every convolution (and, on request, linear layer) of a network.
 
     Raises:
-        UserError: a part is of another tag than its name says, or a value is none that the field takes.
+        UserError: a part has another tag than its name says, or a field does not take its value.
 
     Example:
+        >>> from utils.config.schema import QuantConfig, QuantizerConfig
         >>> config = QuantConfig(
         ...     fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True),
         ...     wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4),
@@ -161,13 +170,20 @@ class QuantConfig:
         """Refuse parts that are of another tag, and values that the fields do not take."""
         for tag in TAGS:
             part = getattr(self, tag)
-            if not isinstance(part, QuantizerConfig) or part.tag != tag:
+            if not isinstance(part, QuantizerConfig):
+                found = unlike(part, QuantizerConfig)
                 raise UserError(
-                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {part!r:.100}"
+                    f"QuantConfig: {tag} must be a QuantizerConfig(tag={tag!r}, ...), not {found}"
+                )
+            if part.tag != tag:
+                raise UserError(
+                    f"QuantConfig: {tag} has a QuantizerConfig of {part.tag!r}: build it with tag={tag!r}"
                 )
         check = Checks(self)
         check.choice("re_init_range", RANGE_SEARCHES)
         check.number("re_init_percentile", 0, 100)
+        if self.re_init_percentile == 0:
+            raise check.error("re_init_percentile", "must be above 0 and at most 100")
         check.flags()
 
     @property
