@@ -250,6 +250,7 @@ def train_until_stopped(
 
     if origin.found.path is not None:
         run_state.set_random(origin.found.payload, here.place.rank)
+        origin.found.payload.clear()  # it has been taken over; the file's tensors need not stay in memory
     with launch.stop(training.logger.info) as stop, Writer() as writer:
         output = run_state.Output(files=here.files, writer=writer, launchers=origin.launchers)
         save = partial(training.save, output=output)

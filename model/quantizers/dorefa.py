@@ -113,8 +113,9 @@ class DoReFaWeight(Quantizer):
         return encode_on_grid(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Map x to [-1, 1], where the levels are; binary weights are not changed."""
-        return x if self.config.binary_scale else self._squashed(x)
+        """See `Quantizer`; then map to [-1, 1], where the levels are, unless the weights are binary."""
+        normed = super().normalise(x)
+        return normed if self.config.binary_scale else self._squashed(normed)
 
     @staticmethod
     def _squashed(x: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ class LQ(Quantizer):
         with torch.no_grad():
             best = self.least_squares(rows, numbers)
             if self.config.custom_update:
-                moved = self.basis + (best - self.basis) / self.iteration
+                # The mean begins behind a warm-up, with the first basis that was found.
+                moved = self.basis + (best - self.basis) / (self.iteration - self.stable).clamp_min(1)
             else:
                 moved = self.basis * KEEP + best * (1 - KEEP)
             # A warm-up sets the range, and nothing is quantized yet.

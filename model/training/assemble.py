@@ -123,7 +123,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     )
     progress, changed = _resume(here, found, model, optimizer_, policy, loaders)
     probe = _probe(here, model, policy, loaders)
-    arithmetic = precision.build_precision(model, optimizer_, config.precision, here.device)
+    arithmetic = precision.Precision(model, optimizer_, config.precision, here.device)
     with run_state.believing(found.path):
         arithmetic.load_state_dict(progress.amp)
     if teacher is not None:

@@ -58,4 +58,14 @@ def fit_warmups(
         rates = dataclasses.replace(
             rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
         )
+    wakeup, steps = rates.wakeup_steps, config.schedule.epochs * rates.steps_per_epoch
+    if wakeup > steps:
+        if not config.run.shortened:
+            raise UserError(
+                f"--wakeup: a learning-rate warm-up of {wakeup} iterations does not end within the {steps} "
+                "of --epochs; shorten it"
+            )
+        warnings.append(f"--wakeup: the shortened run of {steps} iterations takes {steps // 2} of {wakeup}")
+        schedule = dataclasses.replace(rates.config, wakeup=steps // 2, wakeup_epoch=0)
+        rates = dataclasses.replace(rates, config=schedule)
     return rates, tuple(warnings)

@@ -104,7 +104,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "amp_backend",
             str,
             None,
-            "torch, or an installed apex that still has amp [torch]",
+            "torch; apex is refused, since its amp is gone [torch]",
             choices=("torch", "apex"),
         ),
         option("tf32", bool, False, "let NVIDIA GPUs multiply float32 in TF32, faster and less exact"),

@@ -341,7 +341,6 @@ class PrecisionConfig:
 
     level: str = "O0"  # O0 float32, O1 autocast, O2 half weights with float32 masters, O3 all half
     dtype: str = "bfloat16"  # or float16
-    backend: str = "torch"  # or apex
     tf32: bool = False
     channels_last: bool = True
 

@@ -82,7 +82,8 @@ def epoch_line(row: dict[str, float], last: int, best: float) -> str:
     """The log line of an epoch."""
     text = f"epoch {row['epoch']:.0f}/{last}: loss {row['train_loss']:.4f}, top-1 {row['train_top1']:.2f}"
     if "val_top1" in row:
-        text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} (best {best:.2f})"
+        so_far = f"best {best:.2f}" if math.isfinite(best) else "no best yet: not all quantizers are on"
+        text += f"; validation: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} ({so_far})"
     if "ema_top1" in row:
         text += f"; averaged weights: top-1 {row['ema_top1']:.2f}"
     if "frozen" in row:

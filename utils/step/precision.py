@@ -9,16 +9,14 @@
 
 Quantizers compute in float32 at every level and keep their own values in float32 (`model.quantizers.frame`). Gradients
 of float16 are scaled at O1 and O2 (`torch.amp.GradScaler`), since small ones would vanish; bfloat16 has the
-exponents of float32 and needs no scaling. O3 has no scaling, as it had none in apex.
+exponents of float32 and needs no scaling. O3 has no scaling.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> tuple[str,
     """Refuse a precision that this machine lacks; returns warnings.
 
     Raises:
-        UserError: bfloat16 on a GPU that emulates it, or an apex that is not installed or has no amp.
+        UserError: bfloat16 on a GPU that emulates it.
     """
     half = config.level != "O0"
     if half and config.dtype == "bfloat16" and device.type == "cuda":
@@ -46,32 +44,9 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> tuple[str,
                     f"--amp_dtype bfloat16: {torch.cuda.get_device_name(device)} has no such arithmetic; "
                     "write --amp_dtype float16"
                 )
-    if config.backend == "apex":
-        _apex(device)
     if config.tf32 and device.type != "cuda":
         return ("--tf32 has no effect without a GPU",)
     return ()
-
-
-def _apex(device: torch.device) -> ModuleType:
-    """Apex's amp.
-
-    Raises:
-        UserError: there is none.
-    """
-    advice = "leave --amp_backend out, torch has its own"
-    try:
-        amp = importlib.import_module("apex.amp")
-    except ImportError as error:
-        raise UserError(
-            f"--amp_backend apex: no apex with amp is installed ({error}); NVIDIA removed amp from it in "
-            f"2025, and the package index has another package of that name; {advice}"
-        ) from error
-    if not all(hasattr(amp, name) for name in ("initialize", "scale_loss", "master_params")):
-        raise UserError(f"--amp_backend apex: the installed apex has no complete amp; {advice}")
-    if device.type != "cuda":
-        raise UserError(f"--amp_backend apex: its amp needs a GPU; {advice}")
-    return amp
 
 
 def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
@@ -98,7 +73,7 @@ def prepare(model: nn.Module, config: PrecisionConfig) -> None:
     arithmetic = "tf32" if config.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = arithmetic
     torch.backends.cudnn.conv.fp32_precision = arithmetic  # pyright: ignore[reportAttributeAccessIssue]
-    if config.level == "O3" and config.backend == "torch":
+    if config.level == "O3":
         for module in model.modules():
             if not getattr(module, "keeps_float32", False):
                 _convert(module, DTYPES[config.dtype])
@@ -229,71 +204,3 @@ def _halve(model: nn.Module, dtype: torch.dtype) -> dict[str, tuple[nn.Parameter
                 setattr(module, name, half)
                 masters[f"{prefix}.{name}" if prefix else name] = half, master
     return masters
-
-
-class ApexPrecision(Precision):
-    """`Precision` by apex's amp, which changes network and optimizer itself and scales every loss."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: PrecisionConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(model, optimizer, PrecisionConfig(level="O0"), device)
-        self._amp = _apex(device)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        exact = [parameter.detach().clone() for parameter in self._parameters]
-        self._amp.initialize(model, optimizer, opt_level=config.level, verbosity=0)
-        self.scaling = True
-        # At O2 apex makes master weights from the half ones in the first `zero_grad` and puts them into the
-        # optimizer. Checkpoints have to hold them, and they start from the weights before rounding.
-        optimizer.zero_grad()
-        self._own_masters: dict[str, Tensor] = {}
-        masters = self._amp.master_params(optimizer)
-        for parameter, master, value in zip(self._parameters, masters, exact, strict=True):
-            if master is not parameter:
-                self._own_masters[names[parameter]] = master
-                with torch.no_grad():
-                    master.copy_(value)
-
-    def backward(self, loss: Tensor) -> None:
-        """See `Precision`."""
-        with self._amp.scale_loss(loss, self._optimizer) as scaled:
-            scaled.backward()
-
-    def gradient_norm(self, limit: float | None) -> Tensor:
-        """See `Precision`."""
-        masters = list(self._amp.master_params(self._optimizer))
-        norm = utils.get_total_norm([p.grad for p in masters if p.grad is not None])
-        if limit is not None:
-            utils.clip_grads_with_norm_(masters, limit, norm)
-        return norm
-
-    def step(self, *, update: bool) -> str:
-        """See `Precision`; apex itself says which steps it skips."""
-        if update:
-            self._optimizer.step()
-        return ""
-
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """See `Precision`."""
-        return model.state_dict() | {name: master.detach() for name, master in self._own_masters.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Precision`."""
-        return {"apex": self._amp.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Precision`."""
-        if "apex" in state:
-            self._amp.load_state_dict(state["apex"])
-
-
-def build_precision(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: PrecisionConfig, device: torch.device
-) -> Precision:
-    """The arithmetic that the options ask for."""
-    kind = ApexPrecision if config.backend == "apex" and config.level != "O0" else Precision
-    return kind(model, optimizer, config, device)

@@ -93,6 +93,11 @@ class Schedule:
         """Give the rate divided by the base rate; defined for a base rate of 0 as well."""
         return _factor(self.config, _floor(self.config, self.base(step)), step, self.steps_per_epoch)
 
+    @property
+    def wakeup_steps(self) -> int:
+        """The iterations of the learning-rate warm-up."""
+        return _wakeup_steps(self.config, self.steps_per_epoch)
+
     def skip_update(self, step: int) -> bool:
         """Tell whether this iteration belongs to the warmup, which takes no optimizer step."""
         config = self.config
@@ -177,9 +182,14 @@ def _floor(config: ScheduleConfig, lr: float) -> float:
     return config.eta_min / lr if lr > 0 else 0.0
 
 
+def _wakeup_steps(config: ScheduleConfig, steps_per_epoch: int) -> int:
+    """The iterations of the learning-rate warm-up: the longer of its two options."""
+    return max(config.wakeup, config.wakeup_epoch * steps_per_epoch)
+
+
 def _factor(config: ScheduleConfig, floor: float, step: int, steps_per_epoch: int) -> float:
     """Give the multiplier on a base rate, the wakeup included; at least `floor` where a policy has one."""
-    wakeup_steps = max(config.wakeup, config.wakeup_epoch * steps_per_epoch)
+    wakeup_steps = _wakeup_steps(config, steps_per_epoch)
     ramp = (step + 1) / wakeup_steps if step < wakeup_steps else 1.0
     last = max(config.epochs * steps_per_epoch - 1, 0)
     return ramp * _policy_factor(config, floor, min(step, last), steps_per_epoch)

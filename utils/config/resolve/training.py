@@ -174,11 +174,14 @@ def precision_config(given: Given) -> PrecisionConfig:
     for name in ("amp_dtype", "amp_backend"):
         if given[name] is not None and not given["fp16"]:
             raise UserError(f"--{name} {given[name]} needs --fp16: without it everything is float32")
+    if given["amp_backend"] == "apex":
+        raise UserError(
+            "--amp_backend apex: NVIDIA removed amp from apex in 2025; leave --amp_backend out, torch has its own"
+        )
     level = (given["opt_level"] or "O1") if given["fp16"] else "O0"
     return PrecisionConfig(
         level=level,
         dtype=given["amp_dtype"] or "bfloat16",
-        backend=given["amp_backend"] or "torch",
         tf32=bool(given["tf32"]),
         channels_last=given["memory_format"] == "channels_last",
     )
