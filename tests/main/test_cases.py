@@ -22,9 +22,6 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "weights" / "resnet20" / "four-checkpoint.pth.tar"
 
 
-# One case after another --------------------------------------------------------------------------
-
-
 def test_an_earlier_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As CASE.1, then CASE.2; nothing of them changes, even when the logs of the first are gone."""
     line = f"{FP} --case mine --epochs 1 -s 1"
@@ -91,9 +88,6 @@ def test_evaluating_at_other_bits_is_an_error(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "16" in error and "4" in error and "level" in error
     assert not any(tmp_path.iterdir())
-
-
-# Runs that differ --------------------------------------------------------------------------------
 
 
 def test_another_cases_checkpoint_does_not_overwrite_this_case(tmp_path: Path) -> None:

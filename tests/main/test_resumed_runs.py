@@ -34,8 +34,6 @@ from utils.checkpoint.archive import read as read_checkpoint
 from utils.checkpoint.archive import save as save_checkpoint
 from utils.processes.interrupt import SAVED
 
-# Resume ------------------------------------------------------------------------------------------
-
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     """And says so; what an unfinished run left is moved away."""
@@ -152,7 +150,7 @@ def test_another_network_cannot_be_resumed(
     assert not any(tmp_path.iterdir())
 
 
-# Runs that differ --------------------------------------------------------------------------------
+# Files that are refused, and other starts --------------------------------------------------------
 
 
 class Malice:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torchvision.models import (
-    SwinTransformer,
-    VisionTransformer,
-)
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from utils.config.schema import QuantConfig, QuantizerConfig
 

@@ -27,9 +27,6 @@ SHAPES = {"fm": (4, CHANNELS, 5, 5), "ot": (4, CHANNELS, 5, 5), "wt": (CHANNELS,
 FAN = 54  # of the weight's shape
 
 
-# The methods ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Setting:
     """What an expectation is computed from."""
@@ -427,9 +424,6 @@ def compare(case: Case) -> None:
 def row_counts(quantizer: Quantizer, y: Tensor) -> list[int]:
     """The number of distinct values in each row that shares its levels."""
     return [len(row.unique()) for row in quantizer.level_rows(y)]
-
-
-# The frame -----------------------------------------------------------------------------------------
 
 
 def learns(quantizer: Quantizer) -> bool:

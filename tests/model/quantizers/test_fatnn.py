@@ -15,8 +15,6 @@ from tests.model.quantizers.cases import Case, cases, generator, make, over, sam
 from tests.oracle import Groups
 from utils.errors import UserError
 
-# Against the oracle --------------------------------------------------------------------------------
-
 
 def test_fatnn_closed_form_scales_the_integers() -> None:
     case = Case("fatnn", "fm", 4, half_range=True, quant_group=2, fields=(("closed_form", True),))
@@ -63,16 +61,10 @@ def test_fatnn_for_one_tag_by_its_keyword(tag: str, closed_form: bool) -> None:
     assert [len(row.unique()) for row in quantizer.level_rows(y)] == [3] * quantizer.groups
 
 
-# The frame -----------------------------------------------------------------------------------------
-
-
 def test_fewer_levels_leave_the_last_slopes_out() -> None:
     trained, quantizer = (make(Case("fatnn", "fm", levels, half_range=True)) for levels in (4, 3))
     entries = quantizer.adapted(trained.state_dict())
     assert "alpha2" in trained.state_dict() and entries.keys() == quantizer.state_dict().keys()
-
-
-# The warm-up ---------------------------------------------------------------------------------------
 
 
 @over(cases(levels=(2, 3, 4), where=lambda method: method.method == "fatnn"))

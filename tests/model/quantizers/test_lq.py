@@ -21,8 +21,6 @@ from tests.model.quantizers.cases import (
     tensor,
 )
 
-# Against the oracle --------------------------------------------------------------------------------
-
 
 @over(cases(levels=(16, 4), groups=(None, 2), where=lambda method: method.method == "lq"))
 def test_lq_basis_follows_least_squares(case: Case) -> None:
@@ -78,9 +76,6 @@ def test_lq_survives_tensors_without_information(case: Case) -> None:
             assert quantizer.get_buffer("basis").isfinite().all()
 
 
-# The frame -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tag", ["fm", "wt"])
 @pytest.mark.parametrize(("theirs", "ours"), [(16, 4), (4, 16)])
 def test_a_basis_of_other_bits_gives_its_range(tag: str, theirs: int, ours: int) -> None:
@@ -108,9 +103,6 @@ def test_least_squares_from_counts_is_that_of_the_codes(case: Case) -> None:
     gram, target = quantizer.normal_equations(rows, numbers)
     torch.testing.assert_close(gram, codes.transpose(1, 2) @ codes)
     torch.testing.assert_close(target, codes.transpose(1, 2) @ rows.double().unsqueeze(2))
-
-
-# The warm-up ---------------------------------------------------------------------------------------
 
 
 @over(cases(levels=(4, 16), groups=(None, 2), where=lambda method: method.method == "lq"))

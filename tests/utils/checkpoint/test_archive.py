@@ -304,7 +304,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> 
     assert trace.exists()
 
 
-# --- paths -----------------------------------------------------------------------------------
+# --- beside the training ----------------------------------------------------------------------
 
 
 def test_a_writer_works_in_order_and_reports_errors() -> None:

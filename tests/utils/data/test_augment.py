@@ -199,7 +199,7 @@ def test_rand_augment_is_not_for_all_sets(dataset: str) -> None:
         check_data(replace(CONFIG, dataset=dataset, rand_augment=9))
 
 
-# ---- augmentation
+# ---- small images
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -204,7 +204,7 @@ def with_an_odd_marker(data: bytes) -> bytes:
 def test_which_damage_of_a_photograph_training_sees(
     tmp_path: Path, dataset: str, damage: Callable[[bytes], bytes], seen: bool
 ) -> None:
-    """What docs/data.md says of it; `verify-data` sees all of this, see test_tools.py."""
+    """What docs/data.md says of it; `verify-data` sees all of this, see tests/utils/tools/test_images.py."""
     if dataset == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     path = tmp_path / "val" / "one" / "0.jpg"

@@ -12,8 +12,6 @@ from utils.data.image_folder import ImageNames
 from utils.data.sources import check_data, open_data
 from utils.errors import UserError
 
-# ---- imagenet
-
 
 def test_images_below_a_link_that_leads_back_up_are_read_once(tmp_path: Path) -> None:
     write_folder(tmp_path, train=2, val=1)
@@ -27,9 +25,6 @@ def test_images_below_a_link_that_leads_back_up_are_read_once(tmp_path: Path) ->
         "ant/0.jpg", "ant/1.jpg", "bee/1.jpg", "bee/more/still more/7.jpg", "cat/0.jpg", "cat/1.jpg",
     ]  # fmt: skip
     assert names.target.tolist() == [0, 0, 1, 1, 2, 2]
-
-
-# ---- mistakes
 
 
 @pytest.mark.parametrize(

@@ -289,8 +289,7 @@ def test_an_epoch_without_steps_is_refused() -> None:
 def test_checking_does_not_load_torch() -> None:
     """Options are checked, and wrong ones refused, before anything slow is imported."""
     code = "import sys, utils.step.schedule; sys.exit('torch' in sys.modules)"
-    root = ROOT
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -15,7 +15,7 @@ from utils.checkpoint import archive
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The same without the process: exit status, standard output, standard error."""
+    """`python tools.py ...` without the process: exit status, standard output, standard error."""
 
     def run_inside(*arguments: str | Path) -> tuple[int, str, str]:
         status = tools.main([str(argument) for argument in arguments])

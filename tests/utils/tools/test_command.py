@@ -166,4 +166,5 @@ def test_the_examples_of_the_documentation(
             # how much of a cut image is left over depends on Pillow's version
             left_over = r"\(\d+ bytes not processed\)"
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
-    assert words == set(tools.WORDS) - {"compare", "report"}  # of runs, see test_compare and test_report.py
+    # the others are of runs, see test_runs.py and report/html/test_page.py
+    assert words == set(tools.WORDS) - {"compare", "report"}

@@ -9,8 +9,6 @@ import pytest
 from tests.utils.tools.commands import Call, lists
 from utils.tools import name_lists
 
-# --- update, swap ----------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("line", "expanded"),
@@ -27,9 +25,6 @@ def test_brace_lists_expand_in_order(tmp_path: Path, line: str, expanded: list[s
     """As a shell does it."""
     (tmp_path / "mf").write_text(f"\n# {{ ignored\n{line}\n")
     assert name_lists.read_names(tmp_path / "mf") == [(3, expanded)]
-
-
-# --- sort ------------------------------------------------------------------------------------
 
 
 def test_sort_keeps_pairs_together(call: Call, tmp_path: Path) -> None:
