@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import main
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MAIN, TOOLS = ROOT / "main.py", ROOT / "tools.py"
 TRAIN, NEXT = ROOT / "train.sh", ROOT / "start_on_terminate.sh"
 ENVIRONMENT = {

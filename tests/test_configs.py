@@ -16,11 +16,11 @@ import torch
 import main
 from model.layers.quantized import quantizers
 from model.networks import build
+from tests import ROOT
 from utils.config.resolve import read
 from utils.config.resolve.surroundings import DATASETS
 from utils.config.schema import Config
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
     "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import ROOT
 from tests.conformance import Result, fill, load_cases, main, run_case, state_value
 from utils.errors import UserError
 
-FOLDER = Path(__file__).parent / "conformance"
+FOLDER = ROOT / "tests" / "conformance"
 CASES = {case["name"]: case for case in load_cases(FOLDER)}
 
 Arrays = dict[str, np.ndarray]
@@ -328,7 +329,7 @@ def command(folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command in its own process."""
     return subprocess.run(
         [sys.executable, "-m", "tests.conformance", str(folder)],
-        cwd=FOLDER.parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

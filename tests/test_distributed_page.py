@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.kill import free_port
 from tests.test_guide import NEEDED
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--dataset fake --keyword cifar10,origin,cbsa,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 "
     "--width_alpha 0.125 --input_size 16 --fake_size 32 -b 4 -v 4 --epochs 1 --case page --dry_run"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 NEEDED = ("main.py", "tools.py", "train.sh", "config", "model", "utils")
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from tests import ROOT
 from utils.config.methods import methods
 
-ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 450  # lines of a Python file
 # Besides its own file: where the records are, and where the keywords are declared.
 MAY_NAME_METHODS = ("utils/config/methods.py", "utils/config/vocabulary.py")
@@ -17,7 +17,12 @@ MAY_NAME_METHODS = ("utils/config/methods.py", "utils/config/vocabulary.py")
 
 def sources() -> dict[str, Path]:
     """The modules of the project that are run or imported, by name."""
-    files = [ROOT / "main.py", ROOT / "tools.py", *(ROOT / "utils").rglob("*.py"), *(ROOT / "model").rglob("*.py")]
+    files = [
+        ROOT / "main.py",
+        ROOT / "tools.py",
+        *(ROOT / "utils").rglob("*.py"),
+        *(ROOT / "model").rglob("*.py"),
+    ]
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     return {name.removesuffix(".__init__"): file for name, file in names.items()}
 
@@ -28,7 +33,9 @@ def imported(name: str, path: Path, known: set[str]) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             plain = [alias.name for alias in node.names if alias.name.split(".")[0] in ("model", "utils")]
-            assert not plain, f"{name} imports {plain}: write 'from ... import', which setup.py puts below one name"
+            assert not plain, (
+                f"{name} imports {plain}: write 'from ... import', which setup.py puts below one name"
+            )
         elif isinstance(node, ast.ImportFrom):
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (inner & known) or {str(node.module)}

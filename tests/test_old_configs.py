@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 import main
+from tests import ROOT
 from utils.config import command_line, options
 from utils.config.resolve import read
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # What someone who tries a config without its data and its GPUs writes behind it.
 TRY = "--dataset fake --epochs 1 --fake_size 8 -b 4 -v 4 --input_size 64"

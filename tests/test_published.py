@@ -14,12 +14,13 @@ from torch import Tensor
 import main
 from model import pretrained
 from model.networks import build
+from tests import ROOT
 from tests.conformance import LOGITS, fill, load_cases, relative, state_value
 from utils.config.resolve import read
 from utils.config.schema import Config
 from utils.errors import UserError
 
-FOLDER = Path(__file__).parent / "conformance"
+FOLDER = ROOT / "tests" / "conformance"
 CASES = {case["name"]: case for case in load_cases(FOLDER)}
 TRY = "--dataset fake --fake_size 8 -b 4 -v 4"
 Wrap = Callable[[dict[str, Tensor]], dict[str, Any]]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import main
+from tests import ROOT
 from utils.report.epoch_files import MetricsFile
 
-RECORDED = Path(__file__).resolve().parent / "recorded"
+RECORDED = ROOT / "tests" / "recorded"
 COMMON = (
     "--epochs 12 --batch_size 128 --width_alpha 0.0625 --seed 7 --fm_enable --wt_enable --fm_bit 2 --wt_bit 2 "
     "--wakeup_epoch 1"
@@ -40,7 +41,9 @@ def test_it_is_evaluated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+), loss ([\d.]+)", capsys.readouterr().out)
     assert found is not None
     top1, top5, loss = map(float, found.groups())
-    assert top1 == pytest.approx(before["val_top1"], abs=1) and top5 == pytest.approx(before["val_top5"], abs=1)
+    assert top1 == pytest.approx(before["val_top1"], abs=1) and top5 == pytest.approx(
+        before["val_top5"], abs=1
+    )
     assert loss == pytest.approx(before["val_loss"], rel=0.02)
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import kill
+from tests import ROOT, kill
 from utils.checkpoint import archive
-from utils.checkpoint.run_state import first_batch, sums_until
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_twenty_ends_at_random_moments() -> None:
@@ -96,28 +93,3 @@ def test_lost_progress_is_seen(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert re.match(r"run\d+ was at \(\d, \d+\) and goes on from \(-1, 0\): ", done.stderr), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("position", "images", "passes", "batches", "expected"),
-    [
-        (0, 8, 1, 10, 0),
-        (24, 8, 1, 10, 3),
-        (80, 8, 1, 10, 10),
-        (24, 8, 3, 10, 3),
-        (24, 16, 1, 5, 1),  # half a batch is seen twice
-        (32, 8, 3, 10, 3),  # a group of passes begins anew
-        (80, 16, 1, 5, 5),
-        (80, 8, 3, 10, 10),  # the shorter group at the end was whole
-        (16, 8, 1, 2, 2),
-    ],
-)
-def test_first_batch(position: int, images: int, passes: int, batches: int, expected: int) -> None:
-    assert first_batch(position, images, passes, batches) == expected
-
-
-def test_images_that_are_seen_again_count_once() -> None:
-    assert sums_until((6.0, 3.0, 3.0, 24.0), 24, 24) == (6.0, 3.0, 3.0, 24.0)
-    assert sums_until((6.0, 3.0, 3.0, 24.0), 24, 16) == (4.0, 2.0, 2.0, 16.0)
-    assert sums_until((6.0, 3.0, 3.0, 24.0), 24, 0) == (0.0, 0.0, 0.0, 0.0)
-    assert sums_until((0.0, 0.0, 0.0, 0.0), 0, 0) == (0.0, 0.0, 0.0, 0.0)

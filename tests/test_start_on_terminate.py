@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 LIMIT = 900  # seconds, also on a machine that has much other work
-ROOT = Path(__file__).parents[1]
 # A run: notes that it began; ends with the next of its --statuses, the last one for every further run.
 STUB = """\
 import argparse, pathlib, sys

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 STUB = """\
 import json, os, sys
 world = os.environ.get("WORLD_SIZE")
@@ -30,8 +31,13 @@ class Repository:
         self.folder = folder
         (folder / "config").mkdir(parents=True)
         (folder / "utils" / "processes").mkdir(parents=True)
-        for name in ("train.sh", "utils/__init__.py", "utils/processes/__init__.py", "utils/processes/launch.py",
-                     "utils/processes/interrupt.py"):
+        for name in (
+            "train.sh",
+            "utils/__init__.py",
+            "utils/processes/__init__.py",
+            "utils/processes/launch.py",
+            "utils/processes/interrupt.py",
+        ):
             shutil.copy(ROOT / name, folder / name)
         (folder / "main.py").write_text(STUB)
 

@@ -1,0 +1,31 @@
+"""Other people's networks, and what to convert them with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
+
+from utils.config.schema import QuantConfig, QuantizerConfig
+
+
+def config(bits: int = 2, **switches: Any) -> QuantConfig:
+    """LSQ on activations, with symmetric levels, and on weights."""
+    return QuantConfig(
+        fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=2**bits),
+        wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=2**bits),
+        **switches,
+    )
+
+
+def vision_transformer() -> nn.Module:
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=5
+    )
+
+
+def swin_transformer() -> nn.Module:
+    return SwinTransformer(
+        patch_size=[4, 4], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=5
+    )

@@ -1,0 +1,49 @@
+"""DoReFa-Net's weights, whose gradient is taken through tanh."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracle
+from tests.model.quantizers.cases import (
+    Case,
+    assert_close,
+    away_from_jumps,
+    backward,
+    expectation,
+    generator,
+    make,
+    sample,
+)
+
+
+@pytest.mark.parametrize("levels", [2, 4, 16])
+def test_dorefa_weight_gradient_is_that_of_the_smooth_part(levels: int) -> None:
+    case = Case("dorefa-wt", "wt", levels, half_range=False)
+    w = sample(case).astype(np.float64)[:2, :2]
+    gy = generator("gy").standard_normal(w.shape)
+    step = 1e-6
+    numeric = np.empty_like(w)
+    for index in np.ndindex(w.shape):
+        delta = np.zeros_like(w)
+        delta[index] = step
+        difference = oracle.tanh_normalised(w + delta) - oracle.tanh_normalised(w - delta)
+        numeric[index] = (gy * difference).sum() / (2 * step)
+    _, gx = backward(make(case), torch.from_numpy(w).float(), torch.from_numpy(gy).float())
+    np.testing.assert_allclose(gx.numpy(), numeric, atol=1e-5 * np.abs(numeric).max(), rtol=0)
+
+
+@pytest.mark.parametrize("unit", [1e-11, 1e-20, 1e-29])
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+def test_dorefa_weights_of_any_size_follow_the_formula(levels: int, unit: float) -> None:
+    """Only the ratio of the weights counts where tanh is linear."""
+    case = Case("dorefa-wt", "wt", levels, half_range=False)
+    w = away_from_jumps(sample(case) * np.float32(1e-6), expectation(case, make(case)))
+    gy = generator("gy").standard_normal(w.shape).astype(np.float32)
+    w = (w * np.float32(1e6) * unit).astype(np.float64)
+    expected = oracle.dorefa_weight(w, gy.astype(np.float64), levels=levels)
+    y, gx = backward(make(case), torch.from_numpy(w).float(), torch.from_numpy(gy))
+    assert_close(y, expected.y, "output")
+    assert_close(gx, expected.gx, "gradient to x")

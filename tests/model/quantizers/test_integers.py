@@ -1,0 +1,59 @@
+"""Integers that stand for a quantized tensor."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.quantizers.cases import Case, cases, each_level, make, over, row_counts, tensor
+
+ROUNDING = 2.0**-22  # of the top level: how far an engine's code times scale may be from what training sees
+
+
+@over(each_level(cases(groups=(None, 2))))
+def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
+    quantizer = make(case).eval()
+    x = tensor(case)
+    found = quantizer.integers(x)
+    y = quantizer(x)
+    assert torch.equal(found.dequantize(), y)
+    assert (found.codes.dtype, found.codes.shape) == (torch.int32, x.shape)
+    assert max(row_counts(quantizer, found.codes)) <= case.levels
+    assert 0 <= found.numbers.min() <= found.numbers.max() < case.levels
+    low, high = int(found.codes.min()), int(found.codes.max())
+    if case.config.method == "xnor":
+        assert (low, high) == (-1, 1)
+    elif case.half_range or found.scale is None:
+        assert 0 <= low <= high < case.levels
+    elif case.config.grid == "midtread":
+        assert -(case.levels // 2) <= low <= high <= (case.levels - 1) // 2
+    else:
+        assert -case.levels < low <= high < case.levels
+    if found.scale is not None:
+        engine = (found.codes - found.zero_point) * found.scale
+        largest = found.codebook.abs().max() * found.factor
+        assert ((engine - y).abs() <= ROUNDING * largest).all()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"gamma": True}, {"adaptive": "var-mean", "adaptive_restore": True}, {"adaptive": "var-mean"}],
+    ids=["gamma", "restored", "adaptive"],
+)  # fmt: skip
+@over(cases(groups=(None, 2)))
+def test_integers_with_what_comes_on_top(case: Case, fields: dict[str, Any]) -> None:
+    quantizer = make(case.with_fields(**fields)).eval()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = tensor(case).to(dtype)
+        assert torch.equal(quantizer.integers(x).dequantize().to(dtype), quantizer(x))
+
+
+@over(cases(where=lambda method: method.calibrates))
+def test_integers_change_nothing(case: Case) -> None:
+    quantizer = make(case.with_fields(stable=1))
+    quantizer(tensor(case))
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer.integers(tensor(case))
+    assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())

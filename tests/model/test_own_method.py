@@ -1,0 +1,127 @@
+"""A method of a user's own is told nothing that is not so, and can do what the project's methods can."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+METHOD = """
+from torch import Tensor
+
+from model.quant import ClipSTE, Grid, MethodRecord, QuantizedTensor, Quantizer, encode_on_grid, register
+from utils.config import keyword
+
+keyword.register(
+    keyword.Keyword(
+        name="fixed",
+        group="quantizer",
+        help="levels up to a fixed --fm_boundary and --wt_boundary",
+        sets={"quant.fm.method": "fixed", "quant.wt.method": "fixed"},
+    )
+)
+
+
+@register("fixed", "fm", "wt", RECORD)
+class Fixed(Quantizer):
+    def half_range_changes(self) -> bool:
+        return True
+
+    def _levels(self, x: Tensor) -> tuple[Tensor, Grid]:
+        return x.new_full((1,), self.config.boundary), Grid.of(self.levels, self.config.half_range)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return ClipSTE.apply(x, *self._levels(x))
+
+    def encode(self, x: Tensor) -> QuantizedTensor:
+        return encode_on_grid(x, *self._levels(x))
+"""
+WITHOUT, WITH = "", 'record=MethodRecord(reads=frozenset({"boundary", "half_range"}), grad_types=frozenset())'
+LINE = (
+    "--keyword_file words.py --keyword cifar10,origin,cbsa,fixed --dataset fake --fake_size 16 -b 8 --width_alpha 0.1 "
+    "--input_size 8 --fm_enable --wt_enable --fm_bit 3 --wt_bit 3 --epochs 1"
+)
+
+
+def run(folder: Path, options: str, *, record: str = WITHOUT, method: str = METHOD) -> tuple[int, str, str]:
+    """Status, output and errors of a run with the method."""
+    text = method.replace(", RECORD)", f", {record})" if record else ")")
+    (folder / "words.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *LINE.split(), *options.split()],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def warnings_of(output: str) -> list[str]:
+    """The warnings of a dry run."""
+    return [line for line in output.splitlines() if line.startswith("warning: ")]
+
+
+def test_of_a_method_without_a_record_nothing_is_claimed(tmp_path: Path) -> None:
+    """Whatever it reads, no option is said to be without effect; `proxquant` and `--re_init` are taken."""
+    options = (
+        "--fm_boundary 2 --wt_boundary 3 --fm_scale 0.3 --fm_ratio 0.5 --fm_half_range --fm_grad_scale paper "
+        "--wt_quant_group 1 --wt_grad_type STE-scale --re_init --re_init_range mse --dry_run"
+    )
+    status, output, errors = run(tmp_path, options)
+    assert (status, errors) == (0, "")
+    assert warnings_of(output) == []
+    status, output, errors = run(tmp_path, "--keyword cifar10,origin,cbsa,fixed,proxquant,fm_lsq --dry_run")
+    assert (status, errors, warnings_of(output)) == (0, "", [])
+    assert "lsq 3 bit, 8 levels" in output and "fixed 3 bit, 8 levels" in output
+
+
+def test_a_record_says_what_has_no_effect(tmp_path: Path) -> None:
+    """The same words as of the project's methods."""
+    options = "--fm_boundary 2 --fm_half_range --fm_ratio 0.5 --wt_grad_scale paper --re_init --dry_run"
+    status, output, errors = run(tmp_path, options, record=WITH)
+    assert (status, errors) == (0, "")
+    assert warnings_of(output) == [
+        "warning: --wt_grad_scale has no effect with fixed, which learns no clipping value",
+        "warning: --re_init has no effect: no quantizer of this network learns its range",
+        "warning: --fm_ratio has no effect with fixed",
+    ]
+    status, _, errors = run(tmp_path, "--wt_grad_type STE-scale --dry_run", record=WITH)
+    assert status == 2 and "--wt_grad_type STE-scale does not go with fixed; write none or STE" in errors
+
+
+def test_it_is_trained_under_a_policy_and_audited(tmp_path: Path) -> None:
+    """With other levels and another range on the way, and blended in."""
+    (tmp_path / "policy.yaml").write_text("iteration: [{at: [1], tag: fm, half_range: false, bit: 2}]")
+    options = "--policy policy.yaml --keyword cifar10,origin,cbsa,fixed,proxquant --proxquant_step 1 --audit"
+    status, output, errors = run(tmp_path, options, record=WITH)
+    assert (status, errors) == (0, "")
+    assert "audit: passed: 40 quantizers within their levels" in output
+    assert "quant_activation: half_range True -> False" in output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    def quantize(", "    def quantise(", "TypeError: Fixed has no quantize(self, x)"),
+        (
+            '"fixed", "fm", "wt"',
+            '"fixed", "fm", "wx"',
+            "ValueError: fixed: a tag is one of fm, wt, ot, not 'wx'",
+        ),
+        ('"fixed", "fm"', '"lsq", "fm"', "ValueError: lsq is registered twice for fm"),
+        (
+            '"boundary", "half',
+            '"bondary", "half',
+            "ValueError: a method cannot read 'bondary'; did you mean boundary",
+        ),
+        ("from model.quant import", "from model.uniform import", "CHANGELOG.md lists what has moved"),
+    ],
+)
+def test_a_mistake_in_it_is_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+    status, output, errors = run(
+        tmp_path, "--dry_run", record=WITH.replace(old, new), method=METHOD.replace(old, new)
+    )
+    assert (status, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("main.py: error: --keyword_file words.py: ") and said in errors, errors
