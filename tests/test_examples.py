@@ -21,7 +21,7 @@ DOORS = (quant, convert, audit, calibrate)
 MODULES = sorted(
     found.name for top in (model, utils) for found in pkgutil.walk_packages(top.__path__, f"{top.__name__}.")
 )
-OPTIONAL = ("torchvision", "nvidia", "apex")
+OPTIONAL = ("torchvision", "nvidia")
 
 
 @pytest.fixture(autouse=True)

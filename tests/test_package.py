@@ -25,7 +25,7 @@ BUILD = (
 
 # The modules that other programs import need torch and nothing else. Of the rest, only these may ask for more.
 OPTIONAL = {"numpy", "yaml", "tqdm", "jinja2", "PIL", "torchvision", "sklearn", "pyvips", "nvidia", "tensorboard",
-            "matplotlib", "plotly", "timm", "apex"}  # fmt: skip
+            "matplotlib", "plotly", "timm"}  # fmt: skip
 PROGRAM = f"""
 import importlib, pkgutil, sys
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -298,3 +299,18 @@ def test_the_digits(tmp_path: Path) -> None:
     )
     assert call(f"{line} --case real") == 0
     assert summary(tmp_path, "real")["best_top1"] > 25
+
+
+def test_iteration_lines_show_the_rate_of_their_step(tmp_path: Path) -> None:
+    """Not that of the step before, and not that of a group with a rate of its own."""
+    line = LSQ.replace("--lr_policy sgdr", "--lr_policy custom_step --lr_custom_step 1 --lr_decay 0.1")
+    assert call(f"{line} --case rates --epochs 2 --report_freq 1 --custom_lr_list conv1 --custom_lr 0.7") == 0
+    found = re.findall(r"epoch (\d), \d/4: .*, lr ([\d.e-]+)", log_of(tmp_path, "rates"))
+    assert found == [("1", "0.05")] * 3 + [("2", "0.005")] * 3
+
+
+def test_no_best_epoch_is_said_so(tmp_path: Path) -> None:
+    """While quantizers warm up there is none."""
+    assert call(f"{LSQ} --case none --epochs 3 --stable_epoch 2") == 0
+    first, _, last = re.findall(r"epoch \d/3: .*\((.*)\)", log_of(tmp_path, "none"))
+    assert first == "no best yet: not all quantizers are on" and last.startswith("best ")

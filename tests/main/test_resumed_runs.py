@@ -116,6 +116,16 @@ def test_resuming_a_finished_run(tmp_path: Path, lsq: Path) -> None:
     assert summary(tmp_path, "lsq") == summary(lsq, "lsq")
 
 
+def test_ways_of_finding_ranges_may_change(tmp_path: Path, lsq: Path) -> None:
+    """They matter at the start only, as `--re_init` itself."""
+    shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
+    assert call(f"{LSQ} --case lsq --epochs 3 --re_init --re_init_range mse -r") == 0
+    assert (
+        call(f"{LSQ} --case lsq --epochs 4 --re_init --re_init_range percentile --re_init_percentile 90 -r")
+        == 0
+    )
+
+
 def test_changed_options_of_a_resumed_run(tmp_path: Path, lsq: Path) -> None:
     """Those of the training hold from there on and are logged; more epochs go on."""
     shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)

@@ -47,3 +47,19 @@ def test_dorefa_weights_of_any_size_follow_the_formula(levels: int, unit: float)
     y, gx = backward(make(case), torch.from_numpy(w).float(), torch.from_numpy(gy))
     assert_close(y, expected.y, "output")
     assert_close(gx, expected.gx, "gradient to x")
+
+
+@pytest.mark.parametrize("adaptive", ["mean", "var", "mean-var", "var-mean"])
+@pytest.mark.parametrize("binary", [False, True])
+def test_reports_see_the_values_that_are_quantized(adaptive: str, binary: bool) -> None:
+    """`normalise` gives what the levels are compared with: the nearest level of it is the quantized weight."""
+    case = Case("dorefa-wt", "wt", 2 if binary else 4, half_range=False)
+    case = case.with_fields(adaptive=adaptive, binary_scale=binary)
+    quantizer = make(case)
+    x = torch.from_numpy(sample(case)) + 0.5
+    seen = quantizer.normalise(x)
+    found = quantizer.integers(x)
+    levels = (found.codebook * found.factor).flatten()
+    nearest = (seen.unsqueeze(-1) - levels).abs().argmin(-1)
+    assert (nearest == found.numbers).double().mean() > 0.999
+    assert quantizer(x).unique().numel() <= case.levels

@@ -67,6 +67,27 @@ def test_lq_custom_update_is_a_running_mean(case: Case) -> None:
 
 
 @over(cases(where=lambda method: method.method == "lq"))
+def test_the_running_mean_begins_behind_a_warm_up(case: Case) -> None:
+    """A long warm-up weighs nothing: the first basis behind it is that of its tensor, the next one a mean of two."""
+    case = case.with_fields(custom_update=True, stable=50)
+    quantizer = make(case)
+    for iteration in range(50):
+        quantizer(torch.from_numpy(sample(case, iteration)))
+    given = setting(case, quantizer)
+    basis = quantizer.get_buffer("basis").double().numpy()
+    for count in (1, 2):
+        x = sample(case, 100 + count)
+        new = oracle.lq_least_squares(
+            x.astype(np.float64), basis=basis, half_range=case.half_range, groups=given.groups,
+            activation=not given.weight,
+        )  # fmt: skip
+        basis = oracle.lq_running_mean(basis, new, count)
+        quantizer(torch.from_numpy(x))
+        np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), basis, rtol=1e-4, atol=1e-6)
+        basis = quantizer.get_buffer("basis").double().numpy()
+
+
+@over(cases(where=lambda method: method.method == "lq"))
 def test_lq_survives_tensors_without_information(case: Case) -> None:
     """Zeros and constants leave codes unused; the least-squares system must stay solvable."""
     quantizer = make(case)

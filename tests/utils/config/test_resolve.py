@@ -408,6 +408,7 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("-g 0 1 0", "--device_ids 0 1 0: each GPU takes one process"),
         ("--amp_dtype float16", "--amp_dtype float16 needs --fp16"),
         ("--amp_backend apex", "--amp_backend apex needs --fp16"),
+        ("--amp_backend apex --fp16", "--amp_backend apex: NVIDIA removed amp from apex in 2025"),
         ("--world_size 2", "--world_size 2 belongs to --distributed"),
         ("--rank 1", "--rank 1 belongs to --distributed"),
         ("--distributed --world_size 2 --rank 2", "--rank 2: processes are counted from 0 to world_size - 1"),

@@ -1,0 +1,54 @@
+"""Warm-ups that do not fit into the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.main.runs import LSQ, call
+
+RUN = f"{LSQ} --case warm --dry_run"  # of four iterations an epoch
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--epochs 2 --wakeup_epoch 50",
+            "--wakeup: a learning-rate warm-up of 200 iterations does not end within the 8",
+        ),
+        (
+            "--epochs 2 --wakeup 9",
+            "--wakeup: a learning-rate warm-up of 9 iterations does not end within the 8",
+        ),
+        ("--epochs 1 --extra_epoch 5 --wakeup 5", "does not end within the 4 of --epochs"),
+        ("--epochs 1 --stable 4", "--stable: a warm-up of 4 iterations is the whole run of 4"),
+        ("--epochs 1 --warmup 4", "--warmup: no iteration of 4 is left for the optimizer"),
+    ],
+)
+def test_one_that_does_not_end_is_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(f"{RUN} {options}") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options", ["--epochs 2 --wakeup 8", "--epochs 2 --wakeup_epoch 2", "--epochs 2 -e --wakeup 99"]
+)
+def test_one_that_ends_with_the_schedule_is_taken(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(f"{RUN} {options}") == 0
+    assert "\nwarning: " not in capsys.readouterr().out
+
+
+def test_those_of_a_shortened_run_shrink(capsys: pytest.CaptureFixture[str]) -> None:
+    """A config's epochs are written first, and those of the command line behind them."""
+    assert call(f"{RUN} --epochs 100 --wakeup_epoch 5 --epochs 1") == 0
+    assert "warning: --wakeup: the shortened run of 4 iterations takes 2 of 20" in capsys.readouterr().out
