@@ -33,8 +33,10 @@ class NaiveLSQ(nn.Module):
 
 
 def robust(start: float) -> LSQ:
-    config = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True, boundary=start)
-    return LSQ(config, LayerSite(name="layer", channels=8, channel_dim=1, ndim=4, fan=72))
+    config = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True)
+    made = LSQ(config, LayerSite(name="layer", channels=8, channel_dim=1, ndim=4, fan=72))
+    nn.init.constant_(made.clip_val, start)  # training may bring it there, the options do not
+    return made
 
 
 def train(quantizer: nn.Module, learning_rate: float) -> tuple[list[float], float]:
