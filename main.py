@@ -98,6 +98,7 @@ def run(config: Config) -> int:
     check_options(config)
     from model.training.assemble import assemble  # imports torch; the checks above need not wait for it
     from model.training.surroundings import find_origin, find_surroundings
+    from utils.checkpoint import earlier_runs
     from utils.processes import distributed
     from utils.report import log
 
@@ -108,8 +109,13 @@ def run(config: Config) -> int:
         if config.run.dry_run or config.run.lr_test:
             return describe(here, assembled)
         # Nothing is written before this line, so that a mistake leaves no trace.
-        prepare_files(here, origin)
-        with log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger:
+        writes = here.place.first and not config.run.evaluate
+        with (
+            earlier_runs.prepared(
+                here.folder, here.files, origin.found, config.run.resume_file, writes=writes
+            ),
+            log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger,
+        ):
             announce(here, origin, assembled, logger)
             training = assembled.training_state(here, logger)
             if config.run.evaluate:
@@ -145,15 +151,6 @@ def describe(here: Surroundings, assembled: Assembled) -> int:
             )
         )  # fmt: skip
     return 0
-
-
-def prepare_files(here: Surroundings, origin: Origin) -> None:
-    """Keep an earlier run's files of the case under another name, unless this run continues from them."""
-    from utils.checkpoint import earlier_runs
-
-    settings = here.config.run
-    if here.place.first and not settings.evaluate:
-        earlier_runs.prepare_files(here.folder, here.files, origin.found, chosen=settings.resume_file)
 
 
 def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: Logger) -> None:

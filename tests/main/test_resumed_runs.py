@@ -77,6 +77,7 @@ def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.Com
         # Killed while the quantizers still collect their ranges, which ends within the second epoch.
         (signal.SIGKILL, f"{LSQ} --stable 6 --nesterov --wd 1e-3 --wakeup 5"),
         (signal.SIGINT, f"{FP} --iter_size 3 --grad_clip 1 --lr_policy cos"),
+        (signal.SIGHUP, f"{FP} --lr_policy fix"),  # the terminal was closed
     ],
 )
 def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Signals, line: str) -> None:

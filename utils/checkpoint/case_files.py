@@ -74,6 +74,11 @@ class CheckpointFiles:
         return self.weights_dir / self.model
 
     @property
+    def lock(self) -> Path:
+        """The file of `utils.checkpoint.case_lock`."""
+        return self.folder / f".{self.case}.lock"
+
+    @property
     def latest(self) -> Path:
         """The checkpoint that each save replaces."""
         return self.folder / f"{self.case}-checkpoint.pth.tar"

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from utils.checkpoint import archive
 from utils.checkpoint.case_files import CheckpointFiles, Found
+from utils.checkpoint.case_lock import locked
 from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def prepared(
+    folder: Path, files: CheckpointFiles, found: Found, chosen: Path | None, *, writes: bool
+) -> Iterator[None]:
+    """The time in which a run has its case for itself; its files are prepared as `prepare_files` says.
+
+    Args:
+        folder: see `prepare_files`.
+        files: likewise.
+        found: likewise.
+        chosen: likewise.
+        writes: this process writes files; otherwise nothing is done.
+
+    Raises:
+        UserError: another run of the case is going on, of this network or, with the same log, of another one.
+    """
+    if not writes:
+        yield
+        return
+    log = folder.with_name(f".{folder.name}.lock")
+    with locked(files.lock, files.case, "weights_dir"), locked(log, files.case, "log_dir"):
+        prepare_files(folder, files, found, chosen=chosen)
+        yield
 
 
 def prepare_files(folder: Path, files: CheckpointFiles, found: Found, *, chosen: Path | None) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.config.schema import DeviceConfig
 from utils.errors import LostError, TrainingError, UserError
+from utils.processes.identity import identity_of
 from utils.processes.interrupt import ends_at_once
 
 T = TypeVar("T")
@@ -229,9 +229,7 @@ def launchers(environment: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     parent = os.getppid()
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        # The second field, the name in parentheses, may hold anything; the start time is the 22nd.
-        started = Path(f"/proc/{parent}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+        boot, started = identity_of(parent)
     except OSError:
         boot, started = socket.gethostname(), environment["TORCHELASTIC_RUN_ID"]
     return tuple(sorted(set(gathered(f"{boot} {parent} {started}"))))

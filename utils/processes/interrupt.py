@@ -18,7 +18,7 @@ SAVED = 75
 REPEATS = 0.5
 # The same for a process under a launcher, which passes on its own signals, too.
 REPEATS_PASSED_ON = 5.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -33,6 +33,12 @@ def ends_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def heeded() -> tuple[signal.Signals, ...]:
+    """The signals that ask to end: SIGHUP, of a terminal that closes, is none under `nohup`."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in SIGNALS if not (ignored and number == signal.SIGHUP))
 
 
 class Requests:
@@ -60,7 +66,7 @@ class Requests:
 
 
 class Stop:
-    """Remembers SIGTERM or SIGINT while it is open as a context; a second request ends the process at once.
+    """Remembers SIGTERM, SIGINT or SIGHUP while it is open as a context; a second request ends the process at once.
 
     After a request it stays in force until the process ends, because repeats of the signal may come until then.
 
@@ -89,7 +95,7 @@ class Stop:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._former_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in heeded():
             self._former[number] = signal.signal(number, self._remember)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from utils.processes.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop
+from utils.processes.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop, heeded
 
 STATUS_FOLDER = "LAUNCH_STATUS_FOLDER"  # where each process leaves its exit status, see `leave_status`
 AT_ONCE = "at-once"  # a file there: the launcher got a second request to end
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     options.signals_to_handle = ",".join(name for name in theirs if name not in [s.name for s in SIGNALS])
     with tempfile.TemporaryDirectory() as folder:
         os.environ[STATUS_FOLDER] = folder
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, pass_on)
         _end_if_deaf(answered, folder)
         try:

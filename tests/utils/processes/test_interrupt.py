@@ -19,7 +19,7 @@ from tests.utils.data.helpers import write_folder
 from tests.utils.processes.jobs import LIMIT, MODULE, QUIET, job_is_gone, listens, started_by
 from utils.checkpoint.archive import read
 from utils.processes import launch
-from utils.processes.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, Requests, Stop
+from utils.processes.interrupt import REPEATS, REPEATS_PASSED_ON, SAVED, SIGNALS, Requests, Stop
 
 LINE = (
     "--model tiny --keyword_file network.py --dataset imagenet --root images --num_classes 3 --input_size 8 -b 4 -v 0 "
@@ -44,7 +44,7 @@ def test_signals_shortly_after_a_request_are_repeats_of_it() -> None:
 @pytest.fixture
 def signals() -> Iterator[None]:
     """What signals do is restored, also after a request, which `Stop` stays in force for."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = SIGNALS
     former = [signal.getsignal(number) for number in numbers]
     yield
     signal.set_wakeup_fd(-1)
@@ -59,6 +59,18 @@ def test_stop_restores_what_signals_did(signals: None) -> None:
     assert stop.asked == ""
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_closed_terminal_is_a_request_but_not_under_nohup(signals: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked == ""
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked == "SIGHUP"
 
 
 def test_stop_stays_in_force_in_a_process_that_was_asked(signals: None) -> None:
