@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from logging import Logger
 
     from model.training.assemble import Assembled
-    from model.training.surroundings import Origin, Surroundings
+    from model.training.starting_point import Origin, Surroundings
     from model.training.training_state import TrainingState
     from model.watch.recorder import Recorder
     from utils.checkpoint.run_state import RunState
@@ -97,7 +97,7 @@ def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
     check_options(config)
     from model.training.assemble import assemble  # imports torch; the checks above need not wait for it
-    from model.training.surroundings import find_origin, find_surroundings
+    from model.training.starting_point import find_origin, find_surroundings
     from utils.checkpoint import earlier_runs
     from utils.processes import distributed
     from utils.report import log

@@ -7,8 +7,8 @@ gets a place of its own in each row that it passes, so that none runs through a 
 
 from __future__ import annotations
 
+import ast
 import random
-import sys
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from itertools import pairwise
@@ -19,10 +19,6 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path as Line
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the project is run from its folder
-
-from tests.test_house import import_graph, rooms  # noqa: E402
-
 PICTURE = ROOT / "docs" / "images" / "house.png"
 COLOURS = {"main": "#f6d5b8", "tools": "#f6d5b8", "model": "#cfe3f3", "utils": "#d5ead9"}
 SIDES = {"model": 0, "main": 0, "tools": 1, "utils": 1}  # left and right of a row
@@ -32,6 +28,66 @@ TRIES = 400  # orders of the rows that are tried
 
 Stop = tuple[str, str, int] | str  # an arrow's place in a row that it passes, or a room
 Arrow = tuple[Stop, ...]  # what it passes, from above to below
+
+
+def sources() -> dict[str, Path]:
+    """The modules that are run or imported, by name."""
+    files = [
+        ROOT / "main.py",
+        ROOT / "tools.py",
+        *(ROOT / "utils").rglob("*.py"),
+        *(ROOT / "model").rglob("*.py"),
+    ]
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in names.items()}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, wherever in it, also for its types alone, and those that it names as text.
+
+    Raises:
+        ValueError: it imports in another way than `from ... import`, which `setup.py` can put below one name.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            plain = [alias.name for alias in node.names if alias.name.split(".")[0] in ("model", "utils")]
+            if plain:
+                raise ValueError(f"{path} imports {plain[0]}: write 'from ... import'")
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"{path} has a relative import, which cannot cross from model to utils")
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Each module, and those of the project that it imports."""
+    modules = sources()
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        found = imported(path) & modules.keys()
+        # `from utils.data import loader` imports the module, not only its folder.
+        graph[name] = {each for each in found if not any(other.startswith(f"{each}.") for other in found)} - {
+            name
+        }
+    return graph
+
+
+def rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The same of folders below `utils` and `model`, and of files that are in none."""
+
+    def room(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    found: dict[str, set[str]] = {}
+    for name, others in graph.items():
+        if name not in ("utils", "model"):
+            found.setdefault(room(name), set()).update({room(other) for other in others} - {room(name)})
+    return found
 
 
 def heights(graph: Mapping[str, set[str]]) -> dict[str, int]:

@@ -147,6 +147,10 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     missing = [] if config is None else unquantized(model, config)
     rows += [AuditRow(name=name, allowed=0, seen=0) for name in missing]
     layers = [LayerRow(name=name, problem=problem) for name, problem in products.problems.items()]
+    if config is not None and config.enabled and not rows:
+        layers.append(
+            LayerRow(name="the network", problem="has no quantizer, though its configuration enables some")
+        )
     return Audit(tuple(rows), (*(full_precision_rows(model) if rows else ()), *layers))
 
 

@@ -42,7 +42,6 @@ __all__ = [
     "QuantizedTensor",
     "Quantizer",
     "QuantizerConfig",
-    "TensorSite",
     "encode_on_grid",
     "full_precision_reason",
     "keep_full_precision",

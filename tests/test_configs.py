@@ -18,7 +18,7 @@ from model.layers.quantized import quantizers
 from model.networks import build
 from tests import ROOT
 from utils.config.resolve import read
-from utils.config.resolve.surroundings import DATASETS
+from utils.config.resolve.data_and_run import DATASETS
 from utils.config.schema import Config
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())

@@ -14,10 +14,20 @@ import pytest
 import model
 import utils
 from model import audit, calibrate, convert, quant
+from model.layers import factory, norms
+from model.networks import build
 from model.quantizers import registry
-from utils.config import methods
+from utils.config import keyword, methods
 
 DOORS = (quant, convert, audit, calibrate)
+SHOWN = (
+    build.register_model,
+    factory.conv,
+    factory.linear,
+    norms.norm,
+    keyword.Keyword,
+    keyword.register,
+)  # in docs
 MODULES = sorted(
     found.name for top in (model, utils) for found in pkgutil.walk_packages(top.__path__, f"{top.__name__}.")
 )
@@ -30,6 +40,8 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(methods, "_RECORDS", dict(methods._RECORDS))
     monkeypatch.setattr(convert, "LAYERS", dict(convert.LAYERS))
+    monkeypatch.setattr(build, "_MODELS", dict(build._MODELS))
+    monkeypatch.setattr(keyword, "_REGISTRY", dict(keyword._REGISTRY))
 
 
 def public(door: ModuleType) -> Iterator[tuple[str, object]]:
@@ -39,7 +51,7 @@ def public(door: ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def test_public_names_have_documented_methods_and_an_example() -> None:
-    missing = []
+    missing = [f"{thing.__name__} has no example" for thing in SHOWN if ">>> " not in (thing.__doc__ or "")]
     for door in DOORS:
         for name, thing in public(door):
             if ">>> " not in (thing.__doc__ or ""):

@@ -94,7 +94,8 @@ CONFIGS = {
     "warm-ups": Old(
         "imagenet,origin,cbas,dorefa,lsq",
         (TWO_BITS, "--stable 500 --fm_correlate 1.0 --wt_correlate 0.6 --warmup_epoch 2 --wakeup_epoch 3"),
-        warnings=("--stable: the shortened run of 2 iterations takes 1 of 500", "--warmup: the shortened run"),
+        warnings=("--stable: the shortened run of 2 iterations takes 1 of 500", "--warmup: the shortened run",
+                  "--wakeup_epoch: the shortened run of 2 iterations takes 1 of 6"),
     ),
     "stable for epochs": Old(
         "imagenet,origin,cbas,dorefa,lsq", (TWO_BITS, "--stable_epoch 1 --extra_epoch 2 --lr_policy decay")

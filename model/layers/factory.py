@@ -57,6 +57,15 @@ def conv(
 
     Its quantizers are built once its name is known (`model.networks.build`). It is depth-wise with as many `groups` as
     input channels. `signed` says that its input goes below zero; its activations then get symmetric levels.
+
+    Example:
+        >>> from model.layers.factory import conv, linear
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> from utils.config.schema import ModelConfig
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> config = ModelConfig(quant=QuantConfig(wt=wt))
+        >>> type(conv(8, 16, 3, 1, config)).__name__, type(conv(8, 16, 3, 1, ModelConfig())).__name__
+        ('QuantConv2d', 'Conv2d')
     """
     size: dict[str, Any] = {"stride": stride, "padding": kernel // 2, "bias": False, "groups": groups}
     depthwise = 1 < groups == channels_in
@@ -93,7 +102,17 @@ def unit(
 
 
 def linear(features_in: int, features_out: int, config: ModelConfig) -> nn.Linear:
-    """The last layer, in full precision unless the first and last layers are quantized too."""
+    """The last layer, in full precision unless the first and last layers are quantized too.
+
+    Example:
+        >>> from model.layers.factory import conv, linear
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> from utils.config.schema import ModelConfig
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> config = ModelConfig(quant=QuantConfig(wt=wt))
+        >>> type(linear(8, 10, config)).__name__
+        'Linear'
+    """
     quantized = config.quant.first_last and config.quant.enabled
     if quantized:
         return QuantLinear(features_in, features_out)

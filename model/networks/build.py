@@ -28,11 +28,22 @@ _MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 }
 
 
+PROJECT = frozenset(_MODELS)  # without those of users, which register later
+
+
 def register_model(name: str, make: Callable[[ModelConfig], nn.Module]) -> None:
     """Let `--model name` build `make(config)`; user files call this too.
 
     Raises:
         UserError: when the name is taken.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.networks.build import build_network, register_model
+        >>> from utils.config.schema import ModelConfig
+        >>> register_model("tiny-example", lambda config: nn.Linear(4, config.num_classes))
+        >>> build_network(ModelConfig(name="tiny-example", num_classes=3))
+        Linear(in_features=4, out_features=3, bias=True)
     """
     if name in _MODELS:
         raise UserError(f"the model {name!r} is declared already; choose another name")
@@ -57,6 +68,10 @@ def build_network(config: ModelConfig) -> nn.Module:
         hint = f"did you mean {' or '.join(close)}?" if close else f"one of {others}"
         raise UserError(f"--model {config.name}: no such network; {hint}")
     network = make(config)
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"--model {config.name}: its function returned a {type(network).__name__}, no nn.Module"
+        )
     norms.check_norms(network)
     build_quantizers(network, config.quant)
     if config.quant.enabled and not any(True for _ in quantizers(network)):

@@ -9,9 +9,10 @@ from torch import nn
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.site import LayerSite
-from utils.config.methods import MethodRecord, declare
+from utils.config.methods import MethodRecord, declare, misfit
 from utils.config.schema import TAGS, QuantizerConfig
 from utils.errors import UserError
+from utils.text import closest
 
 Method = TypeVar("Method", bound=Quantizer)
 _METHODS: dict[tuple[str, str], type[Quantizer]] = {}
@@ -51,7 +52,12 @@ def register(
         if (method, tag) in _METHODS:
             raise ValueError(f"{method} is registered twice for {tag}")
 
+    if record is not None and not isinstance(record, MethodRecord):
+        raise TypeError(f"{method}: record must be a MethodRecord, not a {type(record).__name__}")
+
     def add(cls: type[Method]) -> type[Method]:
+        if not (isinstance(cls, type) and issubclass(cls, Quantizer)):
+            raise TypeError(f"{getattr(cls, '__name__', cls)} must be a class of model.quant.Quantizer's")
         if cls.quantize is Quantizer.quantize:
             raise TypeError(
                 f"{cls.__name__} has no quantize(self, x), which every method of quantization needs"
@@ -79,18 +85,20 @@ def method_class(config: QuantizerConfig) -> type[Quantizer]:
     """The class of the method that `config` names on its tag.
 
     Raises:
-        UserError: there is none, or it takes fewer levels.
+        UserError: there is none, or it does not take a value of the configuration.
     """
     try:
         cls = _METHODS[config.method, config.tag]
     except KeyError:
         known = sorted(method for method, tag in _METHODS if tag == config.tag)
         raise UserError(
-            f"--{config.tag}_enable: {config.method!r} has no quantizer for {config.tag}; "
-            f"give --keyword one of {', '.join(known)}"
+            f"{config.method!r} has no quantizer for {config.tag}{closest(config.method, known)}; there are "
+            f"{', '.join(known)}"
         ) from None
     if cls.level_limit is not None and config.levels > cls.level_limit:
         raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
+    if fault := misfit(config):
+        raise UserError(f"QuantizerConfig: {fault}")
     return cls
 
 

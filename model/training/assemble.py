@@ -14,7 +14,7 @@ from model.layers import sync_norm
 from model.networks import build
 from model.pretrained import load_pretrained
 from model.training.policy import Change, PolicyScheduler, initialise
-from model.training.surroundings import Origin, Surroundings
+from model.training.starting_point import Origin, Surroundings
 from model.training.teacher import Teacher
 from model.training.training_methods import TrainingMethods, build_training_methods
 from model.training.training_state import TrainingState

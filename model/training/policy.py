@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 
 from model.layers.quantized import quantized_layers, quantizers
 from model.quantizers.frame import Quantizer
-from utils.config.methods import record_of
+from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
 from utils.config.schema import OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
-from utils.step.schedule import Schedule
+from utils.step.schedule import READ_ETA_MIN, Schedule
 
 OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 
@@ -144,12 +144,16 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
                 "Triangle belongs to binary activations" if triangle else f"{value} does not go with {method}"
             )
     elif name == "grad_scale" and record.ignores("grad_scale"):
-        fault = f"{method} learns no clipping value here"
+        fault = (
+            f"{method} learns no clipping value here" if method in PROJECT else f"{method} does not read it"
+        )
     elif name in record.limits and value > record.limits[name][0]:
         most, reason, _ = record.limits[name]
         fault = f"{reason}, at most {most:g}"
     elif name == "boundary" and type(quantizer).set_range is Quantizer.set_range:
         fault = f"{method} has no clipping value here"
+        if method not in PROJECT:
+            fault = f"{method} has no set_range, by which a policy sets it"
     if fault:
         raise UserError(f"{rule}: {where}: {name} {value}: {fault}")
 
@@ -261,11 +265,7 @@ class PolicyScheduler:
                 raise UserError(f"{rule}: momentum belongs to --optimizer SGD")
             if name == "momentum" and value == 0 and self.optim.nesterov:
                 raise UserError(f"{rule}: momentum 0: --nesterov needs a momentum above 0")
-            if (
-                name == "lr"
-                and config.policy in ("poly", "sgdr", "sgdr_step", "cos")
-                and value < config.eta_min
-            ):
+            if name == "lr" and config.policy in READ_ETA_MIN and value < config.eta_min:
                 raise UserError(f"{rule}: lr {value} is below --eta_min {config.eta_min}")
 
     @property

@@ -59,13 +59,15 @@ def fit_warmups(
             rates, config=dataclasses.replace(rates.config, warmup=steps // 2, warmup_epoch=0)
         )
     wakeup, steps = rates.wakeup_steps, config.schedule.epochs * rates.steps_per_epoch
+    by_epochs = config.schedule.wakeup_epoch * rates.steps_per_epoch >= config.schedule.wakeup
+    option = "wakeup_epoch" if by_epochs else "wakeup"
     if wakeup > steps:
         if not config.run.shortened:
             raise UserError(
-                f"--wakeup: a learning-rate warm-up of {wakeup} iterations does not end within the {steps} "
+                f"--{option}: a learning-rate warm-up of {wakeup} iterations does not end within the {steps} "
                 "of --epochs; shorten it"
             )
-        warnings.append(f"--wakeup: the shortened run of {steps} iterations takes {steps // 2} of {wakeup}")
+        warnings.append(f"--{option}: the shortened run of {steps} iterations takes {steps // 2} of {wakeup}")
         schedule = dataclasses.replace(rates.config, wakeup=steps // 2, wakeup_epoch=0)
         rates = dataclasses.replace(rates, config=schedule)
     return rates, tuple(warnings)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from model.layers import batch_statistics
 from model.layers.quantized import quantized_layers
+from model.networks import build
 from model.observe import observing
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
+from utils.config.methods import PROJECT
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.report.cost_record import Cost
@@ -58,6 +60,14 @@ def run_once(model: nn.Module, config: Config) -> Cost:
     try:
         return network_cost(model, config.model.input_size)
     except (RuntimeError, ValueError) as error:  # torch's errors for shapes that do not fit
+        quant = config.model.quant
+        methods = {part.method for part in (quant.fm, quant.wt, quant.ot) if part.enable}
+        own = config.model.name not in build.PROJECT and ":" not in config.model.name
+        if own or methods - PROJECT:
+            raise UserError(
+                f"--model {config.model.name}: an image of {config.model.input_size} pixels could not be run through "
+                f"it, through the network's or the method's own fault or because of --input_size ({error})"
+            ) from error
         raise UserError(
             f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
             f"({error}); use a multiple of 32, or of 4 for the networks of three stages"

@@ -15,7 +15,7 @@ from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_fu
 from model.networks.build import build_network
 from model.quantizers.frame import Quantizer
 from utils.config.resolve import read
-from utils.config.schema import QuantizerConfig
+from utils.config.schema import QuantConfig, QuantizerConfig
 
 LOW = ("--fm_enable", "--wt_enable", "--fm_bit", "2", "--wt_bit", "2")
 ONE = ("--fm_enable", "--wt_enable", "--fm_bit", "1", "--wt_bit", "1")
@@ -376,3 +376,11 @@ def test_allowed_levels_follow_the_quantizer() -> None:
     assert {row.allowed for row in result.rows} == {3}
     assert {part.levels for part in config} == {4}
     assert result.problems == ()
+
+
+def test_a_network_that_nobody_quantized_fails_where_its_configuration_quantizes() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))
+    config = QuantConfig(wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4))
+    found = audit(network, [torch.rand(2, 3, 8, 8)], config)
+    assert found.problems == ("the network has no quantizer, though its configuration enables some",)
+    assert audit(network, [torch.rand(2, 3, 8, 8)]).problems == ()

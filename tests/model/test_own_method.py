@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,47 +11,21 @@ import pytest
 
 from tests import ROOT
 
-METHOD = """
-from torch import Tensor
-
-from model.quant import ClipSTE, Grid, MethodRecord, QuantizedTensor, Quantizer, encode_on_grid, register
-from utils.config import keyword
-
-keyword.register(
-    keyword.Keyword(
-        name="fixed",
-        group="quantizer",
-        help="levels up to a fixed --fm_boundary and --wt_boundary",
-        sets={"quant.fm.method": "fixed", "quant.wt.method": "fixed"},
-    )
+PAGE = ROOT / "docs" / "architecture.md"
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
 )
-
-
-@register("fixed", "fm", "wt", RECORD)
-class Fixed(Quantizer):
-    def half_range_changes(self) -> bool:
-        return True
-
-    def _levels(self, x: Tensor) -> tuple[Tensor, Grid]:
-        return x.new_full((1,), self.config.boundary), Grid.of(self.levels, self.config.half_range)
-
-    def quantize(self, x: Tensor) -> Tensor:
-        return ClipSTE.apply(x, *self._levels(x))
-
-    def encode(self, x: Tensor) -> QuantizedTensor:
-        return encode_on_grid(x, *self._levels(x))
-"""
-WITHOUT, WITH = "", 'record=MethodRecord(reads=frozenset({"boundary", "half_range"}), grad_types=frozenset())'
+METHOD, NORM, NETWORK = BLOCKS  # as the page shows them
+WITHOUT, WITH = METHOD.replace(", record=RECORD", ""), METHOD
 LINE = (
     "--keyword_file words.py --keyword cifar10,origin,cbsa,fixed --dataset fake --fake_size 16 -b 8 --width_alpha 0.1 "
     "--input_size 8 --fm_enable --wt_enable --fm_bit 3 --wt_bit 3 --epochs 1"
 )
 
 
-def run(folder: Path, options: str, *, record: str = WITHOUT, method: str = METHOD) -> tuple[int, str, str]:
-    """Status, output and errors of a run with the method."""
-    text = method.replace(", RECORD)", f", {record})" if record else ")")
-    (folder / "words.py").write_text(text, encoding="utf-8")
+def run(folder: Path, options: str, method: str) -> tuple[int, str, str]:
+    """Status, output and errors of a run with a method."""
+    (folder / "words.py").write_text(method, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), *LINE.split(), *options.split()],
         cwd=folder, capture_output=True, text=True, check=False,
@@ -69,10 +44,12 @@ def test_of_a_method_without_a_record_nothing_is_claimed(tmp_path: Path) -> None
         "--fm_boundary 2 --wt_boundary 3 --fm_scale 0.3 --fm_ratio 0.5 --fm_half_range --fm_grad_scale paper "
         "--wt_quant_group 1 --wt_grad_type STE-scale --re_init --re_init_range mse --dry_run"
     )
-    status, output, errors = run(tmp_path, options)
+    status, output, errors = run(tmp_path, options, WITHOUT)
     assert (status, errors) == (0, "")
     assert warnings_of(output) == []
-    status, output, errors = run(tmp_path, "--keyword cifar10,origin,cbsa,fixed,proxquant,fm_lsq --dry_run")
+    status, output, errors = run(
+        tmp_path, "--keyword cifar10,origin,cbsa,fixed,proxquant,fm_lsq --dry_run", WITHOUT
+    )
     assert (status, errors, warnings_of(output)) == (0, "", [])
     assert "lsq 3 bit, 8 levels" in output and "fixed 3 bit, 8 levels" in output
 
@@ -80,14 +57,14 @@ def test_of_a_method_without_a_record_nothing_is_claimed(tmp_path: Path) -> None
 def test_a_record_says_what_has_no_effect(tmp_path: Path) -> None:
     """The same words as of the project's methods."""
     options = "--fm_boundary 2 --fm_half_range --fm_ratio 0.5 --wt_grad_scale paper --re_init --dry_run"
-    status, output, errors = run(tmp_path, options, record=WITH)
+    status, output, errors = run(tmp_path, options, WITH)
     assert (status, errors) == (0, "")
     assert warnings_of(output) == [
-        "warning: --wt_grad_scale has no effect with fixed, which learns no clipping value",
-        "warning: --re_init has no effect: no quantizer of this network learns its range",
+        "warning: --wt_grad_scale has no effect with fixed",
+        "warning: --re_init has no effect: no quantizer of this network reads it",
         "warning: --fm_ratio has no effect with fixed",
     ]
-    status, _, errors = run(tmp_path, "--wt_grad_type STE-scale --dry_run", record=WITH)
+    status, _, errors = run(tmp_path, "--wt_grad_type STE-scale --dry_run", WITH)
     assert status == 2 and "--wt_grad_type STE-scale does not go with fixed; write none or STE" in errors
 
 
@@ -95,7 +72,7 @@ def test_it_is_trained_under_a_policy_and_audited(tmp_path: Path) -> None:
     """With other levels and another range on the way, and blended in."""
     (tmp_path / "policy.yaml").write_text("iteration: [{at: [1], tag: fm, half_range: false, bit: 2}]")
     options = "--policy policy.yaml --keyword cifar10,origin,cbsa,fixed,proxquant --proxquant_step 1 --audit"
-    status, output, errors = run(tmp_path, options, record=WITH)
+    status, output, errors = run(tmp_path, options, WITH)
     assert (status, errors) == (0, "")
     assert "audit: passed: 40 quantizers within their levels" in output
     assert "quant_activation: half_range True -> False" in output
@@ -117,11 +94,53 @@ def test_it_is_trained_under_a_policy_and_audited(tmp_path: Path) -> None:
             "ValueError: a method cannot read 'bondary'; did you mean boundary",
         ),
         ("from model.quant import", "from model.uniform import", "CHANGELOG.md lists what has moved"),
+        (
+            "class Fixed(Quantizer)",
+            "class Fixed",
+            "TypeError: Fixed must be a class of model.quant.Quantizer's",
+        ),
+        ("record=RECORD", "record={}", "TypeError: fixed: record must be a MethodRecord, not a dict"),
+        (
+            "grad_types=frozenset()",
+            "grad_types={'STEE'}",
+            "ValueError: grad_types: 'STEE' is none of none, STE",
+        ),
     ],
 )
 def test_a_mistake_in_it_is_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
-    status, output, errors = run(
-        tmp_path, "--dry_run", record=WITH.replace(old, new), method=METHOD.replace(old, new)
-    )
+    status, output, errors = run(tmp_path, "--dry_run", METHOD.replace(old, new))
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("main.py: error: --keyword_file words.py: ") and said in errors, errors
+
+
+def test_messages_propose_it(tmp_path: Path) -> None:
+    """Where the project's own methods are listed."""
+    status, _, errors = run(tmp_path, "--keyword cifar10,origin,cbsa", WITH)
+    assert status == 2 and "dorefa,non-uniform, xnor or fixed to --keyword" in errors, errors
+    line = "--keyword cifar10,origin,cbsa,dorefa --quant_loss 1"
+    status, _, errors = run(tmp_path, line, WITH)
+    assert status == 2 and "are of another scale than the weights; use lsq, lq, xnor or fixed" in errors, (
+        errors
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [(NORM, "--keyword cifar10,cbas,quick-bn"), (NETWORK, "--model tiny --keyword cifar10")],
+)
+def test_the_other_examples_of_the_page_run(tmp_path: Path, text: str, options: str) -> None:
+    (tmp_path / "words.py").write_text(text, encoding="utf-8")
+    line = f"--keyword_file words.py --dataset fake --input_size 32 {options} --dry_run"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *line.split()],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and "nothing trained" in done.stdout
+
+
+def test_a_fault_of_its_own_is_not_blamed_on_the_size_of_images(tmp_path: Path) -> None:
+    method = WITH.replace("return ClipSTE.apply(x, *self._levels(x))", "return x[:1, :1]")
+    status, _, errors = run(tmp_path, "--dry_run", method)
+    assert (
+        status == 2 and "through the network's or the method's own fault or because of --input_size" in errors
+    ), errors

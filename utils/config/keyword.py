@@ -17,6 +17,11 @@ from utils.errors import UserError
 class Keyword:
     """One word of `--keyword`.
 
+    Example:
+        >>> from utils.config.keyword import Keyword
+        >>> Keyword(name="my-word", group="mine", help="narrower", sets={"extra.narrow": True}).rank
+        0
+
     Attributes:
         name: as it is written, case matters.
         group: the heading it is listed under.
@@ -44,7 +49,7 @@ class Keyword:
     idle_with: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
-PACKAGES = ("model", "utils")  # users' keyword files import from these
+PACKAGES = ("model", "utils", "launch")  # users' keyword files import from these
 _REGISTRY: dict[str, Keyword] = {}
 
 
@@ -53,6 +58,12 @@ def register(keyword: Keyword) -> None:
 
     Raises:
         UserError: when the name is taken or is not one word.
+
+    Example:
+        >>> from utils.config.keyword import Keyword, register, registry
+        >>> register(Keyword(name="my-word", group="mine", help="narrower", sets={"extra.narrow": True}))
+        >>> registry()["my-word"].sets
+        {'extra.narrow': True}
     """
     if keyword.name in _REGISTRY:
         raise UserError(f"the keyword {keyword.name!r} is declared already; choose another name")

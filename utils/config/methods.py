@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from utils.config.schema import GRAD_TYPES, QuantizerConfig
 from utils.text import closest
 
 # Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
@@ -26,6 +28,7 @@ class MethodRecord:
     Attributes:
         title: the name of the method in messages; empty: the name it is registered by.
         reads: the options of `READABLE` that it reads; None: unknown, so that no option is reported as without effect.
+        reasons: option that it does not read -> the rest of a sentence that says why, for warnings.
         grad_types: values of `grad_type` that it takes beside "none" and "STE", which all methods take; None: unknown.
         idle_grad_types: values of `grad_type` that change nothing -> the rest of a sentence that says why.
         levels: the only number of levels that it has; None: several.
@@ -36,7 +39,7 @@ class MethodRecord:
         initial_step: its clip value starts from LSQ's formula with `--re_init`.
 
     Raises:
-        ValueError: `reads` has a name that is not in `READABLE`.
+        ValueError: a value is none that the field takes, such as a name that is not in `READABLE`.
 
     Example:
         >>> from utils.config.methods import UNKNOWN, MethodRecord
@@ -47,6 +50,7 @@ class MethodRecord:
 
     title: str = ""
     reads: frozenset[str] | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
     grad_types: frozenset[str] | None = None
     idle_grad_types: Mapping[str, str] = field(default_factory=dict)
     levels: int | None = None
@@ -58,8 +62,15 @@ class MethodRecord:
 
     def __post_init__(self) -> None:
         """Refuse names that nothing would ever ask for."""
-        for name in sorted((self.reads or frozenset()) - READABLE):
-            raise ValueError(f"a method cannot read {name!r}{closest(name, set(READABLE))}")
+        for name in ("reads", "grad_types"):
+            if not isinstance(getattr(self, name), frozenset | set | type(None)):
+                raise ValueError(f"{name} must be a set of words, not {getattr(self, name)!r}")
+        if unknown := set(self.grad_types or ()) - {*GRAD_TYPES}:
+            raise ValueError(f"grad_types: {unknown.pop()!r} is none of {', '.join(GRAD_TYPES)}")
+        if not (self.levels is None or (isinstance(self.levels, int) and self.levels >= 2)):
+            raise ValueError(f"levels must be a whole number of 2 or more, not {self.levels!r}")
+        for name in sorted({*(self.reads or ()), *self.reasons} - READABLE):
+            raise ValueError(f"a method cannot read {name!r}{closest(name, READABLE)}")
 
     def reads_option(self, name: str) -> bool:
         """Whether the method is known to read an option of `READABLE`."""
@@ -68,6 +79,10 @@ class MethodRecord:
     def ignores(self, name: str) -> bool:
         """Whether the method is known not to read an option of `READABLE`."""
         return self.reads is not None and name not in self.reads
+
+    def without_effect(self, name: str) -> str:
+        """The end of a warning about an option that the method ignores: why, where the record says so."""
+        return f", {self.reasons[name]}" if name in self.reasons else ""
 
     def takes_grad_type(self, value: str) -> bool:
         """Whether the method may be given a `grad_type`."""
@@ -100,6 +115,42 @@ def methods() -> frozenset[str]:
     return frozenset(method for method, _ in _RECORDS)
 
 
+def compared_with_weights() -> str:
+    """The methods whose levels have the scale of the weights, for messages."""
+    same = [name for (name, tag), record in _RECORDS.items() if tag == "wt" and not record.other_scale]
+    return f"{', '.join(same[:-1])} or {same[-1]}"
+
+
+def misfit(config: QuantizerConfig) -> str:
+    """The first value of a quantizer's options that its method cannot take; empty when all fit.
+
+    The command line says the same of its options, in their words; this is for configurations that are made in Python.
+
+    Example:
+        >>> from utils.config.methods import misfit
+        >>> from utils.config.schema import GRAD_TYPES, QuantizerConfig
+        >>> misfit(QuantizerConfig(tag="wt", method="dorefa", grid="midtread"))
+        "grid 'midtread' belongs to lsq, not to dorefa"
+    """
+    record, method = record_of(config.method, config.tag), config.method
+    if record.levels not in (None, config.levels):
+        return f"{method} has {record.levels} levels, not {config.levels}"
+    if config.binary_scale and config.levels != 2:
+        return f"binary_scale is for 2 levels, not {config.levels}"
+    if not record.takes_grad_type(config.grad_type):
+        return f"grad_type {config.grad_type!r} does not go with {method} on {config.tag}"
+    for option, default in (("grid", "midrise"), ("custom", "none")):
+        value = getattr(config, option)
+        if value != default and record.ignores(option):
+            return f"{option} {value!r} belongs to {readers(option)}, not to {method}"
+    if config.grid == "midtread" and config.half_range:
+        return "grid 'midtread' needs half_range=False"
+    for option, (most, reason, _) in record.limits.items():
+        if getattr(config, option) > most:
+            return f"{option} {getattr(config, option)}: {reason}, at most {most:g}"
+    return ""
+
+
 def readers(option: str) -> str:
     """The methods that are known to read an option on some tag, for messages."""
     known = ((name, record) for (name, _), record in _RECORDS.items() if record.reads_option(option))
@@ -108,23 +159,35 @@ def readers(option: str) -> str:
 
 # The project's methods ---------------------------------------------------------------------------
 
+_REASONS = {
+    "boundary": "which has no clipping value",
+    "half_range": "whose levels are symmetric",
+    "grad_scale": "which learns no clipping value",
+    "quant_group": "whose weights share one range",
+}
 _ACTIVATIONS = ("fm", "ot")
 _CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})
 _STE_SCALE = frozenset({"STE-scale"})
-_WHOLE_WEIGHT = MethodRecord(reads=frozenset({"binary_scale"}), grad_types=_STE_SCALE, other_scale=True)
 
-declare("dorefa", _ACTIVATIONS, MethodRecord(reads=_CLIP, grad_types=_STE_SCALE))
+
+def _record(**fields: Any) -> MethodRecord:
+    return MethodRecord(reasons=_REASONS, **fields)
+
+
+_WHOLE_WEIGHT = _record(reads=frozenset({"binary_scale"}), grad_types=_STE_SCALE, other_scale=True)
+
+declare("dorefa", _ACTIVATIONS, _record(reads=_CLIP, grad_types=_STE_SCALE))
 declare("dorefa", ["wt"], _WHOLE_WEIGHT)
 declare(
     "pact",
     _ACTIVATIONS,
-    MethodRecord(reads=_CLIP | {"grad_scale", "re_init"}, grad_types=_STE_SCALE, initial_step=True),
+    _record(reads=_CLIP | {"grad_scale", "re_init"}, grad_types=_STE_SCALE, initial_step=True),
 )
 declare("pact", ["wt"], _WHOLE_WEIGHT)
 declare(
     "lsq",
     ("fm", "wt", "ot"),
-    MethodRecord(
+    _record(
         reads=_CLIP | {"grad_scale", "re_init", "grid"},
         grad_types=_STE_SCALE,
         idle_grad_types={"STE-scale": "which rounds a clamped value"},
@@ -134,7 +197,7 @@ declare(
 declare(
     "lq",
     ("fm", "wt", "ot"),
-    MethodRecord(
+    _record(
         reads=frozenset({"scale", "half_range", "quant_group", "custom_update", "re_init"}),
         grad_types=frozenset(),
         limits={
@@ -151,14 +214,14 @@ _FATNN = frozenset({"scale", "quant_group", "closed_form", "re_init"})
 declare(
     "fatnn",
     _ACTIVATIONS,
-    MethodRecord(
+    _record(
         title="FATNN", reads=_FATNN | {"boundary", "half_range"}, grad_types=frozenset(), other_scale=True
     ),
 )
 declare(
     "fatnn",
     ["wt"],
-    MethodRecord(
+    _record(
         title="FATNN",
         reads=_FATNN,
         grad_types=frozenset(),
@@ -169,13 +232,13 @@ declare(
 declare(
     "xnor",
     ["fm"],
-    MethodRecord(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
+    _record(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
 )
 declare(
     "xnor",
     ["ot"],
-    MethodRecord(reads=frozenset({"quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
+    _record(reads=frozenset({"quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
 )
-declare("xnor", ["wt"], MethodRecord(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
+declare("xnor", ["wt"], _record(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
 
 PROJECT = methods()  # without those of users, which register later

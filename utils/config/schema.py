@@ -212,6 +212,14 @@ class BlockConfig:
     # Layers (c, b, a) of a lossless downsampling before strided blocks; empty: none.
     downsample_order: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse values that nothing knows."""
+        check = Checks(self)
+        check.choice("skip", ("layer", "block"))
+        check.flags()
+        if sorted(self.order) != sorted("cbas"):
+            raise UserError(f"BlockConfig: order {self.order!r} must be the letters c, b, a and s, each once")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StemConfig:
@@ -226,10 +234,16 @@ class StemConfig:
     # An activation after that norm; with norm_before_pool the stem has its own too.
     pre_norm_activation: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse values that nothing knows."""
+        check = Checks(self)
+        check.choice("kind", ("imagenet", "cifar"))
+        check.flags()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A network: which one, its width and the parts above."""
+    """A network: which one, its width and the parts above. Its builder refuses a norm or an activation unknown to it."""
 
     name: str = "resnet20"
     num_classes: int = 10
@@ -296,6 +310,10 @@ class DistillConfig:
     temperature: float = 4.0
     kind: str = "kl"  # or "mse"
 
+    def __post_init__(self) -> None:
+        """Refuse values that nothing knows."""
+        Checks(self).choice("kind", ("kl", "mse"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -343,6 +361,11 @@ class PrecisionConfig:
     dtype: str = "bfloat16"  # or float16
     tf32: bool = False
     channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse values that nothing knows."""
+        Checks(self).choice("level", ("O0", "O1", "O2", "O3"))
+        Checks(self).choice("dtype", ("bfloat16", "float16"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from utils.config.keyword import Keyword, register, registry, relations
+from utils.config.methods import PROJECT
 from utils.config.schema import TAGS
 
 
@@ -205,6 +206,18 @@ _declare(
     ("mean", "nothing here", {}),
     ("pretrain", "nothing here", {}),
 )
+
+
+# The words that choose a method, as messages propose them.
+METHOD_WORDS = ("dorefa,lsq", "pact", "dorefa", "lq", "dorefa,non-uniform", "xnor")
+
+
+def own_method_words(tag: str) -> tuple[str, ...]:
+    """The keywords of users that choose a method of their own for a tag."""
+    methods = (
+        (word, keyword.sets.get(f"quant.{tag}.method", "none")) for word, keyword in registry().items()
+    )
+    return tuple(word for word, method in methods if method not in (*PROJECT, "none"))
 
 
 def markdown() -> str:

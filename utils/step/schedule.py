@@ -23,7 +23,7 @@ POLICIES = ("custom_step", "fix_step", "decay", "fix", "poly", "sgdr", "sgdr_ste
 
 _READ_CUSTOM_STEP = {"custom_step", "poly", "sgdr", "sgdr_step"}
 _READ_FACTOR = {"custom_step", "fix_step", "decay", "sgdr_step"}  # `lr_decay` as a factor
-_READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}
+READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}
 
 
 def learning_rate(config: ScheduleConfig, lr: float, step: int, steps_per_epoch: int) -> float:
@@ -147,7 +147,7 @@ def check_schedule(config: ScheduleConfig, lr: float) -> None:
     ):
         if not 0 <= value < math.inf:
             raise UserError(f"--{option} {value} must be a number that is not negative")
-    if config.policy in _READ_ETA_MIN and config.eta_min > lr:
+    if config.policy in READ_ETA_MIN and config.eta_min > lr:
         raise UserError(
             f"--eta_min {config.eta_min} is above --lr {lr}: it is the lowest rate of the schedule"
         )

@@ -21,7 +21,7 @@ def test_registering_a_method_twice_is_an_error() -> None:
 @pytest.mark.parametrize("tag", ["fm", "wt", "ot"])
 def test_an_unknown_method_lists_the_known_ones(tag: str) -> None:
     with pytest.raises(
-        UserError, match=f"--{tag}_enable: 'lsqq' has no quantizer for {tag}.*dorefa.*lsq.*pact"
+        UserError, match=f"'lsqq' has no quantizer for {tag}; did you mean lsq.*dorefa.*lsq.*pact"
     ):
         build_quantizer(
             QuantizerConfig(tag=tag, enable=True, method="lsqq"), Case("lsq", tag, 4, half_range=False).site

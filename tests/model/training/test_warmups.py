@@ -21,7 +21,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "--epochs 2 --wakeup_epoch 50",
-            "--wakeup: a learning-rate warm-up of 200 iterations does not end within the 8",
+            "--wakeup_epoch: a learning-rate warm-up of 200 iterations does not end within the 8",
         ),
         (
             "--epochs 2 --wakeup 9",
@@ -51,4 +51,6 @@ def test_one_that_ends_with_the_schedule_is_taken(options: str, capsys: pytest.C
 def test_those_of_a_shortened_run_shrink(capsys: pytest.CaptureFixture[str]) -> None:
     """A config's epochs are written first, and those of the command line behind them."""
     assert call(f"{RUN} --epochs 100 --wakeup_epoch 5 --epochs 1") == 0
-    assert "warning: --wakeup: the shortened run of 4 iterations takes 2 of 20" in capsys.readouterr().out
+    assert (
+        "warning: --wakeup_epoch: the shortened run of 4 iterations takes 2 of 20" in capsys.readouterr().out
+    )

@@ -25,7 +25,16 @@ from model.quant import (
     keep_full_precision,
     quantizers,
 )
-from utils.config.schema import CUSTOM_SCALES, GRAD_SCALES, GRAD_TYPES, ModelConfig
+from utils.config.schema import (
+    CUSTOM_SCALES,
+    GRAD_SCALES,
+    GRAD_TYPES,
+    BlockConfig,
+    DistillConfig,
+    ModelConfig,
+    PrecisionConfig,
+    StemConfig,
+)
 from utils.errors import UserError
 
 BROKEN = "(a repr that fails)"
@@ -268,3 +277,42 @@ def test_right_calls_that_look_like_wrong_ones() -> None:
     rows = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     quantize(rows, QuantConfig(wt=wt(), first_last=True))
     assert initialise_ranges(rows, torch.ones(2, 3)) == len(list(quantizers(rows))) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"method": "dorefa", "grid": "midtread"}, "grid 'midtread' belongs to lsq, not to dorefa"),
+        ({"method": "lsq", "grid": "midtread", "half_range": True}, "grid 'midtread' needs half_range=False"),
+        ({"method": "lsq", "grad_type": "Triangle"}, "grad_type 'Triangle' does not go with lsq on wt"),
+        ({"method": "lq", "grad_type": "STE-scale"}, "grad_type 'STE-scale' does not go with lq on wt"),
+        ({"method": "lq", "scale": 1.5}, "scale 1.5: LQ-Nets' thresholds .* at most 1"),
+        ({"method": "dorefa", "binary_scale": True}, "binary_scale is for 2 levels, not 4"),
+        ({"method": "lsq", "custom": "channel"}, "custom 'channel' belongs to xnor, not to lsq"),
+    ],
+)
+def test_values_that_a_method_cannot_take(fields: dict[str, Any], said: str) -> None:
+    """In Python as on the command line: nothing acts as something else."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    config = QuantConfig(
+        wt=QuantizerConfig(**{"tag": "wt", "enable": True, "levels": 4, **fields}), first_last=True
+    )
+    with pytest.raises(UserError, match=f"QuantizerConfig: {said}"):
+        quantize(network, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: BlockConfig(skip="blok"), "skip 'blok' is not known: did you mean 'block'?"),
+        (lambda: BlockConfig(order="xyz"), "order 'xyz' must be the letters c, b, a and s, each once"),
+        (lambda: BlockConfig(fix="yes"), "fix 'yes' must be True or False"),  # pyright: ignore[reportArgumentType]
+        (lambda: StemConfig(kind="cifr"), "kind 'cifr' is not known: did you mean 'cifar'?"),
+        (lambda: DistillConfig(kind="kll"), "kind 'kll' is not known: did you mean 'kl'?"),
+        (lambda: PrecisionConfig(level="O7"), "level 'O7' is not known"),
+        (lambda: PrecisionConfig(dtype="bf16"), "dtype 'bf16' is not known"),
+    ],
+)
+def test_choices_of_other_configurations(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make()

@@ -143,9 +143,11 @@ def torch_curve(policy: str) -> list[float]:
         case "sgdr" | "sgdr_step":
             fall = config.decay if policy == "sgdr_step" else 1.0
             return intervals(lambda o, steps: CosineAnnealingLR(o, steps, config.eta_min), fall)
-        case _:  # torch's polynomial ends at zero: mixed with eta_min
+        case "poly":  # torch's ends at zero: mixed with eta_min
             above = intervals(lambda o, steps: PolynomialLR(o, steps, config.decay))
             return [config.eta_min + rate * (lr - config.eta_min) / lr for rate in above]
+        case unknown:
+            raise ValueError(f"{unknown}: say here what torch's scheduler of it is")
 
 
 @pytest.mark.parametrize("policy", POLICIES)

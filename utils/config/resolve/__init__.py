@@ -11,17 +11,17 @@ from pathlib import Path
 
 from utils.config import keyword, policy_file, vocabulary  # noqa: F401  (vocabulary declares the keywords)
 from utils.config.command_line import Given, parse
-from utils.config.resolve.effects import without_effect
-from utils.config.resolve.network import family_of, model_config
-from utils.config.resolve.numbers import check_numbers
-from utils.config.resolve.quantizers import quant_config
-from utils.config.resolve.surroundings import (
+from utils.config.resolve.data_and_run import (
     data_config,
     data_keyword,
     device_config,
     probe_config,
     run_config,
 )
+from utils.config.resolve.effects import without_effect
+from utils.config.resolve.network import family_of, model_config
+from utils.config.resolve.numbers import check_numbers
+from utils.config.resolve.quantizers import quant_config
 from utils.config.resolve.training import (
     loss_config,
     optim_config,

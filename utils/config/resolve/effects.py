@@ -9,8 +9,9 @@ from utils.config import keyword
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER
-from utils.config.resolve.surroundings import resume_file
+from utils.config.resolve.data_and_run import resume_file
 from utils.config.schema import TAGS
+from utils.step.schedule import READ_ETA_MIN
 
 
 def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
@@ -21,7 +22,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     untaught = given["distill_teacher"] in (None, "none")
     idle = {
         "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
-        "eta_min": (policy not in ("poly", "sgdr", "sgdr_step", "cos"), f"with --lr_policy {policy}"),
+        "eta_min": (policy not in READ_ETA_MIN, f"with --lr_policy {policy}"),
         "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
         "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
         "custom_lr": (not given["custom_lr_list"], "without --custom_lr_list"),

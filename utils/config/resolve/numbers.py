@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from utils.config.command_line import Given
-from utils.config.resolve.surroundings import resume_file
+from utils.config.resolve.data_and_run import resume_file
 from utils.config.schema import LEAST, MOST, TAGS
 from utils.errors import UserError
 

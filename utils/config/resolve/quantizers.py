@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.config.command_line import Given
-from utils.config.methods import readers, record_of
+from utils.config.methods import PROJECT, readers, record_of
 from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
+from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
 
 
@@ -25,15 +26,22 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         depthwise=bool(fields.get("quant.depthwise", True)),
     )
     records = [record_of(part.method, tag) for tag, part in parts.items() if part.enable]
+    known = all(part.method in PROJECT for part in parts.values() if part.enable)
     searching = quant.re_init_range != "paper"
     clipping = not all(record.ignores("re_init_range") for record in records)
     if quant.re_init and quant.enabled and searching and not clipping:
         warnings.append(
-            f"--re_init_range {quant.re_init_range} has no effect: no quantizer has a clipping value"
+            f"--re_init_range {quant.re_init_range} has no effect: "
+            + ("no quantizer has a clipping value" if known else "no quantizer reads it")
         )
     learning = not all(record.ignores("re_init") for record in records) or (searching and clipping)
     if quant.re_init and quant.enabled and not learning:
-        warnings.append("--re_init has no effect: no quantizer of this network learns its range")
+        why = (
+            "no quantizer of this network learns its range"
+            if known
+            else "no quantizer of this network reads it"
+        )
+        warnings.append(f"--re_init has no effect: {why}")
     if not quant.enabled:
         for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
             if name in given.explicit:
@@ -62,9 +70,10 @@ def _quantizer_config(
         raise UserError(f"--{tag}_level {level} does not fit --{tag}_bit {bit}, which has {2**bit} levels")
     method = fields.get(f"quant.{tag}.method", "none")
     if enable and method == "none":
+        naming = (*METHOD_WORDS, *own_method_words(tag))
         raise UserError(
-            f"--{tag}_enable: which quantizer? Add one of the keywords dorefa,lsq, pact, dorefa, lq, "
-            f"dorefa,non-uniform or xnor to --keyword"
+            f"--{tag}_enable: which quantizer? Add one of the keywords {', '.join(naming[:-1])} or {naming[-1]} to "
+            "--keyword"
         )
     if not enable:
         written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
@@ -120,11 +129,11 @@ def _check_method(
     if record.levels not in (None, levels):
         number = f"--{tag}_bit 1" if record.levels == 2 else f"--{tag}_level {record.levels}"
         what = "binary" if record.levels == 2 else f"of {record.levels} levels"
-        raise UserError(f"the keyword {method} is {what}: give {number}, not {levels} levels")
+        which = "keyword" if method in PROJECT else "method"
+        raise UserError(f"the {which} {method} is {what}: give {number}, not {levels} levels")
+    takes = "none, STE or STE-scale" if record.takes_grad_type("STE-scale") else "none or STE"
     if kind == "Triangle" and not record.takes_grad_type(kind):
-        raise UserError(
-            f"--{tag}_grad_type Triangle belongs to binary activations; write none, STE or STE-scale"
-        )
+        raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write {takes}")
     if not record.takes_grad_type(kind):
         raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write none or STE")
     if kind in record.idle_grad_types:
@@ -139,17 +148,15 @@ def _check_method(
             raise UserError(f"--{tag}_grid midtread has no level above zero at {levels} levels; use midrise")
     if tag == "fm" and given["fm_custom"] != "none" and record.ignores("custom"):
         raise UserError(f"--fm_custom belongs to the keyword {readers('custom')}, not to {method}")
-    if f"{tag}_half_range" in given.explicit and record.ignores("half_range"):
-        warnings.append(f"--{tag}_half_range has no effect with {method}, whose levels are symmetric")
-    if f"{tag}_boundary" in given.explicit and record.ignores("boundary"):
-        warnings.append(f"--{tag}_boundary has no effect with {method}, which has no clipping value")
-    if given[f"{tag}_grad_scale"] != "none" and record.ignores("grad_scale"):
-        warnings.append(f"--{tag}_grad_scale has no effect with {method}, which learns no clipping value")
     by_group = f"quant.{tag}.gamma" in fields or given[f"{tag}_adaptive"] != "none"
-    if f"{tag}_quant_group" in given.explicit and record.ignores("quant_group") and not by_group:
-        warnings.append(
-            f"--{tag}_quant_group has no effect with {method}, whose {TAGS[tag]}s share one range"
-        )
+    for option, written in (
+        ("half_range", f"{tag}_half_range" in given.explicit),
+        ("boundary", f"{tag}_boundary" in given.explicit),
+        ("grad_scale", given[f"{tag}_grad_scale"] != "none"),
+        ("quant_group", f"{tag}_quant_group" in given.explicit and not by_group),
+    ):
+        if written and record.ignores(option):
+            warnings.append(f"--{tag}_{option} has no effect with {method}{record.without_effect(option)}")
     for option, (most, reason, instead) in record.limits.items():
         if given[f"{tag}_{option}"] > most:
             raise UserError(f"--{tag}_{option} {given[f'{tag}_{option}']}: {reason}; {instead}")
@@ -164,7 +171,10 @@ def _check_method(
         )
     scaled = given[f"{tag}_grad_scale"] not in ("none", "paper")
     if f"{tag}_scale" in given.explicit and record.ignores("scale") and not scaled:
-        warnings.append(f"--{tag}_scale has no effect with {method} without --{tag}_grad_scale")
+        unless = (
+            "" if record.ignores("grad_scale") and method not in PROJECT else f" without --{tag}_grad_scale"
+        )
+        warnings.append(f"--{tag}_scale has no effect with {method}{unless}")
     for word, option in (("custom-update", "custom_update"), ("closed_form", "closed_form")):
         if f"quant.{option}" in fields and record.ignores(option):
             reading_methods = readers(option)

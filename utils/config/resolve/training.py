@@ -7,9 +7,9 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
-from utils.config.methods import record_of
+from utils.config.methods import compared_with_weights, record_of
+from utils.config.resolve.data_and_run import DATASETS
 from utils.config.resolve.network import family_of, model_config
-from utils.config.resolve.surroundings import DATASETS
 from utils.config.schema import (
     DistillConfig,
     LossConfig,
@@ -98,7 +98,8 @@ def _check_levels_are_weights(option: str, quant: QuantConfig) -> None:
     record = record_of(weights.method, "wt")
     if record.other_scale and not (weights.binary_scale and record.reads_option("binary_scale")):
         raise UserError(
-            f"{option}: the levels of {weights.method} are of another scale than the weights; use lsq, lq or xnor"
+            f"{option}: the levels of {weights.method} are of another scale than the weights; use "
+            f"{compared_with_weights()}"
         )
     if weights.adaptive != "none" and not weights.adaptive_restore:
         raise UserError(
