@@ -20,10 +20,10 @@ from model.layers.quantized import quantized_layers, quantizers
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
-from utils.config.schema import OptimConfig, Rule
+from utils.config.schema import READ_ETA_MIN, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
-from utils.step.schedule import READ_ETA_MIN, Schedule
+from utils.step.schedule import Schedule
 
 OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 

@@ -29,6 +29,7 @@ GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element
 CUSTOM_SCALES = ("none", "channel", "resolution")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
 # Training options that policies may set.
+READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
 TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
 
 
@@ -243,7 +244,7 @@ class StemConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A network: which one, its width and the parts above. Its builder refuses a norm or an activation unknown to it."""
+    """A network: which one, its width and the parts above. The builder refuses unknown norms and activations."""
 
     name: str = "resnet20"
     num_classes: int = 10

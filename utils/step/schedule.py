@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from utils.config.schema import ScheduleConfig
+from utils.config.schema import READ_ETA_MIN, ScheduleConfig
 from utils.errors import UserError
 
 if TYPE_CHECKING:  # `check_schedule` runs before torch is loaded
@@ -23,7 +23,6 @@ POLICIES = ("custom_step", "fix_step", "decay", "fix", "poly", "sgdr", "sgdr_ste
 
 _READ_CUSTOM_STEP = {"custom_step", "poly", "sgdr", "sgdr_step"}
 _READ_FACTOR = {"custom_step", "fix_step", "decay", "sgdr_step"}  # `lr_decay` as a factor
-READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}
 
 
 def learning_rate(config: ScheduleConfig, lr: float, step: int, steps_per_epoch: int) -> float:

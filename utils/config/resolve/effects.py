@@ -10,8 +10,7 @@ from utils.config.command_line import Given
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER
 from utils.config.resolve.data_and_run import resume_file
-from utils.config.schema import TAGS
-from utils.step.schedule import READ_ETA_MIN
+from utils.config.schema import READ_ETA_MIN, TAGS
 
 
 def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
