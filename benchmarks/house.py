@@ -60,7 +60,8 @@ def imported(path: Path) -> set[str]:
                 raise ValueError(f"{path} has a relative import, which cannot cross from model to utils")
             found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+            constants = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            found |= {value for value in constants if isinstance(value, str)}
     return found
 
 

@@ -23,10 +23,9 @@ from model.quantizers.site import LayerSite
 from utils.config.methods import MethodRecord
 from utils.config.schema import QuantConfig, QuantizerConfig
 
-Integers, TensorSite = (
-    QuantizedTensor,
-    LayerSite,
-)  # their names before version 1.0, for programs that import them
+# Their names before version 1.0, for programs that import them.
+Integers = QuantizedTensor
+TensorSite = LayerSite
 
 __all__ = [
     "ClipSTE",

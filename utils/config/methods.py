@@ -231,13 +231,8 @@ declare(
 )
 declare(
     "xnor",
-    ["fm"],
+    _ACTIVATIONS,
     _record(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
-)
-declare(
-    "xnor",
-    ["ot"],
-    _record(reads=frozenset({"quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
 )
 declare("xnor", ["wt"], _record(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
 
