@@ -12,6 +12,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 SETUP := .venv/complete
 SCRIPTS := train.sh start_on_terminate.sh .ci/run
+QUICK := tests/test_house.py tests/utils/config tests/model/quantizers/test_registry.py
 RUNS := digits-fp-resnet20 digits-lsq-2bit-resnet20
 unexport PYTHON # train.sh would take it instead of .venv's
 
@@ -49,12 +50,12 @@ quickstart: $(SETUP) ## train a small network, then its 2-bit version, and compa
 test: $(SETUP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-check: $(SETUP) ## in under a minute, most mistakes: style, types, and the tests that are quick
+check: $(SETUP) ## in under a minute: style, types, and the tests of layout, registry and options
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	@set -e; set -x; \
 	$(BIN)/pyright --project pyproject.toml & types=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m quick || status=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(QUICK) || status=$$?; \
 	wait $$types && exit $${status:-0}
 
 lint: $(SETUP) ## check code, types, scripts and configs
