@@ -88,25 +88,26 @@ def test_the_lock_is_the_systems(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "free"),
+    ("content", "free"),
     [
-        (owner(), False),
-        (owner(started="1"), True),  # the number was given to another process
-        (owner(boot="before"), True),
-        (owner(pid=2**22 + 1), True),
-        (owner(host="elsewhere"), False),
+        ({}, False),
+        ({"started": "1"}, True),  # the number was given to another process
+        ({"boot": "before"}, True),
+        ({"pid": 2**22 + 1}, True),
+        ({"host": "elsewhere"}, False),
         ("", True),
         ("damaged", True),
     ],
 )
 def test_without_locks_of_the_system_the_file_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, free: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | dict[str, Any], free: bool
 ) -> None:
     def refused(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
     path = tmp_path / ".a.lock"
+    text = content if isinstance(content, str) else owner(**content)
     path.write_text(text)
     if free:
         with locked(path, "a", "weights_dir"):
