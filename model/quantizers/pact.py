@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from model.quantizers.dorefa import DoReFaWeight
-from model.quantizers.grid import Grid, balance_factor
+from model.quantizers.grid import ClipSTE, balance_factor
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
 
 
-class ClippedRound(torch.autograd.Function):
+class ClippedRound(ClipSTE):
     """q = l * c, where l is the level nearest to x / c in units of c, with PACT's gradient to the clip value c.
 
     dq/dx = 1 for low <= x < c, else 0; dq/dc = 1 where x >= c, else 0 (paper, equation 3).
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
-        ratio = x / clip
-        ctx.save_for_backward(ratio, clip)
-        ctx.grid, ctx.balance = grid, balance
-        return grid.ratios(grid.numbers(ratio)).mul_(clip)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
