@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
+from model.quantizers.frame import Quantizer
 from model.quantizers.lq import LQ
 from tests import oracle
 from tests.model.quantizers.cases import (
@@ -20,50 +24,45 @@ from tests.model.quantizers.cases import (
     setting,
     tensor,
 )
+from tests.oracle import Array
+
+
+def assert_follows(
+    quantizer: Quantizer, case: Case, x: Array, update: Callable[[Array, Array], Array]
+) -> None:
+    """A step with x: the basis becomes `update` of the last one and of the least-squares fit to x."""
+    given, old = setting(case, quantizer), quantizer.get_buffer("basis").double().numpy()
+    new = oracle.lq_least_squares(
+        x.astype(np.float64), basis=old, half_range=case.half_range, groups=given.groups, activation=not given.weight
+    )  # fmt: skip
+    expected = update(old, new)
+    quantizer(torch.from_numpy(x))
+    np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 @over(cases(levels=(16, 4), groups=(None, 2), where=lambda method: method.method == "lq"))
 def test_lq_basis_follows_least_squares(case: Case) -> None:
     quantizer = make(case)
     given = setting(case, quantizer)
-    basis, activation = given.state["basis"], not given.weight
-    fan = None if activation else FAN
-    initial = oracle.lq_initial_basis(len(basis), given.groups.count, fan=fan)
+    basis = given.state["basis"]
+    initial = oracle.lq_initial_basis(len(basis), given.groups.count, fan=FAN if given.weight else None)
     np.testing.assert_allclose(basis, initial, rtol=1e-6)
     for step in range(3):
         x = sample(case, step)
-        new = oracle.lq_least_squares(
-            x.astype(np.float64),
-            basis=basis,
-            half_range=case.half_range,
-            groups=given.groups,
-            activation=activation,
-        )
-        basis = oracle.lq_blend(basis, new)
-        quantizer(torch.from_numpy(x))
-        np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), basis, rtol=1e-4, atol=1e-6)
-        basis = quantizer.get_buffer("basis").double().numpy()
+        assert_follows(quantizer, case, x, oracle.lq_blend)
+    basis = quantizer.get_buffer("basis").clone()
     quantizer.eval()
     quantizer(torch.from_numpy(x))
-    assert torch.equal(quantizer.get_buffer("basis"), torch.from_numpy(basis).float())
+    assert torch.equal(quantizer.get_buffer("basis"), basis)
 
 
 @over(cases(where=lambda method: method.method == "lq"))
 def test_lq_custom_update_is_a_running_mean(case: Case) -> None:
     case = case.with_fields(custom_update=True)
     quantizer = make(case)
-    given = setting(case, quantizer)
-    basis = given.state["basis"]
     for iteration in (1, 2, 3):
         x = sample(case, iteration)
-        new = oracle.lq_least_squares(
-            x.astype(np.float64), basis=basis, half_range=case.half_range, groups=given.groups,
-            activation=not given.weight,
-        )  # fmt: skip
-        basis = oracle.lq_running_mean(basis, new, iteration)
-        quantizer(torch.from_numpy(x))
-        np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), basis, rtol=1e-4, atol=1e-6)
-        basis = quantizer.get_buffer("basis").double().numpy()
+        assert_follows(quantizer, case, x, partial(oracle.lq_running_mean, iteration=iteration))
 
 
 @over(cases(where=lambda method: method.method == "lq"))
@@ -73,18 +72,9 @@ def test_the_running_mean_begins_behind_a_warm_up(case: Case) -> None:
     quantizer = make(case)
     for iteration in range(50):
         quantizer(torch.from_numpy(sample(case, iteration)))
-    given = setting(case, quantizer)
-    basis = quantizer.get_buffer("basis").double().numpy()
     for count in (1, 2):
         x = sample(case, 100 + count)
-        new = oracle.lq_least_squares(
-            x.astype(np.float64), basis=basis, half_range=case.half_range, groups=given.groups,
-            activation=not given.weight,
-        )  # fmt: skip
-        basis = oracle.lq_running_mean(basis, new, count)
-        quantizer(torch.from_numpy(x))
-        np.testing.assert_allclose(quantizer.get_buffer("basis").numpy(), basis, rtol=1e-4, atol=1e-6)
-        basis = quantizer.get_buffer("basis").double().numpy()
+        assert_follows(quantizer, case, x, partial(oracle.lq_running_mean, iteration=count))
 
 
 @over(cases(where=lambda method: method.method == "lq"))
