@@ -28,8 +28,8 @@ GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
 GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")
 CUSTOM_SCALES = ("none", "channel", "resolution")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
-# Training options that policies may set.
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
+# Training options that policies may set.
 TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
 
 
