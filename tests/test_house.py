@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.house import import_graph, imported, rooms, sources
+from benchmarks.house import PAGE, PICTURE, import_graph, imported, picture, rooms, sources
 from tests import ROOT
 from utils.config.methods import PROJECT
 
@@ -62,6 +62,12 @@ def test_imports_go_down_only() -> None:
     ]
     assert not upwards
     assert round_trip(graph) == "" and round_trip(rooms(graph)) == ""
+
+
+def test_the_picture_shows_the_imports() -> None:
+    assert PICTURE.findall(PAGE.read_text("utf-8")) == [picture(rooms(import_graph()))], (
+        "run python benchmarks/house.py"
+    )
 
 
 def test_no_file_is_long() -> None:
