@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
 from tests import ROOT
+from tests.main.runs import done_in
 
 MAIN, TOOLS = ROOT / "main.py", ROOT / "tools.py"
 TRAIN, NEXT = ROOT / "train.sh", ROOT / "start_on_terminate.sh"
@@ -69,11 +69,7 @@ class Command:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that can be named wrongly: checkpoints, data, keyword files and configs."""
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main.main(f"{FP} --case fp".split()) == 0
-        assert main.main(f"{LSQ} --case lsq".split()) == 0
+    folder = done_in(tmp_path_factory.mktemp("world"), f"{FP} --case fp", f"{LSQ} --case lsq")
     whole = (folder / "weights" / "resnet20" / "fp-checkpoint.pth.tar").read_bytes()
     (folder / "cut.pth.tar").write_bytes(whole[: len(whole) // 2])
     flipped = bytearray(whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.main.runs import LSQ, call
+from tests.main.runs import LSQ, done_in
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +18,5 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="session")
 def lsq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a two-bit run of two epochs, case `lsq`."""
-    folder = tmp_path_factory.mktemp("lsq")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(f"{LSQ} --case lsq --epochs 2 --re_init --tensorboard --verbose -s 1") == 0
-    return folder
+    line = f"{LSQ} --case lsq --epochs 2 --re_init --tensorboard --verbose -s 1"
+    return done_in(tmp_path_factory.mktemp("lsq"), line)

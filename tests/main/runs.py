@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -22,6 +23,14 @@ TIMES = {"seconds", "images_per_second", "data_wait"}  # columns that no two run
 def call(line: str) -> int:
     """Run the program in this process and folder; returns its exit status."""
     return main.main(line.split())
+
+
+def done_in(folder: Path, *lines: str) -> Path:
+    """Run the program in a folder, for each line; returns the folder."""
+    with contextlib.chdir(folder):
+        for line in lines:
+            assert call(line) == 0
+    return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.main.runs import FP, LSQ, assert_same, call, checkpoint, log_of, metrics, summary
+from tests.main.runs import FP, LSQ, assert_same, call, checkpoint, done_in, log_of, metrics, summary
 from utils.checkpoint.archive import read as read_checkpoint
 
 
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a four-bit run of one epoch."""
-    folder = tmp_path_factory.mktemp("four")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(f"{LSQ} --fm_bit 4 --wt_bit 4 --case four --epochs 1") == 0
+    line = f"{LSQ} --fm_bit 4 --wt_bit 4 --case four --epochs 1"
+    folder = done_in(tmp_path_factory.mktemp("four"), line)
     return folder / "weights" / "resnet20" / "four-checkpoint.pth.tar"
 
 

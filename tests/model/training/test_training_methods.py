@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import main
+from tests.main.runs import done_in
 from tests.utils.checkpoint.malicious import Malicious
 from utils.checkpoint.archive import read as read_checkpoint
 from utils.config.resolve import read
@@ -26,11 +27,7 @@ TEACHER = "--distill_teacher resnet20 --distill_pretrained teacher-checkpoint.pt
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoint of a full-precision network."""
-    folder = tmp_path_factory.mktemp("teacher")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main.main(f"{FP} --epochs 1 --case teacher".split()) == 0
-    return folder
+    return done_in(tmp_path_factory.mktemp("teacher"), f"{FP} --epochs 1 --case teacher")
 
 
 @pytest.fixture(autouse=True)

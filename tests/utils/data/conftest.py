@@ -32,8 +32,21 @@ def imagenet(folder: Path) -> DataConfig:
 
 
 @pytest.fixture
-def dali(imagenet: DataConfig) -> DataConfig:
+def installed() -> None:
+    """Skip the test where DALI is not installed."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+
+
+@pytest.fixture(autouse=True)
+def installed_where_named(request: pytest.FixtureRequest) -> None:
+    """Of tests that several data sets go through, those of DALI need it."""
+    call = getattr(request.node, "callspec", None)
+    if call is not None and call.params.get("dataset") == "dali":
+        request.getfixturevalue("installed")
+
+
+@pytest.fixture
+def dali(imagenet: DataConfig, installed: None) -> DataConfig:
     return replace(imagenet, dataset="dali")
 
 

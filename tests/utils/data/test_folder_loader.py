@@ -67,8 +67,6 @@ def test_imagenet_training_is_augmented_anew_each_epoch(imagenet: DataConfig) ->
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 2), ("dali", 2)])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_an_unreadable_image_is_named(tmp_path: Path, dataset: str, workers: int, damage: str) -> None:
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=1)
     path = tmp_path / "train" / "bee" / "1.jpg"
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -89,8 +87,6 @@ def test_an_unreadable_image_is_named(tmp_path: Path, dataset: str, workers: int
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
 def test_what_is_no_file_is_named(tmp_path: Path, dataset: str) -> None:
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=1)
     path = tmp_path / "train" / "bee" / "1.jpg"
     path.unlink()
@@ -104,8 +100,6 @@ def test_what_is_no_file_is_named(tmp_path: Path, dataset: str) -> None:
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
 def test_slender_images_need_little_memory(tmp_path: Path, dataset: str, shape: tuple[int, int]) -> None:
     """Resized as a whole such an image would have some 200 GB."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=1)
     Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "val" / "bee" / "0.png")
     Image.new("RGB", shape, (10, 100, 200)).save(tmp_path / "train" / "bee" / "0.png")
@@ -130,8 +124,6 @@ def test_an_image_that_cannot_be_fitted_is_named(
     tmp_path: Path, dataset: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when memory does not suffice for one."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=2)
     Image.new("RGB", (70, 70)).save(tmp_path / "val" / "bee" / "1.jpg")
 
@@ -156,8 +148,6 @@ def test_an_image_that_cannot_be_fitted_is_named(
 def test_unreadable_images_are_left_out_counted_and_reported(
     tmp_path: Path, dataset: str, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=4, val=2)
     damaged = ["train/ant/0.jpg", "train/bee/1.jpg", "val/cat/1.jpg"]
     for name, damage in zip(damaged, ("broken", "text", "halved"), strict=True):
@@ -205,8 +195,6 @@ def test_which_damage_of_a_photograph_training_sees(
     tmp_path: Path, dataset: str, damage: Callable[[bytes], bytes], seen: bool
 ) -> None:
     """What docs/data.md says of it; `verify-data` sees all of this, see tests/utils/tools/test_images.py."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     path = tmp_path / "val" / "one" / "0.jpg"
     for folder in (tmp_path / "train" / "one", path.parent):
         folder.mkdir(parents=True)
@@ -245,8 +233,6 @@ def test_a_single_image_that_is_left_of_a_training_batch_stops_the_run(
     tmp_path: Path, dataset: str, damage: str
 ) -> None:
     """It would have no batch statistics; validation needs none."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=2)
     for path in (tmp_path / "train" / "bee" / "1.jpg", tmp_path / "val" / "bee" / "1.jpg"):
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -266,8 +252,6 @@ def test_a_batch_of_validation_may_be_lost_whole(
     tmp_path: Path, dataset: str, workers: int, damage: str
 ) -> None:
     """At the beginning, in the middle, two in a row and at the end; what is left are the images that can be read."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=2, val=3)
     paths = [tmp_path / "val" / name / f"{i}.jpg" for name in CLASSES for i in range(3)]
     for number in (0, 3, 4, 5, 8):
@@ -289,8 +273,6 @@ def test_a_batch_of_validation_may_be_lost_whole(
 
 @pytest.mark.parametrize("dataset", ["imagenet", "dali"])
 def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: str) -> None:
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path, train=4, val=2)
     for name in ("ant/0.jpg", "bee/1.jpg"):
         (tmp_path / "train" / name).write_text("not an image")

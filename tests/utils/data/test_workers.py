@@ -49,8 +49,6 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_line(imagenet: DataConfig) 
 @pytest.mark.parametrize(("dataset", "workers"), [("imagenet", 0), ("imagenet", 1), ("dali", 1)])
 def test_batches_keep_their_images(imagenet: DataConfig, dataset: str, workers: int) -> None:
     """Images are read into memory that is used again, which must not change the batches made of them."""
-    if dataset == "dali":
-        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     loader = open_data(replace(imagenet, dataset=dataset, workers=workers, batch_size=2)).train
     pairs = [(images, images.clone()) for _ in range(2) for images, _ in loader]
     assert len(pairs) == 18

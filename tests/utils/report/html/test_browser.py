@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import main
+from tests.main.runs import done_in
 from utils.report.html import page, runs
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -41,11 +41,9 @@ LINES = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page about three real runs."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for case, line in LINES.items():
-            assert main.main(f"{line} --case {case}".split()) == 0
+    folder = done_in(
+        tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items())
+    )
     path = folder / "report.html"
     path.write_text(page.render(runs.read([folder / "exp" / case for case in LINES])), encoding="utf-8")
     return path

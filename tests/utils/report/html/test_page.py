@@ -15,6 +15,7 @@ import pytest
 
 import main
 import tools
+from tests.main.runs import done_in
 from utils.config.resolve import read as read_config
 from utils.errors import UserError
 from utils.report.epoch_files import MetricsFile, RecordsFile
@@ -30,11 +31,9 @@ LINES = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with two finished runs: in full precision, and with two bits."""
-    folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for case, line in LINES.items():
-            assert main.main(f"{line} --case {case}".split()) == 0
+    folder = done_in(
+        tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items())
+    )
     return folder / "exp"
 
 
