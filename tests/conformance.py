@@ -325,8 +325,8 @@ def run_model(result: Result, case: Case, arrays: Mapping[str, Array]) -> None:
     A random low-bit network carries the last bit of a sum across a threshold, so that processors which sum in another
     order may come to other numbers. Where something deviates by more than the tolerance, it is compared with what the
     network itself makes of weights whose last bits are other ones: it may be `SENSITIVE` times as far. Where most
-    figures move by more than their tolerance then, which
-    of them do is chance: their median, ninth decile and largest count.
+    figures move by more than their tolerance then, which of them do is chance: their median, ninth decile and largest
+    count.
     """
     given, fields, quant = options(case)
     model = build_network(model_config(given, fields, quant)[0]).eval()
