@@ -1,4 +1,8 @@
-"""One run at a time for a case: a second one would rename the first one's files and mix its metrics."""
+"""One run at a time for a case: a second one would rename the first one's files and mix its metrics.
+
+The package `filelock` does not say who holds a lock, and gives up where `flock` answers ENOLCK, as some network file
+systems do.
+"""
 
 from __future__ import annotations
 
