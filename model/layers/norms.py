@@ -103,3 +103,20 @@ def check_norms(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module, GroupNorm) and module.unfit:
             raise UserError(f"{name}, a norm by the keyword group-norm: {module.unfit}")
+
+
+def untrained_statistics(network: nn.Module) -> tuple[str, ...]:
+    """Warn, in one line, of norms with fixed statistics that are still those of a new network: mean 0, variance 1."""
+    found = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, StaticBatchNorm2d)
+        and not module.running_mean.any()
+        and bool((module.running_var == 1).all())
+    ]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} norms, the first is {found[0]}, normalise by mean 0 and variance 1, which no training found and "
+        "none will change: start static-bn and freeze-bn from a trained network (--pretrained) or leave the word out",
+    )
