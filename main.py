@@ -162,7 +162,7 @@ def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: L
     config, found, progress, model = here.config, origin.found, assembled.progress, assembled.model
     for warning in (*assembled.warnings, *found.passed_over, *progress.differences):
         logger.warning("warning: %s", warning)
-    options = [(name, quantizer.config) for name, quantizer in quantizers(model)]
+    options = [(name, quantizer.config) for name, quantizer in quantizers(model) if quantizer.enabled]
     run_report.announce(
         config, assembled.cost, here.device, assembled.groups, options, full_precision(model), logger
     )

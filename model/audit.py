@@ -14,6 +14,7 @@ from model.layers.quantized import (
     QuantLayer,
     check_one_copy,
     full_precision_reason,
+    kept_off,
     quantized_layers,
     quantizers,
 )
@@ -118,10 +119,15 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     """
     _check_arguments(model, batches, config)
     found = dict(quantizers(model))
+    reasons = {
+        name: full_precision_reason(module) if kept_off(module) else "" for name, module in found.items()
+    }
     watches = {name: _Watch() for name in found}
     products = Products()
     with observing(model) as hooks:
-        hooks += [module.register_forward_hook(watches[name]) for name, module in found.items()]
+        hooks += [
+            module.register_forward_hook(watches[name]) for name, module in found.items() if not reasons[name]
+        ]
         for name, layer in quantized_layers(model):
             hooks.append(layer.register_forward_pre_hook(products.enter_layer))
             hooks.append(layer.register_forward_hook(partial(products.leave_layer, name), with_kwargs=True))
@@ -141,6 +147,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 exact=watches[name].exact,
                 finite=watches[name].finite,
                 warming=bool(module.warming_up()),
+                reason=reasons[name],
             )
             for name, module in found.items()
         ]
@@ -181,7 +188,7 @@ def _check_batch(batch: Any) -> None:
 
 
 def full_precision_rows(model: nn.Module) -> tuple[LayerRow, ...]:
-    """A row for each layer that multiplies in full precision; it has a problem unless `keep_full_precision` noted it.
+    """A row for each layer without quantizers that multiplies; it has a problem unless `keep_full_precision` noted it.
 
     Example:
         >>> from torch import nn
@@ -191,7 +198,12 @@ def full_precision_rows(model: nn.Module) -> tuple[LayerRow, ...]:
         >>> [(row.name, bool(row.problem)) for row in full_precision_rows(network)]
         [('0', False), ('1', True)]
     """
-    reasons = {name: full_precision_reason(model.get_submodule(name)) for name in full_precision(model)}
+    off = {name for name, _ in quantized_layers(model)}  # their quantizers have rows of their own
+    reasons = {
+        name: full_precision_reason(model.get_submodule(name))
+        for name in full_precision(model)
+        if name not in off
+    }
     problem = "computes in full precision, and no model.quant.keep_full_precision(layer, reason) says that it should"
     return tuple(
         LayerRow(name=name, reason=reason, problem="" if reason else problem)

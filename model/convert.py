@@ -347,7 +347,7 @@ def replace(
 
 
 def full_precision(module: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that multiply by weights without any quantizer, in the order of definition.
+    """Names of the layers that multiply by weights without any quantizer that is on, in the order of definition.
 
     Example:
         >>> from torch import nn
@@ -358,7 +358,9 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, layer in _layers(module)
-        if not (isinstance(layer, QuantLayer) and any(layer.quantizers()))
+        if not (
+            isinstance(layer, QuantLayer) and any(quantizer.enabled for _, quantizer in layer.quantizers())
+        )
     )
 
 

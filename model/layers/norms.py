@@ -37,19 +37,22 @@ class StaticBatchNorm2d(nn.Module):
 
 
 class ReverseBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation whose affine part comes first: normalise(x * weight + bias)."""
+    """Batch normalisation with its affine part on both sides: normalise(x * weight + bias) * weight + bias.
+
+    This is what the published code of the keyword `reverse-bn` computes: it applies the affine part, then calls its
+    parent class, which normalises and applies it again. The statistics are those of x * weight + bias.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Input and output [N, C, H, W]."""
-        shape = (1, -1, 1, 1)
-        weight, bias = self.weight, self.bias
         self._check_input_dim(input)
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return functional.batch_norm(
-            input * weight.reshape(shape) + bias.reshape(shape), self.running_mean, self.running_var,
-            training=self.training, momentum=self.momentum or 0.1, eps=self.eps,
-        )  # fmt: skip
+        return super().forward(affine(input, self))
+
+
+def affine(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """The affine part of a norm: x * weight + bias, one of each a channel; x is [N, C, H, W]."""
+    shape = (1, -1, 1, 1)
+    return x * norm.weight.view(shape) + norm.bias.view(shape)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -100,3 +103,20 @@ def check_norms(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module, GroupNorm) and module.unfit:
             raise UserError(f"{name}, a norm by the keyword group-norm: {module.unfit}")
+
+
+def untrained_statistics(network: nn.Module) -> tuple[str, ...]:
+    """Warn, in one line, of norms with fixed statistics that are still those of a new network: mean 0, variance 1."""
+    found = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, StaticBatchNorm2d)
+        and not module.running_mean.any()
+        and bool((module.running_var == 1).all())
+    ]
+    if not found:
+        return ()
+    return (
+        f"{len(found)} norms, the first is {found[0]}, normalise by mean 0 and variance 1, which no training found and "
+        "none will change: start static-bn and freeze-bn from a trained network (--pretrained) or leave the word out",
+    )

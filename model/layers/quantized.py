@@ -184,7 +184,7 @@ def keep_full_precision(layer: Module, reason: str) -> Module:
     The audit of a quantized network fails for a full-precision layer without such a record.
 
     Args:
-        layer: any layer.
+        layer: any layer, or a quantizer that is switched off.
         reason: the rest of a sentence about it: "is the last layer".
 
     Returns:
@@ -214,7 +214,7 @@ def keep_full_precision(layer: Module, reason: str) -> Module:
 
 
 def full_precision_reason(layer: nn.Module) -> str:
-    """The reason that `keep_full_precision` recorded on a layer; empty where there is none.
+    """The reason that `keep_full_precision` recorded on a layer or a quantizer; empty where there is none.
 
     Example:
         >>> from torch import nn
@@ -262,6 +262,25 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantLayer, Quant
     for name, layer in quantized_layers(model):
         if isinstance(layer.quant_weight, Quantizer) and layer.quant_weight.enabled:
             yield name, layer, layer.quant_weight
+
+
+def kept_off(quantizer: Quantizer) -> bool:
+    """Whether a quantizer is switched off on purpose, as `keep_full_precision` has recorded on it.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.layers.quantized import kept_off
+        >>> from model.quant import QuantConfig, QuantizerConfig, keep_full_precision
+        >>> network = nn.Sequential(nn.Linear(4, 4))
+        >>> wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+        >>> _ = quantize(network, QuantConfig(wt=wt, first_last=True))
+        >>> quantizer = keep_full_precision(network[0].quant_weight, "is compared with")
+        >>> quantizer.enabled = False
+        >>> kept_off(quantizer)
+        True
+    """
+    return not quantizer.enabled and bool(full_precision_reason(quantizer))
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

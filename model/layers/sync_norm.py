@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.layers.norms import ReverseBatchNorm2d
+from model.layers.norms import ReverseBatchNorm2d, affine
 from utils.errors import UserError
 
 
@@ -60,10 +60,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         result = normalise(input, self)
-        if self.weight is not None:
-            shape = (1, -1, 1, 1)
-            result = result * self.weight.float().view(shape) + self.bias.float().view(shape)
-        return result.to(input.dtype)
+        return (result if self.weight is None else affine(result, self)).to(input.dtype)
 
 
 class SyncReverseBatchNorm2d(ReverseBatchNorm2d):
@@ -73,9 +70,7 @@ class SyncReverseBatchNorm2d(ReverseBatchNorm2d):
         """Input and output [N, C, H, W], of the same dtype."""
         if not self.training:
             return super().forward(input)
-        shape = (1, -1, 1, 1)
-        x = input.float() * self.weight.float().view(shape) + self.bias.float().view(shape)
-        return normalise(x, self).to(input.dtype)
+        return affine(normalise(affine(input.float(), self), self), self).to(input.dtype)
 
 
 def synchronise(model: nn.Module, device: torch.device) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.convert import build_quantizers
 from model.layers import norms
-from model.layers.quantized import quantizers
+from model.layers.quantized import kept_off, quantizers
 from model.networks import library, torchvision_resnet
 from model.networks.mobilenet import MobileNetV1, MobileNetV2
 from model.networks.nin import NIN
@@ -83,8 +83,14 @@ def build_network(config: ModelConfig) -> nn.Module:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether all quantizers are on and past their warm-up (`--stable`); true in full precision."""
-    return all(quantizer.enabled and bool(quantizer.warmed_up()) for _, quantizer in quantizers(model))
+    """Whether all quantizers are on and past their warm-up (`--stable`); true in full precision.
+
+    Those that are switched off on purpose, to the end of the run, do not count.
+    """
+    return all(
+        kept_off(quantizer) or (quantizer.enabled and bool(quantizer.warmed_up()))
+        for _, quantizer in quantizers(model)
+    )
 
 
 def set_stable(model: nn.Module, steps_per_epoch: int) -> None:

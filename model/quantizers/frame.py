@@ -82,7 +82,7 @@ class Quantizer(nn.Module):
         self.config = config
         self.site = site
         self.levels = config.levels
-        self.enabled = True  # a policy may let the input pass
+        self.enabled = True  # a policy may let the input pass; `keep_full_precision` says that this is wanted
         self.groups = self._resolve_groups(config.quant_group)
         self.register_buffer("iteration", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))

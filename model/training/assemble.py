@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model import audit, calibrate
-from model.layers import sync_norm
+from model.layers import norms, sync_norm
 from model.networks import build
 from model.pretrained import load_pretrained
 from model.training.policy import Change, PolicyScheduler, initialise
@@ -149,7 +149,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         initialised=initialised,
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *signs,
-            *policy.warnings, *changed,
+            *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
         ),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from model.layers.quantized import quantized_layers, quantizers
+from model.layers.quantized import keep_full_precision, quantized_layers, quantizers
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
@@ -219,6 +219,7 @@ class PolicyScheduler:
         for rule in rules:
             if rule.section == "init" and rule.trains:
                 self._set_options(rule.values, 0)
+        self._note_kept_off()
 
     def _planned(self) -> tuple[tuple[Change, ...], Schedule]:
         """Plan all changes in order, without making any; returns them and the planned rates."""
@@ -237,7 +238,8 @@ class PolicyScheduler:
                 events.append((step, SECTIONS.index(rule.section), at, rule))
         values: dict[tuple[str, str], Any] = {}
         optim, rates, changes = self.optim, self.rates, list[Change]()
-        for step, section, at, rule in sorted(events, key=lambda event: event[:2]):
+        self._events = sorted(events, key=lambda event: event[:2])
+        for step, section, at, rule in self._events:
             when = "init" if section == 0 else f"{rule.section} {at}"
             if rule.trains:
                 self._check_options(rule)
@@ -267,6 +269,17 @@ class PolicyScheduler:
                 raise UserError(f"{rule}: momentum 0: --nesterov needs a momentum above 0")
             if name == "lr" and config.policy in READ_ETA_MIN and value < config.eta_min:
                 raise UserError(f"{rule}: lr {value} is below --eta_min {config.eta_min}")
+
+    def _note_kept_off(self) -> None:
+        """Record on each quantizer that is off when the run ends that it is so on purpose."""
+        at_end = {name: quantizer.enabled for name, quantizer in quantizers(self._model)}
+        for _, _, at, rule in self._events:
+            if rule.section != "init" and at > self._done[rule.section] and "enable" in rule.values:
+                at_end |= {name: rule.values["enable"] for name, _ in _select(rule, self._model)}
+        for name, quantizer in quantizers(self._model):
+            vars(quantizer).pop("full_precision_reason", None)  # of the policy before a resumed run's state
+            if not at_end[name]:
+                keep_full_precision(quantizer, "is switched off by --policy or --full_precision")
 
     @property
     def disables(self) -> bool:
@@ -374,6 +387,7 @@ class PolicyScheduler:
         self.rates = dataclasses.replace(self.rates, later=later)
         # From step 0 where the checkpoint does not say from which step.
         self._set_options(state["options"], later[-1][0] if later else 0)
+        self._note_kept_off()
 
 
 def _with_base(rates: Schedule, step: int, lr: float) -> Schedule:

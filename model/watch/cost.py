@@ -17,8 +17,8 @@ from utils.report.cost_record import FULL_BITS, Cost, LayerCost, stored_bits
 
 
 def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
-    """A quantizer in words, and its bits; ("", 32) for the identity or none."""
-    if not isinstance(quantizer, Quantizer):
+    """A quantizer in words, and its bits; ("", 32) for the identity, none or one that is switched off."""
+    if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
         return "", FULL_BITS
     bits = stored_bits(quantizer.levels)
     return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
@@ -31,14 +31,19 @@ def network_cost(model: nn.Module, input_size: int) -> Cost:
     most of the time, pass their input on.
     """
     layers: list[LayerCost] = []
+    # Before most of them are switched off for the run.
+    described = {quantizer: describe_quantizer(quantizer) for _, quantizer in quantizers(model)}
+
+    def describe(quantizer: nn.Module | None) -> tuple[str, int]:
+        return described[quantizer] if isinstance(quantizer, Quantizer) else describe_quantizer(quantizer)
 
     def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
         if not isinstance(module, nn.Conv2d | nn.Linear):
             return
         quantized = isinstance(module, QuantLayer)
-        weight, weight_bits = describe_quantizer(module.quant_weight if quantized else None)
-        activation, bits = describe_quantizer(module.quant_activation if quantized else None)
-        result, _ = describe_quantizer(module.quant_output if quantized else None)
+        weight, weight_bits = describe(module.quant_weight if quantized else None)
+        activation, bits = describe(module.quant_activation if quantized else None)
+        result, _ = describe(module.quant_output if quantized else None)
         layers.append(
             LayerCost(
                 name=name,
@@ -76,9 +81,11 @@ def one_of_a_kind(model: nn.Module) -> Iterator[None]:
     kinds: list[QuantizerConfig] = []
     repeated: list[Quantizer] = []
     for _, quantizer in quantizers(model):
+        if not quantizer.enabled:
+            continue
         if quantizer.config not in kinds:
             kinds.append(quantizer.config)
-        elif quantizer.enabled:
+        else:
             repeated.append(quantizer)
     try:
         torch.set_num_threads(1)

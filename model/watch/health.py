@@ -65,13 +65,17 @@ class Health:
         with observing(self._model) as hooks:
             for name, layer in self.layers.items():
                 for part, quantizer in layer.quantizers():
-                    if part != "quant_weight":
+                    if part != "quant_weight" and quantizer.enabled:
                         hooks.append(quantizer.register_forward_pre_hook(partial(watch, f"{name}.{part}")))
             self._model(images[:IMAGES])
         for name, before in self._before.items():
             layer = self.layers[name]
             quantizer = layer.quant_weight
-            if isinstance(quantizer, Quantizer):
+            if not isinstance(quantizer, Quantizer):
+                continue
+            if not quantizer.enabled:
+                self._before[name] = None
+            else:
                 integers = _integers(quantizer, layer.weight)
                 now = self._before[name] = _snapshot(layer, quantizer, integers)
                 measured = _measure(quantizer, layer.weight, integers) | _movement(before, now)

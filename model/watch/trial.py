@@ -28,7 +28,9 @@ def constant_signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     taken = {
         name: layer.quant_activation
         for name, layer in quantized_layers(model)
-        if isinstance(layer.quant_activation, Quantizer) and layer.quant_activation.output_is_sign()
+        if isinstance(layer.quant_activation, Quantizer)
+        and layer.quant_activation.enabled
+        and layer.quant_activation.output_is_sign()
     }
     if not taken:
         return ()

@@ -128,3 +128,29 @@ def test_going_back_within_a_case(tmp_path: Path) -> None:
     assert_same(checkpoint(tmp_path, "mine.1"), old)
     assert call(f"{FP} --case mine --epochs 3 -s 1 -r") == 0
     assert "2 epochs are done" in log_of(tmp_path, "mine")
+
+
+UNTRAINED = "normalise by mean 0 and variance 1, which no training found"
+
+
+@pytest.mark.parametrize("word", ["static-bn", "freeze-bn"])
+def test_fixed_statistics_come_from_batch_norms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    """Of a checkpoint with batch norms, which a teacher that inherits the word takes too."""
+    file = "weights/resnet20/fp-checkpoint.pth.tar"
+    taught = f"--distill_teacher resnet20 --distill_pretrained {file}"
+    done_in(
+        tmp_path, f"{FP} --epochs 1 --case fp",
+        f"{FP},{word} --pretrained {file} --epochs 1 --case fixed {taught}",
+    )  # fmt: skip
+    before, after = (checkpoint(tmp_path, case)["state_dict"] for case in ("fp", "fixed"))
+    statistics = [name for name in after if "running_" in name]
+    assert len(statistics) == 2 * 21
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+    log = log_of(tmp_path, "fixed")
+    assert "21 obsolete" in log and UNTRAINED not in log
+    for options, warns in (("", True), (f"--pretrained {file}", False)):
+        capsys.readouterr()
+        done_in(tmp_path, f"{FP},{word} --dry_run {options}")
+        assert (UNTRAINED in capsys.readouterr().out) is warns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from tests.main.runs import (
     assert_same_run,
     call,
     checkpoint,
+    done_in,
     files,
     log_of,
     metrics,
@@ -314,3 +316,45 @@ def test_no_best_epoch_is_said_so(tmp_path: Path) -> None:
     assert call(f"{LSQ} --case none --epochs 3 --stable_epoch 2") == 0
     first, _, last = re.findall(r"epoch \d/3: .*\((.*)\)", log_of(tmp_path, "none"))
     assert first == "no best yet: not all quantizers are on" and last.startswith("best ")
+
+
+@pytest.mark.parametrize(
+    ("option", "policy"),
+    [
+        ("--full_precision layer3.2.*,layer1.0.conv1.0", ""),
+        ("--policy p.yaml", "init: [{name: 'layer3.2.*', enable: false}, {index: 0, enable: false}]"),
+    ],
+)
+def test_chosen_layers_in_full_precision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, policy: str
+) -> None:
+    """By the option or by a policy: right in dry run, sizes, best checkpoint, audit and evaluation."""
+    (tmp_path / "p.yaml").write_text(policy)
+    kept = {"layer1.0.conv1.0", "layer3.2.conv1.0", "layer3.2.conv2.0"}
+    line = f"{LSQ} {option} --epochs 1"
+    best = "weights/resnet20/run-model_best.pth.tar"
+    done_in(tmp_path, f"{line} --dry_run")
+    table = {row.split()[0]: row for row in capsys.readouterr().out.splitlines() if "conv " in row}
+    done_in(tmp_path, f"{line} --case run", f"{line} -e --audit --pretrained {best}")
+    assert all(("lsq" not in table[name]) == (name in {*kept, "conv1"}) for name in table)
+    record = summary(tmp_path, "run")
+    assert {layer["name"] for layer in record["layers"] if layer["weight_bits"] == 32} == {
+        *kept,
+        "conv1",
+        "fc",
+    }
+    assert record["best_top1"] is not None and record["bits"] == "2/2"
+    assert record["audit"] == "passed: 34 quantizers within their levels, 6 switched off on purpose"
+    rows = (tmp_path / "exp/run/quantizers.jsonl").read_text()
+    assert "layer3.1.conv1.0" in rows and "layer3.2" not in rows
+    assert "6 switched off on purpose" in capsys.readouterr().out
+
+
+def test_a_pattern_of_no_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(tmp_path):
+        assert call(f"{LSQ} --full_precision layer9.*") == 2
+        assert call(f"{FP} --full_precision layer1.*") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("selects no quantizer; layers are" in each for each in said)
+    assert "--full_precision layer9.*: " in said[0]
+    assert not any(tmp_path.iterdir())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.text import closest, some_names
 
-# Batch norms count batches but do not use the count at the default momentum; files of PyTorch before 0.4.1 lack it.
+# Batch norms count batches but do not use the count at the default momentum; files of PyTorch before 0.4.1 lack it, and
+# norms whose statistics are fixed have none.
 COUNTERS = frozenset({"num_batches_tracked"})
 
 
@@ -72,7 +73,7 @@ class LoadReport:
     unused: tuple[str, ...] = ()  # in the file only
     mismatched: tuple[Mismatch, ...] = ()
     skipped: tuple[str, ...] = ()  # on either side, because the user asked for it
-    obsolete: tuple[str, ...] = ()  # tables of published files that are not needed
+    obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
 
     def summary(self) -> str:
         """One line: how many names of each kind, and the first few of those that were not loaded."""
@@ -100,7 +101,8 @@ def load_weights(
     Every name must be on both sides with the same shape. Exceptions: names that contain an entry of
     `scope` are skipped; names of the model for which `allow_missing(name)`, and batch norms' counters, may be
     absent from the file; one-element tensors match in any rank; entries of published files that a
-    module lists in `obsolete` are skipped. Data types and whether an entry is a parameter or a buffer do not matter.
+    module lists in `obsolete` are skipped, and so are the counters of batch norms that are norms of fixed statistics
+    here. Data types and whether an entry is a parameter or a buffer do not matter.
     `source` names the file in messages. Afterwards `weights_loaded()` of every module that has it is called; its
     `ValueError` means that the file is damaged.
 
@@ -109,6 +111,11 @@ def load_weights(
     """
     own: dict[str, Tensor] = model.state_dict()
     obsolete = {name for module in model.modules() for name in getattr(module, "obsolete", ())}
+
+    def is_obsolete(name: str) -> bool:
+        norm, _, last = name.rpartition(".")
+        return last in obsolete or (last in COUNTERS and f"{norm}.running_mean".removeprefix(".") in own)
+
     everything = dict.fromkeys((*own, *state))
     for word in scope:
         if not any(word in name for name in everything):
@@ -129,10 +136,10 @@ def load_weights(
     report = LoadReport(
         loaded=tuple(name for name in common if name not in wrong_shape),
         missing=tuple(name for name in ours if name not in theirs),
-        unused=tuple(name for name in extra if name.rpartition(".")[2] not in obsolete),
+        unused=tuple(name for name in extra if not is_obsolete(name)),
         mismatched=mismatched,
         skipped=tuple(skipped),
-        obsolete=tuple(name for name in extra if name.rpartition(".")[2] in obsolete),
+        obsolete=tuple(name for name in extra if is_obsolete(name)),
     )
 
     absent = tuple(

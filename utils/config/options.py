@@ -339,6 +339,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
             "YAML file that changes quantizers and training options as the run goes; see docs/policies.md",
         ),
         option(
+            "full_precision",
+            words,
+            (),
+            "layers whose quantizers are switched off: patterns of whole names with commas between, like layer3.2.*",
+        ),
+        option(
             "proxquant_step",
             int,
             1000,

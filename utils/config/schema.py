@@ -39,7 +39,7 @@ class Rule:
 
     Attributes:
         section: "init", "epoch" or "iteration".
-        number: of the entry in its section, from 1, for messages.
+        number: of the entry in its section, from 1; 0: from `--full_precision`.
         at: epochs done, or iterations (steps of the optimizer) done, when it is applied; empty in `init`.
         index: the layers it selects, numbered from 0 in the order of the network; empty: all.
         name: the layers it selects, as a shell pattern of their whole name.
@@ -62,7 +62,8 @@ class Rule:
 
     def __str__(self) -> str:
         """Its name in messages."""
-        return f"--policy: entry {self.number} of {self.section}"
+        entry = f"policy: entry {self.number} of {self.section}"
+        return f"--{entry if self.number else f'full_precision {self.name}'}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ _declare(
     ("group-norm", "group normalisation, --fm_quant_group groups", _sets(model__norm="group")),
     ("static-bn", "fixed statistics, learned affine part", _sets(model__norm="static")),
     ("freeze-bn", "fixed statistics and affine part", _sets(model__norm="frozen")),
-    ("reverse-bn", "the affine part before normalising", _sets(model__norm="reverse")),
+    ("reverse-bn", "the affine part before and after normalising", _sets(model__norm="reverse")),
     ("instance-norm", "instance normalisation", _sets(model__norm="instance")),
     families=("resnet", "pytorch", "mobilenet", "classic"),
     idle_with={"fixup": (("ReShapeResolution",),)},

@@ -19,6 +19,7 @@ class AuditRow:
         exact: the output always had the values of the quantizer's own integers.
         finite: no value of the output was infinite or not a number.
         warming: it still passes its input on (`--stable`).
+        reason: why it is switched off on purpose, the rest of a sentence; empty for others.
     """
 
     name: str
@@ -28,10 +29,13 @@ class AuditRow:
     exact: bool = True
     finite: bool = True
     warming: bool = False
+    reason: str = ""
 
     @property
     def problem(self) -> str:
         """The quantizer's problem; empty when there is none."""
+        if self.reason:
+            return ""
         if self.seen == 0:
             return "was never reached"
         if self.warming:
@@ -47,7 +51,9 @@ class AuditRow:
 
     @property
     def note(self) -> str:
-        """A remark on a quantizer without a problem: ok, or constant, which carries no information."""
+        """A remark on a quantizer without a problem: ok, off, or constant, which carries no information."""
+        if self.reason:
+            return f"full precision: it {self.reason}"
         return "constant, carries nothing" if self.seen == 1 else "ok"
 
 
@@ -88,9 +94,11 @@ class Audit:
             parts = [f"{wrong[0]} of {len(self.rows)} quantizers"] * bool(wrong[0])
             parts += [f"{wrong[1]} {'layer' if wrong[1] == 1 else 'layers'}"] * bool(wrong[1])
             return f"FAILED: {', '.join(parts)}"
-        constant = sum(row.seen == 1 for row in self.rows)
+        on = [row for row in self.rows if not row.reason]
+        constant, off = sum(row.seen == 1 for row in on), len(self.rows) - len(on)
         note = f", {constant} of them constant" if constant else ""
-        return f"passed: {len(self.rows)} quantizers within their levels{note}"
+        note += f", {off} switched off on purpose" if off else ""
+        return f"passed: {len(on)} quantizers within their levels{note}"
 
     def table(self) -> str:
         """The rows as text."""

@@ -95,7 +95,7 @@ def test_repeated_channels_are_pooled_copies() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "cbsa,origin,fix", "cbas,origin,fix", "cbsa,origin,fix,reverse-bn", "cbsa,origin,fix,static-bn",
+        "cbsa,origin,fix", "cbas,origin,fix", "cbsa,origin,fix,static-bn",
         "cbsa,origin,fix,group-norm", "cbsa,origin,fix,prone", "cbsa,origin,fix,prone,bn_before_restore",
         "bacs,origin,fix", "bcas,origin,fix", "cabs,origin,fix", "cabs,origin,fix --base 2",
     ],
@@ -113,6 +113,7 @@ def test_zero_initialised_norms_make_blocks_shortcuts(words: str) -> None:
     assert not any("zir" in text for text in read(f"{SMALL} --keyword cifar10,zir,{words}".split()).warnings)
 
 
+REVERSED_ZERO = "zir: a norm of reverse-bn has no gradient"
 ZERO = "zir: an activation follows the norm that starts at zero"
 IDLE = {
     "cbsa,origin,fix,real_skip,DCHR": "the keyword real_skip has no effect beside DCHR",
@@ -132,6 +133,7 @@ IDLE = {
     "cbsa,origin,fix,fixup,ReShapeResolution,static-bn": "",
     "cbsa,origin,zir": ZERO,
     "cbsa,zir": "",
+    "cbsa,zir,reverse-bn": REVERSED_ZERO,
     "cbas,zir": ZERO,
     "bacs,preBN,zir": ZERO,
     "bcas,origin,preBN,zir": ZERO,
@@ -145,7 +147,7 @@ def test_words_that_do_nothing_beside_others_are_warnings(words: str) -> None:
     warnings = read(f"{SMALL} --keyword cifar10,{words}".split()).warnings
     assert all(IDLE[words] and IDLE[words] in warning for warning in warnings)
     assert bool(warnings) == bool(IDLE[words])
-    if warnings == () or IDLE[words] == ZERO:
+    if warnings == () or IDLE[words] in (ZERO, REVERSED_ZERO):
         return
     idle = warnings[0].split()[2]
     others = words.replace(f",{idle}", "")
@@ -155,7 +157,9 @@ def test_words_that_do_nothing_beside_others_are_warnings(words: str) -> None:
     assert torch.equal(kept(x), left(x))
 
 
-@pytest.mark.parametrize("words", [words for words, message in IDLE.items() if message == ZERO])
+@pytest.mark.parametrize(
+    "words", [words for words, message in IDLE.items() if message in (ZERO, REVERSED_ZERO)]
+)
 def test_norms_behind_whose_zero_an_activation_stands_never_learn(words: str) -> None:
     model = network(f"cifar10,{words}")
     model(torch.randn(4, 3, 16, 16)).sum().backward()
@@ -258,22 +262,44 @@ def test_space_to_depth_stem_is_a_strided_convolution() -> None:
     torch.testing.assert_close(stem(x), functional.conv2d(x, weight, stride=4))
 
 
-def test_reverse_norm_by_hand() -> None:
-    module = ReverseBatchNorm2d(3)
-    nn.init.uniform_(module.weight, 0.5, 2)
-    nn.init.uniform_(module.bias)
-    x = torch.randn(4, 3, 5, 5)
-    y = x * module.weight.reshape(1, 3, 1, 1) + module.bias.reshape(1, 3, 1, 1)
+REVERSED = {
+    "resnet20": "--keyword cifar10,cbsa,origin,fix,reverse-bn",
+    "pytorch-resnet18": "--keyword cifar10,reverse-bn",
+    "mobilenetv1": "--keyword cifar10,reverse-bn",
+    "mobilenetv2": "--keyword cifar10,reverse-bn",
+    "vgg_small": "--keyword cifar10,reverse-bn",
+    "nin": "--keyword cifar10,reverse-bn",
+}
 
-    def normalise(y: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return (y - mean.reshape(1, 3, 1, 1)) / (var.reshape(1, 3, 1, 1) + 1e-5).sqrt()
 
-    expected = normalise(y, y.mean(dim=(0, 2, 3)), y.var(dim=(0, 2, 3), unbiased=False))
-    torch.testing.assert_close(module(x), expected)
-    torch.testing.assert_close(module.running_mean, 0.1 * y.mean(dim=(0, 2, 3)).detach())
-    assert module.num_batches_tracked == 1
-    module.eval()
-    torch.testing.assert_close(module(x), normalise(y, module.running_mean, module.running_var))
+@pytest.mark.parametrize("model", REVERSED)
+def test_reverse_norms_have_their_affine_part_on_both_sides(model: str) -> None:
+    """As published, in training and in evaluation, in every network that knows the keyword; in float64."""
+    width = "" if model.startswith("pytorch") else "--width_alpha 0.25"
+    net = build_network(
+        read(f"--dataset fake --model {model} --num_classes 5 {width} {REVERSED[model]}".split()).model
+    )
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and all(type(norm) is ReverseBatchNorm2d for norm in norms)
+    norm = norms[0]
+    nn.init.uniform_(norm.weight, -2, 2)
+    nn.init.uniform_(norm.bias, -1, 1)
+    seen: list[tuple[Tensor, Tensor]] = []
+    # A clone: torchvision's activations change it in place.
+    norm.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.clone())))
+    weight, bias = (each.detach().double().reshape(1, -1, 1, 1) for each in (norm.weight, norm.bias))
+    for training in (True, False):
+        net.train(training)(torch.randn(4, 3, 32, 32))
+        x, found = seen[-1]
+        y = x.double() * weight + bias
+        mean, var = y.mean(dim=(0, 2, 3)), y.var(dim=(0, 2, 3), unbiased=False)
+        if training:
+            torch.testing.assert_close(norm.running_mean, 0.1 * mean.float(), check_dtype=False)
+        else:
+            mean, var = norm.running_mean.double(), norm.running_var.double()
+        normed = (y - mean.reshape(1, -1, 1, 1)) / (var.reshape(1, -1, 1, 1) + 1e-5).sqrt()
+        torch.testing.assert_close(found, (normed * weight + bias).float(), rtol=1e-4, atol=1e-5)
+    assert norm.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize(("keyword", "learns"), [("static-bn", True), ("freeze-bn", False)])

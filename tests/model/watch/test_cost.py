@@ -41,6 +41,15 @@ class Small(nn.Module):
         return self.last(x.mean(dim=(2, 3)))
 
 
+def test_quantizers_that_are_off_count_in_full_precision() -> None:
+    """Also where another one of the same kind comes later."""
+    model = Small(quant(*LOW))
+    model.second.quant_weight.enabled = model.last.quant_activation.enabled = False
+    layers = network_cost(model, 8).layers
+    assert [(layer.weight_bits, layer.activation_bits) for layer in layers] == [(32, 32), (32, 2), (2, 32)]
+    assert [quantizer.enabled for _, quantizer in quantizers(model)] == [True, False, False, True]
+
+
 def test_small_network_by_hand() -> None:
     result = network_cost(Small(quant(*LOW)), 8)
     first, second, last = result.layers

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from tests.utils.checkpoint.helpers import message
 from utils.checkpoint.weights import LoadReport, load_weights, state_dict_of
@@ -140,6 +141,24 @@ def test_what_does_not_fit_is_an_error_and_copies_nothing(
     for part in [*parts, "--model, --width_alpha, --keyword", "--unresume_scope NAME"]:
         assert part in text
     assert same(target, before)
+
+
+def test_counters_of_batches_are_not_needed() -> None:
+    """Norms with fixed statistics take those of batch norms; a counter without such a norm is still an error."""
+    source, target = nn.Sequential(nn.BatchNorm2d(3)), nn.Sequential(FrozenBatchNorm2d(3))
+    nn.init.uniform_(source[0].running_mean), nn.init.uniform_(source[0].running_var)
+    report = load_weights(target, source.state_dict(), allow_missing=nothing, source="a.pth")
+    assert (len(report.loaded), report.obsolete, report.unused) == (4, ("0.num_batches_tracked",), ())
+    assert torch.equal(target[0].running_var, source[0].running_var)
+    bare = FrozenBatchNorm2d(3)  # without a name of its own
+    assert load_weights(bare, source[0].state_dict(), allow_missing=nothing, source="a.pth").obsolete == (
+        "num_batches_tracked",
+    )
+    with pytest.raises(UserError, match=r"1 unused \(1.num_batches_tracked"):
+        load_weights(
+            target, source.state_dict() | {"1.num_batches_tracked": torch.tensor(3)}, allow_missing=nothing,
+            source="a.pth",
+        )  # fmt: skip
 
 
 def test_at_most_five_names_are_listed() -> None:

@@ -29,7 +29,7 @@ from utils.config.resolve.training import (
     schedule_config,
     weights_config,
 )  # fmt: skip
-from utils.config.schema import Config
+from utils.config.schema import Config, Rule
 
 # Option -> the field that a keyword sets and the option overrides; `origins` then names the option.
 FIELDS = {
@@ -74,7 +74,7 @@ def resolve(given: Given) -> Config:
         devices=device_config(given),
         run=run_config(given, fields),
         probe=probe_config(given, fields),
-        policy=() if given["policy"] in (None, "none") else policy_file.read_policy(Path(given["policy"])),
+        policy=_policy(given),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
@@ -85,4 +85,14 @@ def resolve(given: Given) -> Config:
             *schedule_warnings,
             *without_effect(given, fields),
         ),
+    )
+
+
+def _policy(given: Given) -> tuple[Rule, ...]:
+    """The rules of `--policy`, then one that switches the quantizers off for each pattern of `--full_precision`."""
+    rules = () if given["policy"] in (None, "none") else policy_file.read_policy(Path(given["policy"]))
+    off = {"enable": False}
+    return (
+        *rules,
+        *(Rule(section="init", number=0, name=name, values=off) for name in given["full_precision"]),
     )

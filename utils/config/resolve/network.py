@@ -59,6 +59,11 @@ def model_config(
             f"zir: an activation follows the norm that starts at zero, has no gradient there and leaves it at "
             f"zero: {block.order} needs {needed}"
         )
+    if resnet and block.zero_init and fields.get("model.norm") == "reverse":
+        warnings.append(
+            "zir: a norm of reverse-bn has no gradient where its scale is zero, so that the blocks' last convolutions "
+            "never learn: leave one of the two out"
+        )
     if (
         family in ("torchvision", "timm")
         and quant.fm.enable
