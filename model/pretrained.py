@@ -22,8 +22,8 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
 
     For an evaluation the file must have everything that quantizers learn. The number of levels comes from the
     command line and not from the file, so that a 4-bit checkpoint can start a 2-bit network; an evaluation with
-    another number of levels than that of the training is an error. Training counts its iterations from zero, so that
-    a warm-up takes place.
+    another number of levels than that of the training is an error, and so is leaving out parts of the network.
+    Training counts its iterations from zero, so that a warm-up takes place.
 
     Args:
         model: the network; its weights and quantizers change in place.
@@ -77,6 +77,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         state,
         allow_missing=lambda name: name.startswith(prefixes) and name not in needed,
         scope=config.run.unresume_scope,
+        whole=config.run.evaluate,
         source=str(path),
     )
     # Counters that start at zero although the file has them are not missing.

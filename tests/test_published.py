@@ -193,7 +193,10 @@ def test_what_quantizers_learn_is_needed_to_evaluate(method: str, learned: str, 
     assert load("part.pth") == counted | lost
     with pytest.raises(UserError, match=rf"{len(lost)} missing \(layer1.0.conv1.0.*{learned} "):
         load("part.pth", "-e")
-    assert load("part.pth", "-e", "--unresume_scope", learned.rpartition(".")[2]) == counted
+    scope = ("--unresume_scope", f"*.{learned}")
+    assert load("part.pth", *scope) == counted
+    with pytest.raises(UserError, match="an evaluation needs the whole network"):
+        load("whole.pth", "-e", *scope)
 
 
 def test_the_range_of_a_warm_up_is_needed_to_evaluate(tmp_path: Path) -> None:
@@ -236,5 +239,7 @@ def test_the_scope_passes_what_does_not_fit(published: Path, capsys: pytest.Capt
     weights = {**weights_of(NAME, lambda value: torch.full((1,), value)), "extra.weight": torch.ones(2)}
     weights["fc.weight"], weights["fc.bias"] = torch.zeros(100, 32), torch.zeros(100)
     torch.save(FORMS["parallel"](weights), published)
-    assert run("-e", "--unresume_scope", "fc,extra") == 0
+    assert run("--epochs", "1", "--unresume_scope", "fc,extra") == 0
     assert "3 skipped (fc.weight, fc.bias, extra.weight)" in capsys.readouterr().out
+    assert run("-e", "--case", "evaluated", "--unresume_scope", "fc,extra") == 2
+    assert "leaves out fc.weight, fc.bias; write" in capsys.readouterr().err

@@ -97,12 +97,18 @@ def test_another_cases_checkpoint_does_not_overwrite_this_case(tmp_path: Path) -
     assert (tmp_path / "weights" / "resnet20" / "dst.1-checkpoint.pth.tar").read_bytes() == before
 
 
-def test_unresume_scope(tmp_path: Path, lsq: Path) -> None:
-    """The classifier of another data set is left out and starts anew."""
+def test_unresume_scope(tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classifier of another data set is left out and starts anew; the network is evaluated with all that it has."""
     path = lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar"
     line = f"{LSQ} --num_classes 7 --case other --epochs 1 --lr 0 --pretrained {path}"
     assert call(line) == 2
+    assert "--unresume_scope fc leaves these out" in capsys.readouterr().err
     assert call(f"{line} --unresume_scope fc") == 0
+    trained = f"{line} --unresume_scope fc -e --case eval --pretrained other-checkpoint.pth.tar"
+    assert call(trained) == 2
+    assert "an evaluation needs the whole network" in capsys.readouterr().err
+    assert call(f"{trained} --unresume_scope none") == 0
+    assert f"top-1 {float(metrics(tmp_path, 'other')[0]['val_top1']):.2f}" in capsys.readouterr().out
     state, old = checkpoint(tmp_path, "other")["state_dict"], checkpoint(lsq, "lsq")["state_dict"]
     assert state["fc.weight"].shape == (7, 32)
     assert torch.equal(state["layer1.0.conv1.0.weight"], old["layer1.0.conv1.0.weight"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.text import closest, some_names
+from utils.text import closest, printable, some_names
 
 # Batch norms count batches but do not use the count at the default momentum; files of PyTorch before 0.4.1 lack it, and
 # norms whose statistics are fixed have none.
@@ -76,16 +77,37 @@ class LoadReport:
     obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
 
     def summary(self) -> str:
-        """One line: how many names of each kind, and the first few of those that were not loaded."""
+        """One line: how many names of each kind, all that were skipped and the first few of the others."""
         kinds = {
-            "missing": self.missing,
-            "unused": self.unused,
-            "of another shape": _both_shapes(self.mismatched),
-            "skipped": self.skipped,
-            "obsolete": self.obsolete,
+            "missing": some_names(self.missing),
+            "unused": some_names(self.unused),
+            "of another shape": some_names(_both_shapes(self.mismatched)),
+            "skipped": ", ".join(map(printable, self.skipped)),
+            "obsolete": some_names(self.obsolete),
         }
-        parts = [f"{len(names)} {kind} ({some_names(names)})" for kind, names in kinds.items() if names]
+        counts = (self.missing, self.unused, self.mismatched, self.skipped, self.obsolete)
+        parts = [
+            f"{len(names)} {kind} ({shown})"
+            for (kind, shown), names in zip(kinds.items(), counts, strict=True)
+            if names
+        ]
         return ", ".join([f"{len(self.loaded)} loaded", *parts])
+
+
+def in_scope(name: str, scope: Iterable[str]) -> bool:
+    """Whether an entry of `--unresume_scope` names this parameter.
+
+    An entry is the whole name of a parameter, that of a module with all its parameters, or a pattern of such names.
+
+    Example:
+        >>> in_scope("fc.weight", ["fc"]), in_scope("layer1.0.se.fc1.weight", ["fc"])
+        (True, False)
+        >>> in_scope("layer1.0.se.fc1.weight", ["*.se"]), in_scope("layer1.0.se.fc1.weight", ["fc*"])
+        (True, False)
+    """
+    parts = name.split(".")
+    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(one, entry) for entry in scope for one in names)
 
 
 def load_weights(
@@ -93,13 +115,15 @@ def load_weights(
     state: Mapping[str, Tensor],
     *,
     allow_missing: Callable[[str], bool],
-    scope: tuple[str, ...] = (),
+    scope: tuple[str, ...] | None = None,
+    whole: bool = False,
     source: str,
 ) -> LoadReport:
     """Copy `state` into `model` by name, all of it or nothing.
 
-    Every name must be on both sides with the same shape. Exceptions: names that contain an entry of
-    `scope` are skipped; names of the model for which `allow_missing(name)`, and batch norms' counters, may be
+    Every name must be on both sides with the same shape. Exceptions: names in `scope` (see `in_scope`) are skipped,
+    where `whole` only those that the model does not have; None is for files of which nothing can be skipped; names of
+    the model for which `allow_missing(name)`, and batch norms' counters, may be
     absent from the file; one-element tensors match in any rank; entries of published files that a
     module lists in `obsolete` are skipped, and so are the counters of batch norms that are norms of fixed statistics
     here. Data types and whether an entry is a parameter or a buffer do not matter.
@@ -107,7 +131,7 @@ def load_weights(
     `ValueError` means that the file is damaged.
 
     Raises UserError, before anything is copied, when the names or shapes do not fit, when an entry of `scope`
-    matches no name, or when nothing at all would be loaded.
+    matches no name or, where `whole`, one of the model, or when nothing at all would be loaded.
     """
     own: dict[str, Tensor] = model.state_dict()
     obsolete = {name for module in model.modules() for name in getattr(module, "obsolete", ())}
@@ -117,12 +141,19 @@ def load_weights(
         return last in obsolete or (last in COUNTERS and f"{norm}.running_mean".removeprefix(".") in own)
 
     everything = dict.fromkeys((*own, *state))
-    for word in scope:
-        if not any(word in name for name in everything):
-            close = closest(word, {part for name in everything for part in name.split(".")}, cutoff=0.5)
-            raise UserError(f"--unresume_scope {word!r}: no name in {source} or the network has it{close}")
-
-    skipped = {name: None for name in everything if any(word in name for word in scope)}
+    for word in scope or ():
+        if not any(in_scope(name, [word]) for name in everything):
+            raise UserError(
+                f"--unresume_scope {word!r}: no name in {source} or the network is this or below it"
+                f"{_meant(word, everything)}"
+            )
+    skipped = {name: None for name in everything if in_scope(name, scope or ())}
+    needed = [name for name in skipped if name in own]
+    if whole and needed:
+        raise UserError(
+            f"--unresume_scope {','.join(scope or ())}: an evaluation needs the whole network, and this leaves out "
+            f"{some_names(needed)}; write --unresume_scope none and name the checkpoint of a trained network"
+        )
     theirs = {name: value for name, value in state.items() if name not in skipped}
     ours = {name: value for name, value in own.items() if name not in skipped}
     extra = tuple(name for name in theirs if name not in ours)
@@ -151,10 +182,13 @@ def load_weights(
             problems.append(f"{len(report.unused)} unused ({some_names(_with_shape(report.unused, state))})")
         if mismatched:
             problems.append(f"{len(mismatched)} of another shape ({some_names(_both_shapes(mismatched))})")
+        hint = "" if scope is None else "; --unresume_scope NAME skips a layer or parameter of that name"
+        if scope is not None and not (whole or absent or report.unused):
+            layers = ",".join(dict.fromkeys(name.rpartition(".")[0] for name, _, _ in mismatched))
+            hint = f"; --unresume_scope {layers} leaves these out, to train them anew"
         raise UserError(
             f"{source} does not fit the network: {'; '.join(problems)}; a checkpoint of another network? "
-            "check --model, --width_alpha, --keyword; "
-            "--unresume_scope NAME skips parameters whose name contains NAME"
+            f"check --model, --width_alpha, --keyword{hint}"
         )
     if not report.loaded:
         raise UserError(f"nothing of {source} would be loaded: {report.summary()}")
@@ -170,6 +204,16 @@ def load_weights(
             except ValueError as error:
                 raise UserError(f"{source} is damaged: {error}; use another file") from error
     return report
+
+
+def _meant(word: str, names: Iterable[str]) -> str:
+    """What an entry of a scope that matches nothing may have meant, as the end of a message."""
+    containing = [name for name in names if word in name]
+    if containing:
+        return f"; write '*{word}*' for the {len(containing)} that contain it ({some_names(containing)})"
+    layers = {part for name in names for part in (name.rpartition(".")[0], name.partition(".")[0])} - {""}
+    endings = {f"*.{name.rpartition('.')[2]}" for name in names}
+    return closest(word, {*names, *layers, *endings}, cutoff=0.5)
 
 
 def _with_shape(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:

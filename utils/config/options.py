@@ -156,7 +156,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
         ),
         option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
         option("resume_file", str, None, "continue from this checkpoint"),
-        option("unresume_scope", words, (), "parts of parameter names that --pretrained leaves alone"),
+        option(
+            "unresume_scope",
+            words,
+            (),
+            "layers or parameters that --pretrained leaves alone: whole names or patterns, or none",
+            unset=(("none",),),
+        ),
         option("weights_dir", str, "weights", "folder of the checkpoints"),
         option("log_dir", str, "exp", "folder of logs, metrics and TensorBoard files"),
         option(

@@ -138,8 +138,9 @@ def test_what_does_not_fit_is_an_error_and_copies_nothing(
         load_weights(target, source.state_dict(), allow_missing=nothing, source="a.pth")
     text = message(error)
     assert text.startswith("a.pth does not fit the network: ")
-    for part in [*parts, "--model, --width_alpha, --keyword", "--unresume_scope NAME"]:
+    for part in [*parts, "--model, --width_alpha, --keyword"]:
         assert part in text
+    assert "--unresume_scope" not in text  # of a teacher or a resumed run
     assert same(target, before)
 
 
@@ -173,7 +174,7 @@ def test_scope_skips_on_both_sides() -> None:
     """Another class count and another quantizer, both left out on request and reported."""
     source, target = Net(classes=10, quantized=False), Net()
     before = snapshot(target)
-    scope = ("fc", "clip_val", "level_num")
+    scope = ("fc", "*.clip_val", "conv.level_num")
     report = load_weights(target, source.state_dict(), allow_missing=nothing, scope=scope, source="a.pth")
     assert report.skipped == ("conv.clip_val", "conv.level_num", "fc.weight", "fc.bias")
     assert report.missing == report.unused == report.mismatched == ()
@@ -182,7 +183,15 @@ def test_scope_skips_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scope", "text"), [("clip_vall", "did you mean clip_val?"), ("zzz", "no name in a.pth")]
+    ("scope", "text"),
+    [
+        ("conv.clip_vall", "did you mean conv.clip_val"),
+        ("fcc", "did you mean fc"),
+        ("zzz", "no name in a.pth"),
+        ("clip", "write '*clip*' for the 1 that contain it (conv.clip_val)"),
+        ("f", "write '*f*' for the 2 that contain it (fc.weight, fc.bias)"),
+        ("weight", "write '*weight*' for the 3"),
+    ],
 )
 def test_a_scope_that_matches_nothing_is_an_error(scope: str, text: str) -> None:
     """A misspelt name would silently load what was to be left out."""
@@ -192,6 +201,60 @@ def test_a_scope_that_matches_nothing_is_an_error(scope: str, text: str) -> None
         load_weights(target, Net().state_dict(), allow_missing=nothing, scope=("fc", scope), source="a.pth")
     assert text in message(error) and f"--unresume_scope '{scope}'" in message(error)
     assert same(target, before)
+
+
+@pytest.mark.parametrize(
+    ("classes", "kwargs", "text"),
+    [
+        (10, {}, "; --unresume_scope fc leaves these out, to train them anew"),
+        (10, {"whole": True}, "; --unresume_scope NAME skips"),
+        (3, {}, "; --unresume_scope NAME skips"),
+    ],
+)
+def test_the_advice_names_the_layers_of_another_shape(
+    classes: int, kwargs: dict[str, bool], text: str
+) -> None:
+    state = Net(classes=classes, quantized=classes != 3).state_dict()
+    with pytest.raises(UserError) as error:
+        load_weights(Net(), state, allow_missing=nothing, scope=(), source="a.pth", **kwargs)
+    assert text in message(error)
+
+
+@pytest.mark.parametrize(
+    ("scope", "skipped"),
+    [
+        ("fc", ["fc.weight", "fc.bias"]),
+        ("fc.*", ["fc.weight", "fc.bias"]),
+        ("conv1.weight", ["conv1.weight"]),
+        ("*conv1.weight", ["conv1.weight", "layer1.conv1.weight"]),
+        ("layer1", ["layer1.conv1.weight", "layer1.fc.weight", "layer1.fc.bias", "layer1.fc10.weight"]),
+        ("layer?.fc", ["layer1.fc.weight", "layer1.fc.bias"]),
+        ("*.fc", ["layer1.fc.weight", "layer1.fc.bias"]),
+    ],
+)
+def test_a_scope_is_a_whole_name_or_a_pattern(scope: str, skipped: list[str]) -> None:
+    """Not a part of a name: gates called `fc` inside blocks and other layers' `conv1.weight` load."""
+    model = nn.Module()
+    model.conv1, model.fc = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(1, 2)
+    model.layer1 = nn.Module()
+    model.layer1.conv1, model.layer1.fc = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(1, 1)
+    model.layer1.fc10 = nn.Linear(1, 1, bias=False)
+    report = load_weights(model, snapshot(model), allow_missing=nothing, scope=(scope,), source="a.pth")
+    assert list(report.skipped) == skipped
+    assert f"{len(skipped)} skipped ({', '.join(skipped)})" in report.summary()
+
+
+def test_a_whole_network_skips_nothing_of_its_own() -> None:
+    """An evaluation with a random last layer would count for nothing; what only the file has may be left out."""
+    state = {**Net().state_dict(), "aux.weight": torch.ones(1)}
+    target = Net()
+    before = snapshot(target)
+    with pytest.raises(UserError) as error:
+        load_weights(target, state, allow_missing=nothing, scope=("aux", "fc"), whole=True, source="a.pth")
+    assert "leaves out fc.weight, fc.bias; write --unresume_scope none" in message(error)
+    assert same(target, before)
+    report = load_weights(target, state, allow_missing=nothing, scope=("aux",), whole=True, source="a.pth")
+    assert report.skipped == ("aux.weight",) and len(report.loaded) == 11
 
 
 def test_loading_nothing_is_an_error() -> None:

@@ -43,7 +43,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "re_init_range": (not given["re_init"], "without --re_init"),
         "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
-        "unresume_scope": (given["pretrained"] is None, "without --pretrained"),
+        "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
