@@ -157,7 +157,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
     """Open the data and fit warm-ups to its epochs; returns loaders, learning rates and warnings."""
     config = here.config
-    loaders = open_data(config.data, here.device)
+    loaders = open_data(config.data, here.device, here.checked_data)
     check_batches(config, loaders.train.samples)
     build.set_stable(model, len(loaders.train))
     rates = Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))
