@@ -135,7 +135,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
     "run": (
         option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
         option("seed", int, 0, "seed of everything random"),
-        option("evaluate", bool, False, "validate only; nothing is written but the log", aliases=("-e",)),
+        option(
+            "evaluate",
+            bool,
+            False,
+            "validate only; nothing is written but the log; train/ may be missing",
+            aliases=("-e",),
+        ),
         option(
             "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
         ),

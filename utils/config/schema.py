@@ -219,6 +219,7 @@ class DataConfig:
     root: Path | None = None
     batch_size: int = 128  # images per iteration
     val_batch_size: int = 128  # 0: no validation
+    train: bool = True  # False: an evaluation, which needs no training images
     workers: int = 2
     num_classes: int = 10
     input_size: int = 32

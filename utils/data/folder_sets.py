@@ -26,8 +26,9 @@ def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
 
-    names = check_folders(config.root, config.dataset, val=bool(config.val_batch_size))
-    check_classes(config, len(names["train"].classes), f"{config.root}")
+    val = bool(config.val_batch_size)
+    names = check_folders(config.root, config.dataset, val=val, train=config.train or not val)
+    check_classes(config, len(next(iter(names.values())).classes), f"{config.root}")
     return names
 
 
@@ -55,7 +56,8 @@ def _folder_loaders(
             unreadable=unreadable,
         )
 
-    return loaders_of(config, deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
+    deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
+    return loaders_of(config, deliveries, open_, train="train" in names)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

@@ -106,8 +106,14 @@ def note(
         )
 
 
-def check_folders(root: Path | None, dataset: str, *, val: bool) -> dict[str, ImageNames]:
+def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = True) -> dict[str, ImageNames]:
     """Return the images of `train/` in `root`, and of `val/` when that is wanted, by these two words.
+
+    Args:
+        root: the folder that holds both.
+        dataset: the data set's name, for messages.
+        val: whether `val/` is wanted.
+        train: whether `train/` must be there; if not, it is read where it is.
 
     Raises:
         UserError: as `ImageNames`; or the classes differ.
@@ -116,8 +122,9 @@ def check_folders(root: Path | None, dataset: str, *, val: bool) -> dict[str, Im
         raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")
     if not root.is_dir():
         raise UserError(f"--root {root} is not a folder: name the one that holds train/ and val/")
-    parts = {name: ImageNames(root / name) for name in (("train", "val") if val else ("train",))}
-    if val:
+    wanted = {"train": train or (root / "train").is_dir(), "val": val}
+    parts = {name: ImageNames(root / name) for name, is_wanted in wanted.items() if is_wanted}
+    if len(parts) == 2:
         other = set(parts["train"].classes) ^ set(parts["val"].classes)
         if other:
             raise UserError(
@@ -129,9 +136,10 @@ def check_folders(root: Path | None, dataset: str, *, val: bool) -> dict[str, Im
 def _class_folders(folder: Path) -> list[str]:
     """Names of the class folders, sorted; raises `UserError` unless there are some."""
     if not folder.is_dir():
+        alone = "; only --evaluate without --bn_batches needs no train/" if folder.name == "train" else ""
         raise UserError(
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
-            "per class"
+            f"per class{alone}"
         )
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     lost = [entry.name for entry in entries if not os.path.exists(entry.path)]
