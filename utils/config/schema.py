@@ -234,6 +234,7 @@ class DataConfig:
     mixup_alpha: float = 0.0  # parameter of Mixup's beta distribution; 0: no Mixup
     cutmix_alpha: float = 0.0  # the same of CutMix
     skip_corrupt: int = 0  # unreadable images that may be left out
+    ignore_orientation: bool = False  # JPEG, PNG and WebP as they are stored, not turned as EXIF says
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,9 +43,11 @@ def _folder_loaders(
     config: DataConfig, device: torch.device, names: dict[str, ImageNames], loader: Callable[..., Loader]
 ) -> Loaders:
     """Loaders over the folders of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
+    from utils.data.image_file import Decoding
     from utils.data.image_folder import Unreadable
 
     unreadable = Unreadable(config.skip_corrupt)
+    decoding = Decoding(ignore_orientation=config.ignore_orientation)
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
@@ -54,6 +56,7 @@ def _folder_loaders(
             size=config.input_size,
             workers=config.workers,
             unreadable=unreadable,
+            decoding=decoding,
         )
 
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
