@@ -157,7 +157,14 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
     """Open the data and fit warm-ups to its epochs; returns loaders, learning rates and warnings."""
     config = here.config
-    loaders = open_data(config.data, here.device)
+    loaders = open_data(config.data, here.device, here.checked_data)
+    if loaders.training is None:
+        # Evaluation uses no rate. No entry of a policy may seem to lie beyond the run: an epoch counts as endless.
+        build.set_stable(model, 0)
+        quant = config.model.quant
+        assumed = any(part.stable_epoch > 0 for part in (quant.fm, quant.wt, quant.ot) if part.enable)
+        warning = "--stable_epoch: without training images an epoch has no length, so it counts as over"
+        return loaders, Schedule(config.schedule, config.optim.lr, 2**31), (warning,) * assumed
     check_batches(config, loaders.train.samples)
     build.set_stable(model, len(loaders.train))
     rates = Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))
@@ -197,6 +204,8 @@ def _resume(
         progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
         changed = run_state.schedule_change(found.payload, progress, config, steps_per_epoch)
         warnings = (changed,) * (changed != "" and not config.run.evaluate)
+    if config.run.evaluate:  # which has no state of a policy
+        return progress, warnings
     with run_state.believing(found.path):
         step = run_state.next_step(progress, config, steps_per_epoch, len(loaders.train))
         policy.load_state_dict(progress.policy, step)

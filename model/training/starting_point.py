@@ -6,6 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ class Surroundings:
         folder: for the log and the metrics.
         files: the case's checkpoints.
         teacher: the teacher's checkpoint; None without distillation.
+        checked_data: what `utils.data.sources.check_data` has read of the data set.
         warnings: warnings so far.
     """
 
@@ -40,6 +42,7 @@ class Surroundings:
     folder: Path
     files: CheckpointFiles
     teacher: Path | None
+    checked_data: Any
     warnings: tuple[str, ...]
 
 
@@ -76,10 +79,9 @@ def find_surroundings(config: Config) -> Surroundings:
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill
     teacher = None if distill is None else find_teacher(distill, settings.weights_dir)
-    check_data(config.data)
     return Surroundings(
         config=config, place=place, device=device, folder=settings.log_dir / settings.case, files=files,
-        teacher=teacher, warnings=warnings,
+        teacher=teacher, checked_data=check_data(config.data), warnings=warnings,
     )  # fmt: skip
 
 

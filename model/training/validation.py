@@ -41,10 +41,10 @@ def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: 
     average, row = training.methods.average, dict[str, float]()
     if average.exists:  # first, so that the norms' statistics are the network's own in the end
         with average.applied(training.model):
-            reestimate_norms(training, loaders.train, epoch)
+            reestimate_norms(training, loaders, epoch)
             distributed.share_state(training.model)
             row |= {f"ema_{name}": value for name, value in validate(training, loaders.val, stop).items()}
-    reestimate_norms(training, loaders.train, epoch)
+    reestimate_norms(training, loaders, epoch)
     distributed.share_state(training.model)
     return row | {f"val_{name}": value for name, value in validate(training, loaders.val, stop).items()}
 
@@ -67,15 +67,15 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
     return meters.Totals.means(distributed.summed(totals.sums))
 
 
-def reestimate_norms(training: TrainingState, loader: Loader, epoch: int) -> None:
+def reestimate_norms(training: TrainingState, loaders: Loaders, epoch: int) -> None:
     """Re-estimate the batch norms' statistics from the first `bn_batches` training batches of `epoch` (from 0)."""
     count = training.config.run.bn_batches
     if count == 0:
         return
-    loader.set_epoch(epoch)
-    loader.set_position(0)
+    loaders.train.set_epoch(epoch)
+    loaders.train.set_position(0)
     with training.precision.autocast():
-        batches = (training.images(images) for images, _ in itertools.islice(loader, count))
+        batches = (training.images(images) for images, _ in itertools.islice(loaders.train, count))
         batch_statistics.reestimate(training.model, batches)
 
 

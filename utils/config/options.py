@@ -45,6 +45,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
         ),
         option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
         option("skip_corrupt", int, 0, "image files that may be left out because they cannot be read"),
+        option(
+            "ignore_orientation",
+            bool,
+            False,
+            "JPEG, PNG and WebP files as they are stored, not turned upright as EXIF says: for older runs",
+        ),
         option("mean", floats, None, "mean per channel, of images in [0, 1]; default: the data set's"),
         option("std", floats, None, "standard deviation per channel; default: the data set's"),
         option("fake_size", int, 256, "training images of the data set fake"),
@@ -135,7 +141,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
     "run": (
         option("case", str, "default", "name of the run: of its checkpoints and its folder in log_dir"),
         option("seed", int, 0, "seed of everything random"),
-        option("evaluate", bool, False, "validate only; nothing is written but the log", aliases=("-e",)),
+        option(
+            "evaluate",
+            bool,
+            False,
+            "validate only; nothing is written but the log; train/ may be missing",
+            aliases=("-e",),
+        ),
         option(
             "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
         ),

@@ -92,7 +92,7 @@ class Cifar:
                 f"or make it, and {self.files.filename} is downloaded into it"
             )
 
-    def build(self, config: DataConfig, device: torch.device) -> Loaders:
+    def build(self, config: DataConfig, device: torch.device, _: None) -> Loaders:
         """Load both sets into memory; files that are missing are downloaded."""
         root = Path("data") if config.root is None else config.root
         return tensor_loaders(

@@ -18,12 +18,25 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from nvidia.dali.tensors import TensorCPU
+from PIL import Image
 from torch import Tensor
 
 from utils.data.crop import centre_crop, crop_and_flip, put, resize, resize_to_centre
-from utils.data.image_file import DECODE_ERRORS, decode, not_for_dali, parse, read, reason_of
+from utils.data.image_file import (
+    DECODE_ERRORS,
+    PLAIN,
+    Decoding,
+    dali_decodes_alike,
+    decode,
+    not_for_dali,
+    parse,
+    read,
+    reason_of,
+    stored_size,
+)
 from utils.data.image_folder import ImageNames, Unreadable, note
 from utils.data.loader import Delivery, Loader, Raw
+from utils.data.orientation import TURNS, Turn
 
 _AHEAD = 2  # batches queued in DALI, and batches whose files are being read
 
@@ -34,13 +47,15 @@ class _File(NamedTuple):
     Attributes:
         index: its number in the set.
         data: the file, uint8 [bytes].
-        crop: top, left, height and width of the part to decode, in pixels, float32 [4].
-        flip: whether it is flipped left to right.
+        crop: top, left, height and width of the part to decode, in pixels of the stored image, float32 [4].
+        turn: turns it upright.
+        flip: whether it is then flipped left to right.
     """
 
     index: int
     data: np.ndarray
     crop: np.ndarray
+    turn: Turn
     flip: bool
 
 
@@ -62,13 +77,21 @@ class DaliLoader(Loader):
             image of a batch; 0 counts as 1.
         unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
             images is left out.
+        decoding: what decoding does with the pixels.
 
     Raises:
         UserError: while iterating, when more images than allowed cannot be decoded; names the path.
     """
 
     def __init__(
-        self, names: ImageNames, delivery: Delivery, *, size: int, workers: int, unreadable: Unreadable
+        self,
+        names: ImageNames,
+        delivery: Delivery,
+        *,
+        size: int,
+        workers: int,
+        unreadable: Unreadable,
+        decoding: Decoding = PLAIN,
     ) -> None:
         super().__init__(len(names), delivery)
         self._names = names
@@ -76,6 +99,7 @@ class DaliLoader(Loader):
         self._size = size
         self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
+        self._decoding = decoding
         self._idle: Pipeline | None = None  # a pipeline without batches in it
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
@@ -133,19 +157,26 @@ class DaliLoader(Loader):
         try:
             data = read(self._names.path(index))
             with parse(data) as image:
-                width, height = image.size
+                turn = TURNS[self._decoding.orientation(image, data)]
+                width, height = stored_size(image)[:: -1 if turn.transpose else 1]
                 if what := not_for_dali(image):
                     image.load()
                     return index, f"DALI cannot decode {what}, --dataset imagenet can"
+                if not dali_decodes_alike(image, data):
+                    decoded = decode(data, self._decoding)
+                    data, turn, (width, height) = _ppm(decoded), TURNS[1], decoded.size
                 # DALI fills the missing end of a JPEG with grey; Pillow reports that it is truncated.
                 if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
         except DECODE_ERRORS as error:
             return index, reason_of(error)
-        crop, flip = (0, 0, height, width), False
+        (top, left, high, wide), flip = (0, 0, height, width), False
         if self._delivery.train:
-            crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
-        return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
+            (top, left, high, wide), flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
+        edges = np.reshape(turn.stored((top, left, top + high, left + wide), height, width), (2, 2))
+        first, last = edges.min(0), edges.max(0)
+        crop = np.concatenate([first, last - first]).astype(np.float32)
+        return _File(index, np.frombuffer(data, np.uint8), crop, turn, flip)
 
     def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
         """Try the files one by one; record and leave out images that cannot be decoded or resized."""
@@ -176,15 +207,17 @@ class DaliLoader(Loader):
                 data, crop[:2], crop[2:], axes=(0, 1), normalized_anchor=False, normalized_shape=False,
                 device="mixed" if gpu else "cpu",  # mixed: from the CPU's memory to the GPU's, in hardware
                 output_type=types.DALIImageType.RGB,
-                adjust_orientation=False,  # as in torchvision's loader
+                adjust_orientation=False,  # images are turned here, as Pillow reads EXIF
                 jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
             )  # fmt: skip
             if gpu:
-                part = fn.external_source(name="part")
+                part, size = (fn.external_source(name=name) for name in ("part", "size"))
                 image = fn.resize(
-                    image, size=(self._size, self._size), roi_start=part[:2], roi_end=part[2:], antialias=True,
+                    image, size=size, roi_start=part[:2], roi_end=part[2:], antialias=True,
                     interp_type=types.DALIInterpType.INTERP_LINEAR,
                 )  # fmt: skip
+                # Flat, since those that are to be transposed may have another shape.
+                image = fn.reshape(image, shape=[-1])  # pyright: ignore[reportCallIssue, reportArgumentType]
             pipeline.set_outputs(image)
         pipeline.build()
         return pipeline
@@ -195,14 +228,15 @@ class DaliLoader(Loader):
         pipeline.feed_input("crop", [file.crop for file in files])
         if self._on_cuda:
             pipeline.feed_input("part", [self._part(file) for file in files])
+            pipeline.feed_input("size", [self._stored_size(file) for file in files])
         pipeline.schedule_run()
 
     def _part(self, file: _File) -> np.ndarray:
-        """Return top, left, bottom and right of the part of a crop that fills the result, float32 [4].
+        """Return top, left, bottom and right of the part of a stored crop that fills the result, float32 [4].
 
-        Its edges may lie within a pixel. Left and right are exchanged for a flip.
+        Its edges may lie within a pixel. Opposite edges are exchanged for a flip.
         """
-        height, width = file.crop[2:].tolist()
+        height, width = file.crop[2:].tolist()[:: -1 if file.turn.transpose else 1]
         if self._delivery.train:
             part = (0, width, height, 0) if file.flip else (0, 0, height, width)
         else:
@@ -210,7 +244,12 @@ class DaliLoader(Loader):
             down, across = height / resized_height, width / resized_width
             bottom, right = top + self._size, left + self._size
             part = (top * down, left * across, bottom * down, right * across)
-        return np.array(part, np.float32)
+        return np.array(file.turn.stored(part, height, width), np.float32)
+
+    def _stored_size(self, file: _File) -> np.ndarray:
+        """Return height and width of the result before it is transposed, float32 [2]."""
+        size = (self._size, self._size)
+        return np.array(size[:: -1 if file.turn.transpose else 1], np.float32)
 
     def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
         """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
@@ -222,7 +261,11 @@ class DaliLoader(Loader):
         images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
         if self._on_cuda:
             stream = torch.cuda.current_stream(device)
-            feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
+            feed_ndarray(output.as_tensor(), images.view(len(files), -1), cuda_stream=stream)
+            for image, file in zip(images, files, strict=True):
+                if file.turn.transpose:
+                    stored = self._stored_size(file).astype(int).tolist()
+                    image.copy_(image.reshape(*stored, 3).transpose(0, 1).clone())
             stream.synchronize()  # the copy is done before DALI gets its memory back
         else:
             list(threads.map(self._resize, output, files, images))
@@ -231,9 +274,14 @@ class DaliLoader(Loader):
 
     def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
         """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
-        size, pixels = self._size, torch.from_dlpack(crop)
+        size, pixels = self._size, file.turn.upright(torch.from_dlpack(crop))
         image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
         put(image, to, flip=file.flip)
+
+
+def _ppm(image: Image.Image) -> bytes:
+    """Return the pixels of an RGB image as a file that any decoder reads without a loss."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 
 def _why(data: bytes) -> str:

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from utils.data import workers
 from utils.data.crop import crop_and_flip, put, resize, resize_to_centre
-from utils.data.image_file import DECODE_ERRORS, decode, read, reason_of
+from utils.data.image_file import DECODE_ERRORS, PLAIN, Decoding, decode, read, reason_of
 from utils.data.image_folder import ImageNames, Unreadable, note
 from utils.data.loader import Delivery, Loader, Raw, rand_augment
 from utils.errors import TrainingError, UserError
@@ -41,9 +41,17 @@ class _ImageFiles(Dataset[_Read]):
     """Batches of images, decoded, cropped and resized into `slots`, uint8 [slots, N, S, S, 3]."""
 
     def __init__(
-        self, names: ImageNames, slots: Tensor, *, train: bool, randaugment: int | None, seed: int
+        self,
+        names: ImageNames,
+        slots: Tensor,
+        *,
+        decoding: Decoding,
+        train: bool,
+        randaugment: int | None,
+        seed: int,
     ) -> None:
         self._names = names
+        self._decoding = decoding
         self._slots = slots
         self._train = train
         self._augment = None if randaugment is None else v2.RandAugment(magnitude=randaugment)
@@ -54,7 +62,7 @@ class _ImageFiles(Dataset[_Read]):
         bad: list[tuple[int, str]] = []
         for index in batch.numbers:
             try:
-                image = decode(read(self._names.path(index)))
+                image = decode(read(self._names.path(index)), self._decoding)
                 self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
@@ -123,6 +131,7 @@ class FolderLoader(Loader):
         workers: number of processes, at most the number of batches; they stay between epochs. 0: read in this process.
         unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
             images is left out.
+        decoding: what decoding does with the pixels.
         randaugment: magnitude of RandAugment in training; None: none.
 
     Raises:
@@ -138,6 +147,7 @@ class FolderLoader(Loader):
         size: int,
         workers: int,
         unreadable: Unreadable,
+        decoding: Decoding = PLAIN,
         randaugment: int | None = None,
     ) -> None:
         super().__init__(len(names), delivery)
@@ -146,6 +156,7 @@ class FolderLoader(Loader):
         self._size = size
         self._workers = min(workers, len(self))
         self._unreadable = unreadable
+        self._decoding = decoding
         self._randaugment = randaugment
         self._asked = _Batches(ahead=_PREFETCH * self._workers)
         self._slots = torch.empty(0)
@@ -166,7 +177,7 @@ class FolderLoader(Loader):
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return DataLoader(
             _ImageFiles(
-                self._names, self._slots, train=self._delivery.train,
+                self._names, self._slots, decoding=self._decoding, train=self._delivery.train,
                 randaugment=self._randaugment, seed=self._delivery.seed,
             ),
             sampler=self._asked,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,46 +14,56 @@ from utils.data.loader import Delivery, Loader
 from utils.data.loaders import Loaders, check_classes, deliveries_of, loaders_of
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    from utils.data.image_folder import ImageNames
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def check_imagenet(config: DataConfig) -> None:
-    """Raise `UserError` for folders that are missing or another number of classes."""
+def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
+    """List the images; raises `UserError` for folders that are missing or another number of classes."""
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
 
-    classes = check_folders(config.root, config.dataset, val=bool(config.val_batch_size))
-    check_classes(config, classes, f"{config.root}")
+    val = bool(config.val_batch_size)
+    names = check_folders(config.root, config.dataset, val=val, train=config.train or not val)
+    check_classes(config, len(next(iter(names.values())).classes), f"{config.root}")
+    return names
 
 
-def build_imagenet(config: DataConfig, device: torch.device) -> Loaders:
+def build_imagenet(config: DataConfig, device: torch.device, names: dict[str, ImageNames]) -> Loaders:
     """Loaders of images that Pillow decodes."""
     from utils.data.folder_loader import FolderLoader
 
-    return _folder_loaders(config, device, partial(FolderLoader, randaugment=config.rand_augment))
+    return _folder_loaders(config, device, names, partial(FolderLoader, randaugment=config.rand_augment))
 
 
-def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[..., Loader]) -> Loaders:
+def _folder_loaders(
+    config: DataConfig, device: torch.device, names: dict[str, ImageNames], loader: Callable[..., Loader]
+) -> Loaders:
     """Loaders over the folders of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
-    from utils.data.image_folder import ImageNames, Unreadable
+    from utils.data.image_file import Decoding
+    from utils.data.image_folder import Unreadable
 
-    assert config.root is not None  # checked
-    root, unreadable = config.root, Unreadable(config.skip_corrupt)
+    unreadable = Unreadable(config.skip_corrupt)
+    decoding = Decoding(ignore_orientation=config.ignore_orientation)
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
-            ImageNames(root / ("train" if delivery.train else "val")),
+            names["train" if delivery.train else "val"],
             delivery,
             size=config.input_size,
             workers=config.workers,
             unreadable=unreadable,
+            decoding=decoding,
         )
 
-    return loaders_of(config, deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
+    deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
+    return loaders_of(config, deliveries, open_, train="train" in names)
 
 
-def check_dali(config: DataConfig) -> None:
+def check_dali(config: DataConfig) -> dict[str, ImageNames]:
     """As `check_imagenet`; and raise `UserError` where DALI is not installed or cannot be imported."""
     install = (
         "pip install nvidia-dali-cuda130 (or the one of your CUDA version); --dataset imagenet reads the same "
@@ -66,11 +77,11 @@ def check_dali(config: DataConfig) -> None:
         raise UserError(
             f"--dataset dali: NVIDIA's DALI is installed but cannot be imported ({error}): {install}"
         ) from error
-    check_imagenet(config)
+    return check_imagenet(config)
 
 
-def build_dali(config: DataConfig, device: torch.device) -> Loaders:
+def build_dali(config: DataConfig, device: torch.device, names: dict[str, ImageNames]) -> Loaders:
     """Loaders of images that DALI decodes."""
     from utils.data.dali_loader import DaliLoader  # imports an optional library
 
-    return _folder_loaders(config, device, DaliLoader)
+    return _folder_loaders(config, device, names, DaliLoader)

@@ -52,19 +52,24 @@ class ImageNames:
     """Paths and classes of the images in a folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
+        classes: names of the class folders, sorted.
         target: classes, int64 [samples].
 
     Raises:
-        UserError: a folder cannot be listed.
+        UserError: the folder is missing or has no class folders; a class folder has no images or cannot be listed; a
+            link leads nowhere.
     """
 
     def __init__(self, folder: Path) -> None:
-        classes = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        self.classes = _class_folders(folder)
         # `ImageFolder` itself would list the images below a link that leads back up some forty times.
-        images = [_images(Path(path)) for path in classes]
+        images = [_images(folder / name) for name in self.classes]
+        empty = [name for name, paths in zip(self.classes, images, strict=True) if not paths]
+        if empty:
+            raise UserError(f"{folder} has class folders without images: fill or remove {_some(empty)}")
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
-        self.target = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
+        self.target = np.repeat(np.arange(len(self.classes)), [len(paths) for paths in images])
 
     def __len__(self) -> int:
         return len(self.target)
@@ -101,33 +106,40 @@ def note(
         )
 
 
-def check_folders(root: Path | None, dataset: str, *, val: bool) -> int:
-    """Return the number of classes of `train/` in `root`, and of `val/` when that is wanted.
+def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = True) -> dict[str, ImageNames]:
+    """Return the images of `train/` in `root`, and of `val/` when that is wanted, by these two words.
+
+    Args:
+        root: the folder that holds both.
+        dataset: the data set's name, for messages.
+        val: whether `val/` is wanted.
+        train: whether `train/` must be there; if not, it is read where it is.
 
     Raises:
-        UserError: a folder is missing or has no class folders; a class folder has no images; a link leads nowhere;
-            the classes differ.
+        UserError: as `ImageNames`; or the classes differ.
     """
     if root is None:
         raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")
     if not root.is_dir():
         raise UserError(f"--root {root} is not a folder: name the one that holds train/ and val/")
-    classes = _class_folders(root / "train")
-    if val:
-        other = set(classes) ^ set(_class_folders(root / "val"))
+    wanted = {"train": train or (root / "train").is_dir(), "val": val}
+    parts = {name: ImageNames(root / name) for name, is_wanted in wanted.items() if is_wanted}
+    if len(parts) == 2:
+        other = set(parts["train"].classes) ^ set(parts["val"].classes)
         if other:
             raise UserError(
                 f"train/ and val/ in {root} have different classes: {_some(sorted(other))} must be in both"
             )
-    return len(classes)
+    return parts
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted; raises `UserError` unless there are some and each has an image."""
+    """Names of the class folders, sorted; raises `UserError` unless there are some."""
     if not folder.is_dir():
+        alone = "; only --evaluate without --bn_batches needs no train/" if folder.name == "train" else ""
         raise UserError(
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
-            "per class"
+            f"per class{alone}"
         )
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     lost = [entry.name for entry in entries if not os.path.exists(entry.path)]
@@ -136,14 +148,7 @@ def _class_folders(folder: Path) -> list[str]:
     classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
         raise UserError(f"{folder} has no class folders: put its images into one folder per class")
-    empty = [name for name in classes if not _has_image(folder / name)]
-    if empty:
-        raise UserError(f"{folder} has class folders without images: fill or remove {_some(empty)}")
     return classes
-
-
-def _has_image(folder: Path) -> bool:
-    return any(is_image_file(name) for _, names in walk(folder) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:

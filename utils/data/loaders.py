@@ -22,18 +22,25 @@ class Loaders:
     """The loaders of a data set, and its statistics.
 
     Attributes:
-        train: batches of the training set.
+        training: batches of the training set; None in the evaluation of a data set without one.
         val: batches of the validation set; None without validation.
         num_classes: number of classes.
         mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
     """
 
-    train: Loader
+    training: Loader | None
     val: Loader | None
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def train(self) -> Loader:
+        """Batches of the training set. Raises `ValueError` where there is none."""
+        if self.training is None:
+            raise ValueError("the data set was opened for an evaluation and has no training images")
+        return self.training
 
 
 def check_classes(config: DataConfig, classes: int, what: str) -> None:
@@ -68,16 +75,20 @@ def deliveries_of(
 
 
 def loaders_of(
-    config: DataConfig, deliveries: tuple[Delivery, Delivery], open_: Callable[[Delivery], Loader]
+    config: DataConfig,
+    deliveries: tuple[Delivery, Delivery],
+    open_: Callable[[Delivery], Loader],
+    *,
+    train: bool = True,
 ) -> Loaders:
-    """Both loaders, each made by `open_`."""
-    train, val = deliveries
+    """Both loaders, each made by `open_`; `train` says whether there is a training set."""
+    training, val = deliveries
     return Loaders(
-        train=open_(train),
+        training=open_(training) if train else None,
         val=open_(val) if config.val_batch_size else None,
         num_classes=config.num_classes,
-        mean=train.mean,
-        std=train.std,
+        mean=training.mean,
+        std=training.std,
     )
 
 

@@ -65,7 +65,7 @@ def _grey_loaders(
     )
 
 
-def build_digits(config: DataConfig, device: torch.device) -> Loaders:
+def build_digits(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn."""
     return _grey_loaders(config, device, *digits(config.input_size), warp)
 
@@ -76,7 +76,7 @@ def check_glyphs(config: DataConfig) -> None:
     font_files()
 
 
-def build_glyphs(config: DataConfig, device: torch.device) -> Loaders:
+def build_glyphs(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """Characters that `utils.data.glyphs` draws."""
     return _grey_loaders(config, device, *glyphs(), partial(warp, padding="border"))
 
@@ -87,7 +87,7 @@ def check_fake(config: DataConfig) -> None:
         raise UserError(f"--fake_size {config.fake_size}: write the number of training images, 1 or more")
 
 
-def build_fake(config: DataConfig, device: torch.device) -> Loaders:
+def build_fake(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """Computed images, in place of another data set's."""
 
     def part(split: int, samples: int) -> tuple[Store, Tensor]:

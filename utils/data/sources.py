@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,12 +29,13 @@ class Source:
     """A data set by name.
 
     Attributes:
-        check: raises `UserError` for mistakes that would make `build` fail, as far as a quick look can find them.
-        build: makes the loaders, for batches on a device; runs after `check`.
+        check: raises `UserError` for mistakes that would make `build` fail, as far as a quick look can find them;
+            returns what it has read on the way, such as the names of all images.
+        build: makes the loaders, for batches on a device, from what `check` returned.
     """
 
-    check: Callable[[DataConfig], None]
-    build: Callable[[DataConfig, torch.device], Loaders]
+    check: Callable[[DataConfig], Any]
+    build: Callable[[DataConfig, torch.device, Any], Loaders]
 
 
 SOURCES: dict[str, Source] = {
@@ -52,10 +54,11 @@ SOURCES: dict[str, Source] = {
 _FARTHEST = 1e6
 
 
-def check_data(config: DataConfig) -> None:
+def check_data(config: DataConfig) -> Any:
     """Look for mistakes that are cheap to find, before anything heavy is built.
 
-    Nothing is downloaded or read beyond the names of folders and files.
+    Nothing is downloaded or read beyond the names of folders and files. These are returned for `open_data`, which
+    else would list them again.
 
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
@@ -83,19 +86,20 @@ def check_data(config: DataConfig) -> None:
         )
     workers.check_workers(config.workers)
     try:
-        SOURCES[config.dataset].check(config)
+        return SOURCES[config.dataset].check(config)
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; check --root and its permissions"
         ) from error
 
 
-def open_data(config: DataConfig, device: torch.device = CPU) -> Loaders:
-    """Check the configuration and open the data set it names.
+def open_data(config: DataConfig, device: torch.device = CPU, checked: Any = None) -> Loaders:
+    """Open the data set that a configuration names; check it first unless that is done.
 
     Args:
         config: the data set, its batches and their augmentation.
         device: the device that the batches are for.
+        checked: what `check_data` returned for this configuration.
 
     Returns:
         The loaders of both sets; `val` is None when `val_batch_size` is 0.
@@ -103,5 +107,5 @@ def open_data(config: DataConfig, device: torch.device = CPU) -> Loaders:
     Raises:
         UserError: as `check_data`; or the CIFAR files are missing and cannot be downloaded, or are damaged.
     """
-    check_data(config)
-    return SOURCES[config.dataset].build(config, device)
+    checked = check_data(config) if checked is None else checked
+    return SOURCES[config.dataset].build(config, device, checked)

@@ -204,6 +204,10 @@ def test_a_typical_line() -> None:
             "--dataset dali --root x --skip_corrupt 5",
             {"keywords": ("imagenet",), "data.dataset": "dali", "data.skip_corrupt": 5},
         ),
+        (
+            "--dataset imagenet --root x --ignore_orientation",
+            {"data.ignore_orientation": True, "data.skip_corrupt": 0},
+        ),
         # Validation.
         ("-b 48", {"data.batch_size": 48, "data.val_batch_size": 48}),
         ("-b 48 -v 10", {"data.batch_size": 48, "data.val_batch_size": 10}),
@@ -259,6 +263,7 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--mixup_alpha 0.3", ["--mixup_alpha has no effect without --mixup_enable"]),
         ("--cutmix_alpha 0.3", ["--cutmix_alpha has no effect without --cutmix_enable"]),
         ("--skip_corrupt 3", ["--skip_corrupt has no effect with the data set digits"]),
+        ("--ignore_orientation", ["--ignore_orientation has no effect with the data set digits"]),
         ("--keyword cbas,dorefa", ["stays in full precision"]),
         ("--re_init", ["--re_init has no effect"]),
         (

@@ -54,6 +54,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         root=None if given["root"] is None else Path(given["root"]),
         batch_size=batch,
         val_batch_size=batch if given["val_batch_size"] is None else given["val_batch_size"],
+        train=not given["evaluate"] or given["bn_batches"] > 0,
         workers=given["workers"],
         num_classes=model.num_classes,
         input_size=model.input_size,
@@ -66,6 +67,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         mixup_alpha=given["mixup_alpha"] if given["mixup_enable"] else 0.0,
         cutmix_alpha=given["cutmix_alpha"] if given["cutmix_enable"] else 0.0,
         skip_corrupt=given["skip_corrupt"],
+        ignore_orientation=bool(given["ignore_orientation"]),
     )
 
 

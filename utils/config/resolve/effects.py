@@ -45,7 +45,10 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
         "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
-        "skip_corrupt": (dataset not in ("imagenet", "dali"), f"with the data set {dataset}"),
+        **{
+            name: (dataset not in ("imagenet", "dali"), f"with the data set {dataset}")
+            for name in ("skip_corrupt", "ignore_orientation")
+        },
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
         "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
         **{

@@ -1,0 +1,77 @@
+"""Runs on folders of images: how often these are listed, and what they may lack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.main.runs import call, done_in, metrics
+from tests.utils.data.helpers import CLASSES, write_folder
+
+NETWORK = "--model resnet20 --width_alpha 0.125 --keyword imagenet,cbas,origin --input_size 32"
+FOLDER = f"{NETWORK} --dataset imagenet --root images --num_classes 3 -b 4 -j 0"
+BITS = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
+QUANTIZED = f"{FOLDER} --keyword imagenet,cbas,origin,dorefa,lsq {BITS} --stable_epoch 1"
+
+
+def test_class_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "images", train=2, val=1)
+    listed: Counter[str] = Counter()
+    scandir = os.scandir
+
+    def counted(path: Any = ".") -> Any:
+        listed[os.fspath(path)] += 1
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert call(f"{FOLDER} --dry_run") == 0
+    found = {
+        f"{part}/{name}": listed[f"images/{part}/{name}"] for part in ("train", "val") for name in CLASSES
+    }
+    assert found == dict.fromkeys(found, 1)
+
+
+@pytest.fixture(scope="module")
+def only_val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoint of a 2-bit run, and images of which only `val/` is left."""
+    root = tmp_path_factory.mktemp("only-val")
+    write_folder(root / "images", train=4, val=2)
+    done_in(root, f"{QUANTIZED} --case whole --epochs 3")
+    shutil.rmtree(root / "images" / "train")
+    return root
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_an_evaluation_needs_no_training_images(
+    only_val: Path, dataset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    monkeypatch.chdir(only_val)
+    assert call(f"{QUANTIZED} --case whole --dataset {dataset} -e -r --audit") == 0
+    last = metrics(only_val, "whole")[-1]
+    assert f"\ntop-1 {float(last['val_top1']):.2f}, " in capsys.readouterr().out
+
+
+def test_a_policy_and_a_warm_up_in_epochs_go_with_an_evaluation_without_training_images(
+    only_val: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(only_val)
+    Path("policy.yaml").write_text("iteration:\n  - at: [5]\n    lr: 0.01\n", encoding="utf-8")
+    assert call(f"{QUANTIZED} --case whole -e -r --policy policy.yaml") == 0
+    assert "--stable_epoch: without training images an epoch has no length" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["", "-e --bn_batches 2"])
+def test_training_images_are_missed_where_they_are_needed(
+    only_val: Path, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(only_val)
+    assert call(f"{QUANTIZED} --case other {options}") == 2
+    assert "images/train is missing: " in capsys.readouterr().err
+    assert not Path("exp/other").exists()
