@@ -45,6 +45,11 @@ def loss_type(text: str) -> str:
     return "kl" if text == "soft" else text
 
 
+def dataset(text: str) -> str:
+    """A data set; folder is a second name of imagenet, any folder of images by class."""
+    return "imagenet" if text == "folder" else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """One option.

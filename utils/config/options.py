@@ -6,7 +6,7 @@ torch is loaded. Options with several words may be written with `_` or `-`.
 
 from __future__ import annotations
 
-from utils.config.option import Option, floats, integer, integers, loss_type, option, words
+from utils.config.option import Option, dataset, floats, integer, integers, loss_type, option, words
 from utils.config.schema import (
     ADAPTIVE,
     CUSTOM_SCALES,
@@ -21,12 +21,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
         option(
             "dataset",
-            str,
+            dataset,
             None,
-            "data set; default: the keyword's, else digits",
-            choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "dali", "fake"),
+            "data set; folder: images of your own, as imagenet; default: the keyword's, else digits",
+            choices=("digits", "glyphs", "cifar10", "cifar100", "imagenet", "folder", "dali", "fake"),
         ),
-        option("root", str, None, "folder of the data set (imagenet: holds train/ and val/)"),
+        option("root", str, None, "folder of the data set (imagenet, folder: holds train/ and val/)"),
         option("batch_size", int, 128, "images per iteration", aliases=("-b",)),
         option(
             "val_batch_size",
@@ -127,7 +127,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "device_ids",
             integers,
             None,
-            "GPUs, a process each; default: the first one, the CPU where there is none",
+            "GPUs, a process each; default: 0, the first one, or the CPU where there is none",
             aliases=("-g",),
             many=True,
         ),

@@ -104,13 +104,13 @@ def device_of(place: Place, config: DeviceConfig) -> tuple[torch.device, tuple[s
     """The GPU of this process, the CPU where there is none; and warnings.
 
     Raises:
-        UserError: there are fewer GPUs than were asked for.
+        UserError: there are fewer GPUs than were asked for; the first alone is asked for by habit, and is a warning.
     """
     if not torch.cuda.is_available():
-        ids = " ".join(map(str, config.ids))
-        return torch.device("cpu"), (f"--device_ids {ids}: no GPU is available, running on the CPU",) * bool(
-            ids
-        )
+        asked = f"--device_ids {' '.join(map(str, config.ids))}: no GPU is available"
+        if config.ids not in ((), (0,)):
+            raise UserError(f"{asked}; write -g 0, or leave it out, to run on the CPU")
+        return torch.device("cpu"), (f"{asked}, running on the CPU",) * len(config.ids)
     count = torch.cuda.device_count()
     missing = [index for index in config.ids if index >= count]
     if missing:

@@ -280,14 +280,3 @@ def test_a_teacher_of_another_width(teacher: Path, capsys: pytest.CaptureFixture
     assert main.main(f"{LSQ} {have(teacher)} --distill_width_alpha 0.25".split()) == 2
     said = capsys.readouterr().err
     assert "--distill_pretrained" in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--freeze_momentum 0.5", "--freeze_momentum has no effect without --freeze_threshold"),
-        ("--re_init_percentile 90", "--re_init_percentile has no effect without --re_init_range percentile"),
-    ],
-)
-def test_options_without_effect_are_named(options: str, message: str) -> None:
-    assert message in read(f"{LSQ} {options}".split()).warnings

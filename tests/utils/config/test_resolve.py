@@ -166,6 +166,7 @@ def test_a_typical_line() -> None:
             {"data.dataset": "cifar100", "keywords": ("cifar100",), "model.num_classes": 100},
         ),
         ("--dataset cifar10 --keyword cifar10,cbas", {"keywords": ("cifar10", "cbas")}),
+        ("--dataset folder --root x", {"data.dataset": "imagenet", "keywords": ("imagenet",)}),
         ("--dataset imagenet --root x", {"model.input_size": 224, "model.stem.kind": "imagenet"}),
         (
             "--dataset imagenet --root x --num_classes 20 --input_size 64",
@@ -260,8 +261,20 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
     [
         (QUANTIZED, []),
         ("--fm_bit 2", ["--fm_bit has no effect without --fm_enable"]),
-        ("--mixup_alpha 0.3", ["--mixup_alpha has no effect without --mixup_enable"]),
-        ("--cutmix_alpha 0.3", ["--cutmix_alpha has no effect without --cutmix_enable"]),
+        ("--mixup_alpha 0.2", ["--mixup_alpha has no effect without --mixup_enable"]),  # its default
+        ("--opt_level O1", ["--opt_level has no effect without --fp16"]),
+        ("--lr_policy cos --lr_custom_step 3", ["--lr_custom_step has no effect with --lr_policy cos"]),
+        # A later option has made them idle.
+        ("--dataset imagenet --root x --dataset digits", ["--root has no effect with the data set digits"]),
+        ("--dataset imagenet --root x --dataset fake", []),
+        (
+            "--dataset fake --fake_size 8 --dataset digits",
+            ["--fake_size has no effect with the data set digits"],
+        ),
+        (
+            f"{QUANTIZED.replace('--fm_enable ', '').replace('--fm_bit 2', '--fm_bit 32')}",
+            ["--fm_bit has no effect without --fm_enable"],
+        ),
         ("--skip_corrupt 3", ["--skip_corrupt has no effect with the data set digits"]),
         ("--ignore_orientation", ["--ignore_orientation has no effect with the data set digits"]),
         ("--keyword cbas,dorefa", ["stays in full precision"]),
@@ -429,6 +442,30 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--mean 0,0,0 --std 1,58.4,1", "--std: 58.4 is not of images in .*; divide all three by 255"),
         ("--mean 0.5,-1,0.5 --std 1,1,1", "--mean: -1 is not of images in .*; give numbers from 0 to 1"),
         ("-r --resume_file x", "--resume contradicts --resume_file"),
+        # Options that name what the run would not use.
+        (
+            "--root /my/photos --model torchvision:resnet18",
+            "--root /my/photos .* digits, .*: write --dataset folder",
+        ),
+        ("--dataset glyphs --root x", "--root x has no effect .*--dataset folder"),
+        ("--dataset fake --keyword cifar10 --root x", "--root x has no effect .*--dataset folder"),
+        ("--fake_size 8", "--fake_size 8 has no effect .*: write --dataset fake"),
+        (
+            "--keyword cbas,dorefa,lsq --fm_bit 2",
+            "--fm_bit 2: activations are not quantized: add --fm_enable",
+        ),
+        (f"{QUANTIZED} --ot_level 3", "--ot_level 3: outputs are not quantized: add --ot_enable"),
+        ("--keyword cbas,dorefa --fm_enable --wt_bit 2", "--wt_bit 2: weights .* add --wt_enable"),
+        ("--opt_level O2", "--opt_level O2 has no effect without --fp16.*: add --fp16"),
+        ("--re_init_range mse", "--re_init_range mse has no effect .*: add --re_init,"),
+        (
+            f"{QUANTIZED} --re_init --re_init_percentile 90",
+            "90.0 has no .*: add .*--re_init_range percentile",
+        ),
+        ("--mixup_alpha 0.3", "--mixup_alpha 0.3 has no effect .*: add --mixup_enable"),
+        ("--cutmix_alpha 0.3", "--cutmix_alpha 0.3 has no effect .*: add --cutmix_enable"),
+        ("--freeze_momentum 0.5", "--freeze_momentum 0.5 has no effect .*: add --freeze_threshold"),
+        (f"{QUANTIZED} --proxquant_step 9", "--proxquant_step 9 has no effect .*: add the keyword proxquant"),
         ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
     ],
 )

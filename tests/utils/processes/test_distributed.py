@@ -376,9 +376,13 @@ def test_numbers_of_the_environment() -> None:
         int_of({"A": "-1"}, "A", 3)
 
 
-def test_the_cpu_is_taken_with_a_warning() -> None:
+def test_without_a_gpu_the_cpu_takes_the_place_of_the_first_alone() -> None:
+    """With a warning where it is named; other GPUs that are named were meant."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    device, warnings = device_of(Place(), DeviceConfig(ids=(0, 1)))
-    assert device.type == "cpu" and warnings == ("--device_ids 0 1: no GPU is available, running on the CPU",)
+    device, warnings = device_of(Place(), DeviceConfig(ids=(0,)))
+    assert device.type == "cpu" and warnings == ("--device_ids 0: no GPU is available, running on the CPU",)
     assert device_of(Place(), DeviceConfig())[1] == ()
+    for ids, shown in (((99,), "99"), ((0, 1), "0 1")):
+        with pytest.raises(UserError, match=f"^--device_ids {shown}: no GPU is available; write -g 0"):
+            device_of(Place(), DeviceConfig(ids=ids))

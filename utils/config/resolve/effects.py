@@ -1,4 +1,4 @@
-"""Warnings for options that were given although nothing in the run reads them."""
+"""Options that nothing in the run reads: warnings, and errors where an option names what is meant."""
 
 from __future__ import annotations
 
@@ -8,19 +8,41 @@ from typing import Any
 from utils.config import keyword
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, record_of
-from utils.config.options import OLDER
+from utils.config.options import OLDER, OPTIONS
 from utils.config.resolve.data_and_run import resume_file
 from utils.config.schema import READ_ETA_MIN, TAGS
+from utils.errors import UserError
+
+# Options that name what a run shall use: option -> the option that decides whether it does, and what to write.
+# Without effect they are errors: the run would train something else than was meant.
+NAMING = {
+    "root": ("dataset", "write --dataset folder to train on a folder of images"),
+    "fake_size": ("dataset", "write --dataset fake for computed images"),
+    "opt_level": ("fp16", "add --fp16"),
+    "re_init_range": ("re_init", "add --re_init"),
+    "re_init_percentile": ("re_init_range", "add --re_init --re_init_range percentile"),
+    "mixup_alpha": ("mixup_enable", "add --mixup_enable"),
+    "cutmix_alpha": ("cutmix_enable", "add --cutmix_enable"),
+    "freeze_momentum": ("freeze_threshold", "add --freeze_threshold"),
+    "proxquant_step": ("keyword", "add the keyword proxquant"),
+}
+FULL_PRECISION = 32  # bits; configs write them for a tag that is not quantized
 
 
 def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
-    """Warnings for options that were given although nothing in this run reads them."""
+    """Warnings for options that were given although nothing in this run reads them.
+
+    Raises:
+        UserError: such an option names what the run shall use, and is no default that configs write out.
+    """
+    _refuse_unused_bits(given, fields)
     policy = given["lr_policy"]
     dataset = given["dataset"] or fields.get("data.dataset", "digits")
     calibrates = bool(given["stable"] or given["stable_epoch"])
     untaught = given["distill_teacher"] in (None, "none")
     idle = {
         "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
+        "lr_custom_step": (policy in ("fix_step", "decay", "fix", "cos"), f"with --lr_policy {policy}"),
         "eta_min": (policy not in READ_ETA_MIN, f"with --lr_policy {policy}"),
         "momentum": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
         "nesterov": (given["optimizer"].upper() == "ADAM", "with --optimizer ADAM"),
@@ -56,7 +78,10 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
-        "root": (dataset in ("digits", "glyphs"), f"with the data set {dataset}, which needs no files"),
+        "root": (
+            dataset in ("digits", "glyphs") or (dataset == "fake" and "dataset" not in given.replaced),
+            f"with the data set {dataset}, which needs no files",
+        ),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
         **{
             f"{tag}_adaptive_restore": (given[f"{tag}_adaptive"] == "none", f"without --{tag}_adaptive")
@@ -69,16 +94,41 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         },
         **{option.name: (True, f"here: it is {option.help}") for group in OLDER.values() for option in group},
     }
-    warnings = [
-        f"--{name} has no effect {when}"
-        for name, (is_idle, when) in idle.items()
-        if is_idle and name in given.explicit
-    ]
+    warnings = []
+    for name, (is_idle, when) in idle.items():
+        if is_idle and name in given.explicit:
+            if name in NAMING:
+                _refuse_naming(name, when, given)
+            warnings.append(f"--{name} has no effect {when}")
     warnings += _idle_words(given)
     for name in ("custom_lr", "custom_decay"):
         if given[f"{name}_list"] and name not in given.explicit:
             warnings.append(f"--{name}_list without --{name}: it is {given[name]}")
     return warnings
+
+
+def _refuse_unused_bits(given: Given, fields: Mapping[str, Any]) -> None:
+    """Refuse bits and levels of tensors that are not quantized, where a method is named."""
+    if all(fields.get(f"quant.{tag}.method", "none") == "none" for tag in TAGS):
+        return
+    for tag, what in TAGS.items():
+        for name in (f"{tag}_bit", f"{tag}_level"):
+            written = name in given.explicit and given[name] != FULL_PRECISION
+            if written and not given[f"{tag}_enable"]:
+                raise UserError(
+                    f"--{name} {given[name]}: {what}s are not quantized: add --{tag}_enable, or leave --{name} out"
+                )
+
+
+def _refuse_naming(name: str, when: str, given: Given) -> None:
+    """Refuse an option without effect that names what is meant.
+
+    Defaults stay a warning, since configs write them out, and so does what a later option has made idle.
+    """
+    decides, instead = NAMING[name]
+    default = given[name] in (OPTIONS[name].default, "O1")  # O1: the opt_level that --fp16 alone takes
+    if not default and decides not in given.replaced:
+        raise UserError(f"--{name} {given[name]} has no effect {when}: {instead}, or leave --{name} out")
 
 
 def _called(method: str) -> str:
