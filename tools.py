@@ -34,7 +34,7 @@ class Word:
 
 
 WORDS: dict[str, Word] = {
-    "compare": Word(runs.compare, ("runs",)),
+    "compare": Word(runs.compare, ("runs",), ("output", "force")),
     "report": Word(runs.report, ("runs",), ("output", "force")),
     "verbose": Word(checkpoints.verbose, ("old",), ("verbose_list",)),
     "load": Word(checkpoints.load, ("old",)),
@@ -145,8 +145,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, exp/CASE")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: RUN/report.html, of several runs report.html"
-    )
+        "--output", type=Path, metavar="FILE",
+        help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
 

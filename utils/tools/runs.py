@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from utils.errors import UserError
-from utils.text import format_table
+from utils.report import run_files
+from utils.tools import comparison
 from utils.tools.options import Options, refuse_existing
+
+_FORMATS = {".csv": comparison.as_csv, ".json": comparison.as_json}
 
 
 def compare(options: Options) -> int:
-    """Print a table of finished RUNS, the gaps against the first, and the files to look at."""
-    folders = options.runs or ()
-    runs = [_summary(folder) for folder in folders]
-    first = runs[0]["last_top1"]
-    rows = []
-    for run in runs:
-        top1 = run["last_top1"]
-        gap = "" if run is runs[0] or None in (top1, first) else f"{top1 - first:+.2f}"
-        saved = run["float_weight_bytes"] / run["weight_bytes"]
-        rows.append((
-            run["case"], run["network"], run["bits"], "-" if top1 is None else f"{top1:.2f}", gap,
-            f"{run['weight_bytes'] / 1024:.1f}", f"{run['float_weight_bytes'] / 1024:.1f}", f"{saved:.1f}x",
-            run["audit"],
-        ))  # fmt: skip
-    head = ("run", "network", "bits w/a", "top-1 %", "gap", "weights KiB", "float32 KiB", "smaller", "audit")
-    print(format_table(head, rows))
-    print("top-1: validation images, after the last epoch; weights: those of convolutions and linear layers")
+    """Print a table of finished RUNS: seeds as mean and spread, gaps to the first, what differs, files to look at."""
+    folders = _trained(options.runs or ())
+    output = options.output
+    if output is not None:
+        if output.suffix not in _FORMATS:
+            raise UserError(f"--output {output}: end the file's name in {' or '.join(_FORMATS)}")
+        _check_output(options, output)
+    found = run_files.read(folders)
+    runs = [run for run in found if run.summary is not None]
+    for run in found:
+        if run.summary is None:
+            print(
+                f"left out, not finished: {run.folder} ({run.done} of {run.planned} epochs)", file=sys.stderr
+            )
+    if not runs:
+        raise UserError(f"{folders[0]} is not finished; compare needs finished runs, report takes others too")
+    rows = comparison.grouped(runs)
+    print(comparison.as_text(rows))
+    if output is not None:
+        from utils.checkpoint import archive  # imports torch
+
+        archive.write_atomic(output, _FORMATS[output.suffix](rows).encode())
+        print(f"\nwritten: {output}")
     print("\nlook at:")
-    for folder in folders:
+    paths = [run.folder for run in runs]
+    for path in paths:
         for name in ("curves.png", "metrics.csv", "audit.txt", "tensorboard"):
-            if (folder / name).exists():
-                print(f"  {folder / name}")
-    if any((folder / "tensorboard").exists() for folder in folders):
-        print(f"  tensorboard --logdir {os.path.commonpath([str(folder) for folder in folders])}")
+            if (path / name).exists():
+                print(f"  {path / name}")
+    if any((path / "tensorboard").exists() for path in paths):
+        if len({path.is_absolute() for path in paths}) > 1:
+            paths = [path.absolute() for path in paths]
+        print(f"  tensorboard --logdir {os.path.commonpath(paths) or '.'}")
     return 0
 
 
@@ -44,13 +56,10 @@ def report(options: Options) -> int:
     """Write a page about RUNS, finished or not: curves, quantizers, cost, configuration."""
     from utils.checkpoint import archive  # imports torch
     from utils.report.html import page
-    from utils.report.html import runs as run_files
 
-    folders = options.runs or ()
+    folders = _trained(options.runs or ())
     path = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--output {path}: name a file in a folder that exists")
-    refuse_existing(options, path)
+    _check_output(options, path)
     archive.write_atomic(path, page.render(run_files.read(folders)).encode())
     print(
         f"{path}: {len(folders)} run{'' if len(folders) == 1 else 's'}, {path.stat().st_size / 2**20:.1f} MiB"
@@ -58,18 +67,17 @@ def report(options: Options) -> int:
     return 0
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    """The summary that a finished run wrote. Raises UserError when there is none."""
-    path = folder / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; name the folders of finished runs, such as exp/CASE"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    needed = {"case", "network", "bits", "last_top1", "weight_bytes", "float_weight_bytes", "audit"}
-    if not isinstance(summary, dict) or not needed <= summary.keys():
-        raise UserError(f"{path} is not the summary of a run")
-    return summary
+def _trained(folders: Sequence[Path]) -> list[Path]:
+    """The folders without those of evaluations and the like, which are named on standard error."""
+    trained = run_files.trained(folders)
+    left = [folder for folder in folders if folder not in trained]
+    if left:
+        print(f"left out, nothing was trained there: {', '.join(map(str, left))}", file=sys.stderr)
+    return trained
+
+
+def _check_output(options: Options, path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output {path}: name a file in a folder that exists")
+    refuse_existing(options, path)

@@ -15,10 +15,14 @@ from plotly import graph_objects
 from plotly.offline import get_plotlyjs
 
 from utils.config.schema import TAGS
-from utils.report.html.runs import Run
+from utils.report.run_files import Run
 
 FOLDER = Path(__file__).resolve().parent
-COLOURS = ("#3b82c4", "#e07b39", "#2fa37c", "#c46fa3", "#b8952f", "#6f7bd9", "#c9544d", "#58a6b0")
+# One per run. Palettes of plotly and matplotlib with so many have some that vanish on a light or on a dark background.
+COLOURS = (
+    "#3b82c4", "#e07b39", "#2fa37c", "#aa1478", "#f082fa", "#785000", "#8cbef0", "#aac800", "#643cbe", "#c82800",
+    "#b46ea0", "#007800", "#00646e", "#f0aaaa", "#9678fa", "#28d2b4", "#968200", "#faaa00", "#aaaa78", "#78506e",
+)  # fmt: skip
 GREY, LINES = "#7d8590", "rgba(128, 128, 128, 0.22)"  # visible on light and on dark backgrounds
 SHOWN_EPOCHS = 12  # epochs whose histograms are on the page
 CURVES = (  # heading, column of the training, column of the validation
@@ -81,7 +85,6 @@ def _overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         top1, summary = _last_top1(run), run.summary or {}
         best = [row["val_top1"] for row in run.metrics if _finite(row.get("val_top1")) is not None]
-        smaller = summary["float_weight_bytes"] / max(summary["weight_bytes"], 1) if summary else None
         rows.append(
             {
                 "run": run,
@@ -91,7 +94,7 @@ def _overview(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "best": max(best, default=None),
                 "gap": None if run is runs[0] or top1 is None or first is None else top1 - first,
                 "kib": summary["weight_bytes"] / 1024 if summary else None,
-                "smaller": smaller,
+                "smaller": run.smaller,
                 "bit_operations": summary.get("bit_operations"),
                 "audit": summary.get("audit"),
             }

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.main.runs import done_in
-from utils.report.html import page, runs
+from utils.report import run_files
+from utils.report.html import page
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
@@ -45,7 +46,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items())
     )
     path = folder / "report.html"
-    path.write_text(page.render(runs.read([folder / "exp" / case for case in LINES])), encoding="utf-8")
+    path.write_text(page.render(run_files.read([folder / "exp" / case for case in LINES])), encoding="utf-8")
     return path
 
 

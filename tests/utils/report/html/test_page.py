@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import main
@@ -18,8 +20,9 @@ import tools
 from tests.main.runs import done_in
 from utils.config.resolve import read as read_config
 from utils.errors import UserError
+from utils.report import run_files
 from utils.report.epoch_files import MetricsFile, RecordsFile
-from utils.report.html import page, runs
+from utils.report.html import page
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --epochs 2"
 LINES = {
@@ -66,7 +69,7 @@ def cells(text: str, section: str) -> list[list[str]]:
 
 def test_the_page_is_whole(finished: Path) -> None:
     """Every section, every run and every figure, and nothing from elsewhere."""
-    text = page.render(runs.read([finished / "full", finished / "two"]))
+    text = page.render(run_files.read([finished / "full", finished / "two"]))
     for section in ("overview", "curves", "quantizers", "levels", "epochs", "cost", "audit", "configuration"):
         assert text.count(f'<section id="{section}">') == 1
         assert f'href="#{section}"' in text
@@ -78,10 +81,8 @@ def test_the_page_is_whole(finished: Path) -> None:
 
 def test_curves_are_the_metrics(finished: Path) -> None:
     rows = MetricsFile.read(finished / "two" / "metrics.csv")
-    (loss, top1, rate) = (
-        data_of(page.render(runs.read([finished / "full", finished / "two"])))["figures"][f"curve{i}"]["data"]
-        for i in range(3)
-    )
+    figures = data_of(page.render(run_files.read([finished / "full", finished / "two"])))["figures"]
+    (loss, top1, rate) = (figures[f"curve{i}"]["data"] for i in range(3))
     validation, training = loss[2:]
     assert validation["y"] == [row["val_loss"] for row in rows]
     assert training["y"] == [row["train_loss"] for row in rows]
@@ -96,7 +97,7 @@ def test_curves_are_the_metrics(finished: Path) -> None:
 def test_the_overview_is_the_summary(finished: Path) -> None:
     folders = [finished / "full", finished / "two"]
     full, two = (json.loads((folder / "summary.json").read_text()) for folder in folders)
-    first, second = cells(page.render(runs.read(folders)), "overview")
+    first, second = cells(page.render(run_files.read(folders)), "overview")
     assert first[:4] == ["full", "2 epochs", "resnet20", "32/32"]
     assert second[:4] == ["two", "2 epochs", "resnet20", "2/2"]
     gap = two["last_top1"] - full["last_top1"]
@@ -113,7 +114,7 @@ def test_the_overview_is_the_summary(finished: Path) -> None:
 
 def test_quantizers_are_the_last_record(finished: Path) -> None:
     records = RecordsFile.read(finished / "two" / "quantizers.jsonl")
-    text = page.render(runs.read([finished / "two"]))
+    text = page.render(run_files.read([finished / "two"]))
     rows = cells(text, "quantizers")
     assert len(rows) == len(records[-1]["quantizers"]) == 40
     for row, shown in zip(records[-1]["quantizers"], rows, strict=True):
@@ -133,7 +134,7 @@ def test_quantizers_are_the_last_record(finished: Path) -> None:
 
 def test_cost_and_audit_are_the_summary(finished: Path) -> None:
     summary = json.loads((finished / "two" / "summary.json").read_text())
-    text = page.render(runs.read([finished / "two"]))
+    text = page.render(run_files.read([finished / "two"]))
     *layers, total = cells(text, "cost")
     assert [row[0] for row in layers] == [layer["name"] for layer in summary["layers"]]
     assert layers[1][4:6] == ["2", "2"] and layers[0][4:6] == ["32", "32"]
@@ -150,7 +151,7 @@ def test_cost_and_audit_are_the_summary(finished: Path) -> None:
 
 def test_configurations_and_what_differs(finished: Path) -> None:
     """Every field of the configuration, and no other; those that differ are marked."""
-    read = runs.read([finished / "full", finished / "two"])
+    read = run_files.read([finished / "full", finished / "two"])
     fields = page._fields(read)
     names = {field["name"] for field in fields}
     assert {"model.quant.fm.levels", "optim.lr", "run.case", "keywords"} <= names
@@ -168,18 +169,18 @@ def test_a_run_that_goes_on(two: Path) -> None:
     summary = two / "summary.json"
     text = summary.read_text()
     summary.unlink()
-    (run,) = runs.read([two])
+    (run,) = run_files.read([two])
     assert run.summary is None and run.done == run.planned == 2
     page_text = page.render([run])
     assert "unfinished, 2 of 2 epochs" in page_text and "Written when a run ends" in page_text
     summary.write_text(text)
     metrics = MetricsFile(two / "metrics.csv", main.METRICS)
     metrics.append({**MetricsFile.read(metrics.path)[-1], "epoch": 3})
-    assert runs.read([two])[0].summary is None
+    assert run_files.read([two])[0].summary is None
     (two / "metrics.csv").unlink()
     (two / "quantizers.jsonl").unlink()
     summary.unlink()
-    text = page.render(runs.read([two]))
+    text = page.render(run_files.read([two]))
     assert "unfinished, 0 of 2 epochs" in text and "NaN" not in json.dumps(data_of(text))
 
 
@@ -188,7 +189,7 @@ def test_long_runs_show_some_histograms(two: Path) -> None:
     record = RecordsFile.read(two / "quantizers.jsonl")[0]
     lines = [json.dumps({**record, "epoch": epoch}) for epoch in range(1, 91)]
     (two / "quantizers.jsonl").write_text("\n".join(lines) + "\n")
-    (run,) = data_of(page.render(runs.read([two])))["runs"]
+    (run,) = data_of(page.render(run_files.read([two])))["runs"]
     assert len(run["shown"]) == page.SHOWN_EPOCHS == len(set(run["shown"]))
     assert (run["shown"][0], run["shown"][-1]) == (1, 90)
     assert all(len(one["range"]) == 90 for one in run["series"].values())
@@ -198,7 +199,7 @@ def test_values_that_are_not_finite(two: Path) -> None:
     """They are gaps; the page's data stay JSON."""
     metrics = MetricsFile(two / "metrics.csv", main.METRICS)
     metrics.append({"epoch": 3, "train_loss": math.inf, "lr": 0.1})
-    text = page.render(runs.read([two]))
+    text = page.render(run_files.read([two]))
     (_, training) = data_of(text)["figures"]["curve0"]["data"]
     assert training["y"][-1] is None
 
@@ -211,7 +212,7 @@ def test_names_from_files_are_text(two: Path) -> None:
         text = text.replace("layer1.0.conv1.0", evil).replace("resnet20", evil).replace("lsq", evil)
         path.write_text(text.replace('"audit": "passed', f'"audit": "{evil}'))
     folder = two.rename(two.with_name("<img src=x onerror=alert(2)>"))
-    text = page.render(runs.read([folder, shutil.copytree(folder, folder.with_name("b"))]))
+    text = page.render(run_files.read([folder, shutil.copytree(folder, folder.with_name("b"))]))
     assert "<img" not in text.replace(str(page.get_plotlyjs()), "")
     assert text.count("</script>") == 3 + str(page.get_plotlyjs()).count("</script>")
     data = data_of(text)
@@ -219,11 +220,69 @@ def test_names_from_files_are_text(two: Path) -> None:
     assert data["figures"]["curve0"]["data"][0]["name"] == "&lt;img src=x onerror=alert(2)&gt;"
 
 
+def test_twenty_runs_have_colours_of_their_own(finished: Path, tmp_path: Path) -> None:
+    """In every figure; no two are close, and all are seen on the page's light and dark backgrounds.
+
+    Distances are in Oklab (Ottosson, 2020), where 0.02 can just be told apart; contrasts are those of WCAG 2.
+    """
+    folders = [shutil.copytree(finished / "full", tmp_path / f"run{i}") for i in range(20)]
+    data = data_of(page.render(run_files.read(folders)))
+    for figure in ("curve0", "size", "operations"):
+        traces = {trace["name"]: trace for trace in data["figures"][figure]["data"]}.values()
+        colours = {trace.get("line", trace.get("marker"))["color"] for trace in traces}
+        assert len(colours) == 20, figure
+    assert {run["colour"] for run in data["runs"]} == colours
+    linear = {colour: _linear(colour) for colour in colours}
+    oklab = [_OKLAB @ np.cbrt(_CONES @ rgb) for rgb in linear.values()]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(oklab, 2)) > 0.12
+    white, dark, *luminances = (
+        rgb @ [0.2126, 0.7152, 0.0722] + 0.05
+        for rgb in (_linear("#ffffff"), _linear("#1b1f24"), *linear.values())
+    )
+    assert all(white / luminance > 1.8 and luminance / dark > 2 for luminance in luminances)
+
+
+def _linear(colour: str) -> np.ndarray:
+    """Linear red, green and blue, 0 to 1, of an sRGB colour `#rrggbb`."""
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+def test_evaluations_are_left_out(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They leave a folder with a log alone; weights without a size are no ratio."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "log.txt").write_text("top-1 99.50\n")
+    full = shutil.copytree(finished / "full", tmp_path / "full")
+    change_summary(weight_bytes=0)(full)
+    output = tmp_path / "page.html"
+    arguments = ["--keyword", "report", str(tmp_path / "eval"), str(full), "--output", str(output)]
+    assert tools.main(arguments) == 0
+    assert f"left out, nothing was trained there: {tmp_path / 'eval'}\n" == capsys.readouterr().err
+    (row,) = cells(output.read_text(encoding="utf-8"), "overview")
+    assert row[0] == "full" and row[7:9] == ["0.0", ""]
+
+
 def test_runs_of_one_name_are_told_apart(finished: Path, two: Path) -> None:
-    assert [run.label for run in runs.read([two, finished / "two"])] == [str(two), str(finished / "two")]
-    assert [run.label for run in runs.read([two, finished / "full"])] == ["two", "full"]
+    assert [run.label for run in run_files.read([two, finished / "two"])] == [str(two), str(finished / "two")]
+    assert [run.label for run in run_files.read([two, finished / "full"])] == ["two", "full"]
     with pytest.raises(UserError, match="is named twice"):
-        runs.read([two, two / ".." / "two"])
+        run_files.read([two, two / ".." / "two"])
 
 
 def damage(name: str, content: str) -> Callable[[Path], None]:

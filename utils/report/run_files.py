@@ -61,6 +61,13 @@ class Run:
         return int(self.metrics[-1]["epoch"]) if self.metrics else 0
 
     @property
+    def smaller(self) -> float | None:
+        """How many times smaller its weights are than in float32; None before the end, or if they have no size."""
+        if self.summary is None or self.summary["weight_bytes"] <= 0:
+            return None
+        return self.summary["float_weight_bytes"] / self.summary["weight_bytes"]
+
+    @property
     def quantizers(self) -> Sequence[Mapping[str, Any]]:
         """The quantizers after the last epoch."""
         return self.epochs[-1]["quantizers"] if self.epochs else ()
@@ -92,6 +99,19 @@ def read(folders: Sequence[Path]) -> list[Run]:
         for folder, path in zip(folders, paths, strict=True)
     ]
     return [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+
+
+def trained(folders: Sequence[Path]) -> list[Path]:
+    """Those of `folders` in which a training was started; all of them if there is none.
+
+    Evaluations and pages are left out, so that `exp/*` can be named. A folder that does not exist stays: `read`
+    refuses it.
+    """
+    files = ("config.yaml", "summary.json")
+    found = [
+        folder for folder in folders if not folder.exists() or any((folder / file).exists() for file in files)
+    ]
+    return found or list(folders)
 
 
 def _read(folder: Path, label: str) -> Run:
@@ -130,7 +150,7 @@ def _config(folder: Path) -> dict[str, Any]:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the folders of runs, such as exp/CASE") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not the configuration of a run")
@@ -144,9 +164,10 @@ def _summary(path: Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     _check(path, summary, _SUMMARY)
+    summary = {"layers": [], "quantizers": []} | summary  # early versions did not write them
     for name, fields in (("layers", _LAYER), ("quantizers", _AUDIT)):
         for entry in _list(path, summary, name):
             _check(path, entry, fields)
