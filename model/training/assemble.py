@@ -149,7 +149,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         initialised=initialised,
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *signs,
-            *policy.warnings, *changed,
+            *policy.warnings, *changed, *loaders.warnings,
         ),
     )  # fmt: skip
 
