@@ -150,6 +150,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *signs,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
+            *loaders.warnings,
         ),
     )  # fmt: skip
 

@@ -28,7 +28,9 @@ def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
 
     val = bool(config.val_batch_size)
     names = check_folders(config.root, config.dataset, val=val, train=config.train or not val)
-    check_classes(config, len(next(iter(names.values())).classes), f"{config.root}")
+    part = next(iter(names.values()))
+    left_out = f" ({said})" if (said := part.left_out()) else ""
+    check_classes(config, len(part.classes), f"{config.root}{left_out}")
     return names
 
 
@@ -60,7 +62,8 @@ def _folder_loaders(
         )
 
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
-    return loaders_of(config, deliveries, open_, train="train" in names)
+    warnings = tuple(said for part in names.values() if (said := part.left_out()))
+    return loaders_of(config, deliveries, open_, train="train" in names, warnings=warnings)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

@@ -159,10 +159,31 @@ def dali_decodes_alike(image: ImageFile.ImageFile, data: bytes) -> bool:
     return image.format != "WEBP" or data[12:16] != b"VP8X"
 
 
-def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+_OF_SYSTEMS = frozenset(
+    {  # in lower case
+        "__macosx", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin",
+        "recycler", "system volume information", "lost+found", "__pycache__",
+    }
+)  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: its name begins with a dot, or a system has made it.
+
+    Examples are `.ipynb_checkpoints`, `.Trash-1000`, `._x.jpg` (macOS), `__MACOSX` (its archives), `@eaDir` (Synology).
+    """
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+
+
+def walk(root: Path, hidden: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield `root` and every folder below it, with the sorted names of the files in it.
 
-    Links are followed, but a folder that was visited already, as by a link that leads back up, is passed over.
+    Links are followed, but a folder that was visited already, as by a link that leads back up, is passed over. So are
+    hidden files and folders below `root`.
+
+    Args:
+        root: the folder.
+        hidden: gets the paths of what is passed over for `is_hidden`, if it is given.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -178,5 +199,8 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             inside.clear()
             continue
         visited.add(real)
-        inside.sort()  # so that of two links to a folder always the same one is passed over
-        yield folder, sorted(names)
+        if hidden is not None:
+            hidden += [os.path.join(folder, name) for name in sorted([*inside, *names]) if is_hidden(name)]
+        # Sorted, so that of two links to a folder always the same one is passed over.
+        inside[:] = sorted(name for name in inside if not is_hidden(name))
+        yield folder, sorted(name for name in names if not is_hidden(name))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import is_image_file
 
-from utils.data.image_file import walk
+from utils.data.image_file import is_hidden, walk
 from utils.errors import UserError
 from utils.text import printable
 
@@ -52,8 +52,10 @@ class ImageNames:
     """Paths and classes of the images in a folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
+        folder: the folder.
         classes: names of the class folders, sorted.
         target: classes, int64 [samples].
+        hidden: paths of hidden folders, and of hidden files that end as images do, all of which are left out.
 
     Raises:
         UserError: the folder is missing or has no class folders; a class folder has no images or cannot be listed; a
@@ -61,9 +63,11 @@ class ImageNames:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.classes = _class_folders(folder)
+        self.folder = folder
+        self.classes, passed = _class_folders(folder)
         # `ImageFolder` itself would list the images below a link that leads back up some forty times.
-        images = [_images(folder / name) for name in self.classes]
+        images = [_images(folder / name, passed) for name in self.classes]
+        self.hidden = [path for path in passed if is_image_file(path) or os.path.isdir(path)]
         empty = [name for name, paths in zip(self.classes, images, strict=True) if not paths]
         if empty:
             raise UserError(f"{folder} has class folders without images: fill or remove {_some(empty)}")
@@ -78,12 +82,19 @@ class ImageNames:
         """Return the path of an image."""
         return os.fsdecode(bytes(self._paths[index]))
 
+    def left_out(self) -> str:
+        """Say how many hidden files and folders are left out, and name some; empty without any."""
+        if not self.hidden:
+            return ""
+        names = [os.path.relpath(path, self.folder) for path in self.hidden]
+        return f"left out of {self.folder}: {len(names)} hidden files and folders, {_some(names)}"
 
-def _images(folder: Path) -> list[str]:
-    """Paths of the image files below a folder, sorted by folder and name."""
+
+def _images(folder: Path, hidden: list[str]) -> list[str]:
+    """Paths of the image files below a folder, sorted by folder and name; those of hidden ones go to `hidden`."""
     return [
         os.path.join(path, name)
-        for path, names in sorted(walk(folder))
+        for path, names in sorted(walk(folder, hidden))
         for name in names
         if is_image_file(name)
     ]
@@ -133,22 +144,24 @@ def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = T
     return parts
 
 
-def _class_folders(folder: Path) -> list[str]:
-    """Names of the class folders, sorted; raises `UserError` unless there are some."""
+def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the class folders, sorted, and paths of hidden ones; raises `UserError` unless there are some."""
     if not folder.is_dir():
         alone = "; only --evaluate without --bn_batches needs no train/" if folder.name == "train" else ""
         raise UserError(
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
             f"per class{alone}"
         )
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    everything = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = [entry for entry in everything if not is_hidden(entry.name)]
+    hidden = [entry.path for entry in everything if is_hidden(entry.name) and entry.is_dir()]
     lost = [entry.name for entry in entries if not os.path.exists(entry.path)]
     if lost:
         raise UserError(f"{folder} has links that lead nowhere: mend or remove {_some(lost)}")
     classes = [entry.name for entry in entries if entry.is_dir()]
     if not classes:
         raise UserError(f"{folder} has no class folders: put its images into one folder per class")
-    return classes
+    return classes, hidden
 
 
 def _some(names: Sequence[str]) -> str:

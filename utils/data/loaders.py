@@ -27,6 +27,7 @@ class Loaders:
         num_classes: number of classes.
         mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
+        warnings: for the log, about the files.
     """
 
     training: Loader | None
@@ -34,6 +35,7 @@ class Loaders:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def train(self) -> Loader:
@@ -80,6 +82,7 @@ def loaders_of(
     open_: Callable[[Delivery], Loader],
     *,
     train: bool = True,
+    warnings: tuple[str, ...] = (),
 ) -> Loaders:
     """Both loaders, each made by `open_`; `train` says whether there is a training set."""
     training, val = deliveries
@@ -89,6 +92,7 @@ def loaders_of(
         num_classes=config.num_classes,
         mean=training.mean,
         std=training.std,
+        warnings=warnings,
     )
 
 

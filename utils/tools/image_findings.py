@@ -46,6 +46,22 @@ def _files(root: Path, *, images: bool) -> Iterator[Path]:
                 yield Path(folder, name)
 
 
+def hidden_images(root: Path) -> list[tuple[Path, str]]:
+    """Hidden images and hidden folders with images below `root`, which training leaves out, and what each one is."""
+    passed: list[str] = []
+    for _ in walk(root, passed):
+        pass
+    found = []
+    for path in map(Path, passed):
+        inside = [name for _, _, names in os.walk(path) for name in names]
+        images = sum(name.lower().endswith(IMAGE_ENDINGS) for name in inside)
+        if images:
+            found.append((path, f"a folder of {images} images"))
+        elif path.name.lower().endswith(IMAGE_ENDINGS) and not path.is_dir():
+            found.append((path, "an image by its name"))
+    return sorted(found)
+
+
 def format_of(path: Path) -> str:
     """The format of an image by its header alone, whatever its ending; empty for other files."""
     if not os.path.isfile(path):  # a pipe might never end

@@ -52,6 +52,9 @@ def verify_data(options: Options) -> int:
         for kind, reason in findings:
             counts[kind] += 1
             _tell(path, f"{kind}: {reason}")
+    for path, what in image_findings.hidden_images(root):
+        counts["hidden"] += 1
+        _tell(path, f"hidden: {what}, left out of training")
     for path in sorted(image_findings.other_files(root)):
         if form := image_findings.format_of(path):
             counts["mislabelled"] += 1

@@ -174,6 +174,23 @@ def test_images_beside_the_class_folders_are_listed(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [*lines, "6 images: 2 without class"]
 
 
+def test_hidden_images_are_listed(tmp_path: Path) -> None:
+    """Training leaves them out; hidden folders without images are nobody's concern."""
+    hidden = ("train/.Trash/0.png", "train/a/._0.jpg", "val/@eaDir/a/0.png", "val/@eaDir/a/1.png")
+    for name in ("train/a/0.png", "val/a/0.png", ".git/index", "val/a/.DS_Store", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()] == [
+        "train/.Trash: hidden: a folder of 1 images, left out of training",
+        "train/a/._0.jpg: hidden: an image by its name, left out of training",
+        "val/@eaDir: hidden: a folder of 2 images, left out of training",
+        "2 images: 3 hidden",
+    ]
+    assert run("--keyword", "verify-image", "--root", tmp_path).stdout == "2 images, 0 bad\n"
+
+
 @pytest.mark.parametrize(("there", "missing"), [("train", "val"), ("val", "train")])
 def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path, there: str, missing: str) -> None:
     (tmp_path / there / "a").mkdir(parents=True)
