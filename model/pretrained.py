@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from model.layers.quantized import quantizers
+from model.networks.torchvision_resnet import from_torchvision
 from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
-from utils.config.schema import Config
+from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
 
 
@@ -34,7 +35,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         UserError: the file is damaged, lacks something, or was trained with other levels than it is evaluated with.
     """
     payload = archive.read(path)
-    state = weights.state_dict_of(payload, source=str(path))
+    state = network_state(payload, model, config.model, str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)
     own = dict(quantizers(model))
@@ -82,6 +83,14 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     )
     # Counters that start at zero although the file has them are not missing.
     return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
+
+
+def network_state(
+    payload: Mapping[str, Any], network: nn.Module, config: ModelConfig, source: str
+) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint under the network's names, see `state_dict_of` and `from_torchvision`."""
+    state = weights.state_dict_of(payload, source=source, names=network.state_dict())
+    return from_torchvision(state, network, config, source)
 
 
 def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from model.convert import Selection, replace
 from model.layers import norms
-from utils.config.schema import ModelConfig
+from model.networks.resnet import Block, ResNet
+from utils.config.schema import BlockConfig, ModelConfig, StemConfig
 from utils.errors import UserError
 
 NAMES = {f"pytorch-resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)}
@@ -34,3 +36,63 @@ def build_torchvision_resnet(config: ModelConfig) -> nn.Module:
     if config.quant.enabled:
         replace(network, config.quant, Selection())
     return network
+
+
+ORIGINAL = "origin,cbsa,fix_pooling,singleconv,fix"
+"""The keywords with which our ResNet computes what torchvision's does."""
+
+
+def from_torchvision(
+    state: dict[str, Tensor], network: nn.Module, config: ModelConfig, source: str
+) -> dict[str, Tensor]:
+    """Weights with the names of torchvision's (and timm's) ResNets, under the names of our ResNet.
+
+    Args:
+        state: the weights of a file; all others are returned as they are.
+        network: to load them into; for one that is not our ResNet they are returned as they are.
+        config: the network's.
+        source: names the file in messages.
+
+    Raises:
+        UserError: the network computes something else than torchvision's from the same weights.
+    """
+    if not isinstance(network, ResNet) or "layer1.0.conv1.weight" not in state:
+        return state
+    if not _is_original(config):
+        raise UserError(
+            f"{source} has the weights of torchvision's ResNet, and this network computes something else: "
+            f"write --keyword imagenet,{ORIGINAL} or --model torchvision:{config.name}"
+        )
+    ours = _torchvision_names(network)
+    return {ours.get(name, name): value for name, value in state.items()}
+
+
+def _is_original(config: ModelConfig) -> bool:
+    """Whether our ResNet computes what torchvision's does; parts without effect on that are left out."""
+    block = dataclasses.replace(
+        config.block, zero_init=False, shortcut_full_precision=False, prone_strided=True
+    )
+    return (
+        block == BlockConfig(order="cbsa", skip="block", fix=True, shortcut_pool=False)
+        and config.stem == StemConfig(norm_before_pool=True)
+        and config.activation == "relu"
+    )
+
+
+def _torchvision_names(network: ResNet) -> dict[str, str]:
+    """Our names of all layers' entries by torchvision's."""
+    found = {}
+    for name in network.state_dict():
+        parts = name.split(".")
+        if parts[0] == "bn1":
+            found[".".join(["bn1", *parts[2:]])] = name
+        elif parts[0].startswith("layer") and parts[2] != "skip":
+            found[".".join([*parts[:3], *parts[4:]])] = name
+    for place, block in network.named_modules():
+        if not isinstance(block, Block):
+            continue
+        layers = [(i, layer) for i, layer in block.skip.named_children() if layer.state_dict()]
+        for theirs, (i, layer) in enumerate(layers):
+            for name in layer.state_dict():
+                found[f"{place}.downsample.{theirs}.{name}"] = f"{place}.skip.{i}.{name}"
+    return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.networks import build
+from model.pretrained import network_state
 from utils.checkpoint import archive, case_files, weights
 from utils.config.schema import DistillConfig
 from utils.errors import UserError
@@ -32,8 +33,8 @@ class Teacher:
                 f"--distill_teacher: {error}; the teacher's own options are --distill_teacher, --distill_keyword and "
                 "--distill_width_alpha"
             ) from error
-        state = weights.state_dict_of(archive.read(path), source=str(path))
         try:
+            state = network_state(archive.read(path), self._network, config.teacher, str(path))
             weights.load_weights(self._network, state, allow_missing=lambda name: False, source=str(path))
         except UserError as error:
             raise UserError(f"--distill_pretrained: {error}") from error

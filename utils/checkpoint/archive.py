@@ -16,38 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from utils.checkpoint.foreign import STAND_INS, NotPlainError, other_kind, plain
 from utils.errors import UserError
-
-
-class _Kind:
-    """Replaces `numpy.dtype` in a file: the type of a number, and nothing else.
-
-    NumPy's own trusts the file and can be made to read memory that it must not.
-    """
-
-    def __init__(self, name: str, *_: object) -> None:
-        if name not in ("f2", "f4", "f8", "i4", "i8", "b1"):
-            raise ValueError(name)
-        self.dtype = np.dtype(name)
-
-    def __setstate__(self, state: tuple[object, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(">" if state[1] == ">" else "<")
-
-
-def _number(kind: _Kind, data: bytes) -> np.generic:
-    """Replaces `numpy.core.multiarray.scalar` in a file."""
-    return np.frombuffer(data, kind.dtype, 1)[0]
-
-
-# How NumPy 1 and 2 pickle a number: published files hold accuracies in this form.
-_PLAIN = [
-    (_Kind, "numpy.dtype"),
-    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
 
 # A checkpoint is a zip archive; its comment, the last thing in it, is a digest of all bytes before the comment. The
 # comment's length precedes it and is 0 in an archive without one.
@@ -175,8 +148,9 @@ class Writer:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running any code from it.
+    """Read a checkpoint, or a `.safetensors` file, onto the CPU without running any code from it.
 
+    NumPy's numbers, texts and arrays become Python's numbers, texts and tensors, and `argparse.Namespace` a dict.
     Verifies the digest of the whole file that `serialise` has written or, in an archive of another program, the
     checksum of each entry.
 
@@ -189,27 +163,49 @@ def load_archive(path: Path, *, mapped: bool) -> dict[str, Any]:
     """Read a checkpoint; `mapped` leaves the tensors on the disk and verifies only the rest."""
     broken = f"{path}: damaged, cut short or not a PyTorch checkpoint; copy or download it again"
     try:
+        other = other_kind(path)
+        if other:
+            raise UserError(f"{path}: is {other}")
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, broken)
         if zipfile.is_zipfile(path):  # torch.load looks at no checksum
             damaged = _damaged_part(path, mapped=mapped)
             if damaged:
                 raise UserError(f"{broken} (wrong checksum of {damaged})")
         with warnings.catch_warnings():  # the answer to a bad file is one line
             warnings.simplefilter("ignore", UserWarning)
-            with torch.serialization.safe_globals(_PLAIN):
-                payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(STAND_INS):
+                payload = plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); check the path") from error
-    except _DAMAGE as error:
+    except (NotPlainError, *_DAMAGE) as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
+        held = refused[1] if isinstance(error, pickle.UnpicklingError) and refused else ""
+        held = str(error) if isinstance(error, NotPlainError) else held
+        if held:
             raise UserError(
-                f"{path}: refused, because it holds {refused[1]} and not only tensors, numbers and text; "
+                f"{path}: refused, because it holds {held} and not only tensors, numbers and text; "
                 "if you trust its author, open it yourself and save its state_dict alone with torch.save"
             ) from error
         raise UserError(broken) from error
     if not isinstance(payload, dict):
         raise UserError(f"{path}: holds a {type(payload).__name__}, not a dict; save a state_dict in it")
     return payload
+
+
+def _read_safetensors(path: Path, broken: str) -> dict[str, Any]:
+    """The tensors of a `.safetensors` file; `broken` is the message for a damaged one."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading it needs the package safetensors ({error}): pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(broken) from error
 
 
 def _damaged_part(path: Path, *, mapped: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,40 +19,91 @@ from utils.text import closest, printable, some_names
 COUNTERS = frozenset({"num_batches_tracked"})
 
 
+# Keys under which programs keep weights, those of averaged weights last.
+_WRAPPERS = (
+    "state_dict", "model", "model_state_dict", "net", "network", "params", "weights",
+    "ema", "state_dict_ema", "model_ema", "params_ema",
+)  # fmt: skip
+
+
 def wrapper_of(payload: Mapping[str, Any]) -> str | None:
-    """The key under which a checkpoint keeps its weights: `state_dict`, `model`, or None when bare."""
-    for key in ("state_dict", "model"):
-        if isinstance(payload.get(key), Mapping):
-            return key
-    return None
+    """The key under which a checkpoint keeps its weights, such as `state_dict` or `model`, or None when bare."""
+    found = [key for key in _WRAPPERS if isinstance(payload.get(key), Mapping)]
+    held = (key for key in found if any(isinstance(value, Tensor) for value in payload[key].values()))
+    return next(held, found[0] if found else None)
 
 
-def state_dict_of(payload: Mapping[str, Any], *, source: str = "the checkpoint") -> dict[str, Tensor]:
-    """The weights of a checkpoint: a bare state dict, or the one under `state_dict` or `model`.
+def state_dict_of(
+    payload: Mapping[str, Any], *, source: str = "the checkpoint", names: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The weights of a checkpoint: a bare state dict, or the one under `state_dict`, `model` or another usual key.
 
-    A leading `module.`, left by a parallel wrapper, is removed from every name. `source` names the checkpoint
-    in messages. Raises UserError when there are no weights, when an entry is not a dense real tensor, or
-    when two names become one.
+    Leading `module.` and any `_orig_mod.`, left by parallel and compiled wrappers, are removed from every name. With
+    the `names` of the network so is another prefix, such as `model.`, when without it names are the network's
+    and with it none is. Text beside the tensors is left out, and so are numbers that are none of `names`; others
+    become tensors.
+
+    Args:
+        payload: the checkpoint.
+        source: names it in messages.
+        names: of the network; none: numbers under a key become tensors.
+
+    Raises:
+        UserError: there are no weights, an entry is not a dense real tensor, or two names become one.
     """
     key = wrapper_of(payload)
     entries: Mapping[str, Any] = payload if key is None else payload[key]
-    if not entries:
-        raise UserError(f"{source} holds no weights")
+    names = frozenset(names)
+    plain = key is not None or any(isinstance(value, Tensor) for value in entries.values())
+    originals: dict[str, str] = {}
     state: dict[str, Tensor] = {}
     for name, value in entries.items():
-        if not isinstance(name, str) or not _is_dense(value):
+        short = _unwrapped(name) if isinstance(name, str) else name
+        if plain and isinstance(short, str) and isinstance(value, str | int | float | None):
+            if isinstance(value, str | None) or not (short in names if names else key is not None):
+                continue
+            value = torch.tensor(value)
+        if not isinstance(short, str) or not _is_dense(value):
             if key is None:
                 keys = some_names(str(key) for key in entries)
                 raise UserError(
                     f"{source} has no state_dict and no model, and is none itself; its keys: {keys}"
                 )
             raise UserError(f"{source}: the entry {name!r} under {key} is not a dense real tensor")
-        short = name.removeprefix("module.")
         if short in state:
-            raise UserError(f"{source} has both {short!r} and 'module.{short}'; keep one of them")
+            raise UserError(f"{source} has both {originals[short]!r} and {name!r}; keep one of them")
         # In some published files counters are parameters.
-        state[short] = value.detach() if value.requires_grad else value
-    return state
+        state[short], originals[short] = value.detach() if value.requires_grad else value, name
+    if not state:
+        raise UserError(f"{source} holds no weights")
+    prefix = _foreign_prefix(state, names)
+    short_names = [name.removeprefix(prefix) for name in state]
+    if len(set(short_names)) < len(state):
+        return state
+    return dict(zip(short_names, state.values(), strict=True))
+
+
+def _unwrapped(name: str) -> str:
+    """A name without what `torch.compile` and parallel wrappers add."""
+    short = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    while short.startswith("module."):
+        short = short.removeprefix("module.")
+    return short
+
+
+def _foreign_prefix(state: Mapping[str, Tensor], names: frozenset[str]) -> str:
+    """The prefix that most names have before one of the network's, if that is half of them; else empty."""
+    if not names.isdisjoint(state):
+        return ""
+    found: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        rests = (i for i in range(1, len(parts)) if ".".join(parts[i:]) in names)
+        found.update(".".join(parts[:i]) + "." for i in rests)
+    for prefix, _ in found.most_common(1):
+        if 2 * sum(name.startswith(prefix) for name in state) >= len(state):
+            return prefix
+    return ""
 
 
 def _is_dense(value: object) -> bool:

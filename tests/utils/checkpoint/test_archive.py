@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import random
@@ -228,9 +229,9 @@ def test_a_damaged_epoch_is_reported(tmp_path: Path) -> None:
     assert found.path == files.epoch(3) and len(found.passed_over) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs", bytes(1000)])
+@pytest.mark.parametrize("content", [b"", b"text", bytes(1000)])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    """An empty file, a web page, a pointer, zeros."""
+    """An empty file, a text, zeros."""
     path = tmp_path / "a.pth.tar"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not a PyTorch checkpoint; copy or download it again"):
@@ -248,7 +249,23 @@ def test_only_a_dict_is_a_checkpoint(tmp_path: Path, payload: object) -> None:
 
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize(
-    "number", [np.float64(71.5), np.float32(71.5), np.float16(71.5), np.int64(7), np.int32(7), np.bool_(True)]
+    "number",
+    [
+        np.float64(71.5),
+        np.float32(71.5),
+        np.float16(71.5),
+        np.int64(7),
+        np.int32(7),
+        np.bool_(True),
+        np.int8(-7),
+        np.int16(-7),
+        np.uint8(200),
+        np.uint16(7),
+        np.uint32(7),
+        np.uint64(2**63),
+        np.str_("Ωmega 𝄞"),
+    ],
+    ids=repr,
 )
 def test_numbers_of_numpy_are_plain_data(tmp_path: Path, number: np.generic, core: str) -> None:
     """Published files note an accuracy as one, under the module's name of either version of NumPy."""
@@ -257,7 +274,8 @@ def test_numbers_of_numpy_are_plain_data(tmp_path: Path, number: np.generic, cor
     content, count = re.subn(rb"numpy\._?core\.", f"numpy.{core}.".encode(), path.read_bytes())
     assert count == 1
     path.write_bytes(content)
-    assert archive.read(path)["best_acc"] == number
+    found = archive.read(path)["best_acc"]
+    assert found == number and type(found) is type(number.item())  # which can be saved again
 
 
 class Pickled:
@@ -271,6 +289,7 @@ class Pickled:
 
 
 SCALAR = np.float64(0).__reduce__()[0]
+ARRAY = np.zeros(1).__reduce__()[0]
 
 
 def test_a_state_of_a_type_of_numpy_is_not_believed(tmp_path: Path) -> None:
@@ -283,10 +302,52 @@ def test_a_state_of_a_type_of_numpy_is_not_believed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["O8", "V8", "V2000000000", "S5", "M8[s]", "f8,f8"])
 def test_other_types_of_numpy_are_refused(tmp_path: Path, name: str) -> None:
+    """Alone and as an array; the line says which type it is."""
     path = tmp_path / "a.pth.tar"
-    torch.save({"x": Pickled(SCALAR, (Pickled(np.dtype, (name, False, True)), bytes(8)))}, path)
-    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
-        archive.read(path)
+    kind = Pickled(np.dtype, (name, False, True))
+    array = Pickled(ARRAY, (np.ndarray, (0,), b"b"), (1, (1,), kind, False, bytes(8)))
+    for value in (Pickled(SCALAR, (kind, bytes(8))), array):
+        torch.save({"x": value}, path)
+        with pytest.raises(UserError) as error:
+            archive.read(path)
+        assert f"refused, because it holds a NumPy value of type {name} and not only" in message(error)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+        np.arange(3, dtype=">i4"),
+        np.array(2**31, dtype=np.uint32),
+        np.zeros((0, 2), dtype=np.int8),
+    ],
+)
+def test_arrays_of_numpy_become_tensors(tmp_path: Path, array: np.ndarray) -> None:
+    """State dicts of other programs, and NumPy's random state."""
+    path = tmp_path / "a.pth.tar"
+    torch.save({"rng": ("MT19937", [array]), "same": {"array": array}}, path)
+    payload = archive.read(path)
+    found = payload["rng"][1][0]
+    assert found.shape == array.shape and np.array_equal(found.numpy(), array)
+    assert found.dtype == torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).dtype
+    found.fill_(1)  # its memory is its own
+    archive.save(tmp_path / "again.pth.tar", payload)
+
+
+def test_options_of_a_program_become_a_dict(tmp_path: Path) -> None:
+    """Training scripts keep their arguments beside the weights; parts that refer to each other end."""
+    path = tmp_path / "a.pth.tar"
+    options = argparse.Namespace(lr=0.1, more=argparse.Namespace(name="x"))
+    options.own = options
+    nested: list[Any] = []
+    for _ in range(60):
+        nested = [nested, nested]
+    torch.save({"args": options, "model": {"w": torch.ones(1)}, "nested": nested}, path)
+    payload = archive.read(path)
+    assert payload["args"]["lr"] == 0.1 and payload["args"]["more"] == {"name": "x"}
+    assert payload["args"]["own"] is payload["args"]
+    assert payload["nested"][0][1] is payload["nested"][1][0]
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -22,10 +22,15 @@ def nothing(name: str) -> bool:
 # --- state dicts -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+KEYS = ["state_dict", "model", "model_state_dict", "net", "network", "params", "weights", "ema"]
+
+
+@pytest.mark.parametrize("key", [None, *KEYS])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod.module."]
+)
 def test_state_dict_of_accepts_every_form(key: str | None, prefix: str) -> None:
-    """Bare, under either key, with or without the prefix."""
+    """Bare, under any usual key, with or without the prefixes of wrappers."""
     weights = {f"{prefix}a.weight": torch.ones(2), f"{prefix}a.module.bias": torch.zeros(3)}
     state = state_dict_of(weights if key is None else {"epoch": 1, key: weights})
     assert list(state) == ["a.weight", "a.module.bias"]
@@ -42,8 +47,12 @@ def test_a_module_that_is_called_model_is_no_wrapper() -> None:
     [
         ({}, "holds no weights"),
         ({"state_dict": {}}, "holds no weights"),
-        ({"epoch": 3, "net": {}}, "its keys: epoch, net"),
-        ({"state_dict": {"w": torch.ones(1), "n": 3}}, "the entry 'n' under state_dict is not a dense"),
+        ({"epoch": 3, "nets": {}}, "its keys: epoch, nets"),
+        ({"epoch": 3, "net": {}}, "holds no weights"),
+        ({"state_dict": {"w": torch.ones(1), "n": [3]}}, "the entry 'n' under state_dict is not a dense"),
+        ({"w": torch.ones(1), "optimizer": {}}, "its keys: w, optimizer"),
+        ({"epoch": 3, "name": "x"}, "its keys: epoch, name"),
+        ({"net": {"n": "x"}}, "holds no weights"),
         ({"model": {1: torch.ones(1)}}, "the entry 1 under model"),
         ({"model": {"w": torch.ones(2).to_sparse()}}, "the entry 'w' under model is not a dense real"),
         ({"model": {"w": torch.ones(2, dtype=torch.complex64)}}, "not a dense real tensor"),
@@ -55,6 +64,44 @@ def test_what_is_no_state_dict(payload: dict[str, Any], text: str) -> None:
     with pytest.raises(UserError) as error:
         state_dict_of(payload, source="some.pth")
     assert text in message(error) and "some.pth" in message(error)
+
+
+def test_weights_are_preferred_to_averages_and_settings() -> None:
+    """Keys without tensors are passed over; averages are taken only where nothing else is."""
+    weights, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    assert state_dict_of({"ema": other, "params": {"lr": 1}, "net": weights})["w"].item() == 1
+    assert state_dict_of({"params": {"lr": 1}, "ema": other})["w"].item() == 0
+
+
+def test_numbers_and_text_beside_the_tensors() -> None:
+    """Text is no weight; a number is one where the network has its name."""
+    entries = {"w": torch.ones(1), "steps": 3, "epoch": 7, "version": "1.0", "none": None}
+    for payload in (entries, {"net": entries}):
+        state = state_dict_of(payload, names=("w", "steps"))
+        assert list(state) == ["w", "steps"] and state["steps"].tolist() == 3
+    assert list(state_dict_of(entries)) == ["w"]
+    assert list(state_dict_of({"net": entries})) == ["w", "steps", "epoch"]
+
+
+@pytest.mark.parametrize(
+    ("file", "loaded"),
+    [
+        (["model.a.w", "model.b"], ["a.w", "b"]),
+        (["model._orig_mod.a.w", "model._orig_mod.b"], ["a.w", "b"]),
+        (["net.encoder.a.w", "net.encoder.b"], ["a.w", "b"]),
+        (["student.a.w", "student.b", "teacher.a.w", "teacher.b"], ["a.w", "b", "teacher.a.w", "teacher.b"]),
+        (["a.w", "model.b"], ["a.w", "model.b"]),  # a name is the network's: no prefix is common
+        (["model.x.y", "model.z"], ["model.x.y", "model.z"]),
+        (["l1.b", "l2.c.w", "l3.w", "l4.w", "l5.w"], ["l1.b", "l2.c.w", "l3.w", "l4.w", "l5.w"]),
+        (["model.b", "b.x", "model.b.x"], ["b", "b.x", "model.b.x"]),  # two would become one
+    ],
+)
+def test_a_prefix_before_the_networks_names(file: list[str], loaded: list[str]) -> None:
+    """That of a program which keeps the network as a part of another module."""
+    payload = {"state_dict": {name: torch.ones(1) for name in file}}
+    found = list(state_dict_of(payload, names=("a.w", "b")))
+    assert found == (file if len(set(loaded)) < len(file) or "b.x" in loaded else loaded)
+    assert list(state_dict_of(payload)) == [name.replace("_orig_mod.", "") for name in file]
 
 
 # --- loading ---------------------------------------------------------------------------------
