@@ -8,7 +8,6 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
-from utils.config.methods import record_of
 from utils.config.resolve.quantizers import extra
 from utils.config.schema import BlockConfig, ModelConfig, QuantConfig, StemConfig
 from utils.errors import UserError
@@ -58,16 +57,6 @@ def model_config(
         warnings.append(
             f"zir: an activation follows the norm that starts at zero, has no gradient there and leaves it at "
             f"zero: {block.order} needs {needed}"
-        )
-    if (
-        family in ("torchvision", "timm")
-        and quant.fm.enable
-        and quant.fm.half_range
-        and record_of(quant.fm.method, "fm").reads_option("half_range")
-    ):
-        warnings.append(
-            "the activations' levels start at zero, which suits networks of ReLUs: give --fm_half_range for one whose "
-            "layers get negative inputs (GELU, SiLU, layer norms)"
         )
     if given["base"] > 1 and family not in ("resnet", "own"):
         raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")
