@@ -20,6 +20,7 @@ from model.layers.quantized import (
 )
 from model.observe import observing
 from model.quantizers.frame import Quantizer
+from model.watch.cut_off import cut_off
 from model.watch.products import Products
 from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
@@ -36,6 +37,8 @@ class _Watch:
         self.changed = False
         self.exact = True
         self.finite = True
+        self.elements = 0
+        self.cut_off = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, module: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.changed = self.changed or not torch.equal(inputs[0], output)
@@ -43,6 +46,7 @@ class _Watch:
             self.finite = False
             self.values = self.values or [row[:1] for row in module.level_rows(output.detach())]
             return
+        self._measure_cut_off(module, inputs[0])
         if type(module).encode is not Quantizer.encode:  # a user's own quantizer may know no integers
             expected = module.integers(inputs[0]).dequantize().to(output.dtype)
             self.exact = self.exact and torch.equal(output, expected)
@@ -55,6 +59,13 @@ class _Watch:
         old = self.values if same else [row[:0] for row in rows]
         fresh = [torch.cat([a, row.unique()]).unique() for a, row in zip(old, rows, strict=True)]
         self.values = fresh if same else [*self.values, *fresh]
+
+    def _measure_cut_off(self, module: Quantizer, x: Tensor) -> None:
+        """Take a mean over batches; weights, whose ranges are their own, are left out."""
+        found = None if module.config.tag == "wt" else cut_off(module, x)
+        if found is not None:
+            self.elements += x.numel()
+            self.cut_off += (found.cpu() - self.cut_off) * (x.numel() / self.elements)
 
     @property
     def seen(self) -> int:
@@ -148,6 +159,8 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 finite=watches[name].finite,
                 warming=bool(module.warming_up()),
                 reason=reasons[name],
+                below=float(watches[name].cut_off[0]),
+                above=float(watches[name].cut_off[1]),
             )
             for name, module in found.items()
         ]

@@ -296,7 +296,7 @@ def replace(
 
     Args:
         module: the network; changed in place.
-        config: only its switches are read: `first_last`, `depthwise` and `padding_after_quant`.
+        config: only its switches are read: `first_last`, `first_signed`, `depthwise` and `padding_after_quant`.
         select: which layers.
         order: names of the layers that are called, in the order of their calls; default: all layers, in the order
             of definition.
@@ -339,7 +339,8 @@ def replace(
         assert isinstance(layer, QuantLayer)
         if isinstance(layer, QuantConv2d):
             layer.padding_after_quant = config.padding_after_quant
-        layer.signed_input = any(matches(pattern, names[name]) for pattern in select.signed)
+        first = config.first_signed and name == ends[0]
+        layer.signed_input = first or any(matches(pattern, names[name]) for pattern in select.signed)
         layer.quant_activation = nn.Identity()
         layer.quant_weight = nn.Identity()
         layer.quant_output = nn.Identity()

@@ -25,11 +25,18 @@ class SpaceToDepthConv(nn.Module):
         config: ModelConfig,
         *,
         full_precision: bool,
+        signed: bool = False,
     ) -> None:
         super().__init__()
         self.block = block
         self.conv = conv(
-            channels_in * block**2, channels_out, kernel, 1, config, full_precision=full_precision
+            channels_in * block**2,
+            channels_out,
+            kernel,
+            1,
+            config,
+            full_precision=full_precision,
+            signed=signed,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -318,15 +318,15 @@ class ResNet(nn.Module):
 def stem_layers(width: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     """The first convolution and the pooling after it; quantized where the first and last layers are."""
     stem = config.stem
-    full = not config.quant.first_last
+    full, signed = not config.quant.first_last, config.quant.first_signed
     if stem.space_to_depth:
         conv = space_to_depth.SpaceToDepthConv(
-            3, width, stem.space_to_depth, stem.kernel, config, full_precision=full
+            3, width, stem.space_to_depth, stem.kernel, config, full_precision=full, signed=signed
         )
         pool = stem.space_to_depth == 2
     else:
         kernel, stride = (7, 2) if stem.kind == "imagenet" else (3, 1)
-        conv = factory.conv(3, width, kernel, stride, config, full_precision=full)
+        conv = factory.conv(3, width, kernel, stride, config, full_precision=full, signed=signed)
         pool = stem.kind == "imagenet"
     return conv, nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 

@@ -20,7 +20,7 @@ from model.training.training_methods import TrainingMethods, build_training_meth
 from model.training.training_state import TrainingState
 from model.training.warmups import check_batches, fit_warmups
 from model.watch.probe import Probe
-from model.watch.trial import constant_signs, run_once
+from model.watch.trial import noise_images, run_once, unsuitable_inputs
 from utils.checkpoint import run_state
 from utils.checkpoint.case_files import Found
 from utils.checkpoint.random_state import seed_generators
@@ -34,6 +34,8 @@ from utils.step import optimizer, precision
 from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
+
+SEEN_IMAGES = 8  # of a batch, whose inputs of layers are looked at before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,6 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     initial = initialise(model, config.policy)
     loaded = None if origin.pretrained is None else load_pretrained(model, origin.pretrained, config)
     cost = run_once(model, config)
-    signs = constant_signs(model, config)
     teacher = None
     if config.loss.distill is not None and here.teacher is not None:
         teacher = Teacher(config.loss.distill, here.teacher)
@@ -114,7 +115,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     loaders, rates, shortened = _open_data(here, model)
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    initialised = _initialise_ranges(here, origin, model, loaders, layout)
+    initialised, unsuitable = _initialise_ranges(here, origin, model, loaders, layout)
     _join_processes(here, model)
     precision.prepare(model, config.precision)
     optimizer_, groups = optimizer.build_optimizer(model, config.optim)
@@ -148,7 +149,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         loaded=loaded,
         initialised=initialised,
         warnings=(
-            *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *signs,
+            *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
             *loaders.warnings,
         ),
@@ -174,15 +175,33 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
 
 def _initialise_ranges(
     here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format
-) -> int:
-    """Initialise the quantizers' ranges from a batch if a new training asks for it; returns how many."""
-    config = here.config
-    trains = not (config.run.evaluate or config.run.dry_run or config.run.lr_test)
-    if not (config.model.quant.re_init and origin.found.path is None and trains):
-        return 0
-    images, _ = next(iter(loaders.train))
-    images = images.to(here.device, memory_format=layout)
-    return calibrate.initialise_ranges(model, images, config.model.quant)
+) -> tuple[int, tuple[str, ...]]:
+    """Initialise the quantizers' ranges from a batch if a new training asks for it, and look at their inputs.
+
+    Returns:
+        How many quantizers were initialised, and warnings of inputs that do not suit their levels.
+    """
+    config, begins = here.config, origin.found.path is None and not here.config.run.evaluate
+    quant = config.model.quant
+
+    def batch() -> torch.Tensor:
+        images, _ = next(iter((loaders.val if config.run.evaluate else None) or loaders.train))
+        return images.to(here.device, memory_format=layout)
+
+    count, images, trains = 0, None, not (config.run.dry_run or config.run.lr_test)
+    if quant.re_init and begins and trains:
+        images = batch()
+        count = calibrate.initialise_ranges(model, images, quant)
+    noise = noise_images(config, loaders.mean, loaders.std).to(here.device, memory_format=layout)
+    ranges = begins and (trains or not quant.re_init)
+    warnings = unsuitable_inputs(
+        model,
+        noise if images is None else images[:SEEN_IMAGES],
+        config,
+        lambda: batch()[:SEEN_IMAGES],
+        ranges=ranges,
+    )
+    return count, warnings
 
 
 def _join_processes(here: Surroundings, model: nn.Module) -> None:

@@ -1,9 +1,12 @@
-"""Runs a network once before training: does the image size suit it, and do its signs carry information?"""
+"""Runs a network before training: does the image size suit it, and do the inputs suit the levels of its quantizers?"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,50 +14,159 @@ from torch import Tensor, nn
 from model.layers import batch_statistics
 from model.layers.quantized import quantized_layers
 from model.networks import build
-from model.observe import observing
+from model.observe import first_input, observing
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
-from utils.config.methods import PROJECT
-from utils.config.schema import Config
+from model.watch.cut_off import cut_off
+from utils.config.methods import PROJECT, record_of
+from utils.config.schema import Config, QuantConfig
 from utils.errors import UserError
+from utils.report.audit_record import MOST_CUT_OFF
 from utils.report.cost_record import Cost
+from utils.text import some_names
 
 
-def constant_signs(model: nn.Module, config: Config) -> tuple[str, ...]:
-    """Warn when inputs of binary layers never go below zero, as behind a ReLU: all signs are +1.
+@dataclass
+class _Input:
+    """What the calls of a layer with an activation quantizer showed of its input.
 
-    Two images of noise show it, since norms with batch statistics centre them as in training.
+    Attributes:
+        quantizer: the quantizer.
+        images: the input has the values of the images, and no others.
+        lowest: the least value that a binary one got.
+        below: the greatest share below the range of the levels.
+        above: likewise, above it.
     """
-    taken = {
-        name: layer.quant_activation
+
+    quantizer: Quantizer
+    images: bool = False
+    lowest: float = math.inf
+    below: float = 0.0
+    above: float = 0.0
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether its levels start at zero."""
+        bounds = self.quantizer.bounds()
+        return bounds is not None and bool((bounds[0] >= 0).all())
+
+
+def unsuitable_inputs(
+    model: nn.Module, images: Tensor, config: Config, real: Callable[[], Tensor], *, ranges: bool
+) -> tuple[str, ...]:
+    """Warn of inputs that do not suit the levels of their quantizers, from one pass of images.
+
+    Inputs of binary layers that never go below zero, as behind a ReLU, have the sign +1 everywhere. Levels that start
+    at zero cut off inputs below it. Norms with batch statistics centre the images as in training.
+
+    Args:
+        model: the network; it is left as it was.
+        images: at least two, float32 [N, 3, S, S], normalised; noise will do.
+        config: the run's configuration.
+        real: gives normalised images of the data set; called only where a layer that reads the images cuts them off.
+        ranges: the clip values are those that training starts from; then values beyond them are warned of too.
+    """
+    seen = _watched(model, images)
+    if any(each.images and each.unsigned and each.below > 0 for each in seen.values()):
+        seen = _watched(model, real())
+    signs = {name: each for name, each in seen.items() if each.quantizer.output_is_sign()}
+    constant = [name for name, each in signs.items() if each.lowest >= 0]
+    cut = {name: each for name, each in seen.items() if each.below + each.above > MOST_CUT_OFF}
+    below = {name: each for name, each in cut.items() if each.unsigned and each.below > MOST_CUT_OFF}
+    first = {name: each for name, each in below.items() if each.images}
+    inner = {name: each for name, each in below.items() if name not in first}
+    beyond = {name: each for name, each in cut.items() if name not in below and not each.quantizer.calibrates}
+    warnings = []
+    if constant:
+        warnings.append(
+            f"the inputs of {len(constant)} of {len(signs)} binary layers, the first is {constant[0]}, never go below "
+            "zero: their signs are all +1 and carry nothing; choose an activation that does (the keyword NReLU or "
+            "PReLU, where a network knows it) or another method for them"
+        )
+    for name, each in first.items():
+        known = config.model.name in build.PROJECT and config.model.quant.first_last
+        option = "--fm_first_signed" if known else "--fm_half_range"
+        warnings.append(
+            f"{name} reads the images with levels that start at zero: {100 * each.below:.0f} % of their values are "
+            f"below zero and are cut off; give {option} (signed levels)"
+        )
+    if inner:
+        some = any(each.quantizer.half_range_changes() for each in inner.values()) and len(inner) < len(seen)
+        policy = (
+            ", or for these layers alone a policy with half_range: false (docs/policies.md)" if some else ""
+        )
+        warnings.append(
+            f"the levels of {len(inner)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
+            f"cut off, {_shares(inner, [each.below for each in inner.values()])}; give --fm_half_range (signed levels)"
+            f"{policy}"
+        )
+    if beyond and ranges:
+        warnings.append(
+            f"{len(beyond)} of {len(seen)} activation quantizers start with a range that cuts off "
+            f"{_shares(beyond, [each.below + each.above for each in beyond.values()])}{_wider(config.model.quant)}"
+        )
+    return tuple(warnings)
+
+
+def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
+    """The inputs of the layers with an activation quantizer that is on, in the order of their calls."""
+    seen: dict[str, _Input] = {}
+    pixels = images.flatten().sort().values
+
+    def watch(name: str, quantizer: Quantizer, _: nn.Module, inputs: tuple[Any, ...], named: Any) -> None:
+        x = first_input(inputs, named)
+        if not x.numel():
+            return
+        each = seen.setdefault(name, _Input(quantizer))
+        each.images = x.numel() == pixels.numel() and torch.equal(x.flatten().sort().values, pixels)
+        if quantizer.output_is_sign():
+            each.lowest = min(float(quantizer.normalise(x.float()).min()), each.lowest)
+        found = cut_off(quantizer, x)
+        if found is not None:
+            below, above = found.tolist()
+            each.below, each.above = max(below, each.below), max(above, each.above)
+
+    layers = [
+        (name, layer, layer.quant_activation)
         for name, layer in quantized_layers(model)
-        if isinstance(layer.quant_activation, Quantizer)
-        and layer.quant_activation.enabled
-        and layer.quant_activation.output_is_sign()
-    }
-    if not taken:
-        return ()
-    lowest: dict[str, float] = {}
-
-    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        lowest[name] = min(float(inputs[0].min()), lowest.get(name, math.inf))
-
-    size = config.model.input_size
-    parameter = next(model.parameters())
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        if isinstance(layer.quant_activation, Quantizer) and layer.quant_activation.enabled
+    ]
+    if not layers:
+        return seen
     with one_of_a_kind(model), observing(model) as hooks, batch_statistics.of_the_batch(model):
         hooks += [
-            quantizer.register_forward_pre_hook(partial(watch, name)) for name, quantizer in taken.items()
+            layer.register_forward_pre_hook(partial(watch, name, quantizer), with_kwargs=True)
+            for name, layer, quantizer in layers
         ]
-        model(noise)
-    constant = [name for name, value in lowest.items() if value >= 0]
-    if not constant:
-        return ()
-    return (
-        f"the inputs of {len(constant)} of {len(lowest)} binary layers, the first is {constant[0]}, never go below "
-        "zero: their signs are all +1 and carry nothing; choose an activation that does (the keyword NReLU or PReLU, "
-        "where a network knows it) or another method for them",
-    )
+        model(images)
+    return seen
+
+
+def _shares(names: Iterable[str], shares: Sequence[float]) -> str:
+    """The shares of their inputs that layers' quantizers cut off, and the layers' names."""
+    low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
+    return f"{low if low == high else f'{low} to {high}'} % of their values ({some_names(names)})"
+
+
+def _wider(quant: QuantConfig) -> str:
+    """The end of a warning about narrow ranges: the options that the method has against them; empty without any."""
+    record = record_of(quant.fm.method, "fm")
+    options = []
+    if not quant.re_init and record.reads_option("re_init"):
+        options.append("--re_init")
+    elif quant.re_init_range == "paper" and record.reads_option("re_init_range"):
+        options.append("--re_init_range mse" if quant.re_init else "--re_init --re_init_range mse")
+    if not quant.re_init and record.reads_option("boundary"):
+        options.append("a larger --fm_boundary")
+    return f"; give {' or '.join(options)}" if options else ""
+
+
+def noise_images(config: Config, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Two images of uniform noise, normalised: float32 [2, 3, S, S]; the same in every process and run."""
+    size = config.model.input_size
+    noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    shape = (3, 1, 1)
+    return (noise - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def run_once(model: nn.Module, config: Config) -> Cost:

@@ -384,3 +384,40 @@ def test_a_network_that_nobody_quantized_fails_where_its_configuration_quantizes
     found = audit(network, [torch.rand(2, 3, 8, 8)], config)
     assert found.problems == ("the network has no quantizer, though its configuration enables some",)
     assert audit(network, [torch.rand(2, 3, 8, 8)]).problems == ()
+
+
+def test_cut_off_inputs_are_remarked_on() -> None:
+    """Three quarters of the pixels lie below zero, where the first layer's levels start; the audit still passes."""
+    net = network("lsq,first-last")
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1)) * 0.5 + 0.01
+    images[:3] *= -1
+    result = audit(net, [images[:2], images[2:]])
+    (row,) = (row for row in result.rows if row.name == "conv1.quant_activation")
+    assert (row.below, row.above) == (pytest.approx(0.75), 0)
+    assert row.note == "ok, cuts off 75 % below its range"
+    assert "conv1.quant_activation 75 % below its range" in result.remark
+    assert "ok, cuts off 75 % below its range" in result.table()
+    cutting = sum(row.cut_off != "" for row in result.rows)
+    assert result.verdict.endswith(f", {cutting} of them cutting off more than a tenth of their input")
+    signed = audit(network("lsq,first-last", (*LOW, "--fm_first_signed")), [images])
+    assert {row.name: row.note for row in signed.rows}["conv1.quant_activation"] == "ok"
+
+
+@pytest.mark.parametrize(("boundary", "cut"), [("0.01", True), ("50", False)])
+def test_inputs_above_the_range_are_remarked_on(boundary: str, cut: bool) -> None:
+    """Of activations and outputs; the range of weights is their own."""
+    options = (
+        *LOW,
+        "--fm_boundary",
+        boundary,
+        "--ot_enable",
+        "--ot_boundary",
+        f"{boundary}e-3",
+        "--wt_boundary",
+        "0.01",
+    )
+    result = audit(network("lsq", options), batches())
+    found = {row.name for row in result.rows if row.cut_off}
+    assert ({f"layer1.0.conv1.0.quant_{part}" for part in ("activation", "output")} <= found) is cut
+    assert not any(name.endswith("quant_weight") for name in found)
+    assert (result.remark != "") is cut

@@ -295,15 +295,21 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
         ),
     ]
     if tag == "fm":
-        options.append(
+        options += [
             option(
                 "fm_custom",
                 str,
                 "none",
                 "XNOR-Net's activation scale: mean |x| over ...",
                 choices=CUSTOM_SCALES,
-            )
-        )
+            ),
+            option(
+                "fm_first_signed",
+                bool,
+                False,
+                "keyword first-last: signed levels in the first layer, whose images go below zero",
+            ),
+        ]
     return tuple(options)
 
 

@@ -1,9 +1,8 @@
 """The typed, frozen configuration of a run.
 
-The command line (`utils.config.command_line`) and the keywords (`utils.config.keyword`) become the dataclasses
-below, and no other code looks at a keyword again. Every field is checked when the configuration is resolved
-(`utils.config.resolve`), before anything is loaded; those of quantizers, which other programs write in Python, in their
-constructors too.
+The command line (`utils.config.command_line`) and the keywords (`utils.config.keyword`) become these dataclasses, and
+no other code looks at a keyword again. Fields are checked when the configuration is resolved (`utils.config.resolve`),
+before anything is loaded; those of quantizers, which other programs write in Python, in their constructors too.
 """
 
 from __future__ import annotations
@@ -167,6 +166,7 @@ class QuantConfig:
     re_init_range: str = "paper"  # how clip values are found: "paper", "mse" or "percentile"
     re_init_percentile: float = 99.9  # percent
     first_last: bool = False  # quantize the first and the last layer too
+    first_signed: bool = False  # then the first layer, which reads the images, has signed levels
     depthwise: bool = True  # quantize depth-wise convolutions too
 
     def __post_init__(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from utils.text import format_table
+from utils.text import format_table, some_names
+
+MOST_CUT_OFF = 0.1  # the share of an input outside the range of its levels that is remarked on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class AuditRow:
         finite: no value of the output was infinite or not a number.
         warming: it still passes its input on (`--stable`).
         reason: why it is switched off on purpose, the rest of a sentence; empty for others.
+        below: share of its input, 0 to 1, below the range of its levels (`model.watch.cut_off`); 0 for weights.
+        above: likewise, above it.
     """
 
     name: str
@@ -30,6 +34,8 @@ class AuditRow:
     finite: bool = True
     warming: bool = False
     reason: str = ""
+    below: float = 0.0
+    above: float = 0.0
 
     @property
     def problem(self) -> str:
@@ -51,10 +57,21 @@ class AuditRow:
 
     @property
     def note(self) -> str:
-        """A remark on a quantizer without a problem: ok, off, or constant, which carries no information."""
+        """A remark on a quantizer without a problem: ok, off, constant, or how much of its input its levels cut off."""
         if self.reason:
             return f"full precision: it {self.reason}"
-        return "constant, carries nothing" if self.seen == 1 else "ok"
+        if self.seen == 1:
+            return "constant, carries nothing"
+        return f"ok, cuts off {self.cut_off}" if self.cut_off else "ok"
+
+    @property
+    def cut_off(self) -> str:
+        """The shares of its input that its levels cut off, in words; empty when they are a tenth or less."""
+        if self.below + self.above <= MOST_CUT_OFF:
+            return ""
+        shares = [(self.below, "below"), (self.above, "above")]
+        parts = [f"{100 * share:.0f} % {where}" for share, where in shares if share >= 0.005]
+        return f"{' and '.join(parts)} its range"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +114,18 @@ class Audit:
         on = [row for row in self.rows if not row.reason]
         constant, off = sum(row.seen == 1 for row in on), len(self.rows) - len(on)
         note = f", {constant} of them constant" if constant else ""
+        if cutting := sum(row.cut_off != "" for row in on):
+            note += f", {cutting} of them cutting off more than a tenth of their input"
         note += f", {off} switched off on purpose" if off else ""
         return f"passed: {len(on)} quantizers within their levels{note}"
+
+    @property
+    def remark(self) -> str:
+        """One line about the quantizers that cut off much of their input; empty when there are none."""
+        found = [f"{row.name} {row.cut_off}" for row in self.rows if row.cut_off]
+        if not found:
+            return ""
+        return f"quantizers that cut off more than a tenth of their input: {some_names(found)}"
 
     def table(self) -> str:
         """The rows as text."""

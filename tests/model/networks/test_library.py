@@ -181,22 +181,6 @@ def test_words_of_networks_of_this_project_have_no_effect(source: str) -> None:
     assert config.warnings == tuple(f"the keyword {word} has no effect on this network" for word in words)
 
 
-@pytest.mark.parametrize(
-    ("options", "warned"),
-    [
-        ("cifar10,dorefa,lsq --fm_enable --wt_enable", True),
-        ("cifar10,dorefa,lsq --fm_enable --wt_enable --fm_half_range", False),
-        ("cifar10,dorefa,lsq --wt_enable", False),
-        ("cifar10,xnor --fm_enable --wt_enable", False),
-        ("cifar10", False),
-    ],
-)
-def test_levels_from_zero_are_a_warning(options: str, warned: bool) -> None:
-    """Nobody knows whether the inputs of such a network's layers go below zero."""
-    warnings = read(f"--model torchvision:resnet18 --keyword {options}".split()).warnings
-    assert any("give --fm_half_range" in warning for warning in warnings) == warned
-
-
 def test_weights_of_auxiliary_classifiers_are_passed_over(tmp_path: Path) -> None:
     """The networks have none, official files do."""
     weights = torchvision.models.googlenet(num_classes=10, init_weights=False).state_dict()

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from model.layers import space_to_depth
 from model.layers.norms import ReverseBatchNorm2d, StaticBatchNorm2d
-from model.layers.quantized import quantized_layers
+from model.layers.quantized import quantized_layers, quantizers
 from model.networks.build import build_network
 from model.networks.resnet import Block, ResNet
 from utils.config.resolve import read
@@ -319,6 +319,29 @@ def test_first_and_last_layer_are_quantized_on_request() -> None:
         model = network(keywords, options)
         assert hasattr(model.conv1, "quant_weight") is expected
         assert hasattr(model.fc, "quant_weight") is expected
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "first"),
+    [
+        ("resnet20", "cbsa", "conv1"),
+        ("resnet20", "cbsa,TResNetStemMaxPool", "conv1.conv"),
+        ("pytorch-resnet18", "dorefa", "conv1"),
+    ],
+)
+def test_the_first_layer_may_have_signed_levels(model: str, words: str, first: str) -> None:
+    """The state stays the same, and so do the levels of all other layers."""
+    line = f"--model {model} --keyword cifar10,lsq,first-last,{words} --fm_enable --wt_enable".split()
+    unsigned, signed = (build_network(read([*line, *more]).model) for more in ([], ["--fm_first_signed"]))
+    assert list(unsigned.state_dict()) == list(signed.state_dict())
+    found = {
+        name: (quantizer.config.half_range, other.config.half_range)
+        for (name, quantizer), (_, other) in zip(quantizers(unsigned), quantizers(signed), strict=True)
+        if name.endswith("quant_activation")
+    }
+    assert {name for name, (before, after) in found.items() if before != after} == {
+        f"{first}.quant_activation"
+    }
 
 
 BAD = {

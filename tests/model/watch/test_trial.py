@@ -1,17 +1,48 @@
-"""What shows only beside the network: signs that are all the same."""
+"""What shows only beside the network: signs that are all the same, and inputs outside the range of the levels."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from model.layers import factory
+from model.networks import build
 from model.networks.build import build_network
 from model.watch import trial
 from utils.config.command_line import parse
 from utils.config.resolve import resolve
+from utils.config.schema import Config, ModelConfig
 
-BINARY = "--dataset fake --fm_enable --wt_enable --fm_bit 1 --wt_bit 1 --width_alpha 0.25 --input_size 16"
+SMALL = "--dataset fake --fm_enable --wt_enable --input_size 16"
+BINARY = f"{SMALL} --fm_bit 1 --wt_bit 1 --width_alpha 0.25"
+TWO = f"{SMALL} --fm_bit 2 --wt_bit 2"
+RESNET = f"{TWO} --width_alpha 0.25 --model resnet20 --keyword cifar10,lsq"
+GREY = (0.5,) * 3
+
+
+def look(
+    network: nn.Module, config: Config, images: Tensor | None = None, *, ranges: bool = False
+) -> tuple[str, ...]:
+    """The warnings; the data set has `images`, and reading it is an error where there are none."""
+
+    def real() -> Tensor:
+        assert images is not None
+        return images
+
+    noise = trial.noise_images(config, GREY, GREY)
+    return trial.unsuitable_inputs(network, noise, config, real, ranges=ranges)
+
+
+def warnings_of(line: str, images: Tensor | None = None, *, ranges: bool = False) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    config = resolve(parse(line.split()))
+    return look(build_network(config.model), config, images, ranges=ranges)
+
+
+# Signs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -26,7 +57,7 @@ def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) ->
     config = resolve(parse(f"{BINARY} {line}".split()))
     network = build_network(config.model)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    (warning,) = trial.constant_signs(network, config)
+    (warning,) = look(network, config)
     assert warning.startswith(
         f"the inputs of {count} of {count} binary layers, the first is {first}, never go"
     )
@@ -44,8 +75,7 @@ def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) ->
     ],
 )
 def test_other_inputs_of_binary_layers_are_not(line: str) -> None:
-    config = resolve(parse(f"{BINARY} {line}".split()))
-    assert trial.constant_signs(build_network(config.model), config) == ()
+    assert warnings_of(f"{BINARY} {line}") == ()
 
 
 def test_norms_are_those_of_training() -> None:
@@ -55,4 +85,118 @@ def test_norms_are_those_of_training() -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.fill_(-100)
-    assert trial.constant_signs(network, config) == ()
+    assert look(network, config) == ()
+
+
+# Inputs below zero ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "least", "total"),
+    [
+        (f"{RESNET},origin,cbsa,NReLU", 20, 20),
+        (f"{RESNET},origin,cbsa,PReLU", 16, 20),
+        (f"{RESNET},origin,cbsa,LReLU", 14, 20),
+        (f"{RESNET},origin,bcas,preBN", 20, 20),
+        (f"{RESNET},origin,cabs", 18, 20),
+        (f"{TWO} --model nin --keyword cifar10,lq,NReLU", 5, 7),
+        (f"{TWO} --model vgg_small --width_alpha 0.25 --keyword cifar10,pact,PReLU", 3, 5),
+        (f"{TWO} --model torchvision:mobilenet_v3_small --keyword cifar10,dorefa --input_size 32", 30, 52),
+        (f"{RESNET},origin,cbsa --fm_adaptive var-mean", 20, 20),
+    ],
+)
+def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> None:
+    """In every network, but not behind a maximum of many; the option that is proposed ends it."""
+    (warning,) = warnings_of(line)
+    counts = re.match(r"the levels of (\d+) of (\d+) activation quantizers start at zero", warning)
+    assert counts and int(counts[1]) >= least and int(counts[2]) == total, warning
+    assert "give --fm_half_range (signed levels)" in warning
+    assert warnings_of(f"{line} --fm_half_range") == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{RESNET},origin,cbsa",
+        f"{RESNET},origin,bacs,preBN",
+        f"{TWO} --model nin --keyword cifar10,lsq,first-last",
+        f"{TWO} --model mobilenetv2 --width_alpha 0.25 --keyword cifar10,pact,first-last",
+        f"{TWO} --model torchvision:resnet18 --keyword cifar10,lq --input_size 32",
+        f"{TWO} --model torchvision:squeezenet1_1 --keyword cifar10,lsq,first-last --input_size 32",
+        f"{BINARY} --model resnet20 --keyword cifar10,xnor,NReLU,first-last,cbsa",
+        f"{RESNET},origin,cbsa,NReLU --wt_enable".replace("--fm_enable", ""),
+    ],
+)
+def test_inputs_that_suit_the_levels_are_not(line: str) -> None:
+    assert warnings_of(line) == ()
+
+
+# Images below zero ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "layer"),
+    [
+        (f"{RESNET},first-last,origin,cbsa", "conv1"),
+        (f"{RESNET},first-last,origin,cbsa,TResNetStem", "conv1.conv"),
+        (f"{TWO} --model pytorch-resnet18 --keyword cifar10,dorefa,first-last --input_size 32", "conv1"),
+    ],
+)
+def test_images_below_zero_are_warned_of(line: str, layer: str) -> None:
+    """The share is that of the data set's own images; the option that is proposed ends it."""
+    size = resolve(parse(line.split())).model.input_size
+    images = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(1)) + 0.01
+    images[:3] *= -1
+    assert warnings_of(line, images) == (
+        f"{layer} reads the images with levels that start at zero: 75 % of their values are below zero and are cut "
+        "off; give --fm_first_signed (signed levels)",
+    )
+    assert warnings_of(line, images.abs()) == ()  # images in [0, 1], with --mean 0,0,0
+    assert warnings_of(f"{line} --fm_first_signed") == ()
+    assert warnings_of(f"{line} --fm_half_range") == ()
+
+
+def test_a_network_of_a_users_own_that_quantizes_its_first_layer() -> None:
+    """There `--fm_first_signed` does nothing."""
+
+    def make(config: ModelConfig) -> nn.Module:
+        layers = (factory.conv(3, 8, 3, 1, config), nn.ReLU(), factory.conv(8, 8, 3, 2, config), nn.ReLU())
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), factory.linear(8, 10, config))
+
+    name = "all-of-it-quantized"
+    build.register_model(name, make)
+    (warning,) = warnings_of(f"{TWO} --model {name} --keyword cifar10,lsq", -torch.rand(2, 3, 16, 16))
+    assert warning.startswith("0 reads the images") and warning.endswith(
+        "give --fm_half_range (signed levels)"
+    )
+
+
+# Inputs beyond the range ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        ("dorefa", "; give --re_init --re_init_range mse or a larger --fm_boundary"),
+        ("lsq", "; give --re_init or a larger --fm_boundary"),
+        ("lsq --re_init", "; give --re_init_range mse"),
+        ("lsq --fm_half_range", "; give --re_init or a larger --fm_boundary"),
+    ],
+)
+def test_narrow_ranges_are_warned_of(options: str, end: str) -> None:
+    line = f"{RESNET.replace('lsq', '')}origin,cbsa,{options} --fm_boundary 0.1"
+    (warning,) = warnings_of(line, ranges=True)
+    assert warning.startswith("20 of 20 activation quantizers start with a range that cuts off ")
+    assert warning.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranges"),
+    [
+        ("--fm_boundary 0.1", False),  # they are initialised later
+        ("--fm_boundary 0.1 --stable 10", True),  # likewise
+        ("--fm_boundary 20", True),
+    ],
+)
+def test_other_ranges_are_not(options: str, ranges: bool) -> None:
+    assert warnings_of(f"{RESNET},origin,cbsa {options}", ranges=ranges) == ()

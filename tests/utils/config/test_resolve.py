@@ -42,6 +42,7 @@ def field(config: Config, name: str) -> Any:
 
 
 QUANTIZED = "--keyword cifar10,cbas,dorefa,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
+FIRST_LAST = QUANTIZED.replace("lsq", "lsq,first-last")
 
 
 def test_no_option_at_all() -> None:
@@ -286,6 +287,23 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--keyword bacs", ["bacs without the keyword preBN"]),
         ("--keyword bacs,preBN", []),
         ("--model pytorch-resnet18 --keyword origin", ["the keyword origin has no effect on this network"]),
+        (f"{FIRST_LAST} --fm_first_signed", []),
+        (
+            f"{QUANTIZED} --fm_first_signed",
+            ["--fm_first_signed has no effect without the keyword first-last"],
+        ),
+        (
+            f"{FIRST_LAST} --fm_first_signed --fm_half_range",
+            ["--fm_first_signed has no effect with --fm_half"],
+        ),
+        (
+            "--keyword cbas,xnor,first-last --fm_enable --fm_first_signed",
+            ["--fm_first_signed has no effect with xnor, whose levels are symmetric"],
+        ),
+        (
+            "--keyword cbas,lsq,first-last --fm_first_signed",
+            ["has no effect without --fm_enable", "stays in full"],
+        ),
         (f"{QUANTIZED} --wt_scale 2", ["--wt_scale has no effect with lsq"]),
         (f"{QUANTIZED} --wt_scale 2 --wt_grad_scale fan-scale", []),
         (

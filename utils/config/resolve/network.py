@@ -8,7 +8,6 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
-from utils.config.methods import record_of
 from utils.config.resolve.quantizers import extra
 from utils.config.schema import BlockConfig, ModelConfig, QuantConfig, StemConfig
 from utils.errors import UserError
@@ -63,16 +62,6 @@ def model_config(
         warnings.append(
             "zir: a norm of reverse-bn has no gradient where its scale is zero, so that the blocks' last convolutions "
             "never learn: leave one of the two out"
-        )
-    if (
-        family in ("torchvision", "timm")
-        and quant.fm.enable
-        and quant.fm.half_range
-        and record_of(quant.fm.method, "fm").reads_option("half_range")
-    ):
-        warnings.append(
-            "the activations' levels start at zero, which suits networks of ReLUs: give --fm_half_range for one whose "
-            "layers get negative inputs (GELU, SiLU, layer norms)"
         )
     if given["base"] > 1 and family not in ("resnet", "own"):
         raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")

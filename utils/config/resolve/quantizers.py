@@ -23,6 +23,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         re_init_range=given["re_init_range"],
         re_init_percentile=given["re_init_percentile"],
         first_last=bool(fields.get("quant.first_last", False)),
+        first_signed=bool(given["fm_first_signed"]),
         depthwise=bool(fields.get("quant.depthwise", True)),
     )
     records = [record_of(part.method, tag) for tag, part in parts.items() if part.enable]
@@ -175,6 +176,17 @@ def _check_method(
             "" if record.ignores("grad_scale") and method not in PROJECT else f" without --{tag}_grad_scale"
         )
         warnings.append(f"--{tag}_scale has no effect with {method}{unless}")
+    if tag == "fm" and given["fm_first_signed"]:
+        for idle, when in (
+            ("quant.first_last" not in fields, "without the keyword first-last"),
+            (
+                bool(given["fm_half_range"]),
+                "with --fm_half_range, which makes the levels of all layers signed",
+            ),
+            (record.ignores("half_range"), f"with {method}{record.without_effect('half_range')}"),
+        ):
+            if idle:
+                warnings.append(f"--fm_first_signed has no effect {when}")
     for word, option in (("custom-update", "custom_update"), ("closed_form", "closed_form")):
         if f"quant.{option}" in fields and record.ignores(option):
             reading_methods = readers(option)
