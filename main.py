@@ -107,7 +107,7 @@ def run(config: Config) -> int:
         origin = find_origin(here)
         assembled = assemble(here, origin)
         if config.run.dry_run or config.run.lr_test:
-            return describe(here, assembled)
+            return describe(here, origin, assembled)
         # Nothing is written before this line, so that a mistake leaves no trace.
         writes = here.place.first and not config.run.evaluate
         with (
@@ -136,20 +136,13 @@ def check_options(config: Config) -> None:
         start.check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
 
-def describe(here: Surroundings, assembled: Assembled) -> int:
+def describe(here: Surroundings, origin: Origin, assembled: Assembled) -> int:
     """Print the planned training (`--dry_run`), or the learning rates (the keyword `lr-test`)."""
-    from utils.report import run_report
-    from utils.step import optimizer
+    from model.training import planned
+    from utils.report import dry_run
 
     if here.place.first:
-        policy = assembled.policy
-        plan, groups = policy.describe(assembled.initial), optimizer.groups_table(assembled.groups)
-        print(
-            run_report.describe_run(
-                here.config, assembled.cost.table(), groups, plan, policy.planned_rates, assembled.warnings,
-                here.folder,
-            )
-        )  # fmt: skip
+        print(dry_run.text(planned.plan_of(here, origin, assembled)))
     return 0
 
 
@@ -403,8 +396,8 @@ def train_one_epoch(
         if report:
             means = meters.Totals.means(distributed.summed(totals.sums))
             training.logger.info(
-                "epoch %d, %d/%d: loss %.4f, top-1 %.2f, lr %.3g",
-                start.epoch + 1, i + 1, batches, means["loss"], means["top1"], policy.rates.at(step),
+                "epoch %d, %d/%d: loss %.4f, top-1 %.2f, %s", start.epoch + 1, i + 1, batches, means["loss"],
+                means["top1"], schedule.rate_text(policy.rates.taken(step)),
             )  # fmt: skip
         if not group_ends:
             continue

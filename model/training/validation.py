@@ -26,7 +26,7 @@ def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
     freezing = training.methods.freezing
     return {
         "epoch": state.epoch + 1,
-        "lr": rates.at(state.epoch * rates.steps_per_epoch),
+        "lr": rates.first_taken(state.epoch),
         **{f"train_{name}": value for name, value in meters.Totals.means(sums).items()},
         "seconds": state.seconds,
         "images_per_second": float(sums[-1]) / max(state.seconds, 1e-9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from logging import Logger
 from pathlib import Path
@@ -62,7 +63,8 @@ class Recorder:
             logger: gets the table of quantizers, for `--verbose`.
         """
         epoch = int(row["epoch"])
-        self.board.scalars({name: value for name, value in row.items() if name != "epoch"}, epoch)
+        points = {name: value for name, value in row.items() if name != "epoch" and math.isfinite(value)}
+        self.board.scalars(points, epoch)  # an epoch without an optimizer step has no learning rate
         if self.board.writes:
             for name in full_precision(self._model):
                 weight = getattr(self._model.get_submodule(name), "weight", None)  # attention has none

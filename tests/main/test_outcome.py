@@ -176,11 +176,50 @@ def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints layers, parameter groups, rates and totals, and leaves no file."""
+    """A screen that says what is trained, on what, from what, in how many bits, for how long; and leaves no file."""
+    line = f"{LSQ} --lr_policy custom_step --lr_custom_step 3 --epochs 5 --wt_boundary 2 --optimizer adam --nesterov"
+    assert call(f"{line} --re_init --dry_run") == 0
+    done = capsys.readouterr()
+    lines = done.out.splitlines()
+    time = lines.pop(6)
+    bits = "lsq 2 bit, 4 levels in 20 layers"
+    assert lines == [
+        "train     resnet20, 69,190 parameters, 10 classes, images of 16 pixels",
+        "on        fake: 32 images, 8 for validation; 4 steps an epoch, each of 8 images",
+        "from      random weights; clip values from the weights and a batch (--re_init)",
+        f"bits      weights: {bits}; inputs: {bits}; full precision: conv1, fc",
+        "size      weights 18.6 KiB, 265.6 KiB in float32; 2,578,752 MACs an image",
+        "schedule  5 epochs, adam, learning rate from epoch 0: 0.05, 3: 0.005",
+        "writes    exp/default, weights/resnet20",
+        "warning: --nesterov has no effect with --optimizer ADAM",
+        "--verbose prints the configuration and what set it, layers, parameter groups and all rates",
+        "dry run: everything checked, nothing trained",
+    ]
+    found = re.fullmatch(
+        r"time      estimated (.+) a step, (.+) for all 20 on \w+, without reading images or .*", time
+    )
+    assert found and all(re.fullmatch(r"[\d.e-]+ (s|min|h|days)", duration) for duration in found.groups())
+    assert files(tmp_path) == {} and not any(tmp_path.iterdir())
+
+
+def test_dry_run_of_an_evaluation(lsq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the whole validation set, with what the checkpoint gives."""
+    with contextlib.chdir(lsq):
+        assert call(f"{LSQ} -e --case other --pretrained lsq-checkpoint.pth.tar --dry_run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("evaluate  resnet20, ")
+    assert lines[2].startswith("from      weights/resnet20/lsq-checkpoint.pth.tar: 248 loaded")
+    assert re.match(r"time      estimated .+ for 8 images on \w+, without reading images", lines[5])
+    assert lines[6] == "writes    exp/other"
+
+
+def test_dry_run_with_all_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints layers, parameter groups, rates and totals, the origin of each field once, and leaves no file."""
     line = f"{LSQ} --lr_policy custom_step --lr_custom_step 3 --epochs 5"
     line += " --custom_decay_list clip_val --custom_decay 0.5"
-    assert call(f"{line} --dry_run") == 0
+    assert call(f"{line} --dry_run --verbose") == 0
     text = capsys.readouterr().out
+    assert text.count("quant.fm.method: keyword lsq") == 1
     for expected in (
         "layer1.0.conv1.0",
         "conv 3x3/2 8-16",

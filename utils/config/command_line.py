@@ -136,6 +136,8 @@ def parse(argv: Sequence[str]) -> Given:
         first = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(first, spellings, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
+        if re.match("--.*(warm|wake)", first):  # never --warmup_epoch, which is the closest and takes no step
+            hint = "the learning-rate warm-up is --wakeup_epoch, in epochs, or --wakeup, in iterations"
         raise UserError(f"unknown option {unknown[0]}: {hint}")
     written = {name: value for name, value in vars(known).items() if name in OPTIONS and value is not None}
     return Given(written, known.replaced)

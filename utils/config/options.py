@@ -152,7 +152,10 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
         ),
         option(
-            "dry_run", bool, False, "print configuration, network, groups, schedule and totals; train nothing"
+            "dry_run",
+            bool,
+            False,
+            "print what would be trained and estimate the time of a step; --verbose: everything",
         ),
         option(
             "bn_batches",
@@ -191,7 +194,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
         option("report_freq", integer, 50, "iterations between two lines of the log"),
         option("tensorboard", bool, False, "write TensorBoard files"),
-        option("verbose", bool, False, "log parameter groups and the details of loading"),
+        option(
+            "verbose",
+            bool,
+            False,
+            "log parameter groups and the details of loading; all that a dry run has checked",
+        ),
     ),
     "loss": (
         option("label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"),

@@ -57,14 +57,14 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> 
 
 
 def draw_schedule(rates: Schedule, path: Path, title: str) -> None:
-    """Draw the learning rate of every step of a run into a picture; the name's ending says the format."""
+    """Draw the learning rate of every optimizer step of a run into a picture; the name's ending says the format."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps = range(rates.total_steps)
     axes.plot(
-        [step / rates.steps_per_epoch for step in steps], [rates.at(step) for step in steps],
+        [step / rates.steps_per_epoch for step in steps], [rates.taken(step) for step in steps],
         color=GREEN, linewidth=1.6, drawstyle="steps-post",
     )  # fmt: skip
     axes.set_title(title, fontsize=13, fontweight="bold", parse_math=False)

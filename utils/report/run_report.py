@@ -1,4 +1,4 @@
-"""The texts of a run: the plan before it, log lines during it, files and a picture at its end."""
+"""The texts of a run: what it is, log lines during it, files and a picture at its end."""
 
 from __future__ import annotations
 
@@ -22,29 +22,7 @@ from utils.report.audit_record import Audit
 from utils.report.cost_record import Cost
 from utils.step import optimizer
 from utils.step.optimizer import ParamGroup
-from utils.step.schedule import Schedule
-
-
-def describe_run(
-    config: Config, network: str, groups: str, plan: str, rates: Schedule, warnings: tuple[str, ...],
-    folder: Path,
-) -> str:  # fmt: skip
-    """The text of `--dry_run` or of the keyword `lr-test`, whose rates are also drawn into a file in `folder`."""
-    if config.run.lr_test:
-        epochs = range(config.schedule.epochs + config.schedule.extra_epoch)
-        lines = [f"{epoch:5d}  {rates.at(epoch * rates.steps_per_epoch):.8g}" for epoch in epochs]
-        path = folder / "schedule.png"
-        curves.draw_schedule(rates, path, f"{config.run.case}: --lr_policy {config.schedule.policy}")
-        return "\n".join(["epoch  learning rate at its first step", *lines, f"drawn: {path}"])
-    changes = ", ".join(f"{epoch}: {rate:.6g}" for epoch, rate in rates.changes())
-    origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
-    lines = "".join(f"warning: {warning}\n" for warning in warnings)
-    policy = f"policy:\n{plan}\n\n" if plan else ""
-    return (
-        f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n{policy}"
-        f"learning rate at the epochs where it changes: {changes}\n{lines}"
-        "dry run: everything checked, nothing trained"
-    )
+from utils.step.schedule import rate_text
 
 
 def dump_yaml(config: Config) -> str:
@@ -88,9 +66,7 @@ def epoch_line(row: dict[str, float], last: int, best: float) -> str:
         text += f"; averaged weights: top-1 {row['ema_top1']:.2f}"
     if "frozen" in row:
         text += f"; frozen {row['frozen']:.2f} %"
-    text += (
-        f"; lr {row['lr']:.3g}, {row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %"
-    )
+    text += f"; {rate_text(row['lr'])}, {row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %"
     return f"{text}, {row['seconds']:.1f} s"
 
 

@@ -97,17 +97,30 @@ class Schedule:
         """The iterations of the learning-rate warm-up."""
         return _wakeup_steps(self.config, self.steps_per_epoch)
 
+    @property
+    def skipped_steps(self) -> int:
+        """The iterations of the warmup, which takes no optimizer step."""
+        return max(self.config.warmup, self.config.warmup_epoch * self.steps_per_epoch)
+
     def skip_update(self, step: int) -> bool:
         """Tell whether this iteration belongs to the warmup, which takes no optimizer step."""
-        config = self.config
-        return step < max(config.warmup, config.warmup_epoch * self.steps_per_epoch)
+        return step < self.skipped_steps
+
+    def taken(self, step: int) -> float:
+        """Give the rate of an iteration's optimizer step; NaN where none is taken."""
+        return math.nan if self.skip_update(step) else self.at(step)
+
+    def first_taken(self, epoch: int) -> float:
+        """Give the rate of the first optimizer step that an epoch takes, from 0; NaN where it takes none."""
+        begin = epoch * self.steps_per_epoch
+        return self.taken(min(max(begin, self.skipped_steps), begin + self.steps_per_epoch - 1))
 
     def changes(self) -> list[tuple[int, float]]:
         """List `(epoch, rate)` for each epoch whose first step has a different rate than the previous one's."""
         changes: list[tuple[int, float]] = []
         for epoch in range(self.config.epochs + self.config.extra_epoch):
-            rate = self.at(epoch * self.steps_per_epoch)
-            if not changes or rate != changes[-1][1]:
+            rate = self.first_taken(epoch)
+            if math.isfinite(rate) and (not changes or rate != changes[-1][1]):
                 changes.append((epoch, rate))
         return changes
 
@@ -116,6 +129,11 @@ class Schedule:
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate in a line of the log; NaN stands for an optimizer step that is not taken."""
+    return f"lr {rate:.3g}" if math.isfinite(rate) else "no optimizer step (--warmup)"
 
 
 def check_schedule(config: ScheduleConfig, lr: float) -> None:

@@ -257,7 +257,7 @@ def test_dry_run(
 ) -> None:
     """No order of a unit is asked for; nothing is written."""
     monkeypatch.chdir(tmp_path)
-    line = f"{TINY} --model {model} --keyword cifar10,dorefa,lsq {QUANTIZED} --dry_run"
+    line = f"{TINY} --model {model} --keyword cifar10,dorefa,lsq {QUANTIZED} --dry_run --verbose"
     assert main.main(line.split()) == 0
     printed = capsys.readouterr().out
     assert f"name: {model}" in printed and "lsq 2 bit, 4 levels" in printed

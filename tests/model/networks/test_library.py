@@ -265,7 +265,7 @@ def test_dry_run(
 ) -> None:
     """No order of a unit is asked for; nothing is written."""
     monkeypatch.chdir(tmp_path)
-    assert main.main(f"{TINY} --model {model} --keyword {LSQ} --dry_run".split()) == 0
+    assert main.main(f"{TINY} --model {model} --keyword {LSQ} --dry_run --verbose".split()) == 0
     printed = capsys.readouterr().out
     assert f"name: {model}" in printed and "lsq 2 bit, 4 levels" in printed
     assert not list(tmp_path.iterdir())

@@ -130,7 +130,7 @@ iteration:
 
 def test_dry_run_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """In the order of the run, with layers, old and new values."""
-    assert run(PROGRESSIVE, "--dry_run") == 0
+    assert run(PROGRESSIVE, "--dry_run --verbose") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("policy, ")]
     assert lines == [
         "policy, init: 3.quant_activation: level_num 256 -> 16",
@@ -214,7 +214,7 @@ def test_planned_rates_are_those_of_the_run(
     assert run(text, f"{options} --keyword {keyword},lr-test", case="planned") == 0
     printed = [row.split() for row in capsys.readouterr().out.splitlines()[1:-1]]
     (steps,) = drawn
-    assert run(text, f"{options} --dry_run", case="planned") == 0
+    assert run(text, f"{options} --dry_run --verbose", case="planned") == 0
     listed = (
         capsys.readouterr().out.partition("learning rate at the epochs where it changes: ")[2].splitlines()[0]
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.main.runs import LSQ, call
+from tests.main.runs import LSQ, call, log_of, metrics
 
 RUN = f"{LSQ} --case warm --dry_run"  # of four iterations an epoch
 
@@ -46,6 +46,25 @@ def test_one_that_does_not_end_is_refused(
 def test_one_that_ends_with_the_schedule_is_taken(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(f"{RUN} {options}") == 0
     assert "\nwarning: " not in capsys.readouterr().out
+
+
+def test_an_epoch_without_an_optimizer_step_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the dry run, in the table of rates, in the log and in the metrics, where it has no learning rate."""
+    line = f"{RUN.replace(' --dry_run', '')} --epochs 3 --warmup_epoch 1 --lr_policy fix"
+    none = "no optimizer step (--warmup)"
+    assert call(f"{line} --dry_run") == 0
+    (schedule,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("schedule  ")]
+    assert schedule.endswith("rate from epoch 1: 0.05; no optimizer step in the first 4 of 12 (--warmup)")
+    words = LSQ.split("--keyword ")[1].split()[0]
+    assert call(f"{line} --case rates --keyword {words},lr-test") == 0
+    rows = capsys.readouterr().out.splitlines()[1:4]
+    assert rows == [f"    0  {none}", "    1  0.05", "    2  0.05"]
+    assert call(f"{line} --tensorboard --report_freq 2") == 0
+    logged = log_of(Path(), "warm")
+    for part, rate in (("epoch 1, 2/4:", none), ("epoch 1/3:", none), ("epoch 2, 2/4:", "lr 0.05")):
+        (said,) = [row for row in logged.splitlines() if part in row]
+        assert rate in said
+    assert [row["lr"] for row in metrics(Path(), "warm")] == ["nan", "0.05", "0.05"]
 
 
 def test_those_of_a_shortened_run_shrink(capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,19 @@ def test_a_dash_in_a_value_is_kept() -> None:
         ("--epoch 3", r"unknown option --epoch: did you mean .*--epochs"),
         ("--fm-bits 3", r"unknown option --fm_bits: did you mean .*--fm_bit"),
         ("--fm_bits=3", r"unknown option --fm_bits=3: did you mean .*--fm_bit"),
+        *(
+            (
+                f"{word} 5",
+                f"unknown option {word}: the learning-rate warm-up is --wakeup_epoch, .* or --wakeup, [^-]*$",
+            )
+            for word in (
+                "--warmup_epochs",
+                "--warmup_steps",
+                "--warm_up",
+                "--lr_warmup_epochs",
+                "--wakeup_epochs",
+            )
+        ),
         ("--zzzz", r"unknown option --zzzz: .*--help"),
         ("resnet18", r"unknown option resnet18"),
         ("--fm_bit two", r"--fm_bit: invalid integer value: 'two'"),

@@ -240,6 +240,20 @@ def test_warmup_takes_no_step(warmup: int, warmup_epoch: int, skipped: int) -> N
     assert [schedule.skip_update(step) for step in range(40)] == [True] * skipped + [False] * (40 - skipped)
 
 
+def test_no_rate_is_that_of_a_step_that_is_not_taken() -> None:
+    """Each epoch has the rate of its first step that is taken."""
+    config = ScheduleConfig(policy="decay", epochs=4, decay=0.5, wakeup=2 * SPE, warmup=SPE + 1)
+    schedule = Schedule(config, 0.8, SPE)
+    assert [math.isnan(schedule.taken(step)) for step in range(3 * SPE)] == [True] * (SPE + 1) + [False] * (
+        2 * SPE - 1
+    )
+    assert [schedule.first_taken(epoch) for epoch in (1, 2, 3)] == [
+        schedule.at(s) for s in (SPE + 1, 2 * SPE, 3 * SPE)
+    ]
+    assert math.isnan(schedule.first_taken(0))
+    assert [epoch for epoch, _ in schedule.changes()] == [1, 2, 3]
+
+
 def test_changes() -> None:
     steps = Schedule(ScheduleConfig(epochs=12, custom_step=(3, 8), extra_epoch=2), 0.4, SPE).changes()
     assert [epoch for epoch, _ in steps] == [0, 3, 8]

@@ -1,0 +1,99 @@
+"""What a dry run says of an assembled training, with the time of a step measured on a few images."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from model.convert import full_precision
+from model.training.assemble import Assembled
+from model.training.starting_point import Origin, Surroundings
+from utils.report.dry_run import Plan, duration
+from utils.step import optimizer
+
+ENOUGH = 0.25  # seconds that a pass must take to be measured
+LONG = 2.0  # seconds of a pass that needs no other
+FEW = 2  # images of the first pass: the least for batch statistics
+
+
+def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
+    """The plan of a run, for `utils.report.dry_run.text`."""
+    loaders, config = assembled.loaders, here.config
+    return Plan(
+        config=config,
+        cost=assembled.cost,
+        full_precision=full_precision(assembled.model),
+        images=(loaders.train.samples, 0 if loaders.val is None else loaders.val.samples),
+        start=_start(here, origin, assembled),
+        time="" if config.run.lr_test else _time(here, assembled),
+        rates=assembled.policy.planned_rates,
+        policy=assembled.policy.describe(assembled.initial),
+        groups=optimizer.groups_table(assembled.groups),
+        warnings=assembled.warnings,
+        folder=here.folder,
+        checkpoints=here.files.folder,
+    )
+
+
+def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
+    """The weights that the run starts from, in words."""
+    quant, found = here.config.model.quant, origin.found
+    if found.path is not None:
+        return f"{found.path}, {assembled.progress.epoch} epochs are done"
+    start = "random weights"
+    if assembled.loaded is not None:
+        start = f"{origin.pretrained}: {assembled.loaded.summary()}"
+    searched = quant.enabled and quant.re_init and not here.config.run.evaluate
+    return f"{start}; clip values from the weights and a batch (--re_init)" if searched else start
+
+
+def _time(here: Surroundings, assembled: Assembled) -> str:
+    """The estimated time of a step and of the run, in words."""
+    config, device = here.config, here.device
+    if here.place.world_size > 1 and config.devices.sync_bn:  # the other processes would have to take part
+        return "not estimated with --sync_bn"
+    what = "an image" if config.run.evaluate else "a step"
+    try:
+        image = _seconds_of_an_image(here, assembled)
+    except RuntimeError as error:  # out of memory, for one
+        return f"not known: {what} fails on {device}: {str(error).splitlines()[0]}"
+    without = f"on {device}, without reading images"
+    if config.run.evaluate:
+        images = 0 if assembled.loaders.val is None else assembled.loaders.val.samples
+        images //= here.place.world_size
+        return f"estimated {duration(image * images)} for {images:,} images {without}"
+    step = image * config.data.batch_size * config.optim.iter_size
+    steps = assembled.policy.rates.total_steps
+    return f"estimated {duration(step)} a step, {duration(step * steps)} for all {steps:,} {without} or validation"
+
+
+def _seconds_of_an_image(here: Surroundings, assembled: Assembled) -> float:
+    """Time forward and backward passes of growing batches of noise, until one takes long enough."""
+    config, device, trains = here.config, here.device, not here.config.run.evaluate
+    size, model = config.model.input_size, assembled.model
+    batch = config.data.batch_size if trains else config.data.val_batch_size
+
+    def passed(count: int) -> float:
+        images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
+            device, assembled.precision.image_dtype, memory_format=assembled.layout
+        )
+        target = torch.arange(count, device=device) % config.model.num_classes
+        began = time.perf_counter()
+        with assembled.precision.autocast(), torch.set_grad_enabled(trains):
+            output = model(images).float()
+            if trains:
+                assembled.methods.objective(output, target, images, 0).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        model.zero_grad()
+        return time.perf_counter() - began
+
+    model.train(trains)
+    count = min(FEW, batch)
+    seconds = passed(count)  # the first pass of a process takes half a second more
+    if seconds > LONG:
+        return seconds / count
+    while (seconds := passed(count)) < ENOUGH and count < batch:
+        count = min(2 * count, batch)
+    return seconds / count
