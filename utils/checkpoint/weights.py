@@ -165,6 +165,11 @@ def load_weights(
     return report
 
 
+def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors with a value that is NaN or infinite. Waits for the device."""
+    return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+
+
 def _with_shape(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{name} {list(tensors[name].shape)}" for name in names]
 
