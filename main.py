@@ -385,7 +385,7 @@ def train_one_epoch(
                 output = training.network(images)
                 loss = training.methods.objective(output.float(), target, images, step)
             if check_now:
-                finite.check_loss(training, loss, images, where)
+                finite.check_loss(training, loss, output, images, where)
             # The last group of an epoch may be shorter; its gradient is a mean, too.
             precision.backward(loss / min(passes, batches - i // passes * passes))
         if training.probe is not None:

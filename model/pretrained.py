@@ -16,6 +16,7 @@ from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
+from utils.text import some_names
 
 
 def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
@@ -32,7 +33,8 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         config: `run.evaluate`, `run.ema_weights` and `run.unresume_scope` are read.
 
     Raises:
-        UserError: the file is damaged, lacks something, or was trained with other levels than it is evaluated with.
+        UserError: the file is damaged, lacks something, or was trained with other levels than it is evaluated with;
+            or a training would start from a value that is not finite.
     """
     payload = archive.read(path)
     state = network_state(payload, model, config.model, str(path))
@@ -81,6 +83,11 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         whole=config.run.evaluate,
         source=str(path),
     )
+    if not config.run.evaluate:  # an evaluation names the layer where it shows
+        loaded = model.state_dict()
+        bad = weights.nonfinite((name, loaded[name]) for name in report.loaded)
+        if bad:
+            raise UserError(f"--pretrained {path}: {some_names(bad)} is not finite; give another checkpoint")
     # Counters that start at zero although the file has them are not missing.
     return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
 

@@ -14,6 +14,7 @@ from model.pretrained import network_state
 from utils.checkpoint import archive, case_files, weights
 from utils.config.schema import DistillConfig
 from utils.errors import UserError
+from utils.text import some_names
 
 
 class Teacher:
@@ -22,38 +23,49 @@ class Teacher:
     Args:
         config: its network.
         path: the checkpoint, see `find_teacher`.
+
+    Attributes:
+        network: it, in evaluation mode.
+
+    Raises:
+        UserError: the checkpoint does not fit, or has values that are not finite.
     """
 
     def __init__(self, config: DistillConfig, path: Path) -> None:
         self._path = path
         try:
-            self._network = build.build_network(config.teacher)
+            self.network = build.build_network(config.teacher)
         except UserError as error:
             raise UserError(
                 f"--distill_teacher: {error}; the teacher's own options are --distill_teacher, --distill_keyword and "
                 "--distill_width_alpha"
             ) from error
         try:
-            state = network_state(archive.read(path), self._network, config.teacher, str(path))
-            weights.load_weights(self._network, state, allow_missing=lambda name: False, source=str(path))
+            state = network_state(archive.read(path), self.network, config.teacher, str(path))
+            weights.load_weights(self.network, state, allow_missing=lambda name: False, source=str(path))
         except UserError as error:
             raise UserError(f"--distill_pretrained: {error}") from error
-        self._network.eval().requires_grad_(False)
+        bad = weights.nonfinite(self.network.state_dict().items())
+        if bad:
+            raise UserError(
+                f"--distill_pretrained {path}: {some_names(bad)} of the teacher is not finite; give another checkpoint"
+            )
+        self.network.eval().requires_grad_(False)
 
     def to(self, device: torch.device, layout: torch.memory_format) -> Teacher:
         """Move it to the network's device and memory format."""
-        self._network.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        self.network.to(device=device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         return self
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits, float32 [N, C], of images [N, 3, S, S]; computed under the network's autocast."""
         with torch.no_grad():
-            return self._network(images.float()).float()
+            return self.network(images.float()).float()
 
     @cached_property
     def fingerprint(self) -> int:
         """A checksum of its weights, to tell it from others."""
-        return _checksum(self._network)
+        return _checksum(self.network)
 
     def check_same(self, fingerprint: int) -> None:
         """Raise `UserError` unless its weights have this `fingerprint`."""

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from model.layers import batch_statistics
+from model.training import finite
 from model.training.training_state import TrainingState
 from utils.checkpoint.run_state import RunState
 from utils.data.loader import Loader
@@ -53,9 +54,12 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
     """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
 
     A process that is asked to stop returns early; the result then means nothing.
+
+    Raises:
+        TrainingError: a logit is NaN or infinite; in all processes.
     """
     training.model.eval()
-    totals = meters.Totals(training.device)
+    totals, batches = meters.Totals(training.device), list[torch.Tensor]()
     with torch.no_grad(), training.precision.autocast():
         enabled = training.config.data.rank == 0
         for images, target in progress(loader, len(loader), "validation", enabled=enabled):
@@ -64,6 +68,8 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
             target = target.to(training.device, non_blocking=True)
             output = training.model(training.images(images)).float()
             totals.update(functional.cross_entropy(output, target), output, target)
+            batches.append(output.isfinite().all())  # looked at in the end, so that the host need not wait
+    finite.check_validation(training, batches, loader)
     return meters.Totals.means(distributed.summed(totals.sums))
 
 

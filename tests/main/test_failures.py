@@ -11,6 +11,7 @@ import pytest
 from tests import ROOT
 from tests.main.runs import FP, LSQ, call, log_of, summary
 from utils.checkpoint.archive import read as read_checkpoint
+from utils.checkpoint.archive import save as save_checkpoint
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +70,90 @@ def test_a_gradient_that_is_not_finite_ends_the_run(
     assert all(bool(value.isfinite().all()) for value in saved["state_dict"].values())
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "layer"),
+    [
+        ("fc.weight", "nan", "fc (its weight is not finite)"),
+        (
+            "fc.bias",
+            "-inf",
+            "fc (its bias is not finite)",
+        ),  # of one class: the loss of the other images is finite
+        ("bn1.0.running_var", "nan", "bn1.0 (its running_var is not finite)"),
+        (
+            "layer2.0.conv1.0.quant_activation.clip_val",
+            "nan",
+            "layer2.0.conv1.0.quant_activation (its clip_val is",
+        ),
+    ],
+)
+def test_weights_that_are_not_finite(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str], entry: str, value: str, layer: str
+) -> None:
+    """Evaluating them is status 1 with the layer's name and no audit; training does not begin."""
+    state = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")["state_dict"]
+    state[entry].view(-1)[0] = float(value)
+    save_checkpoint(tmp_path / "bad.pth", {"state_dict": state})
+    assert call(f"{LSQ} -e --audit --case eval --pretrained bad.pth") == 1
+    said, error = capsys.readouterr()
+    assert error.startswith(
+        "main.py: failed: logits are not finite in validation; the first layer with such an "
+    )
+    assert f"output is {layer}" in error and error.endswith("; give another checkpoint\n")
+    assert "top-1" not in said and "audit" not in said and "failed: logits" in log_of(tmp_path, "eval")
+    assert call(f"{LSQ} --case tuned --epochs 1 --pretrained bad.pth") == 2
+    assert capsys.readouterr().err == (
+        f"main.py: error: --pretrained bad.pth: {entry} is not finite; give another checkpoint\n"
+    )
+    assert not (tmp_path / "exp" / "tuned").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "said"),
+    [
+        ("nan", 2, "--distill_pretrained teacher.pth: fc.weight of the teacher is not finite"),
+        ("3e38", 1, "the loss is not finite in epoch 1, iteration 1; the teacher's logits are not, its first layer "
+         "with such an output is fc; give another checkpoint with --distill_pretrained"),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_is_not_finite_is_blamed(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str], value: str, status: int, said: str
+) -> None:
+    """And not the learning rate."""
+    state = read_checkpoint(lsq / "weights" / "resnet20" / "lsq-checkpoint.pth.tar")["state_dict"]
+    state = {name: tensor for name, tensor in state.items() if ".quant_" not in name}
+    state["fc.weight"].fill_(float(value))
+    save_checkpoint(tmp_path / "teacher.pth", {"state_dict": state})
+    line = f"{LSQ} --case pupil --epochs 1 --distill_teacher resnet20 --distill_pretrained teacher.pth"
+    assert call(line) == status
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "--lr" not in error
+
+
+MASKED = """
+import torch
+from torch import nn
+from model.networks.build import register_model
+
+class Mask(nn.Module):
+    def forward(self, x):
+        return torch.cat([x[:, :9], torch.full_like(x[:, 9:], -torch.inf)], dim=1)
+
+register_model("masked", lambda config: nn.Sequential(nn.Flatten(), nn.Linear(192, 10), Mask()))
+"""
+
+
+def test_logits_that_are_not_finite_end_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the loss is finite, since no image is of that class."""
+    (tmp_path / "mine.py").write_text(MASKED)
+    line = "--dataset fake --num_classes 9 --input_size 8 -b 8 --fake_size 16 --epochs 1"
+    assert call(f"{line} --model masked --keyword_file mine.py --case masked") == 1
+    error = capsys.readouterr().err
+    assert "logits are not finite in epoch 1, iteration 1; the first layer with such an output is 2;" in error
+
+
 AFTER = """
 import torch
 from torch import nn
@@ -99,7 +184,7 @@ register_model("after-HOW", net)
     [
         (
             "output",
-            "the validation loss is not finite after epoch 1; the first layer with such an output is last;",
+            "logits are not finite in validation; the first layer with such an output is last;",
         ),
         (
             "state",

@@ -352,9 +352,9 @@ def _write(
         raise TrainingError(f"{error}; the checkpoints before are whole, -r goes on from them") from error
 
 
-def _refuse_nonfinite(weights: Mapping[str, torch.Tensor], state: RunState) -> None:
+def _refuse_nonfinite(tensors: Mapping[str, torch.Tensor], state: RunState) -> None:
     """Raise `TrainingError` rather than replace a good checkpoint by weights that are not finite."""
-    bad = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    bad = weights.nonfinite(tensors.items())
     if bad:
         raise TrainingError(
             f"{bad[0]} is not finite after {state.epoch} epochs and {state.position} images, which is not saved; "

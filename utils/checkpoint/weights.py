@@ -268,6 +268,11 @@ def _meant(word: str, names: Iterable[str]) -> str:
     return closest(word, {*names, *layers, *endings}, cutoff=0.5)
 
 
+def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors with a value that is NaN or infinite. Waits for the device."""
+    return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+
+
 def _with_shape(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{name} {list(tensors[name].shape)}" for name in names]
 
