@@ -46,6 +46,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
         option("skip_corrupt", int, 0, "image files that may be left out because they cannot be read"),
         option(
+            "max_value",
+            int,
+            None,
+            "value of 16-bit PNG and TIFF files that becomes white; default: the largest one of the training images",
+        ),
+        option(
             "ignore_orientation",
             bool,
             False,

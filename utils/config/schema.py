@@ -235,6 +235,9 @@ class DataConfig:
     mixup_alpha: float = 0.0  # parameter of Mixup's beta distribution; 0: no Mixup
     cutmix_alpha: float = 0.0  # the same of CutMix
     skip_corrupt: int = 0  # unreadable images that may be left out
+    max_value: int | None = (
+        None  # of 16-bit images, becomes white; None: the largest one of the training images
+    )
     ignore_orientation: bool = False  # JPEG, PNG and WebP as they are stored, not turned as EXIF says
 
 

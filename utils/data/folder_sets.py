@@ -13,6 +13,7 @@ from utils.config.schema import DataConfig
 from utils.data.loader import Delivery, Loader
 from utils.data.loaders import Loaders, check_classes, deliveries_of, loaders_of
 from utils.errors import UserError
+from utils.processes.distributed import broadcast
 
 if TYPE_CHECKING:
     from utils.data.image_folder import ImageNames
@@ -46,10 +47,15 @@ def _folder_loaders(
 ) -> Loaders:
     """Loaders over the folders of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
     from utils.data.image_file import Decoding
-    from utils.data.image_folder import Unreadable
+    from utils.data.image_folder import Unreadable, value_range
 
     unreadable = Unreadable(config.skip_corrupt)
-    decoding = Decoding(ignore_orientation=config.ignore_orientation)
+    warnings = [part.left_out() for part in names.values()]
+    if (max_value := config.max_value) is None:
+        first = next(iter(names.values()))  # training images where there are some
+        max_value, said = broadcast(lambda: value_range(first, config.workers))
+        warnings.append(said)
+    decoding = Decoding(ignore_orientation=config.ignore_orientation, max_value=max_value)
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
@@ -62,8 +68,8 @@ def _folder_loaders(
         )
 
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
-    warnings = tuple(said for part in names.values() if (said := part.left_out()))
-    return loaders_of(config, deliveries, open_, train="train" in names, warnings=warnings)
+    said = tuple(filter(None, warnings))
+    return loaders_of(config, deliveries, open_, train="train" in names, warnings=said)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import stat
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -64,9 +66,11 @@ class Decoding:
 
     Attributes:
         ignore_orientation: leave images as they are stored, whatever EXIF says; TIFF is turned upright even so.
+        max_value: the value of 16-bit images that becomes 255, white, as all above it.
     """
 
     ignore_orientation: bool = False
+    max_value: int = 65535
 
     def orientation(self, image: ImageFile.ImageFile, data: bytes) -> int:
         """Return EXIF's orientation, 1 to 8, by which an image is turned; 1 where it has none that is valid.
@@ -108,22 +112,91 @@ def stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
 
 
 def decode(data: bytes, decoding: Decoding = PLAIN) -> Image.Image:
-    """Decode an image file to RGB, 16 bits to their upper 8, and turn it upright. Raises DECODE_ERRORS."""
+    """Decode an image file to RGB, 16 bits to 8 by `decoding.max_value`, and turn it upright. Raises DECODE_ERRORS."""
     with parse(data) as image:
         # Pillow itself turns a TIFF.
         turn = None if image.format == "TIFF" else _TURNS.get(decoding.orientation(image, data))
-        decoded = _decoded(image)
+        if has_16_bits(image):
+            decoded = Image.fromarray(_table(decoding.max_value)[values_of(image, data)]).convert("RGB")
+        elif image.mode == "RGB":
+            image.load()  # `convert` would copy it
+            decoded = image
+        else:
+            decoded = image.convert("RGB")
     return decoded if turn is None else decoded.transpose(turn)
 
 
-def _decoded(image: ImageFile.ImageFile) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()  # `convert` would copy it
-        return image
+def has_16_bits(image: ImageFile.ImageFile) -> bool:
+    """Whether an image from `parse` has values of 9 to 16 bits whose lower ones `values_of` can read."""
+    return image.mode.startswith("I;16") or _raw_mode(image) in _LOWER
+
+
+def values_of(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
+    """Return the values of an image for which `has_16_bits` holds: uint16 [H, W], or of colours [H, W, 3].
+
+    Args:
+        image: from `parse`, not decoded yet; it is decoded.
+        data: its file.
+    """
     if image.mode.startswith("I;16"):
-        # `convert` would turn all but the darkest greys white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        return np.asarray(image).astype(np.uint16)
+    # Pillow reads only the upper byte of a colour; with the other byte order it takes the lower one for that.
+    upper, lower = _LOWER[_raw_mode(image)]
+    parts = []
+    for raw in (upper, lower):
+        with parse(data) as part:
+            part.tile = [
+                tile._replace(args=raw if isinstance(tile.args, str) else (raw, *(tile.args or ())[1:]))
+                for tile in part.tile
+            ]
+            parts.append(np.asarray(part).astype(np.uint16))
+    high, low = parts
+    if upper == lower:  # grey and alpha, two bytes each
+        return 256 * high[..., 0] + high[..., 1]
+    return 256 * high[..., :3] + low[..., :3]
+
+
+def largest_value(path: str) -> int | None:
+    """The largest value of an image of 16 bits; None for one of 8, and for what cannot be read."""
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as file:
+            start = file.read(25)
+        if start.startswith(b"\x89PNG") and start[-1] != 16:  # its bits; far faster than opening it
+            return None
+        with Image.open(path, formats=FORMATS) as image:
+            if not has_16_bits(image):
+                return None
+        data = read(path)
+        with parse(data) as image:
+            return int(values_of(image, data).max())
+    except DECODE_ERRORS:
+        return None
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """Pillow's name of how a file stores its pixels."""
+    args = image.tile[0].args if image.tile else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""
+
+
+# Of files with colours of 16 bits: how they store them, and what Pillow takes to be the upper and the lower byte.
+_OTHER = "B" if sys.byteorder == "little" else "L"
+_LOWER = {
+    f"{bands};16{order}": (f"{bands};16{order}", f"{bands};16{swapped}")
+    for bands in ("RGB", "RGBX", "RGBA")
+    for order, swapped in (("B", "L"), ("L", "B"), ("N", _OTHER))
+} | {"LA;16B": ("RGBA", "RGBA")}
+
+
+@functools.cache
+def _table(max_value: int) -> np.ndarray:
+    """The value of 8 bits for each of 16 bits, uint8 [65536]."""
+    values = np.arange(65536)
+    if max_value == 65535:
+        return (values >> 8).astype(np.uint8)
+    return np.minimum((values * 255 + max_value // 2) // max_value, 255).astype(np.uint8)
 
 
 def check_mode(image: Image.Image) -> None:
@@ -156,7 +229,8 @@ def not_for_dali(image: ImageFile.ImageFile) -> str:
 def dali_decodes_alike(image: ImageFile.ImageFile, data: bytes) -> bool:
     """Whether DALI can be given the file itself; if not, it is given the pixels that `decode` returns."""
     # DALI 2.4 finds no end of a WebP with metadata behind pixels of an odd number of bytes.
-    return image.format != "WEBP" or data[12:16] != b"VP8X"
+    extended = image.format == "WEBP" and data[12:16] == b"VP8X"
+    return not extended and not has_16_bits(image)
 
 
 _OF_SYSTEMS = frozenset(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets.folder import is_image_file
 
-from utils.data.image_file import is_hidden, walk
+from utils.data.image_file import is_hidden, largest_value, walk
 from utils.errors import UserError
 from utils.text import printable
 
@@ -98,6 +99,30 @@ def _images(folder: Path, hidden: list[str]) -> list[str]:
         for name in names
         if is_image_file(name)
     ]
+
+
+def value_range(names: ImageNames, threads: int) -> tuple[int, str]:
+    """The largest value of the set's 16-bit images, which becomes white, and a line about it; 65535 and "" without any.
+
+    Only names that end as PNG or TIFF do are looked at.
+    """
+    paths = [path for path in map(names.path, range(len(names))) if path.lower().endswith(_MAY_HAVE_16_BITS)]
+    values: list[int] = []
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for first in range(0, len(paths), 1024):  # a million tasks at once would need a gigabyte
+            found = pool.map(largest_value, paths[first : first + 1024])
+            values += [value for value in found if value is not None]
+    if not values:
+        return 65535, ""
+    largest = max(1, *values)
+    return largest, (
+        f"{len(values)} of {len(names)} images in {names.folder} have 16 bits: their largest value, {largest}, becomes "
+        f"white (255); write --max_value {largest} where the network meets other images, or another one if this is an "
+        "outlier"
+    )
+
+
+_MAY_HAVE_16_BITS = (".png", ".tif", ".tiff")
 
 
 def note(

@@ -207,8 +207,8 @@ def test_a_typical_line() -> None:
             {"keywords": ("imagenet",), "data.dataset": "dali", "data.skip_corrupt": 5},
         ),
         (
-            "--dataset imagenet --root x --ignore_orientation",
-            {"data.ignore_orientation": True, "data.skip_corrupt": 0},
+            "--dataset imagenet --root x --ignore_orientation --max_value 4095",
+            {"data.ignore_orientation": True, "data.max_value": 4095},
         ),
         # Validation.
         ("-b 48", {"data.batch_size": 48, "data.val_batch_size": 48}),
@@ -431,6 +431,8 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--rand_augment 31", "--rand_augment 31: must be from 0 to 30"),
         ("--mixup_enable --mixup_alpha 0", "--mixup_alpha 0.0: must be a number greater than 0"),
         ("--cutmix_enable --cutmix_alpha nan", "--cutmix_alpha nan: must be a number greater than 0"),
+        ("--max_value 0", "--max_value 0: must be from 1 to 65535"),
+        ("--max_value 65536", "--max_value 65536: must be from 1 to 65535"),
         ("--skip_corrupt -1", "--skip_corrupt -1: must be a number that is not negative"),
         ("--momentum 1", "--momentum 1.0: must be at least 0 and less than 1"),
         ("--label_smooth nan", "--label_smooth nan: must be at least 0"),

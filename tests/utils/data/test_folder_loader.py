@@ -284,3 +284,41 @@ def test_one_unreadable_image_too_many_stops_the_run(tmp_path: Path, dataset: st
     # Of a batch something must be left.
     with pytest.raises(UserError, match="no image of a training batch can be read"):
         read(open_data(replace(config, batch_size=1, skip_corrupt=9)).train)
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_the_range_of_sixteen_bits_is_found_in_the_training_images(
+    tmp_path: Path, dataset: str, ending: str
+) -> None:
+    """12 bits become all greys, not 16 of them; validation takes the same range."""
+    for split, most in (("train", 4000), ("val", 8000)):
+        for number, share in enumerate((1.0, 0.5)):
+            path = tmp_path / split / "one" / f"{number}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ramp = np.linspace(0, share * most, 32).round().astype(np.uint16)
+            Image.fromarray(np.tile(ramp, (32, 1))).save(path)
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(tmp_path / "train" / "one" / f"2.{ending}")
+    config = DataConfig(
+        dataset=dataset,
+        root=tmp_path,
+        num_classes=1,
+        input_size=28,
+        batch_size=3,
+        val_batch_size=2,
+        workers=0,
+    )
+    loaders = open_data(config)
+    [warning] = loaders.warnings
+    assert warning.startswith(
+        f"2 of 3 images in {tmp_path / 'train'} have 16 bits: their largest value, 4000, becomes white (255)"
+    )
+    [(images, _)] = validation(loaders)
+    whole, half = (image[:, 14] for image in pixels(images, loaders))  # a row of each
+    ramp = np.linspace(0, 255, 32)[2:-2]
+    np.testing.assert_allclose(half, np.tile(ramp, (3, 1)), atol=1.01)
+    np.testing.assert_allclose(whole, np.tile(np.minimum(2 * ramp, 255), (3, 1)), atol=2.01)
+    loaders = open_data(replace(config, max_value=16000))
+    assert loaders.warnings == ()
+    [(images, _)] = validation(loaders)
+    np.testing.assert_allclose(pixels(images, loaders)[1, :, 14], np.tile(ramp / 4, (3, 1)), atol=1.01)

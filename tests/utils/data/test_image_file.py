@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.image_file import DECODE_ERRORS, decode, read, reason_of, walk
+from utils.data.image_file import DECODE_ERRORS, Decoding, decode, largest_value, read, reason_of, walk
 from utils.errors import UserError
 from utils.text import printable
 
@@ -30,6 +30,51 @@ def written(image: Image.Image, form: str) -> bytes:
 def test_sixteen_bits_become_their_upper_eight(form: str) -> None:
     pixels = np.asarray(decode(written(Image.fromarray(RAMP), form)))
     np.testing.assert_array_equal(pixels, np.repeat(RAMP[..., None] // 256, 3, axis=2))
+
+
+@pytest.mark.parametrize("most", [1, 1023, 4095, 4000, 65534])
+def test_sixteen_bits_are_scaled_so_that_the_largest_value_is_white(most: int) -> None:
+    """10 and 12 bits would leave 4 and 16 greys; what lies above the largest value is white too."""
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    pixels = np.asarray(decode(written(Image.fromarray(ramp), "PNG"), Decoding(max_value=most)))
+    expected = np.minimum(np.floor(ramp.astype(np.float64) * 255 / most + 0.5), 255)
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        (".png", {}), (".png", {"interlace": True}), (".tif", {}), (".tif", {"compression": "deflate"}),
+        (".tif", {"compression": "lzw", "predictor": "horizontal"}),
+    ],
+)  # fmt: skip
+def test_colours_of_sixteen_bits_are_read_whole(bands: int, ending: str, how: dict[str, object]) -> None:
+    """Also beside an alpha channel, which is dropped; Pillow by itself reads the upper byte only."""
+    pyvips = pytest.importorskip("pyvips")
+    array = np.random.default_rng(0).integers(0, 4096, (6, 9, bands)).astype(np.uint16)
+    array[0, 0] = 4095
+    image = pyvips.Image.new_from_array(array)
+    data = image.copy(interpretation="rgb16" if bands > 2 else "grey16").write_to_buffer(ending, **how)
+    if bands == 2 and ending == ".tif":
+        with pytest.raises(DECODE_ERRORS, match="cannot identify image file"):
+            decode(data)
+        return
+    colours = array[..., : 3 if bands > 2 else 1].astype(np.float64)
+    expected = np.broadcast_to(np.floor(colours * 255 / 4095 + 0.5), (6, 9, 3))
+    pixels = np.asarray(decode(data, Decoding(max_value=4095)))
+    np.testing.assert_array_equal(pixels, expected)
+    np.testing.assert_array_equal(np.asarray(decode(data))[0, 0], 3 * [4095 >> 8])
+
+
+def test_the_largest_value_is_that_of_sixteen_bits_alone(tmp_path: Path) -> None:
+    Image.fromarray(RAMP // 16).save(tmp_path / "12 bits.png")
+    Image.fromarray((RAMP // 256).astype(np.uint8)).save(tmp_path / "8 bits.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "12 bits.png").read_bytes()[:-30])
+    os.mkfifo(tmp_path / "pipe.png")
+    found = {path.stem: largest_value(str(path)) for path in tmp_path.iterdir()}
+    assert found == {"12 bits": 4095, "8 bits": None, "text": None, "cut": None, "pipe": None}
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])

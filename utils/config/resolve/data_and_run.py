@@ -67,6 +67,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         mixup_alpha=given["mixup_alpha"] if given["mixup_enable"] else 0.0,
         cutmix_alpha=given["cutmix_alpha"] if given["cutmix_enable"] else 0.0,
         skip_corrupt=given["skip_corrupt"],
+        max_value=given["max_value"],
         ignore_orientation=bool(given["ignore_orientation"]),
     )
 

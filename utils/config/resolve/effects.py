@@ -69,7 +69,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         **{
             name: (dataset not in ("imagenet", "dali"), f"with the data set {dataset}")
-            for name in ("skip_corrupt", "ignore_orientation")
+            for name in ("skip_corrupt", "max_value", "ignore_orientation")
         },
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
         "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),

@@ -45,6 +45,8 @@ def check_numbers(given: Given) -> None:
     _check_methods(given)
     if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
+    if given["max_value"] is not None and not 1 <= given["max_value"] <= 65535:
+        raise UserError(f"--max_value {given['max_value']}: must be from 1 to 65535")
     if given["batch_size"] == 1 and not given["evaluate"]:
         raise UserError("--batch_size 1: batch statistics need at least 2 images")
     if given["resume"] and resume_file(given) is not None:
