@@ -14,6 +14,7 @@ from model.networks import build
 from model.observe import observing
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
+from utils.config.image_size import sides, size_text
 from utils.config.methods import PROJECT
 from utils.config.schema import Config
 from utils.errors import UserError
@@ -37,9 +38,9 @@ def constant_signs(model: nn.Module, config: Config) -> tuple[str, ...]:
     def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         lowest[name] = min(float(inputs[0].min()), lowest.get(name, math.inf))
 
-    size = config.model.input_size
+    size = sides(config.model.input_size)
     parameter = next(model.parameters())
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+    noise = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     with one_of_a_kind(model), observing(model) as hooks, batch_statistics.of_the_batch(model):
         hooks += [
             quantizer.register_forward_pre_hook(partial(watch, name)) for name, quantizer in taken.items()
@@ -62,13 +63,14 @@ def run_once(model: nn.Module, config: Config) -> Cost:
     except (RuntimeError, ValueError) as error:  # torch's errors for shapes that do not fit
         quant = config.model.quant
         methods = {part.method for part in (quant.fm, quant.wt, quant.ot) if part.enable}
+        size = size_text(config.model.input_size)
         own = config.model.name not in build.PROJECT and ":" not in config.model.name
         if own or methods - PROJECT:
             raise UserError(
-                f"--model {config.model.name}: an image of {config.model.input_size} pixels could not be run through "
+                f"--model {config.model.name}: an image of {size} pixels could not be run through "
                 f"it, through the network's or the method's own fault or because of --input_size ({error})"
             ) from error
         raise UserError(
-            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
+            f"--input_size {size}: {config.model.name} cannot take images of this size "
             f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
         ) from error

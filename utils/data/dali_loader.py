@@ -20,6 +20,7 @@ from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
+from utils.config.image_size import InputSize, sides
 from utils.data.crop import centre_crop, crop_and_flip, put, resize, resize_to_centre
 from utils.data.image_file import DECODE_ERRORS, decode, not_for_dali, parse, read, reason_of
 from utils.data.image_folder import ImageNames, Unreadable, note
@@ -57,7 +58,7 @@ class DaliLoader(Loader):
     Args:
         names: the images.
         delivery: how batches are cut and finished.
-        size: height and width of the images of a batch, in pixels.
+        size: of the images of a batch.
         workers: number of threads that decode on the CPU, and of threads that read files and resize; at most one per
             image of a batch; 0 counts as 1.
         unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
@@ -68,12 +69,12 @@ class DaliLoader(Loader):
     """
 
     def __init__(
-        self, names: ImageNames, delivery: Delivery, *, size: int, workers: int, unreadable: Unreadable
+        self, names: ImageNames, delivery: Delivery, *, size: InputSize, workers: int, unreadable: Unreadable
     ) -> None:
         super().__init__(len(names), delivery)
         self._names = names
         self._target = torch.from_numpy(names.target)
-        self._size = size
+        self._size = sides(size)
         self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
         self._idle: Pipeline | None = None  # a pipeline without batches in it
@@ -144,7 +145,7 @@ class DaliLoader(Loader):
             return index, reason_of(error)
         crop, flip = (0, 0, height, width), False
         if self._delivery.train:
-            crop, flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
+            crop, flip = crop_and_flip(height, width, self._size, self._delivery.seed, epoch, index)
         return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
     def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
@@ -164,7 +165,7 @@ class DaliLoader(Loader):
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:
-        """Make a pipeline that decodes files to crops, and on the GPU resizes these to images, uint8 [S, S, 3]."""
+        """Make a pipeline that decodes files to crops, and on the GPU resizes these to images, uint8 [H, W, 3]."""
         gpu = self._on_cuda
         pipeline = Pipeline(
             batch_size, self._threads, self._delivery.device.index or 0 if gpu else None,
@@ -182,7 +183,7 @@ class DaliLoader(Loader):
             if gpu:
                 part = fn.external_source(name="part")
                 image = fn.resize(
-                    image, size=(self._size, self._size), roi_start=part[:2], roi_end=part[2:], antialias=True,
+                    image, size=self._size, roi_start=part[:2], roi_end=part[2:], antialias=True,
                     interp_type=types.DALIInterpType.INTERP_LINEAR,
                 )  # fmt: skip
             pipeline.set_outputs(image)
@@ -208,18 +209,18 @@ class DaliLoader(Loader):
         else:
             resized_height, resized_width, top, left = centre_crop(height, width, self._size)
             down, across = height / resized_height, width / resized_width
-            bottom, right = top + self._size, left + self._size
+            bottom, right = top + self._size[0], left + self._size[1]
             part = (top * down, left * across, bottom * down, right * across)
         return np.array(part, np.float32)
 
     def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
-        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
+        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, H, W]."""
         try:
             (output,) = pipeline.share_outputs()
         except RuntimeError as error:
             raise _Undecodable from error
         device = self._delivery.device
-        images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
+        images = torch.empty((len(files), *self._size, 3), dtype=torch.uint8, device=device)
         if self._on_cuda:
             stream = torch.cuda.current_stream(device)
             feed_ndarray(output.as_tensor(), images, cuda_stream=stream)
@@ -230,9 +231,9 @@ class DaliLoader(Loader):
         return images.permute(0, 3, 1, 2)
 
     def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
-        """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
+        """Resize and flip a crop that DALI has decoded into `to`, uint8 [H, W, 3]."""
         size, pixels = self._size, torch.from_dlpack(crop)
-        image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
+        image = resize(pixels, *size) if self._delivery.train else resize_to_centre(pixels, size)
         put(image, to, flip=file.flip)
 
 
