@@ -35,6 +35,7 @@ import torch
 from torch.nn import functional
 from torchvision.models import resnet18
 
+from utils.config.image_size import sides
 from utils.config.schema import DataConfig
 from utils.data import sources
 from utils.data.augment import crop_flip
@@ -66,19 +67,19 @@ def epoch(loader: Loader, device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decode_files(size: int | None, paths: Sequence[str]) -> None:
+def decode_files(size: tuple[int, int] | None, paths: Sequence[str]) -> None:
     """Read and decode whole files with Pillow, and resize random crops of them if there is a size."""
     for index, path in enumerate(paths):
         with open(path, "rb") as file:
             image = decode(file.read())
         if size is not None:
-            (top, left, height, width), _ = crop_and_flip(image.height, image.width, 0, 0, index)
+            (top, left, height, width), _ = crop_and_flip(image.height, image.width, size, 0, 0, index)
             crop = image.crop((left, top, left + width, top + height))
-            resize(torch.from_numpy(np.array(crop)), size, size)
+            resize(torch.from_numpy(np.array(crop)), *size)
 
 
 def dali_decoder(
-    paths: Sequence[str], threads: int, batch_size: int, size: int | None, device: torch.device
+    paths: Sequence[str], threads: int, batch_size: int, size: tuple[int, int] | None, device: torch.device
 ) -> Callable[[], None]:
     """A pipeline of DALI that reads and decodes whole files, or with a size random crops that are resized.
 
@@ -96,7 +97,7 @@ def dali_decoder(
             image = fn.decoders.image(encoded, **how)
         else:
             image = fn.decoders.image_random_crop(encoded, random_aspect_ratio=(3 / 4, 4 / 3), **how)
-            image = fn.resize(image, size=(size, size)) if gpu else image
+            image = fn.resize(image, size=size) if gpu else image
         pipeline.set_outputs(image)
     pipeline.build()
     resizers = ThreadPoolExecutor(threads)
@@ -106,7 +107,7 @@ def dali_decoder(
             (output,) = pipeline.run()
             if size is not None and not gpu:
                 crops = [torch.from_dlpack(output[i]) for i in range(batch_size)]
-                list(resizers.map(partial(resize, height=size, width=size), crops))
+                list(resizers.map(partial(resize, height=size[0], width=size[1]), crops))
 
     return run
 
@@ -122,7 +123,7 @@ def measure_speed(
     workers = config.workers
     shares = [paths[rank::workers] for rank in range(workers)]
     context = multiprocessing.get_context("forkserver")
-    sizes = {"decode": None, "resize": config.input_size}
+    sizes = {"decode": None, "resize": sides(config.input_size)}
     with ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
         ways: dict[tuple[str, str], Callable[[], object]] = {}
         for dataset in ("imagenet", "dali") if dali else ("imagenet",):
@@ -145,7 +146,7 @@ def measure_speed(
     return taken, count
 
 
-def decode_in_pool(pool: Executor, size: int | None, shares: Sequence[Sequence[str]]) -> None:
+def decode_in_pool(pool: Executor, size: tuple[int, int] | None, shares: Sequence[Sequence[str]]) -> None:
     """Let each process of a pool decode its share of the files."""
     list(pool.map(partial(decode_files, size), shares))
 

@@ -255,6 +255,7 @@ WITH_NETWORK_AND_DATA = [
     ("--keyword digits,bacs,origin,preBN,prone", "preBN contradicts prone"),
     (f"{FP} --input_size 1", "--input_size 1 resnet20"),
     (f"{FP} --input_size 30", "--input_size 30 resnet20"),
+    (f"{FP} --input_size 32x30", "--input_size 32x30 resnet20"),
     # Checkpoints.
     (f"{FP} --pretrained cut.pth.tar", "cut.pth.tar damaged"),
     (f"{FP} --pretrained flipped.pth.tar", "flipped.pth.tar damaged checksum"),

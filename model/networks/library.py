@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import Selection, called, replace
+from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
 
@@ -31,9 +32,11 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
     _check_name("torchvision", name, torchvision_names())
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
+        if not isinstance(config.input_size, int):
+            raise ValueError("torchvision's are for square ones; timm's take others")
         options["image_size"] = config.input_size
     elif name.startswith("maxvit_"):
-        options["input_size"] = (config.input_size, config.input_size)
+        options["input_size"] = sides(config.input_size)
     elif name in ("googlenet", "inception_v3"):
         # Auxiliary classifiers would make the output a tuple in training; `--unresume_scope` skips their weights.
         options |= {"aux_logits": False, "init_weights": True}
@@ -78,13 +81,14 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; leave it out")
     try:
         network = SOURCES[source](name, config)
-        output, order = called(network, torch.zeros(1, 3, config.input_size, config.input_size))
+        output, order = called(network, torch.zeros(1, 3, *sides(config.input_size)))
     except _UNSUITABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         own = _own_size(source, name)
         hint = "choose another network" if own in (None, config.input_size) else f"its own is {own}"
+        size = size_text(config.input_size)
         raise UserError(
-            f"--input_size {config.input_size}: {config.name} cannot take images of this size ({reason}); {hint}"
+            f"--input_size {size}: {config.name} cannot take images of this size ({reason}); {hint}"
         ) from error
     if not isinstance(output, Tensor) or output.shape != (1, config.num_classes):
         found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"

@@ -24,7 +24,7 @@ class NIN(nn.Module):
     training a norm and an activation follow each convolution but the last, in place of biases and dropout,
     and all pooling takes the maximum.
 
-    Input [N, 3, S, S], output logits [N, num_classes].
+    Input [N, 3, H, W], output logits [N, num_classes].
 
     Raises:
         UserError: when the width leaves no channel.

@@ -249,7 +249,7 @@ def convolution(unit: Unit, config: ModelConfig) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """Stem, stages of blocks, head. Input [N, 3, S, S], output logits [N, num_classes].
+    """Stem, stages of blocks, head. Input [N, 3, H, W], output logits [N, num_classes].
 
     Raises:
         UserError: for a combination that has no network (layer-wise skips around bottlenecks).
@@ -304,7 +304,7 @@ class ResNet(nn.Module):
         return [norm, factory.activation(config)] if activation else [norm]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images float [N, 3, S, S] to logits [N, num_classes]."""
+        """Images float [N, 3, H, W] to logits [N, num_classes]."""
         x = self.conv1(x)
         if self.fixup_bias:
             x = x + self.fixup_bias1

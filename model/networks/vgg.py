@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.layers import factory
 from model.networks.resnet import initialise
+from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
 
@@ -20,7 +21,7 @@ class VGGSmall(nn.Module):
     Norm and activation follow each convolution. With the `imagenet` stem the first one is 7x7 with stride 2,
     and a 3x3 max pooling with stride 2 follows it.
 
-    Input [N, 3, S, S], output logits [N, num_classes]; the linear layer's width depends on S.
+    Input [N, 3, H, W], output logits [N, num_classes]; the linear layer's width depends on H and W.
 
     Raises:
         UserError: when the width leaves no channel, or the size no position.
@@ -29,7 +30,7 @@ class VGGSmall(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         imagenet = config.stem.kind == "imagenet"
-        channels, size = 3, config.input_size
+        channels, size = 3, sides(config.input_size)
         parts: list[nn.Module] = []
         for wide in STAGES:
             for _ in range(2):
@@ -41,16 +42,16 @@ class VGGSmall(nn.Module):
                 )
                 if first and imagenet:
                     parts.append(nn.MaxPool2d(3, stride=2, padding=1))
-                    size = -(-size // 4)
+                    size = (-(-size[0] // 4), -(-size[1] // 4))
                 channels = out
             parts.append(nn.MaxPool2d(2))
-            size //= 2
-        if size < 1:
+            size = (size[0] // 2, size[1] // 2)
+        if min(size) < 1:
             raise UserError(
-                f"--input_size {config.input_size}: {config.name} needs at least {32 if imagenet else 8}"
+                f"--input_size {size_text(config.input_size)}: {config.name} needs at least {32 if imagenet else 8}"
             )
         self.features = nn.Sequential(*parts)
-        self.fc = factory.linear(channels * size**2, config.num_classes, config)
+        self.fc = factory.linear(channels * size[0] * size[1], config.num_classes, config)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

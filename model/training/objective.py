@@ -38,7 +38,7 @@ class Objective:
         Args:
             logits: float32 [N, C].
             target: int64 [N], or float32 [N, C] of mixed images.
-            images: [N, 3, S, S], for the teacher.
+            images: [N, 3, H, W], for the teacher.
             step: optimizer steps done.
         """
         config = self.config

@@ -71,11 +71,11 @@ def _time(here: Surroundings, assembled: Assembled) -> str:
 def _seconds_of_an_image(here: Surroundings, assembled: Assembled) -> float:
     """Time forward and backward passes of growing batches of noise, until one takes long enough."""
     config, device, trains = here.config, here.device, not here.config.run.evaluate
-    size, model = config.model.input_size, assembled.model
+    size, model = sides(config.model.input_size), assembled.model
     batch = config.data.batch_size if trains else config.data.val_batch_size
 
     def passed(count: int) -> float:
-        images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0)).to(
+        images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0)).to(
             device, assembled.precision.image_dtype, memory_format=assembled.layout
         )
         target = torch.arange(count, device=device) % config.model.num_classes

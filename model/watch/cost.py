@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.layers.quantized import QuantLayer, quantizers
 from model.observe import observing
 from model.quantizers.frame import Quantizer
+from utils.config.image_size import InputSize, sides
 from utils.config.schema import QuantizerConfig
 from utils.report.cost_record import FULL_BITS, Cost, LayerCost, stored_bits
 
@@ -24,8 +25,8 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
     return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
 
 
-def network_cost(model: nn.Module, input_size: int) -> Cost:
-    """Run one black image of `input_size` pixels through `model` and count; its mode is restored.
+def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
+    """Run one black image of this size through `model` and count; its mode is restored.
 
     Of quantizers with equal options only the first one runs, to check that it can; the others, which would take
     most of the time, pass their input on.
@@ -67,7 +68,7 @@ def network_cost(model: nn.Module, input_size: int) -> Cost:
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        model(torch.zeros(1, 3, input_size, input_size, device=parameter.device, dtype=parameter.dtype))
+        model(torch.zeros(1, 3, *sides(input_size), device=parameter.device, dtype=parameter.dtype))
     return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
 
 

@@ -18,6 +18,7 @@ from model.observe import first_input, observing
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
 from model.watch.cut_off import cut_off
+from utils.config.image_size import sides, size_text
 from utils.config.methods import PROJECT, record_of
 from utils.config.schema import Config, QuantConfig
 from utils.errors import UserError
@@ -61,7 +62,7 @@ def unsuitable_inputs(
 
     Args:
         model: the network; it is left as it was.
-        images: at least two, float32 [N, 3, S, S], normalised; noise will do.
+        images: at least two, float32 [N, 3, H, W], normalised; noise will do.
         config: the run's configuration.
         real: gives normalised images of the data set; called only where a layer that reads the images cuts them off.
         ranges: the clip values are those that training starts from; then values beyond them are warned of too.
@@ -162,9 +163,9 @@ def _wider(quant: QuantConfig) -> str:
 
 
 def noise_images(config: Config, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Two images of uniform noise, normalised: float32 [2, 3, S, S]; the same in every process and run."""
-    size = config.model.input_size
-    noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    """Two images of uniform noise, normalised: float32 [2, 3, H, W]; the same in every process and run."""
+    size = sides(config.model.input_size)
+    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
     shape = (3, 1, 1)
     return (noise - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
@@ -176,13 +177,14 @@ def run_once(model: nn.Module, config: Config) -> Cost:
     except (RuntimeError, ValueError) as error:  # torch's errors for shapes that do not fit
         quant = config.model.quant
         methods = {part.method for part in (quant.fm, quant.wt, quant.ot) if part.enable}
+        size = size_text(config.model.input_size)
         own = config.model.name not in build.PROJECT and ":" not in config.model.name
         if own or methods - PROJECT:
             raise UserError(
-                f"--model {config.model.name}: an image of {config.model.input_size} pixels could not be run through "
+                f"--model {config.model.name}: an image of {size} pixels could not be run through "
                 f"it, through the network's or the method's own fault or because of --input_size ({error})"
             ) from error
         raise UserError(
-            f"--input_size {config.model.input_size}: {config.model.name} cannot take images of this size "
+            f"--input_size {size}: {config.model.name} cannot take images of this size "
             f"({error}); use a multiple of 32, or of 4 for the networks of three stages"
         ) from error

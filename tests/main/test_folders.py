@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.main.runs import call, done_in, metrics
+from tests.main.runs import assert_same_run, call, done_in, metrics, summary
 from tests.utils.data.helpers import CLASSES, write_folder
 
 NETWORK = "--model resnet20 --width_alpha 0.125 --keyword imagenet,cbas,origin --input_size 32"
@@ -75,3 +75,18 @@ def test_training_images_are_missed_where_they_are_needed(
     assert call(f"{QUANTIZED} --case other {options}") == 2
     assert "images/train is missing: " in capsys.readouterr().err
     assert not Path("exp/other").exists()
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+def test_images_that_are_not_square_are_trained_resumed_and_evaluated(tmp_path: Path, dataset: str) -> None:
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    write_folder(tmp_path / "images", train=4, val=2)
+    wide = f"{QUANTIZED} --dataset {dataset} --input_size 32x64"
+    done_in(tmp_path, f"{wide} --case one --epochs 3", f"{wide} --case two --epochs 3 --save_every 1")
+    backup = tmp_path / "weights" / "resnet20" / "two-backup1-checkpoint.pth.tar"
+    backup.replace(backup.with_name("two-checkpoint.pth.tar"))  # as if it had been interrupted
+    done_in(tmp_path, f"{wide} --case two --epochs 3 -r", f"{wide} --case two -e -r")
+    assert_same_run((tmp_path, "one"), (tmp_path, "two"))
+    first, *_ = summary(tmp_path, "two")["layers"]
+    assert (first["name"], first["output"]) == ("conv1", [8, 16, 32])

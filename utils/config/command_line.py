@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from utils.config.image_size import input_size
 from utils.config.option import Option, floats, integer, integers, words
 from utils.config.options import GROUPS, OPTIONS
 from utils.errors import UserError
@@ -54,7 +55,15 @@ def _parser() -> argparse.ArgumentParser:
 def _metavar(option: Option) -> str:
     if option.choices:
         return "{" + ",".join(option.choices) + "}"
-    names = {int: "N", integer: "N", float: "X", words: "WORDS", integers: "N,N", floats: "X,X"}
+    names = {
+        int: "N",
+        integer: "N",
+        input_size: "N|HxW",
+        float: "X",
+        words: "WORDS",
+        integers: "N,N",
+        floats: "X,X",
+    }
     return names.get(option.kind, option.name.upper())
 
 

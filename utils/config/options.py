@@ -6,6 +6,7 @@ torch is loaded. Options with several words may be written with `_` or `-`.
 
 from __future__ import annotations
 
+from utils.config.image_size import input_size
 from utils.config.option import Option, dataset, floats, integer, integers, loss_type, option, words
 from utils.config.schema import (
     ADAPTIVE,
@@ -334,7 +335,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
         option("num_classes", int, None, "classes; default: the data set keyword's"),
-        option("input_size", int, None, "height and width of the images, pixels; default: the keyword's"),
+        option(
+            "input_size",
+            input_size,
+            None,
+            "pixels of the images, height and width: 224 or 96x160; default: the keyword's",
+        ),
         option("width_alpha", float, 1.0, "factor on the network's width (64 channels in the first stage)"),
         option("base", int, 1, "parallel branches of a block (Group-Net)"),
         option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),

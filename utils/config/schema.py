@@ -16,6 +16,7 @@ from typing import Any
 
 from utils.config.blocks import BlockConfig, StemConfig
 from utils.config.checks import Checks, unlike
+from utils.config.image_size import InputSize
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
@@ -201,7 +202,7 @@ class ModelConfig:
 
     name: str = "resnet20"
     num_classes: int = 10
-    input_size: int = 32  # pixels, height = width
+    input_size: InputSize = 32  # pixels
     width_alpha: float = 1.0
     base: int = 1  # parallel branches of a block (Group-Net)
     norm: str = "batch"  # batch, static, frozen, reverse, instance or group
@@ -223,7 +224,7 @@ class DataConfig:
     train: bool = True  # False: an evaluation, which needs no training images
     workers: int = 2
     num_classes: int = 10
-    input_size: int = 32
+    input_size: InputSize = 32
     mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
     std: tuple[float, ...] | None = None
     fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter

@@ -114,7 +114,7 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> v2.Tran
         num_classes: number of classes.
 
     Returns:
-        A transform of images, float32 [N, 3, S, S], and classes, int64 [N], to mixed images and shares of the
+        A transform of images, float32 [N, 3, H, W], and classes, int64 [N], to mixed images and shares of the
         classes, float32 [N, classes], that draws from torch's generator; None when both parameters are 0.
     """
     if not mixup_alpha and not cutmix_alpha:

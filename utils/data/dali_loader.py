@@ -21,6 +21,7 @@ from nvidia.dali.tensors import TensorCPU
 from PIL import Image
 from torch import Tensor
 
+from utils.config.image_size import InputSize, sides
 from utils.data.crop import centre_crop, crop_and_flip, put, resize, resize_to_centre
 from utils.data.image_file import (
     DECODE_ERRORS,
@@ -72,7 +73,7 @@ class DaliLoader(Loader):
     Args:
         names: the images.
         delivery: how batches are cut and finished.
-        size: height and width of the images of a batch, in pixels.
+        size: of the images of a batch.
         workers: number of threads that decode on the CPU, and of threads that read files and resize; at most one per
             image of a batch; 0 counts as 1.
         unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
@@ -88,7 +89,7 @@ class DaliLoader(Loader):
         names: ImageNames,
         delivery: Delivery,
         *,
-        size: int,
+        size: InputSize,
         workers: int,
         unreadable: Unreadable,
         decoding: Decoding = PLAIN,
@@ -96,7 +97,7 @@ class DaliLoader(Loader):
         super().__init__(len(names), delivery)
         self._names = names
         self._target = torch.from_numpy(names.target)
-        self._size = size
+        self._size = sides(size)
         self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
         self._decoding = decoding
@@ -172,7 +173,9 @@ class DaliLoader(Loader):
             return index, reason_of(error)
         (top, left, high, wide), flip = (0, 0, height, width), False
         if self._delivery.train:
-            (top, left, high, wide), flip = crop_and_flip(height, width, self._delivery.seed, epoch, index)
+            (top, left, high, wide), flip = crop_and_flip(
+                height, width, self._size, self._delivery.seed, epoch, index
+            )
         edges = np.reshape(turn.stored((top, left, top + high, left + wide), height, width), (2, 2))
         first, last = edges.min(0), edges.max(0)
         crop = np.concatenate([first, last - first]).astype(np.float32)
@@ -195,7 +198,7 @@ class DaliLoader(Loader):
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:
-        """Make a pipeline that decodes files to crops, and on the GPU resizes these to images, uint8 [S, S, 3]."""
+        """Make a pipeline that decodes files to crops, and on the GPU resizes these to images, uint8 [H, W, 3]."""
         gpu = self._on_cuda
         pipeline = Pipeline(
             batch_size, self._threads, self._delivery.device.index or 0 if gpu else None,
@@ -242,23 +245,22 @@ class DaliLoader(Loader):
         else:
             resized_height, resized_width, top, left = centre_crop(height, width, self._size)
             down, across = height / resized_height, width / resized_width
-            bottom, right = top + self._size, left + self._size
+            bottom, right = top + self._size[0], left + self._size[1]
             part = (top * down, left * across, bottom * down, right * across)
         return np.array(file.turn.stored(part, height, width), np.float32)
 
     def _stored_size(self, file: _File) -> np.ndarray:
         """Return height and width of the result before it is transposed, float32 [2]."""
-        size = (self._size, self._size)
-        return np.array(size[:: -1 if file.turn.transpose else 1], np.float32)
+        return np.array(self._size[:: -1 if file.turn.transpose else 1], np.float32)
 
     def _take(self, pipeline: Pipeline, files: Sequence[_File], threads: ThreadPoolExecutor) -> Tensor:
-        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, S, S]."""
+        """Return the images of the oldest batch in the pipeline, uint8 [N, 3, H, W]."""
         try:
             (output,) = pipeline.share_outputs()
         except RuntimeError as error:
             raise _Undecodable from error
         device = self._delivery.device
-        images = torch.empty((len(files), self._size, self._size, 3), dtype=torch.uint8, device=device)
+        images = torch.empty((len(files), *self._size, 3), dtype=torch.uint8, device=device)
         if self._on_cuda:
             stream = torch.cuda.current_stream(device)
             feed_ndarray(output.as_tensor(), images.view(len(files), -1), cuda_stream=stream)
@@ -273,9 +275,9 @@ class DaliLoader(Loader):
         return images.permute(0, 3, 1, 2)
 
     def _resize(self, crop: TensorCPU, file: _File, to: Tensor) -> None:
-        """Resize and flip a crop that DALI has decoded into `to`, uint8 [S, S, 3]."""
+        """Resize and flip a crop that DALI has decoded into `to`, uint8 [H, W, 3]."""
         size, pixels = self._size, file.turn.upright(torch.from_dlpack(crop))
-        image = resize(pixels, size, size) if self._delivery.train else resize_to_centre(pixels, size)
+        image = resize(pixels, *size) if self._delivery.train else resize_to_centre(pixels, size)
         put(image, to, flip=file.flip)
 
 

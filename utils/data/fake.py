@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from utils.config.image_size import InputSize, sides
 from utils.data.loader import NOISE, PATTERN, generator, seed_of
 
 
@@ -23,24 +24,24 @@ class FakeImages:
     Args:
         split: 0 for training, 1 for validation.
         num_classes: number of classes; image i has class i modulo this.
-        size: height and width in pixels.
+        size: of the images.
     """
 
     MEAN = (0.5,) * 3
     STD = (0.2,) * 3  # of the mean of two numbers uniform in [0, 1]: sqrt(1 / 24)
 
-    def __init__(self, split: int, num_classes: int, size: int) -> None:
+    def __init__(self, split: int, num_classes: int, size: InputSize) -> None:
         self._split = split
-        self._size = size
+        self._size = sides(size)
         shape = (num_classes, 3, 4, 4)
         self._patterns = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator(PATTERN))
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
-        """Return the images of these indices, int64 [N], as uint8 [N, 3, size, size]."""
-        noise = torch.empty(len(index), 3, self._size, self._size, dtype=torch.uint8)
+        """Return the images of these indices, int64 [N], as uint8 [N, 3, H, W]."""
+        noise = torch.empty(len(index), 3, *self._size, dtype=torch.uint8)
         for image, i in zip(noise, index.tolist(), strict=True):
             image.random_(0, 256, generator=generator(NOISE, self._split, i))
-        pattern = F.interpolate(self._patterns[index % len(self._patterns)], size=(self._size, self._size))
+        pattern = F.interpolate(self._patterns[index % len(self._patterns)], size=self._size)
         return pattern // 2 + noise // 2
 
 

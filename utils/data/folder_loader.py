@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from utils.config.image_size import InputSize, sides
 from utils.data import workers
 from utils.data.crop import crop_and_flip, put, resize, resize_to_centre
 from utils.data.image_file import DECODE_ERRORS, PLAIN, Decoding, decode, read, reason_of
@@ -38,7 +39,7 @@ The reason is no exception, because a worker's exception would arrive with its t
 
 
 class _ImageFiles(Dataset[_Read]):
-    """Batches of images, decoded, cropped and resized into `slots`, uint8 [slots, N, S, S, 3]."""
+    """Batches of images, decoded, cropped and resized into `slots`, uint8 [slots, N, H, W, 3]."""
 
     def __init__(
         self,
@@ -71,13 +72,15 @@ class _ImageFiles(Dataset[_Read]):
         return good, bad
 
     def _fit(self, image: Image.Image, epoch: int, index: int, to: Tensor) -> None:
-        """Crop and resize an image into `to`, uint8 [S, S, 3]."""
-        size = len(to)
+        """Crop and resize an image into `to`, uint8 [H, W, 3]."""
+        size = (to.shape[0], to.shape[1])
         if not self._train:
             put(resize_to_centre(_pixels(image), size), to, flip=False)
             return
-        (top, left, height, width), flip = crop_and_flip(image.height, image.width, self._seed, epoch, index)
-        pixels = resize(_pixels(image.crop((left, top, left + width, top + height))), size, size)
+        (top, left, height, width), flip = crop_and_flip(
+            image.height, image.width, size, self._seed, epoch, index
+        )
+        pixels = resize(_pixels(image.crop((left, top, left + width, top + height))), *size)
         if self._augment is not None:
             pixels = pixels.flip(-1) if flip else pixels
             pixels, flip = rand_augment(self._augment, pixels, self._seed, epoch, index), False
@@ -127,7 +130,7 @@ class FolderLoader(Loader):
     Args:
         names: the images.
         delivery: how batches are cut and finished.
-        size: height and width of the images of a batch, in pixels.
+        size: of the images of a batch.
         workers: number of processes, at most the number of batches; they stay between epochs. 0: read in this process.
         unreadable: records images that cannot be decoded. Their batch is smaller; a validation batch without any other
             images is left out.
@@ -144,7 +147,7 @@ class FolderLoader(Loader):
         names: ImageNames,
         delivery: Delivery,
         *,
-        size: int,
+        size: InputSize,
         workers: int,
         unreadable: Unreadable,
         decoding: Decoding = PLAIN,
@@ -153,7 +156,7 @@ class FolderLoader(Loader):
         super().__init__(len(names), delivery)
         self._names = names
         self._target = torch.from_numpy(names.target)
-        self._size = size
+        self._size = sides(size)
         self._workers = min(workers, len(self))
         self._unreadable = unreadable
         self._decoding = decoding
@@ -165,7 +168,7 @@ class FolderLoader(Loader):
     def _open(self) -> DataLoader[_Read]:
         """Make the slots, in memory shared with the workers, and the `DataLoader` that starts the workers."""
         count = min(self._delivery.batch_size, self.samples)
-        shape = (self._asked.slots, count, self._size, self._size, 3)
+        shape = (self._asked.slots, count, *self._size, 3)
         context = begin = None
         # Slots are reused: fresh pages of memory cost more time than writing into them.
         if not self._workers:

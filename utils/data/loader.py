@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
-"""Images, float32 [N, 3, S, S], normalised per channel, in channels-last order, on the loader's device; and
+"""Images, float32 [N, 3, H, W], normalised per channel, in channels-last order, on the loader's device; and
 their classes, int64 [N], or of mixed images the shares of the classes, float32 [N, classes]."""
 
 # The first word of a seed keeps the streams of random numbers apart.
@@ -75,7 +75,7 @@ class Raw(NamedTuple):
     """A batch as its source reads it; reading the next one may overwrite the images.
 
     Attributes:
-        images: [N, C, S, S], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
+        images: [N, C, H, W], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
         target: their classes, int64 [N].
         index: their numbers in the set, int64 [N], on the CPU.
     """
@@ -235,7 +235,7 @@ class Loader(ABC):
             )
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Convert [N, C, S, S] in [0, 255] to normalised float32 [N, 3, S, S], in channels-last order."""
+        """Convert [N, C, H, W] in [0, 255] to normalised float32 [N, 3, H, W], in channels-last order."""
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.

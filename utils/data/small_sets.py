@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.config.image_size import InputSize, sides
 from utils.config.schema import DataConfig
 from utils.data.augment import Augment, warp
 from utils.data.fake import FakeImages
@@ -22,16 +23,16 @@ def check_digits(config: DataConfig) -> None:
     check_classes(config, 10, "--dataset digits")
 
 
-def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def digits(size: InputSize) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Load the digits, a fifth of each class held out for validation.
 
     The split is part of the data set: it has a fixed seed and is the same in every run.
 
     Args:
-        size: height and width the images are resized to (bicubic), in pixels.
+        size: that the images are resized to (bicubic).
 
     Returns:
-        Training and validation set, each as images, uint8 [n, 1, size, size], and classes, int64 [n].
+        Training and validation set, each as images, uint8 [n, 1, H, W], and classes, int64 [n].
     """
     # Imported here: it takes a second or more, which other data sets need not spend.
     from sklearn.datasets import load_digits
@@ -39,7 +40,7 @@ def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
     pixels, classes = load_digits(return_X_y=True)  # [1797, 64] in 0 ... 16
     small = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
-    images = resize(small, size, "bicubic").round_().clamp_(0, 255).to(torch.uint8)
+    images = resize(small, sides(size), "bicubic").round_().clamp_(0, 255).to(torch.uint8)
     target = torch.from_numpy(classes).long()
     train, val = train_test_split(np.arange(len(classes)), test_size=0.2, stratify=classes, random_state=0)
     return (images[train], target[train]), (images[val], target[val])

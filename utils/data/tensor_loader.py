@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.config.image_size import InputSize, sides
 from utils.data.augment import DRAWS, Augment
 from utils.data.loader import AUGMENT, Delivery, Loader, Raw, generator, rand_augment
 
@@ -28,7 +29,7 @@ class TensorLoader(Loader):
         store: the images, uint8; a tensor is kept on the device.
         target: their classes, int64 [samples].
         delivery: how batches are cut and finished.
-        size: height and width of the images of a batch, in pixels.
+        size: of the images of a batch.
         augment: changes the images of a training batch; None: they stay as they are.
         randaugment: magnitude of RandAugment in training, image after image; None: none.
     """
@@ -39,14 +40,14 @@ class TensorLoader(Loader):
         target: Tensor,
         delivery: Delivery,
         *,
-        size: int,
+        size: InputSize,
         augment: Augment | None,
         randaugment: int | None = None,
     ) -> None:
         super().__init__(len(target), delivery)
         self._store = store.to(delivery.device) if isinstance(store, Tensor) else store
         self._target = target
-        self._size = size
+        self._size = sides(size)
         self._augment = augment if delivery.train else None
         self._randaugment = None
         if delivery.train and randaugment is not None:
@@ -66,11 +67,11 @@ class TensorLoader(Loader):
                 numbered = zip(images, index.tolist(), strict=True)
                 seed = self._delivery.seed
                 images = torch.stack([rand_augment(transform, x, seed, epoch, i) for x, i in numbered])
-            if images.shape[-1] != self._size:
+            if images.shape[-2:] != self._size:
                 images = resize(images.float(), self._size, "bilinear")
             yield Raw(images, self._target[index], index)
 
 
-def resize(images: Tensor, size: int, mode: str) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Resize float32 [N, C, H, W] to height and width `size`, with antialiasing."""
-    return F.interpolate(images, size=(size, size), mode=mode, align_corners=False, antialias=True)
+    return F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True)

@@ -124,7 +124,7 @@ def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> N
         f"{TWO} --model torchvision:resnet18 --keyword cifar10,lq --input_size 32",
         f"{TWO} --model torchvision:squeezenet1_1 --keyword cifar10,lsq,first-last --input_size 32",
         f"{BINARY} --model resnet20 --keyword cifar10,xnor,NReLU,first-last,cbsa",
-        f"{RESNET},origin,cbsa,NReLU --wt_enable".replace("--fm_enable", ""),
+        f"{RESNET},origin,cbsa,NReLU --wt_enable".replace("--fm_enable", "").replace("--fm_bit 2", ""),
     ],
 )
 def test_inputs_that_suit_the_levels_are_not(line: str) -> None:

@@ -173,6 +173,8 @@ def test_a_typical_line() -> None:
             "--dataset imagenet --root x --num_classes 20 --input_size 64",
             {"data.num_classes": 20, "model.num_classes": 20, "data.input_size": 64, "model.input_size": 64},
         ),
+        ("--input_size 96x160", {"data.input_size": (96, 160), "model.input_size": (96, 160)}),
+        ("--input_size 64X64", {"data.input_size": 64}),
         ("--keyword cbas", {"keywords": ("digits", "cbas"), "data.dataset": "digits"}),
         # `fake` imitates what it is told to.
         (
@@ -452,6 +454,11 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--distributed --world_size 2 --rank 2", "--rank 2: processes are counted from 0 to world_size - 1"),
         ("--distributed --world_size 0 --rank 0", "--world_size 0: must be at least 1"),
         ("--save_every -1", "--save_every -1: must be a number that is not negative"),
+        ("--input_size 0", "--input_size 0: must be a number greater than 0"),
+        ("--input_size 32x-1", "--input_size 32x-1: must be a number greater than 0, or two, like 96x160"),
+        ("--input_size 96x", "'96x' is no size: write 32, or height and width, like 96x160"),
+        ("--input_size 3x96x160", "'3x96x160' is no size"),
+        ("--input_size 96,160", "'96,160' is no size"),
         ("--keep 0", "--keep 0: must be a number greater than 0"),
         ("--mean 0.5,0.5,0.5", "--mean and --std belong together"),
         ("--mean 0.5,0.5 --std 0.5,0.5", "--mean: give three numbers"),

@@ -100,6 +100,17 @@ def test_random_crops_fit_and_have_the_promised_shares_and_shapes() -> None:
             assert abs(np.quantile(values, quantile) - np.quantile(other, quantile)) < 12, name
 
 
+def test_random_crops_have_the_shape_of_what_they_become_times_the_promised_ratios() -> None:
+    rng = np.random.default_rng(0)
+    crops = [random_crop(375, 500, rng.random(CROP_DRAWS).tolist(), 160 / 96) for _ in range(2000)]
+    top, left, high, wide = np.array(crops).T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + high <= 375).all() and (left + wide <= 500).all()
+    ratio = wide / high * 96 / 160
+    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.36
+    assert abs(np.median(np.log(ratio))) < 0.05
+
+
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
     [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
@@ -112,7 +123,7 @@ def test_without_a_crop_that_fits_the_largest_centred_one_is_taken(
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (256, 256), (333, 1000), (40, 39)])
 def test_centre_crop_is_torchvisions(height: int, width: int) -> None:
-    high, wide, top, left = centre_crop(height, width, 224)
+    high, wide, top, left = centre_crop(height, width, (224, 224))
     image = torch.arange(height * width, dtype=torch.float32).view(1, height, width)
     resized = v2.Resize(256)(image)
     assert resized.shape[1:] == (high, wide)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from tests import ROOT
+from utils.config.image_size import InputSize
 from utils.config.schema import DataConfig
 from utils.data.fake import write_folder
 from utils.data.loader import Batch, Loader
@@ -69,8 +70,9 @@ def val(loaders: Loaders) -> Loader:
 
 
 @needs_dali
-def test_batches_are_those_of_torchvision(torchvision: DataConfig) -> None:
-    usual, fast = both(torchvision)
+@pytest.mark.parametrize("size", [32, (24, 40)])
+def test_batches_are_those_of_torchvision(torchvision: DataConfig, size: InputSize) -> None:
+    usual, fast = both(replace(torchvision, input_size=size))
     for left, right in ((usual.train, fast.train), (val(usual), val(fast))):
         for epoch in (0, 3):
             left.set_epoch(epoch)

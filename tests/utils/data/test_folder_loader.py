@@ -41,18 +41,23 @@ DAMAGE = {
 }
 
 
-def test_imagenet_validation_images_are_resized_and_cropped(imagenet: DataConfig, folder: Path) -> None:
-    loaders = open_data(imagenet)
+@pytest.mark.parametrize("size", [(16, 16), (14, 28), (28, 14)])
+def test_imagenet_validation_images_are_resized_and_cropped(
+    imagenet: DataConfig, folder: Path, size: tuple[int, int]
+) -> None:
+    high, wide = size
+    loaders = open_data(replace(imagenet, input_size=high if high == wide else size))
     assert (loaders.mean, loaders.std) == (IMAGENET_MEAN, IMAGENET_STD)
     images, target = (torch.cat(parts) for parts in zip(*validation(loaders), strict=True))
     assert target.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     paths = [folder / "val" / name / f"{i}.jpg" for name in CLASSES for i in range(3)]
     for path, actual in zip(paths, pixels(images, loaders), strict=True):
         image = Image.open(path)
-        factor = 18 / min(image.size)  # 16 * 256 / 224, rounded
-        size = (int(image.width * factor + 1e-6), int(image.height * factor + 1e-6))
-        left, top = (round((side - 16) / 2) for side in size)
-        expected = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + 16, top + 16))
+        factor = max(round(wide * 256 / 224) / image.width, round(high * 256 / 224) / image.height)
+        width, height = (int(side * factor + 1e-6) for side in image.size)
+        left, top = round((width - wide) / 2), round((height - high) / 2)
+        whole = image.resize((width, height), Image.Resampling.BILINEAR)
+        expected = whole.crop((left, top, left + wide, top + high))
         # torchvision rounds the sums of its two passes elsewhere than Pillow.
         np.testing.assert_allclose(actual.transpose(1, 2, 0), np.asarray(expected), atol=1.01)
 
@@ -127,7 +132,7 @@ def test_an_image_that_cannot_be_fitted_is_named(
     write_folder(tmp_path, train=2, val=2)
     Image.new("RGB", (70, 70)).save(tmp_path / "val" / "bee" / "1.jpg")
 
-    def fit(image: Tensor, size: int) -> Tensor:
+    def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
         if image.shape[0] == 70:
             raise error
         return resize_to_centre(image, size)

@@ -18,13 +18,14 @@ from utils.errors import UserError
 # ---- the contract
 
 
-def test_every_batch_has_the_promised_form(config: DataConfig) -> None:
-    loaders = open_data(config)
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
+def test_every_batch_has_the_promised_form(config: DataConfig, size: tuple[int, int]) -> None:
+    loaders = open_data(replace(config, input_size=size))
     for loader in (loaders.train, validation(loaders)):
         batches = read(loader)
         assert len(batches) == len(loader)
         for images, target in batches:
-            assert images.shape == (len(target), 3, config.input_size, config.input_size)
+            assert images.shape == (len(target), 3, *size)
             assert images.dtype == torch.float32
             assert images.is_contiguous(memory_format=torch.channels_last)
             assert target.dtype == torch.int64

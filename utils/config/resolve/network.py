@@ -8,6 +8,7 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
+from utils.config.image_size import sides
 from utils.config.resolve.quantizers import extra
 from utils.config.schema import BlockConfig, ModelConfig, QuantConfig, StemConfig
 from utils.errors import UserError
@@ -45,7 +46,7 @@ def model_config(
     stem = dataclasses.replace(stem, kernel=given["stem_kernel"] or 1)
     size = given["input_size"] or fields.get("model.input_size", 32)
     if "stem.kind" not in fields:  # only `fake` comes without a data set's keyword
-        stem = dataclasses.replace(stem, kind="imagenet" if size >= 128 else "cifar")
+        stem = dataclasses.replace(stem, kind="imagenet" if min(sides(size)) >= 128 else "cifar")
     warnings = []
     if resnet and block.order.startswith("b") and not stem.pre_norm:
         warnings.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from utils.config.command_line import Given
+from utils.config.image_size import sides, size_text
 from utils.config.resolve.data_and_run import resume_file
 from utils.config.schema import LEAST, MOST, TAGS
 from utils.errors import UserError
@@ -31,7 +32,7 @@ def _share(given: Given, *names: str) -> None:
 def check_numbers(given: Given) -> None:
     """Refuse values that are wrong whatever else is given."""
     _positive(
-        given, "batch_size", "epochs", "iter_size", "num_classes", "input_size", "width_alpha", "base",
+        given, "batch_size", "epochs", "iter_size", "num_classes", "width_alpha", "base",
         "report_freq", "keep", "fake_size", "grad_clip", "custom_lr", "lr_fix_step", "mixup_alpha", "cutmix_alpha",
         "focal_alpha", "distill_loss_temperature", "distill_width_alpha",
         *(f"{tag}_{name}" for tag in TAGS for name in ("boundary", "scale")),
@@ -43,6 +44,11 @@ def check_numbers(given: Given) -> None:
     )  # fmt: skip
     _share(given, "momentum", "label_smooth", "ema_decay")
     _check_methods(given)
+    size = given["input_size"]
+    if size is not None and min(sides(size)) < 1:
+        raise UserError(
+            f"--input_size {size_text(size)}: must be a number greater than 0, or two, like 96x160"
+        )
     if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["max_value"] is not None and not 1 <= given["max_value"] <= 65535:
