@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -40,16 +41,20 @@ def _folder_loaders(config: DataConfig, device: torch.device, loader: Callable[.
     assert config.root is not None  # checked
     root, unreadable = config.root, Unreadable(config.skip_corrupt)
 
+    names: dict[bool, ImageNames] = {}
+
     def open_(delivery: Delivery) -> Loader:
+        names[delivery.train] = ImageNames(root / ("train" if delivery.train else "val"))
         return loader(
-            ImageNames(root / ("train" if delivery.train else "val")),
+            names[delivery.train],
             delivery,
             size=config.input_size,
             workers=config.workers,
             unreadable=unreadable,
         )
 
-    return loaders_of(config, deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
+    loaders = loaders_of(config, deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD), open_)
+    return dataclasses.replace(loaders, classes=names[True].classes)
 
 
 def check_dali(config: DataConfig) -> None:

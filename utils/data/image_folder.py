@@ -53,6 +53,7 @@ class ImageNames:
 
     Attributes:
         target: classes, int64 [samples].
+        classes: names of the class folders, in their order.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -64,6 +65,7 @@ class ImageNames:
         images = [_images(Path(path)) for path in classes]
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
+        self.classes = tuple(map(os.path.basename, classes))
         self.target = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ class Loaders:
         num_classes: number of classes.
         mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
+        classes: names of the classes in their order; empty where they have none.
     """
 
     train: Loader
@@ -34,6 +35,7 @@ class Loaders:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
 
 
 def check_classes(config: DataConfig, classes: int, what: str) -> None:
