@@ -88,8 +88,15 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
         bad = weights.nonfinite((name, loaded[name]) for name in report.loaded)
         if bad:
             raise UserError(f"--pretrained {path}: {some_names(bad)} is not finite; give another checkpoint")
-    # Counters that start at zero although the file has them are not missing.
-    return dataclasses.replace(report, missing=tuple(name for name in report.missing if name not in held))
+    own_state = model.state_dict()
+    classes = config.model.num_classes
+    head_skipped = any(own_state[n].shape[:1] == (classes,) for n in report.skipped if n in own_state)
+    return dataclasses.replace(
+        report,
+        # Counters that start at zero although the file has them are not missing.
+        missing=tuple(name for name in report.missing if name not in held),
+        classes=() if head_skipped else weights.class_names_of(payload),
+    )
 
 
 def network_state(

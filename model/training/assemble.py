@@ -25,7 +25,7 @@ from utils.checkpoint import run_state
 from utils.checkpoint.case_files import Found
 from utils.checkpoint.random_state import seed_generators
 from utils.checkpoint.run_state import RunState
-from utils.checkpoint.weights import LoadReport
+from utils.checkpoint.weights import LoadReport, check_class_names, class_names_of
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data
 from utils.processes import distributed
@@ -90,6 +90,7 @@ class Assembled:
             config=here.config,
             logger=logger,
             probe=self.probe,
+            classes=self.loaders.classes,
         )
 
 
@@ -113,6 +114,10 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         teacher = Teacher(config.loss.distill, here.teacher)
 
     loaders, rates, shortened = _open_data(here, model)
+    if loaded is not None:
+        check_class_names(loaded.classes, loaders.classes, str(origin.pretrained))
+    if teacher is not None:
+        check_class_names(teacher.classes, loaders.classes, f"the teacher {here.teacher}")
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     initialised, unsuitable = _initialise_ranges(here, origin, model, loaders, layout)
@@ -222,6 +227,7 @@ def _resume(
     progress, warnings = RunState(), ()
     if found.path is not None:
         progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
+        check_class_names(class_names_of(found.payload), loaders.classes, str(found.path))
         changed = run_state.schedule_change(found.payload, progress, config, steps_per_epoch)
         warnings = (changed,) * (changed != "" and not config.run.evaluate)
     if config.run.evaluate:  # which has no state of a policy

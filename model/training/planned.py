@@ -9,6 +9,8 @@ import torch
 from model.convert import full_precision
 from model.training.assemble import Assembled
 from model.training.starting_point import Origin, Surroundings
+from utils.config.image_size import sides
+from utils.data.loader import Loader
 from utils.report.dry_run import Plan, duration
 from utils.step import optimizer
 
@@ -20,11 +22,15 @@ FEW = 2  # images of the first pass: the least for batch statistics
 def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
     """The plan of a run, for `utils.report.dry_run.text`."""
     loaders, config = assembled.loaders, here.config
+
+    def count(part: Loader | None) -> int:
+        return 0 if part is None else part.samples
+
     return Plan(
         config=config,
         cost=assembled.cost,
         full_precision=full_precision(assembled.model),
-        images=(loaders.train.samples, 0 if loaders.val is None else loaders.val.samples),
+        images=(count(loaders.training), count(loaders.val)),
         start=_start(here, origin, assembled),
         time="" if config.run.lr_test else _time(here, assembled),
         rates=assembled.policy.planned_rates,

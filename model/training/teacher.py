@@ -40,8 +40,10 @@ class Teacher:
                 f"--distill_teacher: {error}; the teacher's own options are --distill_teacher, --distill_keyword and "
                 "--distill_width_alpha"
             ) from error
+        payload = archive.read(path)
+        self.classes = weights.class_names_of(payload)
         try:
-            state = network_state(archive.read(path), self.network, config.teacher, str(path))
+            state = network_state(payload, self.network, config.teacher, str(path))
             weights.load_weights(self.network, state, allow_missing=lambda name: False, source=str(path))
         except UserError as error:
             raise UserError(f"--distill_pretrained: {error}") from error

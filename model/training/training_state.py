@@ -32,6 +32,7 @@ class TrainingState:
         config: the configuration.
         logger: the log.
         probe: records tensors of layers at some iterations, if asked to.
+        classes: names of the classes; empty where they have none.
     """
 
     model: nn.Module
@@ -45,12 +46,14 @@ class TrainingState:
     config: Config
     logger: Logger
     probe: Probe | None = None
+    classes: tuple[str, ...] = ()
 
     def save(self, progress: RunState, output: Output, *, best: bool = False) -> None:
         """Start writing the checkpoints that are due; see `utils.checkpoint.run_state.save`."""
         save(
             progress, self.config, output, state_dict=self.precision.weights(self.model), optimizer=self.optimizer,
             amp=self.precision.state_dict(), rates=self.policy.rates, best=best,
+            classes=self.classes,
         )  # fmt: skip
 
     def images(self, images: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -106,6 +106,29 @@ def _foreign_prefix(state: Mapping[str, Tensor], names: frozenset[str]) -> str:
     return ""
 
 
+def class_names_of(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes that a checkpoint was trained with; empty when it has none."""
+    names = payload.get("classes")
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
+def check_class_names(before: Sequence[str], now: Sequence[str], source: str) -> None:
+    """Raise `UserError` where classes have other names than those that `source` was trained with.
+
+    Lists of different lengths are another mistake, which the shape of the last layer shows; an empty one has no names.
+    """
+    pairs = enumerate(zip(before, now, strict=False))
+    other = [printable(f"class {i} was {a!r} and is {b!r} now") for i, (a, b) in pairs if a != b]
+    if len(before) != len(now) or not other:
+        return
+    more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+    raise UserError(
+        f"{source} was trained with other classes: {', '.join(other[:3])}{more}; rename the class folders back; for "
+        "other classes begin with --pretrained and --unresume_scope LAYER, the last one; where the classes have only "
+        f"new names, tools.py --keyword save --old {source} --new FILE writes weights without names, for --pretrained"
+    )
+
+
 def _is_dense(value: object) -> bool:
     return (
         isinstance(value, Tensor)
@@ -127,6 +150,7 @@ class LoadReport:
     mismatched: tuple[Mismatch, ...] = ()
     skipped: tuple[str, ...] = ()  # on either side, because the user asked for it
     obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
+    classes: tuple[str, ...] = ()  # names of the file's, where the layer that tells them apart was loaded
 
     def summary(self) -> str:
         """One line: how many names of each kind, all that were skipped and the first few of the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +70,8 @@ def _folder_loaders(
 
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
     said = tuple(filter(None, warnings))
-    return loaders_of(config, deliveries, open_, train="train" in names, warnings=said)
+    loaders = loaders_of(config, deliveries, open_, train="train" in names, warnings=said)
+    return dataclasses.replace(loaders, classes=next(iter(names.values())).classes)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

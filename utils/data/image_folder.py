@@ -65,7 +65,8 @@ class ImageNames:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.classes, passed = _class_folders(folder)
+        names, passed = _class_folders(folder)
+        self.classes = tuple(names)
         # `ImageFolder` itself would list the images below a link that leads back up some forty times.
         images = [_images(folder / name, passed) for name in self.classes]
         self.hidden = [path for path in passed if is_image_file(path) or os.path.isdir(path)]

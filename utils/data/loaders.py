@@ -28,6 +28,7 @@ class Loaders:
         mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
         warnings: for the log, about the files.
+        classes: names of the classes in their order; empty where they have none.
     """
 
     training: Loader | None
@@ -36,6 +37,7 @@ class Loaders:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def train(self) -> Loader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import string
 from functools import partial
 
 import numpy as np
@@ -52,10 +54,11 @@ def _grey_loaders(
     train: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
     augment: Augment,
+    classes: str,
 ) -> Loaders:
-    """Loaders over grey images, normalised by the statistics of the training set."""
+    """Loaders over grey images, normalised by the statistics of the training set; `classes` are characters."""
     std, mean = torch.std_mean(train[0].float() / 255)
-    return tensor_loaders(
+    loaders = tensor_loaders(
         config,
         device,
         train,
@@ -64,11 +67,12 @@ def _grey_loaders(
         std=(std.item(),) * 3,
         augment=augment,
     )
+    return dataclasses.replace(loaders, classes=tuple(classes))
 
 
 def build_digits(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn."""
-    return _grey_loaders(config, device, *digits(config.input_size), warp)
+    return _grey_loaders(config, device, *digits(config.input_size), warp, string.digits)
 
 
 def check_glyphs(config: DataConfig) -> None:
@@ -79,7 +83,7 @@ def check_glyphs(config: DataConfig) -> None:
 
 def build_glyphs(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """Characters that `utils.data.glyphs` draws."""
-    return _grey_loaders(config, device, *glyphs(), partial(warp, padding="border"))
+    return _grey_loaders(config, device, *glyphs(), partial(warp, padding="border"), CHARACTERS)
 
 
 def check_fake(config: DataConfig) -> None:

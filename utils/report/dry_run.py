@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from utils.config.image_size import size_text
 from utils.config.schema import Config, to_dict
 from utils.report import curves
 from utils.report.cost_record import Cost
@@ -98,7 +99,7 @@ def _screen(plan: Plan) -> str:
         (
             "evaluate" if evaluate else "train",
             f"{model.name}, {cost.parameters:,} parameters, {model.num_classes} classes, "
-            f"images of {model.input_size} pixels",
+            f"images of {size_text(model.input_size)} pixels",
         ),
         (
             "on",

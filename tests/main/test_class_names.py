@@ -1,0 +1,77 @@
+"""Names of classes: a checkpoint has them, and what goes on with it compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tools
+from tests.main.runs import call, checkpoint, done_in
+from utils.checkpoint.archive import read as read_checkpoint
+from utils.checkpoint.archive import save as save_checkpoint
+
+LINE = (
+    "--dataset imagenet --root photos --num_classes 3 --keyword cbas,origin,small_stem --model resnet20 "
+    "--width_alpha 0.125 --input_size 16 -b 6 -v 6 -j 0"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of the classes a, b and c, and a run of one epoch, case `old`."""
+    folder = tmp_path_factory.mktemp("classes")
+    draw = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in "abc":
+            (folder / "photos" / part / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "photos" / part / name / f"{i}.png")
+    return done_in(folder, f"{LINE} --case old --epochs 1")
+
+
+@pytest.fixture
+def renamed(trained: Path, tmp_path: Path) -> str:
+    """The checkpoint's path, in a folder whose class `a` is called `z` now, which makes it the last one."""
+    (tmp_path / "weights").symlink_to(trained / "weights")
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part).mkdir(parents=True)
+        for old, new in (("a", "z"), ("b", "b"), ("c", "c")):
+            (tmp_path / "photos" / part / new).symlink_to(trained / "photos" / part / old)
+    return "weights/resnet20/old-checkpoint.pth.tar"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "-e --pretrained {}",
+        "--pretrained {} --case new",
+        "-r --case old --epochs 2",
+        "-e -r --case old",
+        "--distill_teacher resnet20 --distill_pretrained {} --case new",
+    ],
+)
+def test_renamed_classes_are_an_error(
+    trained: Path, renamed: str, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint(trained, "old")["classes"] == ["a", "b", "c"]
+    assert call(f"{LINE} {how.format(renamed)} --epochs 2") == 2
+    error = capsys.readouterr().err
+    assert "was trained with other classes: class 0 was 'a' and is 'b' now, class 1 was 'b' and" in error
+    assert error.count("\n") == 1 and not (tmp_path / "exp").exists()
+
+
+def test_where_names_do_not_count(renamed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A last layer that begins anew, weights without names, a file of an earlier version."""
+    assert call(f"{LINE} --pretrained {renamed} --unresume_scope fc --case new --dry_run") == 0
+    assert tools.main(["--keyword", "save", "--old", renamed, "--new", "bare.pth"]) == 0
+    assert call(f"{LINE} -e --pretrained bare.pth") == 0
+    payload = read_checkpoint(Path(renamed))
+    del payload["classes"]
+    save_checkpoint(tmp_path / "older.pth", payload)
+    assert call(f"{LINE} -e --pretrained older.pth") == 0
+    assert call(f"{LINE} --dataset fake -e --pretrained {renamed}") == 0
+    capsys.readouterr()
