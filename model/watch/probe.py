@@ -20,7 +20,7 @@ from model.observe import first_input
 from utils.checkpoint import archive
 from utils.config.schema import ProbeConfig
 from utils.errors import UserError
-from utils.report.tensorboard import Board
+from utils.report.tensorboard import Board, probe_tag
 
 
 class Probe:
@@ -90,7 +90,7 @@ class Probe:
         self._folder.mkdir(parents=True, exist_ok=True)
         archive.write_atomic(self._folder / f"iteration-{self._step:06d}.npz", packed.getbuffer())
         for name, value in self._found.items():
-            self.board.histogram(f"probe/{name}", value, self._step)
+            self.board.histogram(probe_tag(name), value, self._step)
         self._step, self._found, self._hooks = -1, {}, []
 
     def _passed(

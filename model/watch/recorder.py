@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from utils.config.schema import Config
 from utils.report import quantizer_record
 from utils.report.epoch_files import RecordsFile
 from utils.report.run_report import hyperparameters
-from utils.report.tensorboard import Board
+from utils.report.tensorboard import Board, metric_tag, quantizer_tag
 
 SHOWN_IMAGES = 32
 
@@ -49,10 +50,10 @@ class Recorder:
         """Write training images [N, 3, S, S] as the network gets them, and with the normalisation undone."""
         images = images[:SHOWN_IMAGES].float()
         low, high = images.amin(), images.amax()
-        self.board.images("images/as given", (images - low) / (high - low).clamp_min(1e-12), epoch)
+        self.board.images("training images/as given", (images - low) / (high - low).clamp_min(1e-12), epoch)
         shape = (1, 3, 1, 1)
         plain = images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)
-        self.board.images("images/denormalised", plain, epoch)
+        self.board.images("training images/denormalised", plain, epoch)
 
     def epoch(self, row: Mapping[str, float], images: Callable[[], Tensor], logger: Logger) -> None:
         """Write the records of an epoch.
@@ -63,8 +64,10 @@ class Recorder:
             logger: gets the table of quantizers, for `--verbose`.
         """
         epoch = int(row["epoch"])
-        points = {name: value for name, value in row.items() if name != "epoch" and math.isfinite(value)}
-        self.board.scalars(points, epoch)  # an epoch without an optimizer step has no learning rate
+        curves = {
+            metric_tag(name): value for name, value in row.items() if name != "epoch" and math.isfinite(value)
+        }
+        self.board.scalars(curves, epoch)  # an epoch without an optimizer step has no learning rate
         if self.board.writes:
             for name in full_precision(self._model):
                 weight = getattr(self._model.get_submodule(name), "weight", None)  # attention has none
@@ -82,10 +85,11 @@ class Recorder:
         logger.debug("%s", quantizer_record.health_table(rows))
         drawn = epoch in (1, self._last // 2, self._last)  # a picture takes longer than everything else
         for each in rows:
-            self.board.scalars({f"health/{name}": value for name, value in each.scalars().items()}, epoch)
-            self.board.counts(f"inputs/{each.name}", each.histogram, epoch)
+            tag = partial(quantizer_tag, each)
+            self.board.scalars({tag(what): value for what, value in each.scalars().items()}, epoch)
+            self.board.counts(tag("inputs"), each.histogram, epoch)
             if drawn:
-                self.board.levels(f"levels/{each.name}", each, epoch)
+                self.board.levels(tag("levels"), each, epoch)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the run's options beside its outcome, and end the event file."""

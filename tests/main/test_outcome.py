@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -125,8 +126,8 @@ def test_tensorboard_shows_the_metrics(lsq: Path) -> None:
     """The curves are the columns of the metrics file."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(lsq / "exp" / "lsq" / "tensorboard")).Reload()
-    for name in ("train_loss", "val_top1", "lr"):
-        points = [(point.step, point.value) for point in events.Scalars(name)]
+    for group, name in (("loss", "train_loss"), ("accuracy", "val_top1"), ("optimizer", "lr")):
+        points = [(point.step, point.value) for point in events.Scalars(f"{group}/{name}")]
         expected = [(int(row["epoch"]), pytest.approx(float(row[name]))) for row in metrics(lsq, "lsq")]
         assert points == expected
 
@@ -144,16 +145,36 @@ def test_tensorboard_shows_the_network(lsq: Path) -> None:
     ]
     assert [record["epoch"] for record in records] == [1, 2]
     for row in records[1]["quantizers"]:
-        name = row["name"]
-        assert [image.step for image in events.Images(f"levels/{name}")] == [1, 2]
-        assert events.Scalars(f"health/{name}/range")[1].value == pytest.approx(row["range"], rel=1e-5)
-        (_, last) = events.Histograms(f"inputs/{name}")
+        layer, _, part = row["name"].rpartition(".quant_")
+        tag = f"quantizers of {layer}/{part}"
+        assert [image.step for image in events.Images(f"{tag} levels")] == [1, 2]
+        assert events.Scalars(f"{tag} range")[1].value == pytest.approx(row["range"], rel=1e-5)
+        (_, last) = events.Histograms(f"{tag} inputs")
         assert last.histogram_value.num == sum(row["histogram"]["counts"])
     assert {"weights/conv1", "weights/fc"} <= set(tags["histograms"])
-    assert {"images/as given", "images/denormalised"} <= set(tags["images"])
+    assert {"training images/as given", "training images/denormalised"} <= set(tags["images"])
     assert events.Scalars("outcome/last_top1")[0].value == pytest.approx(summary(lsq, "lsq")["last_top1"])
     options = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     assert b"model.quant.fm.levels" in options and b"optim.lr" in options
+
+
+def test_tensorboard_opens_with_accuracy_and_loss(lsq: Path) -> None:
+    """It sorts the groups, the tags' parts before the first slash, and opens two; each layer's quantizers are one."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tags = accumulator.EventAccumulator(str(lsq / "exp" / "lsq" / "tensorboard")).Reload().Tags()
+    cards = [tag for kind in ("scalars", "histograms", "images") for tag in tags[kind]]
+    groups = Counter(tag.partition("/")[0] for tag in cards)
+    layers = [group for group in sorted(groups) if group.startswith("quantizers of ")]
+    assert sorted(groups)[:2] == ["accuracy", "loss"] and len(layers) == 20
+    assert sorted(groups)[2:] == [
+        "optimizer",
+        "outcome",
+        "performance",
+        *layers,
+        "training images",
+        "weights",
+    ]
+    assert max(groups.values()) < 30
 
 
 def test_two_runs_are_the_same_run(tmp_path: Path, lsq: Path) -> None:

@@ -88,7 +88,7 @@ class HealthRow:
         return tuple(value * self.range / self.values[-1] for value in self.values)
 
     def scalars(self) -> dict[str, float]:
-        """The row as curves: `NAME/range` and so on."""
+        """The row as curves: `range` and so on."""
         grouped = self.range_lowest != self.range_highest
         optional = {
             "range": self.range,
@@ -103,7 +103,7 @@ class HealthRow:
         values |= {f"basis{i}": value for i, value in enumerate(self.basis)}
         if len(self.shares) <= SHOWN_LEVELS:
             values |= {f"level{i}": share for i, share in enumerate(self.shares)}
-        return {f"{self.name}/{key}": value for key, value in values.items()}
+        return values
 
     def record(self) -> dict[str, Any]:
         """The row as plain JSON: six digits, None for what is not finite."""

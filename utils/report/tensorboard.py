@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.config.schema import TAGS
 from utils.errors import UserError
 from utils.report.curves import BLUE, ORANGE
 
@@ -20,6 +21,25 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from utils.report.quantizer_record import HealthRow, Histogram
+
+# A tag's part before the first "/" is its group. TensorBoard sorts groups by name and opens the first two.
+_GROUPS = {"top1": "accuracy", "top5": "accuracy", "loss": "loss", "lr": "optimizer", "frozen": "optimizer"}
+
+
+def metric_tag(column: str) -> str:
+    """The tag of a column of the metrics, such as `accuracy/val_top1`."""
+    return f"{_GROUPS.get(column.rpartition('_')[2], 'performance')}/{column}"
+
+
+def quantizer_tag(row: HealthRow, what: str) -> str:
+    """The tag of something of a quantizer, in a group for each layer: `quantizers of layer1.0.conv1/weight range`."""
+    return f"quantizers of {row.name.rpartition('.')[0]}/{TAGS[row.tag]} {what}"
+
+
+def probe_tag(name: str) -> str:
+    """The tag of a tensor of the probe, `LAYER.weight.gradient`, in a group for each layer."""
+    layer = name.removesuffix(".gradient").rpartition(".")[0]
+    return f"probe of {layer}/{name.removeprefix(f'{layer}.')}"
 
 
 class Board:

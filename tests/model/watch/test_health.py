@@ -45,7 +45,7 @@ def test_activations_by_hand() -> None:
     assert row.shares == pytest.approx((2 / 6, 1 / 6, 0, 3 / 6))
     assert row.dead == 1
     assert row.changed is None and row.update is None
-    assert row.scalars()["0.quant_activation/level3"] == pytest.approx(0.5)
+    assert row.scalars()["level3"] == pytest.approx(0.5)
 
 
 def test_one_bad_channel_shows() -> None:
@@ -59,12 +59,12 @@ def test_one_bad_channel_shows() -> None:
     assert (row.range_lowest, row.range_highest) == pytest.approx((0.001, 1.5))
     assert (row.record()["range_lowest"], row.record()["range_highest"]) == (0.001, 1.5)
     scalars = row.scalars()
-    assert scalars["0.quant_weight/range_lowest"] == pytest.approx(0.001)
-    assert scalars["0.quant_weight/range_highest"] == pytest.approx(1.5)
+    assert scalars["range_lowest"] == pytest.approx(0.001)
+    assert scalars["range_highest"] == pytest.approx(1.5)
     assert "0.001 - 1.5" in health_table([row])
     (row,) = Health(layer(wt={"method": "lsq", "quant_group": 1})).report(image(1.0))
     assert row.range_lowest == row.range_highest == row.range
-    assert "0.quant_weight/range_lowest" not in row.scalars()
+    assert "range_lowest" not in row.scalars()
     assert " - " not in health_table([row])
 
 

@@ -115,7 +115,7 @@ def test_histograms_go_to_tensorboard(tmp_path: Path) -> None:
     step(model, probed, 1, torch.randn(8, 3, 2, 2))
     probed.board.close()
     events = EventAccumulator(str(tmp_path / "board")).Reload()
-    (event,) = events.Histograms("probe/0.quantized_weight")
+    (event,) = events.Histograms("probe of 0/quantized_weight")
     assert (event.step, event.histogram_value.num) == (1, 12)
 
 

@@ -69,7 +69,7 @@ def test_events_are_there_after_each_epoch(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, model, config, 0)
     recorder.epoch({"epoch": 1, "train_loss": 0.5}, images, LOGGER)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(1, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss/train_loss")] == [(1, 0.5)]
     recorder.board.close()
 
 
@@ -83,8 +83,8 @@ def test_images_are_shown_as_given_and_as_they_were(tmp_path: Path, monkeypatch:
     plain = torch.rand(40, 3, 4, 4)
     given = (plain - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     recorder.show(given, mean, std, 0)
-    torch.testing.assert_close(shown["images/denormalised"], plain[:32])
-    stretched = shown["images/as given"]
+    torch.testing.assert_close(shown["training images/denormalised"], plain[:32])
+    stretched = shown["training images/as given"]
     assert (stretched.amin(), stretched.amax(), len(stretched)) == (0, 1, 32)
 
 
