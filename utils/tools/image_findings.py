@@ -9,7 +9,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils.data.image_file import DECODE_ERRORS, FORMATS, decode, not_for_dali, parse, read, reason_of, walk
+from utils.data.image_file import (
+    DECODE_ERRORS,
+    FORMATS,
+    PLAIN,
+    decode,
+    has_16_bits,
+    not_for_dali,
+    parse,
+    read,
+    reason_of,
+    values_of,
+    walk,
+)
 
 # Pillow's names of formats -> their endings; MPO is a JPEG with more pictures after the first.
 ENDINGS = {
@@ -86,6 +98,8 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
         return [("truncated" if "truncated" in data.lower() else "broken", data)]
     with warnings.catch_warnings(action="ignore"), parse(data) as image:
         form, mode, (width, height), refused = image.format or "", image.mode, image.size, not_for_dali(image)
+        turn, deep = PLAIN.orientation(image, data), has_16_bits(image)
+        most = int(values_of(image, data).max()) if deep else 0
     ending = path.suffix.lower()
     findings = []
     if form in ("JPEG", "MPO") and (warning := _warning(data)):
@@ -96,13 +110,30 @@ def image_findings(path: Path) -> list[tuple[str, str]]:
         findings.append(("mislabelled", f"the file is {form}"))
     if mode == "CMYK":
         findings.append(("CMYK", "four channels"))
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I;"):
-        findings.append(("single-channel", f"the mode is {mode}"))
+    if turn != 1:
+        findings.append(
+            ("EXIF rotation", f"orientation {turn}: training turns it upright, other programs may not")
+        )
+    if deep:
+        findings.append(("16-bit", f"the largest value is {most}; training scales all such images alike"))
+    if _is_transparent(data):
+        findings.append(("alpha", "training drops transparency, and shows the colours behind it"))
     if ending == ".gif":
         findings.append(("GIF", "training passes over files with this ending"))
     elif refused:
         findings.append(("not for dali", f"DALI cannot decode {refused}, --dataset imagenet can"))
     return findings
+
+
+def _is_transparent(data: bytes) -> bool:
+    """Whether a pixel of an image that decodes is not opaque."""
+    with warnings.catch_warnings(action="ignore"), parse(data) as image:
+        if not image.has_transparency_data:
+            return False
+        if image.mode.startswith("I;16"):  # one grey is transparent
+            return bool((values_of(image, data) == image.info["transparency"]).any())
+        alpha = image if "A" in image.getbands() else image.convert("RGBA")
+        return alpha.getchannel("A").getextrema() != (255, 255)
 
 
 def _decodable(path: Path) -> bytes | str:

@@ -99,13 +99,11 @@ def test_findings_of_every_kind_are_listed(tmp_path: Path) -> None:
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "2")
     assert (done.returncode, done.stderr) == (1, "")
     *lines, last = done.stdout.splitlines()
-    assert last == (
-        "12 images: 4 mislabelled, 2 single-channel, 1 truncated, 3 broken, 1 CMYK, 1 GIF, 1 class folders"
-    )
+    assert last == ("12 images: 4 mislabelled, 1 truncated, 3 broken, 1 CMYK, 1 GIF, 1 class folders")
     found = {tuple(line.removeprefix(f"{folder}/").split(": ", 2)[:2]) for line in lines[:-1]}
     assert found == {
-        ("both.jpg", "mislabelled"), ("both.jpg", "single-channel"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
-        ("grey.jpg", "single-channel"), ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
+        ("both.jpg", "mislabelled"), ("cut.jpg", "truncated"), ("four.jpg", "CMYK"),
+        ("png.JPEG", "mislabelled"), ("text.jpg", "broken"),
         ("picture.gif", "GIF"), ("float.tif", "broken"), (r"\udcff\n.jpg", "broken"),
         ("photo.jfif", "mislabelled"), ("photo", "mislabelled"),
     }  # fmt: skip
@@ -172,6 +170,49 @@ def test_images_beside_the_class_folders_are_listed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     lines = [f"{tmp_path / part / '2.png'}: {says}" for part in ("train", "val")]
     assert done.stdout.splitlines() == [*lines, "6 images: 2 without class"]
+
+
+def test_what_changes_what_is_learned_is_listed(tmp_path: Path) -> None:
+    """Grey images and opaque alpha are no finding; turned, transparent and 16-bit images are. The summary is last."""
+    image = Image.linear_gradient("L").resize((12, 8))
+    turned = Image.Exif()
+    for value in (1, 6):
+        turned[0x0112] = value
+        image.save(tmp_path / f"turned {value}.jpg", exif=turned)
+    clear, low = Image.merge("RGBA", [image] * 4), int(np.asarray(image)[0, 0])
+    palette = image.convert("P")
+    palette.save(tmp_path / "palette.png", transparency=int(np.asarray(palette)[0, 0]))
+    clear.save(tmp_path / "clear.png")
+    clear.save(tmp_path / "clear.webp")
+    clear.convert("LA").save(tmp_path / "clear grey.png")
+    image.convert("RGB").save(tmp_path / "clear colour.png", transparency=(low, low, low))
+    clear.convert("RGB").convert("RGBA").save(tmp_path / "opaque.png")
+    image.save(tmp_path / "grey.png")
+    image.convert("1").save(tmp_path / "bits.png")
+    twelve = Image.fromarray(np.asarray(image).astype(np.uint16) * 16 + 15)
+    for name, more in (
+        ("twelve.png", {}),
+        ("twelve.tif", {}),
+        ("twelve clear.png", {"transparency": low * 16 + 15}),
+    ):
+        twelve.save(tmp_path / name, **more)
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stderr) == (1, "")
+    *lines, last = (line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines())
+    most = int(np.asarray(twelve).max())
+    alpha = "alpha: training drops transparency, and shows the colours behind it"
+    deep = f"16-bit: the largest value is {most}; training scales all such images alike"
+    assert lines == [
+        f"clear colour.png: {alpha}", f"clear grey.png: {alpha}", f"clear.png: {alpha}", f"clear.webp: {alpha}",
+        f"palette.png: {alpha}",
+        "turned 6.jpg: EXIF rotation: orientation 6: training turns it upright, other programs may not",
+        f"twelve clear.png: {deep}", f"twelve clear.png: {alpha}", f"twelve.png: {deep}", f"twelve.tif: {deep}",
+    ]  # fmt: skip
+    assert last == "13 images: 6 alpha, 1 EXIF rotation, 3 16-bit"
+    for name in lines:
+        (tmp_path / name.split(": ")[0]).unlink(missing_ok=True)
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stdout) == (0, "4 images: nothing found\n")
 
 
 def test_hidden_images_are_listed(tmp_path: Path) -> None:
