@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from logging import Logger
@@ -120,7 +121,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         check_class_names(teacher.classes, loaders.classes, f"the teacher {here.teacher}")
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    initialised, unsuitable = _initialise_ranges(here, origin, model, loaders, layout)
+    initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout)
     _join_processes(here, model)
     precision.prepare(model, config.precision)
     optimizer_, groups = optimizer.build_optimizer(model, config.optim)
@@ -149,7 +150,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         methods=methods,
         probe=probe,
         progress=progress,
-        cost=cost,
+        cost=dataclasses.replace(cost, note=note),
         initial=initial,
         loaded=loaded,
         initialised=initialised,
@@ -180,11 +181,11 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
 
 def _initialise_ranges(
     here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format
-) -> tuple[int, tuple[str, ...]]:
+) -> tuple[int, tuple[str, ...], str]:
     """Initialise the quantizers' ranges from a batch if a new training asks for it, and look at their inputs.
 
     Returns:
-        How many quantizers were initialised, and warnings of inputs that do not suit their levels.
+        How many quantizers were initialised, and what `unsuitable_inputs` found.
     """
     config, begins = here.config, origin.found.path is None and not here.config.run.evaluate
     quant = config.model.quant
@@ -199,14 +200,14 @@ def _initialise_ranges(
         count = calibrate.initialise_ranges(model, images, quant)
     noise = noise_images(config, loaders.mean, loaders.std).to(here.device, memory_format=layout)
     ranges = begins and (trains or not quant.re_init)
-    warnings = unsuitable_inputs(
+    warnings, note = unsuitable_inputs(
         model,
         noise if images is None else images[:SEEN_IMAGES],
         config,
         lambda: batch()[:SEEN_IMAGES],
         ranges=ranges,
     )
-    return count, warnings
+    return count, warnings, note
 
 
 def _join_processes(here: Surroundings, model: nn.Module) -> None:

@@ -54,18 +54,22 @@ class _Input:
 
 def unsuitable_inputs(
     model: nn.Module, images: Tensor, config: Config, real: Callable[[], Tensor], *, ranges: bool
-) -> tuple[str, ...]:
-    """Warn of inputs that do not suit the levels of their quantizers, from one pass of images.
+) -> tuple[tuple[str, ...], str]:
+    """Look for inputs that do not suit the levels of their quantizers, in one pass of images.
 
     Inputs of binary layers that never go below zero, as behind a ReLU, have the sign +1 everywhere. Levels that start
-    at zero cut off inputs below it. Norms with batch statistics centre the images as in training.
+    at zero cut off inputs below it. Both are warned of: training cannot mend them. Inputs beyond a clip value are
+    noted, since most methods learn theirs. Norms with batch statistics centre the images as in training.
 
     Args:
         model: the network; it is left as it was.
         images: at least two, float32 [N, 3, H, W], normalised; noise will do.
         config: the run's configuration.
         real: gives normalised images of the data set; called only where a layer that reads the images cuts them off.
-        ranges: the clip values are those that training starts from; then values beyond them are warned of too.
+        ranges: the clip values are those that training starts from; without it nothing is noted of them.
+
+    Returns:
+        Warnings, and the note about clip values, which is empty where they suit.
     """
     seen = _watched(model, images)
     if any(each.images and each.unsigned and each.below > 0 for each in seen.values()):
@@ -101,12 +105,13 @@ def unsuitable_inputs(
             f"cut off, {_shares(inner, [each.below for each in inner.values()])}; give --fm_half_range (signed levels)"
             f"{policy}"
         )
+    note = ""
     if beyond and ranges:
-        warnings.append(
+        note = (
             f"{len(beyond)} of {len(seen)} activation quantizers start with a range that cuts off "
             f"{_shares(beyond, [each.below + each.above for each in beyond.values()])}{_wider(config.model.quant)}"
         )
-    return tuple(warnings)
+    return tuple(warnings), note
 
 
 def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
@@ -150,7 +155,7 @@ def _shares(names: Iterable[str], shares: Sequence[float]) -> str:
 
 
 def _wider(quant: QuantConfig) -> str:
-    """The end of a warning about narrow ranges: the options that the method has against them; empty without any."""
+    """The end of the note about narrow ranges: the options that the method has against them; empty without any."""
     record = record_of(quant.fm.method, "fm")
     options = []
     if not quant.re_init and record.reads_option("re_init"):
@@ -159,7 +164,7 @@ def _wider(quant: QuantConfig) -> str:
         options.append("--re_init_range mse" if quant.re_init else "--re_init --re_init_range mse")
     if not quant.re_init and record.reads_option("boundary"):
         options.append("a larger --fm_boundary")
-    return f"; give {' or '.join(options)}" if options else ""
+    return f"; {' or '.join(options)} would widen it" if options else ""
 
 
 def noise_images(config: Config, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -123,12 +123,19 @@ class Given(dict[str, Any]):
         explicit: the names that were written.
         replaced: name -> the values that a later one on the same command line has replaced, in order; mostly
             those of a config, which comes before the user's options.
+        through: name -> the option that was written instead and set it.
     """
 
-    def __init__(self, written: dict[str, Any], replaced: Mapping[str, Sequence[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        written: dict[str, Any],
+        replaced: Mapping[str, Sequence[Any]] | None = None,
+        through: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__({name: option.default for name, option in OPTIONS.items()} | written)
         self.explicit = frozenset(written)
         self.replaced = dict(replaced or {})
+        self.through = dict(through or {})
 
 
 def parse(argv: Sequence[str]) -> Given:

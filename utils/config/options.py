@@ -332,6 +332,13 @@ MODEL: dict[str, tuple[Option, ...]] = {
     "model": (
         option("model", str, "resnet20", "network", aliases=("-m", "--arch")),
         option("keyword", words, (), "comma-separated keywords, see --list_keywords"),
+        option(
+            "bits",
+            str,
+            None,
+            "quantize weights and activations to these bits: 2, ternary, or weights/activations like 2/4; 32: full "
+            "precision; for xx_enable, xx_bit and xx_level together",
+        ),
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
         option("num_classes", int, None, "classes; default: the data set keyword's"),

@@ -209,7 +209,7 @@ _declare(
 
 
 # The words that choose a method, as messages propose them.
-METHOD_WORDS = ("dorefa,lsq", "pact", "dorefa", "lq", "dorefa,non-uniform", "xnor")
+METHOD_WORDS = ("lsq", "pact", "dorefa", "lq", "non-uniform", "xnor")
 
 
 def own_method_words(tag: str) -> tuple[str, ...]:

@@ -51,10 +51,12 @@ class Cost:
     Attributes:
         layers: the convolutions and linear layers, in the order they run.
         parameters: number of all parameters.
+        note: a line about the ranges of its quantizers before training; empty for none.
     """
 
     layers: tuple[LayerCost, ...]
     parameters: int
+    note: str = ""
 
     @property
     def macs(self) -> int:
@@ -104,7 +106,7 @@ class Cost:
         if any(layer.result for layer in self.layers):
             head += ("result",)
             rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
-        return f"{format_table(head, rows)}\n{self.totals()}"
+        return "\n".join([format_table(head, rows), self.totals(), *[self.note] * bool(self.note)])
 
     def totals(self) -> str:
         """One line of totals."""

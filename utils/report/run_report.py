@@ -49,6 +49,8 @@ def announce(
     if config.data.world_size > 1:
         logger.info("%d processes, this one on %s", config.data.world_size, device)
     logger.info("%s", cost.totals())
+    if cost.note:
+        logger.info("%s", cost.note)
     if config.model.quant.enabled:
         logger.info("in full precision: %s", ", ".join(full_precision) or "no layer")
     logger.debug("%s", optimizer.groups_table(groups))

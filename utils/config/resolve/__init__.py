@@ -11,6 +11,7 @@ from pathlib import Path
 
 from utils.config import keyword, policy_file, vocabulary  # noqa: F401  (vocabulary declares the keywords)
 from utils.config.command_line import Given, parse
+from utils.config.resolve.bits import spread_bits
 from utils.config.resolve.data_and_run import (
     data_config,
     data_keyword,
@@ -56,6 +57,7 @@ def read(argv: Sequence[str]) -> Config:
 
 def resolve(given: Given) -> Config:
     """The typed configuration of parsed options; see `read`."""
+    given = spread_bits(given)
     words = data_keyword(given)
     resolution = keyword.resolve(words, family_of(given["model"]))
     fields = dict(resolution.fields)
@@ -77,7 +79,7 @@ def resolve(given: Given) -> Config:
         policy=_policy(given),
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
-        | {FIELDS.get(name, name): f"--{name}" for name in sorted(given.explicit)},
+        | {FIELDS.get(name, name): given.through.get(name, f"--{name}") for name in sorted(given.explicit)},
         warnings=(
             *resolution.warnings,
             *quant_warnings,

@@ -51,7 +51,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
                 )
         if any(part.method != "none" for part in parts.values()):
             warnings.append(
-                "the network stays in full precision: add --fm_enable and --wt_enable to quantize it"
+                "the network stays in full precision: add --bits 2, or --fm_enable and --wt_enable, to quantize it"
             )
     return quant, tuple(warnings)
 
@@ -72,9 +72,9 @@ def _quantizer_config(
     method = fields.get(f"quant.{tag}.method", "none")
     if enable and method == "none":
         naming = (*METHOD_WORDS, *own_method_words(tag))
+        asked = given.through.get(f"{tag}_enable", f"--{tag}_enable")
         raise UserError(
-            f"--{tag}_enable: which quantizer? Add one of the keywords {', '.join(naming[:-1])} or {naming[-1]} to "
-            "--keyword"
+            f"{asked}: which quantizer? Add one of the keywords {', '.join(naming[:-1])} or {naming[-1]} to --keyword"
         )
     if not enable:
         written = sorted(name for name in given.explicit if name.startswith(f"{tag}_"))
@@ -126,9 +126,11 @@ def _check_method(
         if f"{tag}_{option}" in given.explicit:
             raise UserError(f"--{tag}_{option}: {reason}")
     if binary_scale and levels != 2:
-        raise UserError(f"the keyword {tag}_bin needs --{tag}_bit 1, not {levels} levels")
+        needed = "--bits 1/N" if f"{tag}_bit" in given.through else f"--{tag}_bit 1"
+        raise UserError(f"the keyword {tag}_bin needs {needed}, not {levels} levels")
     if record.levels not in (None, levels):
         number = f"--{tag}_bit 1" if record.levels == 2 else f"--{tag}_level {record.levels}"
+        number = "--bits 1" if record.levels == 2 and f"{tag}_bit" in given.through else number
         what = "binary" if record.levels == 2 else f"of {record.levels} levels"
         which = "keyword" if method in PROJECT else "method"
         raise UserError(f"the {which} {method} is {what}: give {number}, not {levels} levels")

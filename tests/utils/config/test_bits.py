@@ -1,0 +1,85 @@
+"""`--bits` says what the options of the quantizers say one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from utils.config.resolve import read
+from utils.errors import UserError
+
+LSQ = "--keyword cifar10,cbas,lsq"
+
+
+@pytest.mark.parametrize(
+    ("bits", "spelt"),
+    [
+        ("2", "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"),
+        ("2/4", "--fm_enable --wt_enable --fm_bit 4 --wt_bit 2"),
+        ("ternary", "--fm_enable --wt_enable --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"),
+        ("ternary/16", "--fm_enable --wt_enable --fm_bit 16 --wt_bit 2 --wt_level 3"),
+        ("1/ternary", "--fm_enable --wt_enable --fm_level 3 --fm_bit 2 --wt_bit 1"),
+        ("2/32", "--wt_enable --wt_bit 2"),
+        ("32/8", "--fm_enable --fm_bit 8"),
+    ],
+)
+@pytest.mark.parametrize(
+    "beside", ["", "--fm_half_range --wt_grad_scale paper --policy config/policies/mixed.yaml"]
+)
+def test_it_is_the_same_as_the_options(bits: str, spelt: str, beside: str) -> None:
+    """Alone, with options and a policy beside it, and beside the options that it replaces."""
+    expected, alone = read(f"{LSQ} {beside} {spelt}".split()), read(f"{LSQ} {beside} --bits {bits}".split())
+    both = read(f"{LSQ} {beside} {spelt} --bits {bits}".split())
+    assert dataclasses.replace(alone, origins={}) == dataclasses.replace(expected, origins={})
+    assert dataclasses.replace(both, origins={}) == dataclasses.replace(expected, origins={})
+    assert {name for name, origin in alone.origins.items() if origin == "--bits"} == {
+        "bits",
+        *(word.removeprefix("--") for word in spelt.split() if word.startswith("--")),
+    }
+
+
+def test_the_last_one_counts() -> None:
+    quant = read(f"{LSQ} --bits 2 --bits 4".split()).model.quant
+    assert (quant.wt.levels, quant.fm.levels, quant.ot.enable) == (16, 16, False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        *(
+            (
+                f"{LSQ} --bits {word}",
+                f"--bits {word}: write a number from 1 to 16 or ternary, or weights/activations",
+            )
+            for word in ("0", "17", "-2", "1.58", "2/4/8", "2/", "two", "2,4", "\N{SUPERSCRIPT TWO}")
+        ),
+        (f"{LSQ} --bits 32", "--bits 32: that is full precision: leave it out"),
+        (f"{LSQ} --bits 32/32", "--bits 32/32: that is full precision: leave it out"),
+        (
+            f"{LSQ} --bits 2 --fm_bit 4",
+            "--fm_bit 4 contradicts --bits 2: write --bits 2/4, or leave one of them out",
+        ),
+        (
+            f"{LSQ} --bits 2 --wt_level 3",
+            "--wt_level 3 contradicts --bits 2: write --bits ternary/2, or leave",
+        ),
+        (f"{LSQ} --bits 2 --wt_level 8", "--wt_level 8 contradicts --bits 2: write --bits 3/2, or leave"),
+        (f"{LSQ} --bits 2 --wt_level 5", "--wt_level 5 contradicts --bits 2: leave one of them out"),
+        (
+            f"{LSQ} --bits ternary --wt_bit 3",
+            "--wt_bit 3 contradicts --bits ternary: write --bits 3/ternary, or",
+        ),
+        (f"{LSQ} --bits 2/32 --fm_enable", "--fm_enable contradicts --bits 2/32: leave one of them out"),
+        ("--keyword cifar10,cbas --bits 2", "--bits: which quantizer? Add one of the keywords lsq, pact,"),
+        ("--keyword cifar10,cbas,xnor --bits 2", "the keyword xnor is binary: give --bits 1, not 4 levels"),
+        (
+            "--keyword cifar10,cbas,dorefa,wt_bin --bits 2",
+            "the keyword wt_bin needs --bits 1/N, not 4 levels",
+        ),
+    ],
+)
+def test_a_mistake(line: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(line.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
