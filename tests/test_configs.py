@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import main
+import tools
 from model.layers.quantized import quantizers
 from model.networks import build
 from tests import ROOT
@@ -86,7 +88,7 @@ def imitate_data(name: str) -> list[str]:
     if "-distill." in name:
         small += ["--distill_teacher", "none"]
     dataset = name.split(".")[3]
-    if dataset in ("imagenet", "dali"):
+    if dataset in ("imagenet", "folder", "dali"):
         small += ["--input_size", "64"]
     return small if dataset in ("digits", "fake") else [*small, "--dataset", "fake"]
 
@@ -117,7 +119,7 @@ def test_name_follows_the_pattern(name: str) -> None:
     assert config == "config"
     assert method in METHODS
     assert phase in ("eval", "train-scratch", "finetune")
-    assert dataset in (*DATASETS, "fake")
+    assert dataset in (*DATASETS, "folder", "fake")
     assert precision.partition("-")[0] in (*PRECISIONS, *POLICIES)  # 2bit-ema: with averaged weights
     assert network in build.models()
 
@@ -134,7 +136,7 @@ def test_name_says_what_is_in_it(name: str) -> None:
     config = config_of(name)
     arguments = argv(name)
     assert arguments[arguments.index("--dataset") + 1] == dataset
-    assert config.data.dataset == ("fake" if dataset == "dali" else dataset)
+    assert config.data.dataset == {"dali": "fake", "folder": "imagenet"}.get(dataset, dataset)
     assert config.model.name == network
     assert config.run.evaluate == (phase == "eval")
     assert (config.run.pretrained == "none") == (phase == "train-scratch")
@@ -207,6 +209,24 @@ def test_dry_run(
     assert (status, done.err) == (0, "")
     assert printed_bits(done.out) == expected_bits(name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".folder." in name])
+def test_one_for_a_folder_of_images_learns_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, on computed photographs of four classes; smaller and shorter, for the time that it takes."""
+    made = f"--keyword make-fake-imagenet --root {tmp_path / 'photos'} --num_classes 4 --fake_size 240"
+    assert tools.main([*made.split(), "--image_size", "96x80"]) == 0
+    monkeypatch.setenv("PHOTOS", str(tmp_path / "photos"))
+    _, _, *options = shlex.split(bash("--print", f"config/{name}").stdout)
+    monkeypatch.chdir(tmp_path)
+    small = "--input_size 64 --width_alpha 0.25 --epochs 8 -v 60 -j 0"
+    assert main.main([*options, *small.split()]) == 0, capsys.readouterr().err
+    (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "exp").glob("*/summary.json"))
+    assert summary["audit"].startswith("passed") and summary["bits"] == "1/1"
+    assert summary["last_top1"] > 50  # 25 by chance
 
 
 @pytest.mark.parametrize(
