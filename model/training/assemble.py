@@ -29,6 +29,7 @@ from utils.checkpoint.weights import LoadReport
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data
 from utils.processes import distributed
+from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
 from utils.step import optimizer, precision
 from utils.step.optimizer import ParamGroup
@@ -158,6 +159,7 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
     """Open the data and fit warm-ups to its epochs; returns loaders, learning rates and warnings."""
     config = here.config
     loaders = open_data(config.data, here.device)
+    check_agreement(loaders.identity)
     check_batches(config, loaders.train.samples)
     build.set_stable(model, len(loaders.train))
     rates = Schedule(config.schedule, config.optim.lr, math.ceil(len(loaders.train) / config.optim.iter_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -65,6 +66,10 @@ class ImageNames:
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
         self.target = np.repeat(np.arange(len(classes)), [len(paths) for paths in images])
+        self._folder = folder
+        self._classes = [
+            (os.path.basename(path), len(paths)) for path, paths in zip(classes, images, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.target)
@@ -72,6 +77,17 @@ class ImageNames:
     def path(self, index: int) -> str:
         """Return the path of an image."""
         return os.fsdecode(bytes(self._paths[index]))
+
+    def identity(self) -> dict[str, str]:
+        """Texts that tell it from another set: the classes with their numbers of images, a digest of the files' names.
+
+        The folder itself may be another one.
+        """
+        skipped = len(os.fsencode(os.path.join(self._folder, "")))
+        names = self._paths.view(np.uint8).reshape(len(self), -1)[:, skipped:]
+        digest = hashlib.sha256(np.ascontiguousarray(names).data).hexdigest()
+        classes = ", ".join(f"{name}: {count}" for name, count in self._classes)
+        return {"classes": classes, "files": digest[:12]}
 
 
 def _images(folder: Path) -> list[str]:
