@@ -241,7 +241,7 @@ def train_until_stopped(
     if origin.found.path is not None:
         run_state.set_random(origin.found.payload, here.place.rank)
         origin.found.payload.clear()  # it has been taken over; the file's tensors need not stay in memory
-    with launch.stop(training.logger.info) as stop, Writer() as writer:
+    with launch.stop(training.logger.info, others=here.place.world_size > 1) as stop, Writer() as writer:
         output = run_state.Output(files=here.files, writer=writer, launchers=origin.launchers)
         save = partial(training.save, output=output)
         metrics = metrics_file(here)
@@ -311,7 +311,7 @@ def train(
             began = time.perf_counter()
             row |= validation.validation_row(training, loaders, epoch, stop)
             row["seconds"] += time.perf_counter() - began
-            stopped = distributed.any_process(stop.asked != "")
+            stopped = stop.agree(distributed.any_process(stop.asked != ""))
         if stopped:
             save(progress)
             return progress, True
@@ -413,7 +413,7 @@ def train_one_epoch(
             training.methods.after_step(step, precision, training.model)
         precision.zero_grad()
 
-        stopped = vote(stop.asked != "")
+        stopped = stop.agree(vote(stop.asked != ""))
         due = 0 < config.run.save_every <= i + 1 - saved
         if stopped or due or i + 1 == batches:
             reached = dataclasses.replace(

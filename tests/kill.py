@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,10 +128,10 @@ def free_port() -> int:
             return port
 
 
-def start(folder: Path, line: str, processes: int = 1) -> list[int]:
+def start(folder: Path, line: str | Sequence[str], processes: int = 1) -> list[int]:
     """Fork the processes of a training in a folder; returns their PIDs in the order of their ranks.
 
-    What each says goes into the file said0.txt and so on.
+    All of them get the same line of options, or each its own. What each says goes into the file said0.txt and so on.
     """
     sys.stdout.flush()
     pids, port = [], free_port()
@@ -145,7 +145,7 @@ def start(folder: Path, line: str, processes: int = 1) -> list[int]:
                 os.chdir(folder)
                 said = os.open(f"said{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(said, 1), os.dup2(said, 2)
-                status = main.main(line.split())
+                status = main.main((line if isinstance(line, str) else line[rank]).split())
                 sys.stdout.flush(), sys.stderr.flush()
             except BaseException:
                 traceback.print_exc()

@@ -30,6 +30,7 @@ from utils.checkpoint.weights import LoadReport, check_class_names, class_names_
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data
 from utils.processes import distributed
+from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
 from utils.step import optimizer, precision
 from utils.step.optimizer import ParamGroup
@@ -166,6 +167,7 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
     """Open the data and fit warm-ups to its epochs; returns loaders, learning rates and warnings."""
     config = here.config
     loaders = open_data(config.data, here.device, here.checked_data)
+    check_agreement(loaders.identity)
     if loaders.training is None:
         # Evaluation uses no rate. No entry of a policy may seem to lie beyond the run: an epoch counts as endless.
         build.set_stable(model, 0)

@@ -17,6 +17,7 @@ from utils.config.schema import Config
 from utils.data.sources import check_data
 from utils.errors import UserError
 from utils.processes import distributed
+from utils.processes.agreement import check_agreement, file_digest, run_fields
 from utils.processes.distributed import Place
 from utils.step import optimizer, precision
 
@@ -89,9 +90,10 @@ def find_origin(here: Surroundings) -> Origin:
     """Find the checkpoint that the run continues from, or the weights that it begins with.
 
     Raises:
-        UserError: there is no such file, or nothing to evaluate.
+        UserError: there is no such file, or nothing to evaluate; or the run's processes differ.
     """
     settings, files = here.config.run, here.files
+    check_agreement(lambda: run_fields(here.config, here.device.type))
     launchers = distributed.launchers(os.environ)
     found = distributed.broadcast(lambda: files.find(settings.resume, settings.resume_file, launchers))
     pretrained = None  # a resumed checkpoint already has the weights, and the file may have moved since
@@ -103,4 +105,7 @@ def find_origin(here: Surroundings) -> Origin:
             f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "
             "--pretrained none random weights are"
         )
+    check_agreement(
+        lambda: {"the pretrained weights": file_digest(pretrained), "the teacher": file_digest(here.teacher)}
+    )
     return Origin(found=found, pretrained=pretrained, launchers=launchers)

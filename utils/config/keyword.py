@@ -51,6 +51,7 @@ class Keyword:
 
 PACKAGES = ("model", "utils", "launch")  # users' keyword files import from these
 _REGISTRY: dict[str, Keyword] = {}
+_LOADED: list[str] = []
 
 
 def register(keyword: Keyword) -> None:
@@ -77,6 +78,11 @@ def registry() -> dict[str, Keyword]:
     return dict(_REGISTRY)
 
 
+def loaded_files() -> tuple[str, ...]:
+    """The paths of users' files that were loaded."""
+    return tuple(_LOADED)
+
+
 def load_file(path: str) -> None:
     """Run a user's Python file that registers more keywords.
 
@@ -90,6 +96,7 @@ def load_file(path: str) -> None:
         raise UserError(f"--keyword_file {path}: no such file; give the path of a Python file")
     before = registry()
     fields = {name for keyword in before.values() for name in keyword.sets}
+    _LOADED.append(path)
     try:
         runpy.run_path(path)
     except UserError as error:

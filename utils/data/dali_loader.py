@@ -103,6 +103,10 @@ class DaliLoader(Loader):
         self._decoding = decoding
         self._idle: Pipeline | None = None  # a pipeline without batches in it
 
+    def identity(self) -> dict[str, str]:
+        """As in `Loader`; with the classes and the names of the files."""
+        return super().identity() | self._names.identity()
+
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         # `_idle` is None while the pipeline has batches in it: an iteration may be abandoned at any time.
         pipeline, self._idle = self._idle or self._pipeline(self._delivery.batch_size), None

@@ -193,6 +193,10 @@ class FolderLoader(Loader):
             generator=torch.Generator(),  # else each iteration draws from the global one
         )  # fmt: skip
 
+    def identity(self) -> dict[str, str]:
+        """As in `Loader`; with the classes and the names of the files."""
+        return super().identity() | self._names.identity()
+
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         self._loader = self._loader or self._open()
         asked = self._asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -90,6 +91,18 @@ class ImageNames:
             return ""
         names = [os.path.relpath(path, self.folder) for path in self.hidden]
         return f"left out of {self.folder}: {len(names)} hidden files and folders, {_some(names)}"
+
+    def identity(self) -> dict[str, str]:
+        """Texts that tell it from another set: the classes with their numbers of images, a digest of the files' names.
+
+        The folder itself may be another one.
+        """
+        skipped = len(os.fsencode(os.path.join(self.folder, "")))
+        names = self._paths.view(np.uint8).reshape(len(self), -1)[:, skipped:]
+        digest = hashlib.sha256(np.ascontiguousarray(names).data).hexdigest()
+        counts = np.bincount(self.target)
+        classes = ", ".join(f"{name}: {count}" for name, count in zip(self.classes, counts, strict=True))
+        return {"classes": classes, "files": digest[:12]}
 
 
 def _images(folder: Path, hidden: list[str]) -> list[str]:

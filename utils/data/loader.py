@@ -162,6 +162,10 @@ class Loader(ABC):
             return full or 1
         return full + (rest // world_size + (self._delivery.rank < rest % world_size) > 0)
 
+    def identity(self) -> dict[str, str]:
+        """What tells this set from another one, wherever its files are: texts that all processes must share."""
+        return {"images": str(self.samples)}
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0, that the next iteration delivers; it stays until it is set again."""
         self._epoch = epoch

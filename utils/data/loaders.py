@@ -46,6 +46,16 @@ class Loaders:
             raise ValueError("the data set was opened for an evaluation and has no training images")
         return self.training
 
+    def identity(self) -> dict[str, str]:
+        """What tells both sets from others, see `Loader.identity`."""
+        parts = {"train": self.training, "val": self.val}
+        return {
+            f"{what} of {part}": text
+            for part, loader in parts.items()
+            if loader is not None
+            for what, text in loader.identity().items()
+        }
+
 
 def check_classes(config: DataConfig, classes: int, what: str) -> None:
     """Raise `UserError` when the configuration has another number of classes than the data."""

@@ -173,6 +173,7 @@ def _store(place: Place, environment: Mapping[str, str], joining: timedelta) -> 
     tcp = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         store = tcp(address, port, place.world_size, is_master=place.first, timeout=joining)
+        compare_places(store, place)
         store.set_timeout(default_pg_timeout)  # all have joined
         return store
     restarts = int_of(environment, "TORCHELASTIC_RESTART_COUNT", 0)
@@ -181,6 +182,26 @@ def _store(place: Place, environment: Mapping[str, str], joining: timedelta) -> 
     # torchrun may keep its store, which then holds the addresses of the processes before the restart.
     store = tcp(address, port, is_master=False)
     return distributed.PrefixStore(f"restart {restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def compare_places(store: Any, place: Place) -> None:
+    """Raise `UserError` unless all processes count as many and each rank is there once; otherwise they would wait."""
+    if store.add(f"processes of rank {place.rank}", 1) > 1:
+        raise UserError(f"another process of this run has --rank {place.rank} too: give each its own, from 0")
+    store.set(f"world size of {place.rank}", str(place.world_size))
+    for rank in range(place.world_size):
+        size = int(store.get(f"world size of {rank}"))
+        if size != place.world_size:
+            sizes = sorted({rank: size, place.rank: place.world_size}.items())
+            shown = "; ".join(f"{value} in process {number}" for number, value in sizes)
+            raise UserError(
+                f"the processes differ in --world_size ({shown}): start all of them with the number of all"
+            )
+
+
+def alone() -> bool:
+    """Whether this is a run of one process."""
+    return not distributed.is_initialized()
 
 
 def broadcast(make: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -18,7 +19,10 @@ SAVED = 75
 REPEATS = 0.5
 # The same for a process under a launcher, which passes on its own signals, too.
 REPEATS_PASSED_ON = 5.0
+# Seconds after a signal in which a process of several may wait for the others; torchrun kills it after 30.
+UNANSWERED = 20.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PROBE = signal.SIGURG  # asks whether the main thread runs Python's handlers; ignored by default
 
 
 @contextlib.contextmanager
@@ -68,12 +72,15 @@ class Requests:
 class Stop:
     """Remembers SIGTERM, SIGINT or SIGHUP while it is open as a context; a second request ends the process at once.
 
-    After a request it stays in force until the process ends, because repeats of the signal may come until then.
+    After a request it stays in force until the process ends, because repeats of the signal may come until then. With
+    `others`, the first one too ends a process whose main thread waits in C++ for longer than `UNANSWERED`: the other
+    processes of the run may never come.
 
     Args:
         say: called with a line when the first signal comes, in a thread of its own, which may block.
         repeats: seconds after the first signal in which others are repeats of it.
         at_once: returns whether a signal now ends the process, whatever came before; None: unknown.
+        others: whether this process may have to wait for others of its run.
 
     Attributes:
         asked: the name of the signal that came, empty before.
@@ -81,9 +88,10 @@ class Stop:
 
     def __init__(
         self, say: Callable[[str], object] = lambda line: None, *, repeats: float = REPEATS,
-        at_once: Callable[[], bool] | None = None,
+        at_once: Callable[[], bool] | None = None, others: bool = False,
     ) -> None:  # fmt: skip
         self.asked = ""
+        self._others, self._agreed, self._answers = others, False, 0
         self._say, self._repeats, self._at_once = say, repeats, at_once
         self._former: dict[int, Any] = {}
         self._former_fd = -1
@@ -97,6 +105,8 @@ class Stop:
         self._former_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in heeded():
             self._former[number] = signal.signal(number, self._remember)
+        if self._others:
+            self._former[PROBE] = signal.signal(PROBE, self._answer)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
         return self
 
@@ -111,6 +121,39 @@ class Stop:
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.asked = self.asked or signal.Signals(number).name
 
+    def _answer(self, *_: object) -> None:
+        self._answers += 1
+
+    def agree(self, everyone: bool) -> bool:
+        """Take note of what all processes have answered to the question whether to end; returns it.
+
+        Once they end together, one may wait for as long as another one writes.
+        """
+        self._agreed |= everyone
+        return everyone
+
+    def _end_if_waiting(self, number: int) -> None:
+        """End the process when its main thread answers no signal and does nothing for `UNANSWERED` seconds.
+
+        Python's handlers are called while it sleeps or reads, but not in C++; there it computes, or waits for others.
+        """
+        thread = threading.main_thread().ident
+        assert thread is not None
+        clock = time.pthread_getcpuclockid(thread)
+        answers, used, since = -1, -math.inf, time.monotonic()
+        while not self._agreed:
+            signal.pthread_kill(thread, PROBE)
+            time.sleep(UNANSWERED / 20)
+            now = time.clock_gettime(clock)
+            if self._answers != answers or now - used > UNANSWERED / 100:  # a signal takes some time, too
+                answers, used, since = self._answers, now, time.monotonic()
+            elif time.monotonic() >= since + UNANSWERED:
+                text = f"{signal.Signals(number).name}: the other processes do not come, ends now, unsaved\n"
+                telling = threading.Thread(target=os.write, args=(2, text.encode()), daemon=True)
+                telling.start()
+                telling.join(timeout=1)  # nobody may be reading
+                os._exit(128 + number)
+
     def _watch(self) -> None:
         asked = False
         while numbers := os.read(self._pipe[0], 64):
@@ -124,6 +167,8 @@ class Stop:
             # Blocked output must not keep this thread from reading the second signal.
             name = signal.Signals(requests[0]).name
             threading.Thread(target=self._tell, args=(name,), name="signal", daemon=True).start()
+            if self._others:
+                threading.Thread(target=self._end_if_waiting, args=requests[:1], daemon=True).start()
             self._pass_over_repeats()
         os.close(self._pipe[0])
 

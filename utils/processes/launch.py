@@ -50,17 +50,19 @@ def wait_to_be_ended() -> None:
     time.sleep(PATIENCE)
 
 
-def stop(say: Callable[[str], object]) -> Stop:
+def stop(say: Callable[[str], object], *, others: bool = False) -> Stop:
     """Make the `Stop` of this process; `say` is called with a line when it is asked to end.
+
+    With `others` it may have to wait for other processes of its run.
 
     A launcher passes on its signals, so that under one the signals soon after the first are repeats. Without a launcher
     the next signal is a second request; under this launcher it is one that comes after the file `AT_ONCE`.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Stop(say)
+        return Stop(say, others=others)
     folder = os.environ.get(STATUS_FOLDER)
     at_once = None if folder is None else Path(folder, AT_ONCE).exists
-    return Stop(say, repeats=REPEATS_PASSED_ON, at_once=at_once)
+    return Stop(say, repeats=REPEATS_PASSED_ON, at_once=at_once, others=others)
 
 
 def _left_status(folder: str, otherwise: int) -> int:

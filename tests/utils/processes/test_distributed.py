@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import ROOT
-from tests.kill import NETWORK, free_port
+from tests.kill import free_port
 from tests.utils.data.helpers import write_folder
-from tests.utils.processes.lines import FILES, LINE
+from tests.utils.processes.lines import FILES, LINE, NO_DROPOUT, together
 from utils.checkpoint.archive import read
 from utils.config.schema import DeviceConfig
 from utils.errors import TrainingError, UserError
@@ -101,23 +97,12 @@ FILE_RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def together(folder: Path, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What came of each run, and under `folder` where they ran."""
-    network = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
-    (folder / "network.py").write_text(network + SPOILS)
-    process = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
-        input=json.dumps(list(runs.values())), capture_output=True, check=False, timeout=1200,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    return {**dict(zip(runs, json.loads(process.stdout), strict=True)), "folder": folder}
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The runs on computed images."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "off.yaml").write_text(OFF)
+    (folder / "network.py").write_text(NO_DROPOUT + SPOILS)
     return together(folder, RUNS)
 
 
@@ -126,6 +111,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The runs on image files."""
     folder = tmp_path_factory.mktemp("files")
     write_folder(folder / "images", train=24, val=5)
+    (folder / "network.py").write_text(NO_DROPOUT)
     return together(folder, FILE_RUNS)
 
 
