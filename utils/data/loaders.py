@@ -27,6 +27,8 @@ class Loaders:
         num_classes: number of classes.
         mean: per channel, of images in [0, 1]; used to normalise the images.
         std: per channel, likewise.
+        class_names: names of the classes, in their order, where they have weights.
+        class_weights: weight of each class in the loss; empty: all are 1.
     """
 
     training: Loader | None
@@ -34,6 +36,8 @@ class Loaders:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
 
     @property
     def train(self) -> Loader:
