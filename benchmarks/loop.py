@@ -67,7 +67,7 @@ class Kept(Loader):
         delivery = Delivery(
             batch_size=size, train=True, seed=0, mean=(0.0,) * 3, std=(1.0,) * 3, device=torch.device("cpu")
         )
-        super().__init__(size * len(batches), delivery)
+        super().__init__(torch.cat([target for _, target in batches]), delivery)
         self.kept = batches
 
     def __iter__(self) -> Iterator[Batch]:

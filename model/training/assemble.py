@@ -80,6 +80,9 @@ class Assembled:
 
     def training_state(self, here: Surroundings, logger: Logger) -> TrainingState:
         """The state of the training loop; from here on the processes share gradients."""
+        if self.loaders.class_weights:
+            pairs = zip(self.loaders.classes, self.loaders.class_weights, strict=True)
+            logger.info("class weights: %s", ", ".join(f"{name} {weight:.4g}" for name, weight in pairs))
         return TrainingState(
             model=self.model,
             network=distributed.parallel(self.model, here.device, may_skip=self.policy.disables),
@@ -136,7 +139,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         arithmetic.load_state_dict(progress.amp)
     if teacher is not None:
         teacher.to(here.device, layout)
-    methods = build_training_methods(config, model, teacher, policy.rates.total_steps)
+    methods = build_training_methods(config, model, teacher, policy.rates.total_steps, loaders.class_weights)
     with run_state.believing(found.path):
         methods.load_state_dict(progress.methods, model)
     idle = optimizer.idle_entries(model, config.optim)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.training.oscillation import dampening, dampening_factor
@@ -22,15 +23,22 @@ class Objective:
         model: the network whose weights the penalties are on.
         teacher: None without distillation.
         total_steps: optimizer steps of the run, over which the dampening grows.
+        class_weights: weight of each class in the loss of the labels; empty: all 1.
     """
 
     def __init__(
-        self, config: LossConfig, model: nn.Module, teacher: Teacher | None, total_steps: int
+        self,
+        config: LossConfig,
+        model: nn.Module,
+        teacher: Teacher | None,
+        total_steps: int,
+        class_weights: Sequence[float] = (),
     ) -> None:
         self.config = config
         self.teacher = teacher
         self._model = model
         self._total_steps = total_steps
+        self._weights = torch.tensor(class_weights) if class_weights else None
 
     def __call__(self, logits: Tensor, target: Tensor, images: Tensor, step: int) -> Tensor:
         """The loss, float32 [].
@@ -42,9 +50,12 @@ class Objective:
             step: optimizer steps done.
         """
         config = self.config
+        if self._weights is not None and self._weights.device != logits.device:
+            self._weights = self._weights.to(logits.device)  # once
         loss = classification_loss(
-            logits, target, smoothing=config.label_smooth, gamma=config.focal_gamma, alpha=config.focal_alpha
-        )
+            logits, target, smoothing=config.label_smooth, gamma=config.focal_gamma, alpha=config.focal_alpha,
+            weights=self._weights,
+        )  # fmt: skip
         if self.teacher is not None and config.distill is not None:
             distill = config.distill
             theirs = distillation_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +57,16 @@ class TrainingMethods:
 
 
 def build_training_methods(
-    config: Config, model: nn.Module, teacher: Teacher | None, total_steps: int
+    config: Config,
+    model: nn.Module,
+    teacher: Teacher | None,
+    total_steps: int,
+    class_weights: Sequence[float] = (),
 ) -> TrainingMethods:
     """The methods that the options ask for, for a run of `total_steps` optimizer steps."""
     weights = config.weights
     return TrainingMethods(
-        objective=Objective(config.loss, model, teacher, total_steps),
+        objective=Objective(config.loss, model, teacher, total_steps, class_weights),
         average=WeightAverage(weights.ema_decay),
         freezing=Freezing(model, weights.freeze_threshold, weights.freeze_momentum, total_steps),
     )

@@ -90,3 +90,22 @@ def test_images_that_are_not_square_are_trained_resumed_and_evaluated(tmp_path: 
     assert_same_run((tmp_path, "one"), (tmp_path, "two"))
     first, *_ = summary(tmp_path, "two")["layers"]
     assert (first["name"], first["output"]) == ("conv1", [8, 16, 32])
+
+
+def test_class_weights_act_on_the_labels_and_are_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "images", train=4, val=2)
+    for number in (1, 2, 3):
+        (tmp_path / "images" / "train" / "cat" / f"{number}.jpg").unlink()
+    (tmp_path / "equal.csv").write_text("class,weight\nant,3\nbee,3\ncat,3\n", encoding="utf-8")
+    (tmp_path / "other.csv").write_text("class,weight\nant,3\nbee,3\ndog,3\n", encoding="utf-8")
+    line = f"{FOLDER} --epochs 1 --lr 0.01"
+    weighted = f"{line} --case weighted --class_weights balanced --label_smooth 0.1"
+    done_in(tmp_path, f"{line} --case plain", f"{line} --case equal --class_weights equal.csv", weighted)
+    assert "class weights: ant 0.75, bee 0.75, cat 3\n" in capsys.readouterr().out
+    assert_same_run((tmp_path, "plain"), (tmp_path, "equal"))
+    assert metrics(tmp_path, "weighted")[0]["train_loss"] != metrics(tmp_path, "plain")[0]["train_loss"]
+    assert call(f"{line} --case other --class_weights other.csv") == 2
+    assert "--class_weights other.csv: there is no class 'dog'" in capsys.readouterr().err
+    assert not Path("exp/other").exists()

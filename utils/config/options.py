@@ -210,6 +210,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
     ),
     "loss": (
         option("label_smooth", float, None, "label smoothing; default: 0, with the keyword label-smooth 0.1"),
+        option(
+            "class_weights",
+            str,
+            None,
+            "weights of the classes in the loss: balanced, or a CSV file with the lines class,weight; see docs/data.md",
+            unset=("none", ""),
+        ),
         option("focal_gamma", float, 0.0, "focal loss: exponent of 1 - p of the class; 0: cross-entropy"),
         option("focal_alpha", float, 1.0, "focal loss: factor on all of it", unset=(-1.0,)),
         option("distill_teacher", str, None, "distillation: the teacher, as --model, or none", unset=("",)),

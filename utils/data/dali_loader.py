@@ -94,9 +94,8 @@ class DaliLoader(Loader):
         unreadable: Unreadable,
         decoding: Decoding = PLAIN,
     ) -> None:
-        super().__init__(len(names), delivery)
+        super().__init__(torch.from_numpy(names.target), delivery)
         self._names = names
-        self._target = torch.from_numpy(names.target)
         self._size = sides(size)
         self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
@@ -134,7 +133,7 @@ class DaliLoader(Loader):
                         continue
                     images = self._take(pipeline, running[0], threads)
                 index = torch.tensor([file.index for file in running.popleft()])
-                yield Raw(images, self._target[index], index)
+                yield Raw(images, self.target[index], index)
             self._idle = pipeline
         finally:
             threads.shutdown(cancel_futures=True)

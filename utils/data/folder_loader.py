@@ -153,9 +153,8 @@ class FolderLoader(Loader):
         decoding: Decoding = PLAIN,
         randaugment: int | None = None,
     ) -> None:
-        super().__init__(len(names), delivery)
+        super().__init__(torch.from_numpy(names.target), delivery)
         self._names = names
-        self._target = torch.from_numpy(names.target)
         self._size = sides(size)
         self._workers = min(workers, len(self))
         self._unreadable = unreadable
@@ -208,7 +207,7 @@ class FolderLoader(Loader):
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
-            yield Raw(images.permute(0, 3, 1, 2), self._target[index], index)
+            yield Raw(images.permute(0, 3, 1, 2), self.target[index], index)
 
 
 def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:

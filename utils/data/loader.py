@@ -130,22 +130,25 @@ class Loader(ABC):
     a time: starting the next one ends it.
 
     Args:
-        samples: number of images of the set.
+        target: classes of the images of the set, int64 [samples].
         delivery: how its batches are cut and finished.
 
     Attributes:
+        target: likewise.
         samples: number of images of the set, the same in every process.
 
     Raises:
         UserError: there are fewer training images than processes.
     """
 
-    def __init__(self, samples: int, delivery: Delivery) -> None:
+    def __init__(self, target: Tensor, delivery: Delivery) -> None:
+        samples = len(target)
         rank, world_size = delivery.rank, delivery.world_size
         if not 0 <= rank < world_size:
             raise ValueError(f"there is no process {rank} of {world_size}")
         if delivery.train and samples < world_size:
             raise UserError(f"{world_size} processes cannot share {samples} training images: start fewer")
+        self.target = target
         self.samples = samples
         self._delivery = delivery
         # (x / 255 - mean) / std as one multiplication and one addition.

@@ -29,6 +29,7 @@ class Loaders:
         std: per channel, likewise.
         warnings: for the log, about the files.
         classes: names of the classes in their order; empty where they have none.
+        class_weights: weight of each class in the loss; empty: all are 1.
     """
 
     training: Loader | None
@@ -38,6 +39,7 @@ class Loaders:
     std: tuple[float, ...]
     warnings: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
 
     @property
     def train(self) -> Loader:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.config.schema import DataConfig
-from utils.data import workers
+from utils.data import class_weights, workers
 from utils.data.cifar import CIFAR10_SET, CIFAR100_SET
 from utils.data.folder_sets import build_dali, build_imagenet, check_dali, check_imagenet
 from utils.data.loaders import CPU, Loaders
@@ -64,8 +65,8 @@ def check_data(config: DataConfig) -> Any:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
             validation; a mean or std that is not of three channels, or too large or small for float32;
-            RandAugment on a data set without it; too many workers; DALI that is not installed or cannot be
-            imported.
+            RandAugment on a data set without it; too many workers; a file of class weights that does not fit;
+            DALI that is not installed or cannot be imported.
     """
     if config.dataset not in SOURCES:
         raise UserError(f"--dataset {config.dataset} is unknown: choose one of {', '.join(SOURCES)}")
@@ -86,11 +87,21 @@ def check_data(config: DataConfig) -> Any:
         )
     workers.check_workers(config.workers)
     try:
-        return SOURCES[config.dataset].check(config)
+        checked = SOURCES[config.dataset].check(config)
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; check --root and its permissions"
         ) from error
+    if config.class_weights not in (None, class_weights.BALANCED):
+        class_weights.read_weights(Path(config.class_weights), _names(config, checked))
+    return checked
+
+
+def _names(config: DataConfig, checked: Any) -> Sequence[str]:
+    """The classes' names: of their folders where there are some, otherwise their numbers."""
+    if config.dataset in ("imagenet", "dali"):
+        return next(iter(checked.values())).classes
+    return [str(number) for number in range(config.num_classes)]
 
 
 def open_data(config: DataConfig, device: torch.device = CPU, checked: Any = None) -> Loaders:
@@ -108,4 +119,12 @@ def open_data(config: DataConfig, device: torch.device = CPU, checked: Any = Non
         UserError: as `check_data`; or the CIFAR files are missing and cannot be downloaded, or are damaged.
     """
     checked = check_data(config) if checked is None else checked
-    return SOURCES[config.dataset].build(config, device, checked)
+    loaders = SOURCES[config.dataset].build(config, device, checked)
+    if config.class_weights is None:
+        return loaders
+    names = _names(config, checked)
+    return replace(
+        loaders,
+        classes=loaders.classes or tuple(names),
+        class_weights=class_weights.weights_of(config.class_weights, loaders.train.target, names),
+    )

@@ -45,9 +45,8 @@ class TensorLoader(Loader):
         augment: Augment | None,
         randaugment: int | None = None,
     ) -> None:
-        super().__init__(len(target), delivery)
+        super().__init__(target, delivery)
         self._store = store.to(delivery.device) if isinstance(store, Tensor) else store
-        self._target = target
         self._size = sides(size)
         self._augment = augment if delivery.train else None
         self._randaugment = None
@@ -58,7 +57,7 @@ class TensorLoader(Loader):
 
     def identity(self) -> dict[str, str]:
         """As in `Loader`; with a digest of the classes and of images that are a tensor."""
-        found = hashlib.sha256(self._target.contiguous().numpy().data)
+        found = hashlib.sha256(self.target.contiguous().numpy().data)
         if isinstance(self._store, Tensor):
             found.update(self._store.cpu().contiguous().numpy().data)
         return super().identity() | {"contents": found.hexdigest()[:12]}
@@ -77,7 +76,7 @@ class TensorLoader(Loader):
                 images = torch.stack([rand_augment(transform, x, seed, epoch, i) for x, i in numbered])
             if images.shape[-2:] != self._size:
                 images = resize(images.float(), self._size, "bilinear")
-            yield Raw(images, self._target[index], index)
+            yield Raw(images, self.target[index], index)
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -8,7 +8,13 @@ from torch.nn import functional
 
 
 def classification_loss(
-    logits: Tensor, target: Tensor, *, smoothing: float = 0.0, gamma: float = 0.0, alpha: float = 1.0
+    logits: Tensor,
+    target: Tensor,
+    *,
+    smoothing: float = 0.0,
+    gamma: float = 0.0,
+    alpha: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy, or the focal loss: mean over images of `-alpha * sum_c y_c * (1 - p_c)^gamma * log p_c`.
 
@@ -16,16 +22,27 @@ def classification_loss(
     alpha 1 it is the cross-entropy. Gradient: autograd's, finite also at p_c = 1. Source: Lin et al., "Focal
     Loss for Dense Object Detection", arXiv 1708.02002, equation 5, for more than two classes.
 
+    With class weights w each image's loss is multiplied by sum_c w_c * y_c, where y is not smoothed: smoothing spreads
+    over all classes alike. The mean is over the images, not over their weights as in torch's `cross_entropy`, so that
+    several processes, or several passes for a step, have the gradient of one whole batch.
+
     Args:
         logits: float32 [N, C].
         target: int64 [N], or float32 [N, C] of mixed images.
         smoothing: s, from 0 to below 1.
         gamma: exponent, not negative; the larger, the less a well classified image counts.
         alpha: factor on all of it.
+        weights: of the classes, float32 [C]; None: all 1.
 
     Returns:
         float32 [].
     """
+    factor = None
+    if weights is not None:
+        factor = target @ weights if target.is_floating_point() else weights[target]
+    if gamma == 0 and factor is not None:
+        each = functional.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        return alpha * (factor * each).mean()
     if gamma == 0:
         loss = functional.cross_entropy(logits, target, label_smoothing=smoothing)
         return loss if alpha == 1 else alpha * loss
@@ -36,7 +53,8 @@ def classification_loss(
     log_p = functional.log_softmax(logits, dim=1)
     # 1 - p, exact for small p; the floor keeps the power's gradient finite where p is 1.
     rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(logits.dtype).tiny)
-    return -alpha * (target * rest.pow(gamma) * log_p).sum(dim=1).mean()
+    each = (target * rest.pow(gamma) * log_p).sum(dim=1)
+    return -alpha * (each if factor is None else factor * each).mean()
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, *, temperature: float, kind: str) -> Tensor:

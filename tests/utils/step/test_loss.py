@@ -21,14 +21,22 @@ def log_softmax(x: Array) -> Array:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_focal_loss_is_the_formula(smoothing: float, gamma: float, mixed: bool) -> None:
-    """-alpha * sum y (1 - p)^gamma log p, mean over images; with gamma 0 the cross-entropy."""
+@pytest.mark.parametrize("weights", [None, (0.2, 1.0, 3.0, 0.7, 2.0)])
+def test_focal_loss_is_the_formula(
+    smoothing: float, gamma: float, mixed: bool, weights: tuple[float, ...] | None
+) -> None:
+    """-alpha * sum y (1 - p)^gamma log p, mean over images; with gamma 0 the cross-entropy.
+
+    With weights of the classes each image counts by those of its own.
+    """
     x, target = logits(), mixture() if mixed else TARGET
     y = target.double().numpy() if mixed else np.eye(5)[TARGET.numpy()]
+    factor = 1.0 if weights is None else y @ np.array(weights)
     y = (1 - smoothing) * y + smoothing / 5
     log_p = log_softmax(x.detach().double().numpy())
-    wanted = -0.25 * (y * (1 - np.exp(log_p)) ** gamma * log_p).sum(axis=1).mean()
-    found = classification_loss(x, target, smoothing=smoothing, gamma=gamma, alpha=0.25)
+    wanted = -0.25 * (factor * (y * (1 - np.exp(log_p)) ** gamma * log_p).sum(axis=1)).mean()
+    given = None if weights is None else torch.tensor(weights)
+    found = classification_loss(x, target, smoothing=smoothing, gamma=gamma, alpha=0.25, weights=given)
     assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -36,6 +44,16 @@ def test_cross_entropy_is_torchs_to_the_bit() -> None:
     """Without options nothing changes."""
     wanted = functional.cross_entropy(logits(), TARGET, label_smoothing=0.1)
     assert classification_loss(logits(), TARGET, smoothing=0.1).equal(wanted)
+
+
+def test_parts_of_a_batch_with_class_weights_have_the_mean_of_the_whole() -> None:
+    """As several processes, or passes, have; torch's own weighted mean has another one in each part."""
+    weights = torch.tensor([0.2, 1.0, 3.0, 0.7, 2.0])
+    whole = classification_loss(logits(), TARGET, weights=weights)
+    parts = [
+        classification_loss(logits()[part], TARGET[part], weights=weights) for part in (slice(3), slice(3, 6))
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 2.0])

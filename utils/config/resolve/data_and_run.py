@@ -60,6 +60,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         input_size=model.input_size,
         mean=given["mean"],
         std=given["std"],
+        class_weights=None if given["evaluate"] else given["class_weights"],
         fake_size=given["fake_size"],
         seed=given["seed"],
         colour=bool(given["addition_augment"]),

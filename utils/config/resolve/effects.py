@@ -77,6 +77,12 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             name: (bool(given["evaluate"]), "with --evaluate")
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
+        "class_weights": (
+            bool(given["evaluate"]) or (not untaught and given["distill_loss_alpha"] == 1),
+            "with --evaluate"
+            if given["evaluate"]
+            else "with --distill_loss_alpha 1, which leaves the labels out",
+        ),
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (
             dataset in ("digits", "glyphs") or (dataset == "fake" and "dataset" not in given.replaced),
