@@ -33,13 +33,15 @@ class _File(NamedTuple):
     """An image file, its crop and its flip.
 
     Attributes:
-        index: its number in the set.
+        index: its number in the epoch.
+        image: its number in the set.
         data: the file, uint8 [bytes].
         crop: top, left, height and width of the part to decode, in pixels, float32 [4].
         flip: whether it is flipped left to right.
     """
 
     index: int
+    image: int
     data: np.ndarray
     crop: np.ndarray
     flip: bool
@@ -104,8 +106,9 @@ class DaliLoader(Loader):
                     if not left:  # in validation only
                         continue
                     images = self._take(pipeline, running[0], threads)
-                index = torch.tensor([file.index for file in running.popleft()])
-                yield Raw(images, self.target[index], index)
+                files = running.popleft()
+                target = self.target[torch.tensor([file.image for file in files])]
+                yield Raw(images, target, torch.tensor([file.index for file in files]))
             self._idle = pipeline
         finally:
             threads.shutdown(cancel_futures=True)
@@ -118,7 +121,8 @@ class DaliLoader(Loader):
         remaining = iter(batches)
         while True:
             while len(waiting) < _AHEAD and (batch := next(remaining, None)) is not None:
-                waiting.append([threads.submit(self._file, index, epoch) for index in batch.tolist()])
+                pairs = zip(batch.tolist(), self.drawn(batch, epoch).tolist(), strict=True)
+                waiting.append([threads.submit(self._file, index, image, epoch) for index, image in pairs])
             if not waiting:
                 return
             results = [future.result() for future in waiting.popleft()]
@@ -128,24 +132,24 @@ class DaliLoader(Loader):
             if files:  # empty in validation only
                 yield files
 
-    def _file(self, index: int, epoch: int) -> _File | _Bad:
-        """Read a file, look at its header and draw the crop."""
+    def _file(self, index: int, number: int, epoch: int) -> _File | _Bad:
+        """Read a file by its number in the set, look at its header and draw the crop by its number in the epoch."""
         try:
-            data = read(self._names.path(index))
+            data = read(self._names.path(number))
             with parse(data) as image:
                 width, height = image.size
                 if what := not_for_dali(image):
                     image.load()
-                    return index, f"DALI cannot decode {what}, --dataset imagenet can"
+                    return number, f"DALI cannot decode {what}, --dataset imagenet can"
                 # DALI fills the missing end of a JPEG with grey; Pillow reports that it is truncated.
                 if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
         except DECODE_ERRORS as error:
-            return index, reason_of(error)
+            return number, reason_of(error)
         crop, flip = (0, 0, height, width), False
         if self._delivery.train:
             crop, flip = crop_and_flip(height, width, self._size, self._delivery.seed, epoch, index)
-        return _File(index, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
+        return _File(index, number, np.frombuffer(data, np.uint8), np.array(crop, np.float32), flip)
 
     def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
         """Try the files one by one; record and leave out images that cannot be decoded or resized."""
@@ -157,9 +161,9 @@ class DaliLoader(Loader):
                 self._take(pipeline, [file], threads)
                 good.append(file)
             except _Undecodable:
-                bad.append((file.index, _why(file.data.tobytes())))
+                bad.append((file.image, _why(file.data.tobytes())))
             except DECODE_ERRORS as error:
-                bad.append((file.index, reason_of(error)))
+                bad.append((file.image, reason_of(error)))
         note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
         return good
 
