@@ -82,7 +82,7 @@ def test_images_that_are_not_square_are_trained_resumed_and_evaluated(tmp_path: 
     if dataset == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path / "images", train=4, val=2)
-    wide = f"{QUANTIZED} --dataset {dataset} --input_size 32x64"
+    wide = f"{QUANTIZED} --dataset {dataset} --input_size 32x64 --balanced_sampler"
     done_in(tmp_path, f"{wide} --case one --epochs 3", f"{wide} --case two --epochs 3 --save_every 1")
     backup = tmp_path / "weights" / "resnet20" / "two-backup1-checkpoint.pth.tar"
     backup.replace(backup.with_name("two-checkpoint.pth.tar"))  # as if it had been interrupted

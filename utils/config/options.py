@@ -36,6 +36,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "images per validation step; 0: no validation; default: batch_size",
             aliases=("-v",),
         ),
+        option(
+            "balanced_sampler",
+            bool,
+            False,
+            "draw training images so that all classes are seen equally often",
+        ),
         option("workers", int, 2, "processes that decode images", aliases=("-j",)),
         option(
             "addition_augment",

@@ -227,6 +227,7 @@ class DataConfig:
     input_size: InputSize = 32
     mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
     std: tuple[float, ...] | None = None
+    balanced: bool = False  # draw training images so that all classes are equally frequent
     class_weights: str | None = None  # in the training loss: "balanced", or a file
     fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
     seed: int = 0

@@ -46,7 +46,8 @@ class _File(NamedTuple):
     """An image file, its crop and its flip.
 
     Attributes:
-        index: its number in the set.
+        index: its number in the epoch.
+        image: its number in the set.
         data: the file, uint8 [bytes].
         crop: top, left, height and width of the part to decode, in pixels of the stored image, float32 [4].
         turn: turns it upright.
@@ -54,6 +55,7 @@ class _File(NamedTuple):
     """
 
     index: int
+    image: int
     data: np.ndarray
     crop: np.ndarray
     turn: Turn
@@ -132,8 +134,9 @@ class DaliLoader(Loader):
                     if not left:  # in validation only
                         continue
                     images = self._take(pipeline, running[0], threads)
-                index = torch.tensor([file.index for file in running.popleft()])
-                yield Raw(images, self.target[index], index)
+                files = running.popleft()
+                target = self.target[torch.tensor([file.image for file in files])]
+                yield Raw(images, target, torch.tensor([file.index for file in files]))
             self._idle = pipeline
         finally:
             threads.shutdown(cancel_futures=True)
@@ -146,7 +149,8 @@ class DaliLoader(Loader):
         remaining = iter(batches)
         while True:
             while len(waiting) < _AHEAD and (batch := next(remaining, None)) is not None:
-                waiting.append([threads.submit(self._file, index, epoch) for index in batch.tolist()])
+                pairs = zip(batch.tolist(), self.drawn(batch, epoch).tolist(), strict=True)
+                waiting.append([threads.submit(self._file, index, image, epoch) for index, image in pairs])
             if not waiting:
                 return
             results = [future.result() for future in waiting.popleft()]
@@ -156,16 +160,16 @@ class DaliLoader(Loader):
             if files:  # empty in validation only
                 yield files
 
-    def _file(self, index: int, epoch: int) -> _File | _Bad:
-        """Read a file, look at its header and draw the crop."""
+    def _file(self, index: int, number: int, epoch: int) -> _File | _Bad:
+        """Read a file by its number in the set, look at its header and draw the crop by its number in the epoch."""
         try:
-            data = read(self._names.path(index))
+            data = read(self._names.path(number))
             with parse(data) as image:
                 turn = TURNS[self._decoding.orientation(image, data)]
                 width, height = stored_size(image)[:: -1 if turn.transpose else 1]
                 if what := not_for_dali(image):
                     image.load()
-                    return index, f"DALI cannot decode {what}, --dataset imagenet can"
+                    return number, f"DALI cannot decode {what}, --dataset imagenet can"
                 if not dali_decodes_alike(image, data):
                     decoded = decode(data, self._decoding)
                     data, turn, (width, height) = _ppm(decoded), TURNS[1], decoded.size
@@ -173,7 +177,7 @@ class DaliLoader(Loader):
                 if image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[-1024:]:
                     image.load()
         except DECODE_ERRORS as error:
-            return index, reason_of(error)
+            return number, reason_of(error)
         (top, left, high, wide), flip = (0, 0, height, width), False
         if self._delivery.train:
             (top, left, high, wide), flip = crop_and_flip(
@@ -182,7 +186,7 @@ class DaliLoader(Loader):
         edges = np.reshape(turn.stored((top, left, top + high, left + wide), height, width), (2, 2))
         first, last = edges.min(0), edges.max(0)
         crop = np.concatenate([first, last - first]).astype(np.float32)
-        return _File(index, np.frombuffer(data, np.uint8), crop, turn, flip)
+        return _File(index, number, np.frombuffer(data, np.uint8), crop, turn, flip)
 
     def _without_bad(self, files: list[_File], threads: ThreadPoolExecutor) -> list[_File]:
         """Try the files one by one; record and leave out images that cannot be decoded or resized."""
@@ -194,9 +198,9 @@ class DaliLoader(Loader):
                 self._take(pipeline, [file], threads)
                 good.append(file)
             except _Undecodable:
-                bad.append((file.index, _why(file.data.tobytes())))
+                bad.append((file.image, _why(file.data.tobytes())))
             except DECODE_ERRORS as error:
-                bad.append((file.index, reason_of(error)))
+                bad.append((file.image, reason_of(error)))
         note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
         return good
 

@@ -26,15 +26,17 @@ _PREFETCH = 2  # batches that each worker may be ahead
 
 
 class _Batch(NamedTuple):
-    """A request to a worker: the epoch, the numbers of the images, and the slot to put them into."""
+    """A request to a worker: the epoch, the images' numbers in it and in the set, and the slot to put them into."""
 
     epoch: int
     numbers: list[int]
+    images: list[int]
     slot: int
 
 
 _Read = tuple[list[int], list[tuple[int, str]]]
-"""A worker's answer: the numbers of a batch's images in their order, and those of unreadable ones with the reason.
+"""A worker's answer: the numbers in the epoch of a batch's images in their order, and the numbers in the set of
+unreadable ones with the reason.
 The reason is no exception, because a worker's exception would arrive with its traceback as its message."""
 
 
@@ -61,14 +63,14 @@ class _ImageFiles(Dataset[_Read]):
     def __getitem__(self, batch: _Batch) -> _Read:
         good: list[int] = []
         bad: list[tuple[int, str]] = []
-        for index in batch.numbers:
+        for number, index in zip(batch.numbers, batch.images, strict=True):
             try:
                 image = decode(read(self._names.path(index)), self._decoding)
-                self._fit(image, batch.epoch, index, self._slots[batch.slot, len(good)])
+                self._fit(image, batch.epoch, number, self._slots[batch.slot, len(good)])
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
                 continue
-            good.append(index)
+            good.append(number)
         return good, bad
 
     def _fit(self, image: Image.Image, epoch: int, index: int, to: Tensor) -> None:
@@ -114,14 +116,15 @@ class _Batches(Sampler[_Batch]):
     def __init__(self, ahead: int) -> None:
         self.slots = ahead + 1
         self.batches: Sequence[Tensor] = ()
+        self.images: Sequence[Tensor] = ()
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[_Batch]:
-        for number, index in enumerate(self.batches):
-            yield _Batch(self.epoch, index.tolist(), number % self.slots)
+        for number, (index, images) in enumerate(zip(self.batches, self.images, strict=True)):
+            yield _Batch(self.epoch, index.tolist(), images.tolist(), number % self.slots)
 
 
 class FolderLoader(Loader):
@@ -200,6 +203,7 @@ class FolderLoader(Loader):
         self._loader = self._loader or self._open()
         asked = self._asked
         asked.batches, asked.epoch = batches, epoch
+        asked.images = [self.drawn(batch, epoch) for batch in batches]
         for number, (good, bad) in enumerate(_answers(self._loader)):
             note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
             if not good:  # in validation only
@@ -207,7 +211,7 @@ class FolderLoader(Loader):
             images = self._slots[number % asked.slots, : len(good)]
             images = images.pin_memory() if self._on_cuda else images
             index = torch.tensor(good)
-            yield Raw(images.permute(0, 3, 1, 2), self.target[index], index)
+            yield Raw(images.permute(0, 3, 1, 2), self.target[self.drawn(index, epoch)], index)
 
 
 def _answers(loader: DataLoader[_Read]) -> Iterator[_Read]:

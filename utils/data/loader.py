@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]
 their classes, int64 [N], or of mixed images the shares of the classes, float32 [N, classes]."""
 
 # The first word of a seed keeps the streams of random numbers apart.
-_ORDER, AUGMENT, PATTERN, NOISE, _COLOUR, _MIX = range(1, 7)
+_ORDER, AUGMENT, PATTERN, NOISE, _COLOUR, _MIX, _BALANCE = range(1, 8)
 
 # A CPU finishes a batch in parts of this many numbers, which stay in its cache. Torch does not divide fewer numbers
 # among threads; these would have to wait for cores that are decoding the next batches.
@@ -71,13 +71,34 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator(_ORDER, seed, epoch))
 
 
+def balanced_samples(target: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draw the samples of an epoch whose classes are equally frequent.
+
+    Each position's class is drawn uniformly, and of its samples one at random; with replacement, so that samples of a
+    rare class come several times and some of a frequent one not at all.
+
+    Args:
+        target: classes of the set's samples, int64 [samples].
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        Numbers of samples, int64 [samples].
+    """
+    weights = 1 / torch.bincount(target).double()[target]
+    # By inverting the cumulative sum: torch's multinomial takes no more than 2^24 samples.
+    ends = weights.cumsum(0)
+    draws = torch.rand(len(target), dtype=torch.float64, generator=generator(_BALANCE, seed, epoch))
+    return torch.searchsorted(ends, draws * ends[-1], right=True).clamp_max(len(target) - 1)
+
+
 class Raw(NamedTuple):
     """A batch as its source reads it; reading the next one may overwrite the images.
 
     Attributes:
         images: [N, C, H, W], uint8, or float32 in [0, 255]; C is 3, or 1 for grey.
         target: their classes, int64 [N].
-        index: their numbers in the set, int64 [N], on the CPU.
+        index: their numbers in the epoch, see `Loader.drawn`, int64 [N], on the CPU.
     """
 
     images: Tensor
@@ -99,6 +120,7 @@ class Delivery:
         rank: number of this process of a distributed run, from 0.
         world_size: number of its processes.
         colour: whether to change the colours of training images, see `utils.data.augment.colour`.
+        balanced: whether training draws all classes equally often, see `balanced_samples`.
         mix: mixes the images and classes of a training batch; None: they stay as they are.
     """
 
@@ -111,6 +133,7 @@ class Delivery:
     rank: int = 0
     world_size: int = 1
     colour: bool = False
+    balanced: bool = False
     mix: v2.Transform | None = None
 
 
@@ -121,6 +144,9 @@ class Loader(ABC):
     in the order of `epoch_order` and leaves out the last batch when it is incomplete, unless it is the only
     one (a batch of a single image would break batch normalisation). Validation visits every sample once, in
     the order of the set.
+
+    An image has a number in the epoch, by which its augmentation is drawn: its number in the set, or in a balanced
+    epoch, which may see it several times, that of the draw. `drawn` turns the one into the other.
 
     With W processes and batches of B images, process r gets the r-th part of every batch of W * B images that
     one process would see. An incomplete batch is cut into parts whose sizes differ by at most one, so that
@@ -155,6 +181,7 @@ class Loader(ABC):
         std = torch.tensor(delivery.std, device=delivery.device)
         self._factor = 1 / (255 * std)
         self._shift = -torch.tensor(delivery.mean, device=delivery.device) / std
+        self._samples: tuple[int, Tensor] | None = None  # of an epoch, drawn when it is needed
         self._epoch = 0
         self._position = 0
 
@@ -253,6 +280,15 @@ class Loader(ABC):
         for into, values in zip(result.split(part), rows.split(part), strict=True):
             torch.addcmul(shift, into.copy_(values), factor, out=into)
         return result.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+    def drawn(self, numbers: Tensor, epoch: int) -> Tensor:
+        """The numbers in the set of images with these numbers in an epoch, int64 [N] each."""
+        delivery = self._delivery
+        if not (delivery.train and delivery.balanced):
+            return numbers
+        if self._samples is None or self._samples[0] != epoch:
+            self._samples = (epoch, balanced_samples(self.target.cpu(), delivery.seed, epoch))
+        return self._samples[1][numbers]
 
     @abstractmethod
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:

@@ -84,6 +84,7 @@ def deliveries_of(
             rank=config.rank,
             world_size=config.world_size,
             colour=config.colour,
+            balanced=config.balanced,
             mix=mixing(config.mixup_alpha, config.cutmix_alpha, config.num_classes),
         )
 

@@ -67,7 +67,8 @@ class TensorLoader(Loader):
         draws = torch.rand(self.samples, DRAWS, generator=generator(AUGMENT, self._delivery.seed, epoch))
         augment, transform = self._augment, self._randaugment
         for index in batches:
-            images = self._store[index.to(self._store.device) if isinstance(self._store, Tensor) else index]
+            drawn = self.drawn(index, epoch)
+            images = self._store[drawn.to(self._store.device) if isinstance(self._store, Tensor) else drawn]
             if augment is not None:
                 images = augment(images, draws[index].to(images.device))
             if transform is not None:
@@ -76,7 +77,7 @@ class TensorLoader(Loader):
                 images = torch.stack([rand_augment(transform, x, seed, epoch, i) for x, i in numbered])
             if images.shape[-2:] != self._size:
                 images = resize(images.float(), self._size, "bilinear")
-            yield Raw(images, self.target[index], index)
+            yield Raw(images, self.target[drawn], index)
 
 
 def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:

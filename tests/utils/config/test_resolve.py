@@ -454,6 +454,7 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--distributed --world_size 2 --rank 2", "--rank 2: processes are counted from 0 to world_size - 1"),
         ("--distributed --world_size 0 --rank 0", "--world_size 0: must be at least 1"),
         ("--save_every -1", "--save_every -1: must be a number that is not negative"),
+        ("--balanced_sampler --class_weights balanced", "even out the classes twice: keep one of them"),
         ("--input_size 0", "--input_size 0: must be a number greater than 0"),
         ("--input_size 32x-1", "--input_size 32x-1: must be a number greater than 0, or two, like 96x160"),
         ("--input_size 96x", "'96x' is no size: write 32, or height and width, like 96x160"),

@@ -48,6 +48,10 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
     classes = CLASSES.get(dataset, model.num_classes)
     if classes != model.num_classes and given["dataset"] is not None:
         raise UserError(f"--num_classes {model.num_classes}: {dataset} has {classes} classes; leave it out")
+    if given["balanced_sampler"] and given["class_weights"] == "balanced":
+        raise UserError(
+            "--balanced_sampler and --class_weights balanced even out the classes twice: keep one of them"
+        )
     batch = given["batch_size"]
     return DataConfig(
         dataset=dataset,
@@ -60,6 +64,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         input_size=model.input_size,
         mean=given["mean"],
         std=given["std"],
+        balanced=bool(given["balanced_sampler"]),
         class_weights=None if given["evaluate"] else given["class_weights"],
         fake_size=given["fake_size"],
         seed=given["seed"],

@@ -77,6 +77,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             name: (bool(given["evaluate"]), "with --evaluate")
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
+        "balanced_sampler": (bool(given["evaluate"]) and not given["bn_batches"], "with --evaluate"),
         "class_weights": (
             bool(given["evaluate"]) or (not untaught and given["distill_loss_alpha"] == 1),
             "with --evaluate"
