@@ -10,7 +10,7 @@ Starts main.py (or SCRIPT, such as tools.py) with the settings of the shell file
 then the options given here, which win. Runs in the repository's folder.
 
   --print     print the command, quoted for the shell, instead of running it
-  --check     only check that CONFIG can be read; nothing of it is executed
+  --check     only check that CONFIG can be read and is spelt right; nothing of it is executed
   -h, --help  print this
 
 CONFIG may set: dataset root model base epochs train_batch val_batch case keyword pretrained
@@ -46,20 +46,72 @@ locate() {
   printf '%s\n' "${path#"$repository"/}"
 }
 
-# Prints the names in config/ that are close to a name that does not exist.
+# Prints those of the names after the first two arguments that are close to the first, a word of any case; the second
+# is the least similarity. Prints nothing where there is no Python.
 close_names() {
-  "$(find_python)" - "${1##*/}" 2>/dev/null <<'END' || true
-import difflib, os, sys
-print(", ".join(f"config/{name}" for name in difflib.get_close_matches(sys.argv[1], os.listdir("config"))))
+  "$(find_python)" - "$@" 2>/dev/null <<'END' || true
+import difflib, sys
+word, cutoff, *names = sys.argv[1:]
+print(", ".join(difflib.get_close_matches(word.lower(), names, cutoff=float(cutoff))))
 END
+}
+
+# Prints the names of variables that files assign and never read, line by line. Prints none where a file reads variables
+# whose names it makes itself.
+unused_names() {
+  local code names name
+  code=$(sed 's/^[[:space:]]*#.*//' -- "$@")
+  ! grep -qE '\$\{!|(^|[^[:alnum:]_-])(eval|envsubst|allexport|set +-[[:alpha:]]*a|(declare|local|typeset) +-n)([^[:alnum:]_-]|$)' <<<"$code" || return 0
+  # Without remarks, and without variables that are set for one command.
+  # shellcheck disable=SC2016  # a pattern
+  names=$(sed -E 's/[[:space:]]#.*//; /^[[:space:]]*[[:alnum:]_]+=[^][:space:];&|"'\''$(]*[[:space:]]+[^[:space:]]/d' <<<"$code" |
+    grep -oE '(^|[;&|{])[[:space:]]*[[:alpha:]_][[:alnum:]_]*(\[[^]]*])?\+?=' |
+    sed -E 's/^[;&|{]?[[:space:]]*([[:alnum:]_]+).*/\1/' | sort -u) || true
+  for name in $names; do
+    [[ " ${known_names[*]} " != *" $name "* ]] || continue
+    # $name, ${name...}, ${#name...}; by its bare name in arithmetic and in commands that take names.
+    grep -qE '\$\{?#?'"$name"'([^[:alnum:]_]|$)|(\(\(|-v|export|declare|typeset|readonly|let|unset)([^;]*[^[:alnum:]_;-])?'"$name"'([^[:alnum:]_]|$)' <<<"$code" ||
+      printf '%s\n' "$name"
+  done
+}
+
+# Ends with an error for an unused name close to one that a config may set, and warns of the others. The first argument
+# is the config, the others are unused names.
+report_unused() {
+  local config=$1 name meant others=()
+  shift
+  for name; do
+    meant=$(close_names "$name" 0.8 "${known_names[@]}")
+    [[ -z $meant ]] || fail "$config sets $name and never uses it; did you mean $meant?"
+    others+=("$name")
+  done
+  # shellcheck disable=SC2016  # this is what to write
+  [[ ${#others[@]} -eq 0 ]] ||
+    printf 'train.sh: warning: %s sets %s and never uses it; another setting is written options="$options --NAME VALUE"\n' \
+      "$config" "${others[*]}" >&2
+}
+
+# Prints the files that a config sources, without executing it, the config first. Fails where that cannot be known.
+sourced_files() {
+  local file word files=("$1")
+  for ((file = 0; file < ${#files[@]}; file++)); do
+    while read -r word; do
+      word=${word//[\"\']/}
+      [[ -f $word ]] || return 1
+      [[ " ${files[*]} " == *" $word "* ]] || files+=("$word")
+    done < <(sed -nE 's/^(.*[;&|])?[[:space:]]*(source|\.)[[:space:]]+([^[:space:];&|]+).*/\3/p' -- "${files[file]}")
+  done
+  printf '%s\n' "${files[@]}"
 }
 
 # Ends with an error unless the file is one that can be sourced.
 check_shell_file() {
-  local close message
+  local close message existing
   [[ ! -d $1 ]] || fail "'$1' is a directory; name a config file in it"
   if [[ ! -e $1 ]]; then
-    close=$(close_names "$1")
+    mapfile -t existing < <(printf '%s\n' config/*)
+    close=$(close_names "${1##*/}" 0.6 "${existing[@]#config/}")
+    close=${close:+config/${close//, /, config/}}
     fail "no config '$1'; ${close:+close names: $close; }the folder config/ has those that exist"
   fi
   [[ -f $1 && -r $1 ]] || fail "'$1' is not a file that can be read; name a config file"
@@ -96,6 +148,10 @@ count_devices() {
   printf '%s\n' "${#ids[@]}"
 }
 
+# The variables that become options or are read here.
+known_names=(dataset root model base epochs train_batch val_batch case keyword pretrained options script nproc torchrun)
+known_names+=(FASTDIR PYTHON NPROC TORCHRUN)
+
 launcher_mode=run
 case ${1-} in
   -h | --help)
@@ -117,7 +173,14 @@ cd -- "$repository"
 config_file=$(locate "$1")
 shift
 check_shell_file "$config_file"
-[[ $launcher_mode != check ]] || exit 0
+if [[ $launcher_mode == check ]]; then
+  if sources=$(sourced_files "$config_file"); then
+    mapfile -t source_list <<<"$sources"
+    mapfile -t unused < <(unused_names "${source_list[@]}")
+    report_unused "$config_file" "${unused[@]}"
+  fi
+  exit 0
+fi
 [[ $config_file == */* ]] || config_file=./$config_file # `source` would search PATH for a bare name
 
 script_argument=''
@@ -134,6 +197,7 @@ options=''
 # User files run by the rules of a plain shell: an unset variable is empty, a test may be false.
 # shellcheck disable=SC2329  # bash calls it in place of its own message; check_status reports the mistake
 command_not_found_handle() { return 127; }
+declare -A files_read=(["$config_file"]=yes)
 user_files=("$config_file")
 if [[ -f .env ]]; then
   check_shell_file .env
@@ -143,13 +207,26 @@ for user_file in "${user_files[@]}"; do
   [[ $user_file == ./.env ]] || : "${FASTDIR:=.}" # older configs build their paths on it
   trap 'check_status $? "${BASH_SOURCE[0]}: line $LINENO" "$BASH_COMMAND"' ERR
   trap 'fail "${BASH_SOURCE[0]}: ends the shell; leave the exit out, or write return"' EXIT
+  names_before=" $(compgen -v | tr '\n' ' ')"
   set +euo pipefail
+  set -T # files that are sourced inherit the trap
+  trap 'files_read["${BASH_SOURCE[0]}"]=yes' DEBUG
   # shellcheck source=/dev/null
   source "$user_file"
+  trap - DEBUG
+  set +T
   set -euo pipefail
   trap - ERR EXIT
 done
 unset -f command_not_found_handle
+
+# Of the names that the config assigns, those that it has set; exported ones are for other programs.
+names_not_used=()
+exported=" $(compgen -e | tr '\n' ' ')"
+while read -r name; do
+  [[ ! -v $name || $names_before$exported == *" $name "* ]] || names_not_used+=("$name")
+done < <(unset 'files_read[${BASH_SOURCE[0]}]' && unused_names "${!files_read[@]}")
+report_unused "$config_file" "${names_not_used[@]}"
 
 [[ $(declare -p options 2>/dev/null) != "declare -a"* ]] ||
   fail "$config_file: options is an array; write options=\"\$options --name VALUE\""

@@ -142,7 +142,7 @@ def test_command_line_follows_the_config(repository: Repository) -> None:
         ("options=' '\n", []),
         ("unset options\n", []),
         ("false\n", []),
-        ("mode=check\nmodel=m\n", ["--model", "m"]),
+        ("mode=check\nmodel=$mode\n", ["--model", "check"]),
     ],
 )
 def test_values_arrive_as_written(repository: Repository, text: str, expected: list[str]) -> None:
@@ -337,6 +337,82 @@ def test_mistakes_on_the_command_line(repository: Repository, arguments: list[st
 )
 def test_mistakes_in_a_config(repository: Repository, text: str, message: str) -> None:
     assert message in repository.error(repository.config(text))
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("epoch=3", "epochs"),
+        ("keywords=lsq", "keyword"),
+        ("train_bath=4", "train_batch"),
+        ("pretrain=none", "pretrained"),
+        ("option='--lr 1'", "options"),
+        ('options=--a\noption="$options --b"', "options"),
+        ("EPOCHS=3", "epochs"),
+        ("modle=x", "model"),
+        ("epoch+=3", "epochs"),
+        ("f() { epoch=3; }\nf", "epochs"),
+        ("if true; then\n  epoch=3\nfi", "epochs"),
+        ("source config/parent", "epochs"),
+    ],
+)
+def test_a_misspelt_variable(repository: Repository, line: str, meant: str) -> None:
+    """With --check, which executes nothing, too."""
+    repository.config("epoch=5\n", "parent")
+    config = repository.config(f"{line}\nbase=1\n")
+    for flags in ([], ["--print"], ["--check"]):
+        text = repository.error(*flags, config)
+        assert text.startswith("train.sh: error: config/config.test sets ")
+        assert text.endswith(f" and never uses it; did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("arch=resnet18\n", "arch"), ("lr=0.1\n", "lr"), ("a=1; lr=0.1\n", "a lr")]
+)
+def test_another_variable_that_is_not_used(repository: Repository, text: str, named: str) -> None:
+    """Old configs may have some: the run starts all the same."""
+    done = repository.train(repository.config(f"epochs=1\n{text}"))
+    assert json.loads(done.stdout)["argv"] == ["main.py", "--epochs", "1"]
+    assert done.stderr == (
+        f"train.sh: warning: config/config.test sets {named} and never uses it; another setting is written "
+        'options="$options --NAME VALUE"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "epoch=3\nepochs=$epoch",
+        "epoch=(3 4)\nepochs=${epoch[1]}",
+        "epoch=3\nepochs=$((epoch * 2))",
+        "epoch=3\n[[ -v epoch ]] && epochs=4",
+        "epoch=3\nf() { epochs=${epoch:-1}; }\nf",
+        "epoch=3\nwhich=epoch\nepochs=${!which}",
+        "epoch=3\neval 'epochs=$epoch'",
+        "epoch=3\nsource config/parent",
+        'here=config\nepoch=3\n. "$here/parent"',
+        "export epoch=3",
+        "epoch=3\nexport epoch",
+        "set -a\nepoch=3",
+        "for epoch in 1 2; do base=1; done",
+        "epoch=3 true",
+        "# epoch=3\nbase=1 # epoch=4",
+        "options=\"--name 'epoch=3'\"",
+    ],
+)
+def test_variables_that_are_used(repository: Repository, text: str) -> None:
+    repository.config('epochs="$epoch"\n', "parent")
+    config = repository.config(f"{text}\n")
+    for flag in ("--print", "--check"):
+        done = repository.train(flag, config)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_variable_of_dotenv_needs_no_use(repository: Repository) -> None:
+    """It may be for other configs; a config may use it."""
+    (repository.folder / ".env").write_text("epoch=3\narch=x\n")
+    assert repository.arguments(repository.config("epochs=$epoch\n")) == ["--epochs", "3"]
+    assert repository.arguments(repository.config("base=1\n")) == ["--base", "1"]
 
 
 def test_missing_interpreter(repository: Repository) -> None:
