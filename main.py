@@ -147,7 +147,7 @@ def describe(here: Surroundings, assembled: Assembled) -> int:
         print(
             run_report.describe_run(
                 here.config, assembled.cost.table(), groups, plan, policy.planned_rates, assembled.warnings,
-                here.folder,
+                here.folder, assembled.loaded,
             )
         )  # fmt: skip
     return 0

@@ -152,7 +152,10 @@ COMMON: dict[str, tuple[Option, ...]] = {
     ),
     "checkpoints and logs": (
         option(
-            "pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"
+            "pretrained",
+            str,
+            None,
+            "weights to start from: a path, a name in weights_dir/MODEL, torchvision or timm for theirs, or none",
         ),
         option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
         option("resume_file", str, None, "continue from this checkpoint"),

@@ -15,6 +15,7 @@ import yaml
 
 from utils.checkpoint.case_files import CheckpointFiles
 from utils.checkpoint.run_state import RunState
+from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, QuantizerConfig, to_dict
 from utils.errors import UserError
 from utils.report import curves, epoch_files
@@ -27,7 +28,7 @@ from utils.step.schedule import Schedule
 
 def describe_run(
     config: Config, network: str, groups: str, plan: str, rates: Schedule, warnings: tuple[str, ...],
-    folder: Path,
+    folder: Path, loaded: LoadReport | None = None,
 ) -> str:  # fmt: skip
     """The text of `--dry_run` or of the keyword `lr-test`, whose rates are also drawn into a file in `folder`."""
     if config.run.lr_test:
@@ -40,6 +41,7 @@ def describe_run(
     origins = "\n".join(f"{name}: {origin}" for name, origin in config.origins.items())
     lines = "".join(f"warning: {warning}\n" for warning in warnings)
     policy = f"policy:\n{plan}\n\n" if plan else ""
+    lines = ("" if loaded is None else f"pretrained {loaded.source}: {loaded.summary()}\n") + lines
     return (
         f"{dump_yaml(config)}\nset by:\n{origins}\n\n{network}\n\nparameter groups:\n{groups}\n\n{policy}"
         f"learning rate at the epochs where it changes: {changes}\n{lines}"
