@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from model.layers.quantized import quantizers
+from model.networks.published import published_weights
 from model.networks.torchvision_resnet import from_torchvision
 from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
@@ -19,7 +20,7 @@ from utils.errors import UserError
 from utils.text import some_names
 
 
-def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
+def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadReport:
     """Load weights into the network; quantizers that the file does not have keep their start values.
 
     For an evaluation the file must have everything that quantizers learn. The number of levels comes from the
@@ -29,14 +30,18 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
 
     Args:
         model: the network; its weights and quantizers change in place.
-        path: the checkpoint.
+        path: the checkpoint, or the library whose published weights they are: `torchvision` or `timm`.
         config: `run.evaluate`, `run.ema_weights` and `run.unresume_scope` are read.
 
     Raises:
         UserError: the file is damaged, lacks something, or was trained with other levels than it is evaluated with;
             or a training would start from a value that is not finite.
     """
-    payload = archive.read(path)
+    if isinstance(path, str):
+        folder = config.run.weights_dir / config.model.name
+        payload, path = published_weights(path, config.model, folder), Path(path)
+    else:
+        payload = archive.read(path)
     state = network_state(payload, model, config.model, str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)
@@ -93,6 +98,7 @@ def load_pretrained(model: nn.Module, path: Path, config: Config) -> LoadReport:
     head_skipped = any(own_state[n].shape[:1] == (classes,) for n in report.skipped if n in own_state)
     return dataclasses.replace(
         report,
+        source=str(path),
         # Counters that start at zero although the file has them are not missing.
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head_skipped else weights.class_names_of(payload),

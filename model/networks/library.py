@@ -44,20 +44,37 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
 
 
 def _timm(name: str, config: ModelConfig) -> nn.Module:
-    """The network without weights; one with a fixed image size gets the configured one."""
+    """The network without weights, `NAME` or `NAME.TAG`; one with a fixed image size gets the configured one."""
+    timm = imported_timm(f"--model timm:{name}")
+    # Names with a colon or a folder, which fetch files, are not in this list.
+    architecture, dot, _ = name.partition(".")
+    _check_name("timm", architecture, timm.list_models())
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    if dot and name not in tagged:
+        close = difflib.get_close_matches(name, tagged, n=3, cutoff=0) or [architecture]
+        raise UserError(
+            f"--model timm:{name}: no such pretrained tag; did you mean timm:{' or timm:'.join(close)}?"
+        )
+    return timm.create_model(
+        name, pretrained=False, num_classes=config.num_classes, **timm_size(name, config)
+    )
+
+
+def imported_timm(what: str) -> Any:
+    """The package timm; raises `UserError` where it is missing, for `what` needs it."""
     try:
         import timm
     except ImportError as error:
         raise UserError(
-            f"--model timm:{name} needs the package timm, which is not there ({error}): pip install timm"
+            f"{what} needs the package timm, which is not there ({error}): pip install timm"
         ) from error
-    # Names with a colon or a folder, which fetch files, are not in this list.
-    _check_name("timm", name, timm.list_models())
-    known = timm.models.get_pretrained_cfg(name)
-    size: dict[str, Any] = (
-        {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
-    )
-    return timm.create_model(name, pretrained=False, num_classes=config.num_classes, **size)
+    return timm
+
+
+def timm_size(name: str, config: ModelConfig) -> dict[str, Any]:
+    """What `timm.create_model` takes for the configured image size: nothing where any size fits."""
+    known = imported_timm(f"--model timm:{name}").models.get_pretrained_cfg(name)
+    return {"img_size": config.input_size} if known is not None and known.fixed_input_size else {}
 
 
 SOURCES: dict[str, Callable[[str, ModelConfig], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}

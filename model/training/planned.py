@@ -49,7 +49,7 @@ def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
         return f"{found.path}, {assembled.progress.epoch} epochs are done"
     start = "random weights"
     if assembled.loaded is not None:
-        start = f"{origin.pretrained}: {assembled.loaded.summary()}"
+        start = f"{assembled.loaded.source}: {assembled.loaded.summary()}"
     searched = quant.enabled and quant.re_init and not here.config.run.evaluate
     return f"{start}; clip values from the weights and a batch (--re_init)" if searched else start
 

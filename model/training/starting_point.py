@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model.networks import library
 from model.training.teacher import find_teacher
 from utils.checkpoint import case_files
 from utils.checkpoint.case_files import CheckpointFiles, Found
@@ -53,12 +54,13 @@ class Origin:
 
     Attributes:
         found: the checkpoint that it continues from.
-        pretrained: the weights that it begins with; None: random ones, or those of `found`.
+        pretrained: the weights that it begins with, a file or a library's (`torchvision`, `timm`); None: random ones,
+            or those of `found`.
         launchers: the torchrun of each of its machines, see `utils.processes.distributed.launchers`.
     """
 
     found: Found
-    pretrained: Path | None
+    pretrained: Path | str | None
     launchers: tuple[str, ...]
 
 
@@ -99,7 +101,9 @@ def find_origin(here: Surroundings) -> Origin:
     pretrained = None  # a resumed checkpoint already has the weights, and the file may have moved since
     if found.path is None:
         name = here.config.model.name
-        pretrained = case_files.find_pretrained(settings.pretrained or "", settings.weights_dir, name)
+        pretrained = settings.pretrained
+        if pretrained not in library.SOURCES:
+            pretrained = case_files.find_pretrained(pretrained or "", settings.weights_dir, name)
     if settings.evaluate and settings.resume and found.path is None and settings.pretrained is None:
         raise UserError(
             f"--resume: no whole checkpoint of case {settings.case} in {files.folder} to evaluate; with "

@@ -150,6 +150,7 @@ class LoadReport:
     mismatched: tuple[Mismatch, ...] = ()
     skipped: tuple[str, ...] = ()  # on either side, because the user asked for it
     obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
+    source: str = ""  # the file
     classes: tuple[str, ...] = ()  # names of the file's, where the layer that tells them apart was loaded
 
     def summary(self) -> str:

@@ -179,9 +179,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("delay", float, 0.0, "seconds to wait in each iteration"),
     ),
     "checkpoints and logs": (
-        option(
-            "pretrained", str, None, "checkpoint to start from: a path, a name in weights_dir/MODEL, or none"
-        ),
+        option("pretrained", str, None, "file of weights to start from; torchvision, timm: theirs; or none"),
         option("resume", bool, False, "continue the case from its newest whole checkpoint", aliases=("-r",)),
         option("resume_file", str, None, "continue from this checkpoint"),
         option(
