@@ -154,12 +154,13 @@ class Quantizer(nn.Module):
 
         Raises:
             ValueError: the tensor is empty, and has no range and no statistics.
+            RuntimeError: `torch.utils.checkpoint` computes the pass again, and the first one has changed the state.
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
-            if self.training:
+            if self.training and not self._repeats():
                 self.iteration.add_(1)
                 if self.calibrates:
                     self._collect_range(full)
@@ -169,6 +170,17 @@ class Quantizer(nn.Module):
             if self.calibrates:
                 result = torch.where(self.warming_up(), full, result)
             return result.to(x.dtype)
+
+    def _repeats(self) -> bool:
+        """Whether a backward pass is running, in which `torch.utils.checkpoint` calls a forward pass again."""
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return False
+        if self.gathers() or self.config.proxquant_step > 0:
+            raise RuntimeError(
+                f"{self.site.name}: {self.config.method} with these options changes with each training pass, so that "
+                "torch.utils.checkpoint would compute another one; leave this layer out of what it recomputes"
+            )
+        return True
 
     def integers(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of `x` (any floating dtype) in the present state, which does not change.

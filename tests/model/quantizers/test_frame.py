@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.layers.quantized import QuantConv2d
 from model.quantizers.registry import build_quantizer
@@ -300,3 +301,36 @@ def test_evaluation_changes_nothing(case: Case) -> None:
         quantizer.train()
         quantizer(tensor(case, step))
         assert quantizer.get_buffer("iteration").tolist() == [step + 1]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@over(cases(levels=(4, 3, 2)))
+def test_a_recomputed_pass_is_the_same_or_refused(case: Case, reentrant: bool) -> None:
+    """Output, gradients, counter and all other state are those of one pass; methods that change refuse."""
+    plain, again = make(case).train(), make(case).train()
+    again.load_state_dict(plain.state_dict())
+    x = tensor(case).requires_grad_()
+    other = x.detach().clone().requires_grad_()
+    expected = plain(x)
+    expected.sum().backward()
+    found = checkpoint(again, other, use_reentrant=reentrant)
+    if again.gathers() and reentrant:
+        with pytest.raises(RuntimeError, match=r"changes with each training pass.*checkpoint"):
+            found.sum().backward()
+        return
+    found.sum().backward()  # LQ-Nets keep no tensor for it, so that nothing is computed again without `reentrant`
+    assert torch.equal(found, expected) and torch.equal(other.grad, x.grad)
+    assert int(again.iteration) == 1
+    for (name, one), two in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    for one, two in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("options", [{"stable": 2}, {"proxquant_step": 10}])
+def test_what_depends_on_the_number_of_passes_is_not_recomputed(options: dict[str, int]) -> None:
+    config = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4, **options)
+    quantizer = build_quantizer(config, LayerSite(name="fc", channels=4, channel_dim=0, ndim=2, fan=4))
+    x = torch.randn(4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="fc: lsq with these options changes with each training pass"):
+        checkpoint(quantizer, x, use_reentrant=False).sum().backward()
