@@ -107,8 +107,8 @@ class Audit:
             return f"FAILED: {', '.join(parts)}"
         constant = sum(row.seen == 1 for row in self.rows)
         note = f", {constant} of them constant" if constant else ""
-        if cutting := sum(row.cut_off != "" for row in self.rows):
-            note += f", {cutting} of them cutting off more than a tenth of their input"
+        if cutting := sum(row.below > MOST_CUT_OFF for row in self.rows):
+            note += f", {cutting} of them cutting off the lower part of their input"
         return f"passed: {len(self.rows)} quantizers within their levels{note}"
 
     @property
