@@ -397,8 +397,8 @@ def test_cut_off_inputs_are_remarked_on() -> None:
     assert row.note == "ok, cuts off 75 % below its range"
     assert "conv1.quant_activation 75 % below its range" in result.remark
     assert "ok, cuts off 75 % below its range" in result.table()
-    cutting = sum(row.cut_off != "" for row in result.rows)
-    assert result.verdict.endswith(f", {cutting} of them cutting off more than a tenth of their input")
+    cutting = sum(row.below > 0.1 for row in result.rows)
+    assert result.verdict.endswith(f", {cutting} of them cutting off the lower part of their input")
     signed = audit(network("lsq,first-last", (*LOW, "--fm_first_signed")), [images])
     assert {row.name: row.note for row in signed.rows}["conv1.quant_activation"] == "ok"
 

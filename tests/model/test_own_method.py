@@ -116,7 +116,7 @@ def test_a_mistake_in_it_is_one_line(tmp_path: Path, old: str, new: str, said: s
 def test_messages_propose_it(tmp_path: Path) -> None:
     """Where the project's own methods are listed."""
     status, _, errors = run(tmp_path, "--keyword cifar10,origin,cbsa", WITH)
-    assert status == 2 and "dorefa,non-uniform, xnor or fixed to --keyword" in errors, errors
+    assert status == 2 and "non-uniform, xnor or fixed to --keyword" in errors, errors
     line = "--keyword cifar10,origin,cbsa,dorefa --quant_loss 1"
     status, _, errors = run(tmp_path, line, WITH)
     assert status == 2 and "are of another scale than the weights; use lsq, lq, xnor or fixed" in errors, (

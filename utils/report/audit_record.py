@@ -114,8 +114,8 @@ class Audit:
         on = [row for row in self.rows if not row.reason]
         constant, off = sum(row.seen == 1 for row in on), len(self.rows) - len(on)
         note = f", {constant} of them constant" if constant else ""
-        if cutting := sum(row.cut_off != "" for row in on):
-            note += f", {cutting} of them cutting off more than a tenth of their input"
+        if cutting := sum(row.below > MOST_CUT_OFF for row in on):
+            note += f", {cutting} of them cutting off the lower part of their input"
         note += f", {off} switched off on purpose" if off else ""
         return f"passed: {len(on)} quantizers within their levels{note}"
 

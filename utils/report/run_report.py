@@ -107,7 +107,7 @@ def finish(
     for problem in found.problems:
         logger.error("audit: %s", problem)
     if found.remark:
-        logger.warning("audit: warning: %s", found.remark)
+        logger.info("audit: %s", found.remark)
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
     logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
     written = (
