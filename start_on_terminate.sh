@@ -4,10 +4,13 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-Usage: bash start_on_terminate.sh [--keep-going] PID CONFIG [RETRIES] [CONFIG [RETRIES]]...
+Usage: bash start_on_terminate.sh [--keep-going] PID RUN...
        bash start_on_terminate.sh --identity PID
+where each RUN is: CONFIG [RETRIES] [-- OPTIONS... --]
 
-Waits until the process has ended, then runs `bash train.sh CONFIG` for each config in order.
+Waits until the process has ended, then runs `bash train.sh CONFIG OPTIONS...` for each run in
+order. The second -- ends the options of a run; the last run needs none. So two seeds need one
+config: PID CONFIG -- --seed 1 --case a-1 -- CONFIG -- --seed 2 --case a-2
 A number after a config retries it that often if it fails. Not retried are a mistake in what was
 written (status 2) and a failed audit (3), which would come again, and a run that was asked to end
 (75, 130, 143). The queue stops at the first run that does not end with 0.
@@ -120,13 +123,15 @@ wait_for_process() {
   log "process $process has ended after $(duration "$SECONDS") of waiting"
 }
 
-# Runs a config, at most 1 + retries times; `status` becomes the exit status of its last run.
+# Runs a config with options, at most 1 + retries times; `status` becomes the exit status of its last run. Arguments:
+# its text for the log, retries, the config, the options.
 run_config() {
   local config=$1 attempts=$((1 + $2)) attempt began
+  shift 2
   for ((attempt = 1; attempt <= attempts; attempt++)); do
     began=$SECONDS
     log "start $config (run $attempt of at most $attempts)"
-    run_child bash "$here/train.sh" "$config"
+    run_child bash "$here/train.sh" "$@"
     log "end $config: status $status after $(duration "$((SECONDS - began))")"
     [[ -z $stopped_by ]] || break
     case $status in
@@ -170,11 +175,14 @@ report_seconds=${REPORT_SECONDS:-600}
 process=$1 pid=${1%%:*}
 [[ $process =~ ^[1-9][0-9]*(:.+)?$ ]] || fail "'$process' is no process; write its PID, a number"
 shift
-configs=() retries=()
+# Of each run: its text for the log, its retries, and its part of `words`, the config and the options of all.
+configs=() retries=() words=() first=() count=()
 while [[ $# -gt 0 ]]; do
   [[ ! $1 =~ ^[0-9]+$ ]] || fail "no config before the number '$1'; write PID CONFIG [RETRIES]"
+  [[ $1 != -- ]] || fail "no config before --; write PID CONFIG [RETRIES] [-- OPTIONS... --]"
   bash "$here/train.sh" --check "$1"
-  configs+=("$1")
+  first+=("${#words[@]}")
+  words+=("$1")
   if [[ ${2-} =~ ^[0-9]+$ ]]; then
     [[ ${#2} -le 6 ]] || fail "'$2' retries are too many; write a number below 1000000"
     retries+=("$((10#$2))")
@@ -183,6 +191,18 @@ while [[ $# -gt 0 ]]; do
     retries+=(0)
   fi
   shift
+  if [[ ${1-} == -- ]]; then
+    shift
+    [[ $# -gt 0 && $1 != -- ]] || fail "no options after --; write CONFIG [RETRIES] -- OPTIONS... --, or leave -- out"
+    while [[ $# -gt 0 && $1 != -- ]]; do
+      [[ $1 != config/config.* && $1 != */config/config.* ]] || fail "the config '$1' is among the options; write -- before it"
+      words+=("$1")
+      shift
+    done
+    [[ $# -eq 0 ]] || shift
+  fi
+  count+=("$((${#words[@]} - ${first[-1]}))")
+  configs+=("${words[*]:${first[-1]}}")
 done
 
 child='' stopped_by='' signals=0 status=0 result=0
@@ -200,7 +220,7 @@ fi
 for i in "${!configs[@]}"; do
   rest=("${configs[@]:i+1}")
   stop_if_asked "${configs[@]:i}"
-  run_config "${configs[i]}" "${retries[i]}"
+  run_config "${configs[i]}" "${retries[i]}" "${words[@]:first[i]:count[i]}"
   stop_if_asked "${rest[@]}"
   [[ $status -ne 0 ]] || continue
   result=$status

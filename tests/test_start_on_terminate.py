@@ -332,6 +332,20 @@ def test_failures(
     assert ("was asked to end, so it is not retried" in output) == (status in (75, 130, 143))
 
 
+def test_options_of_each_run(queue: Queue) -> None:
+    """They follow those of the config, unchanged; a retry has them too."""
+    queue.config("a", "7"), queue.config("b")
+    first, second = (
+        ["--", "--case", "*", "--statuses=0", "--"],
+        ["--", "--case", "s2", "--statuses=9,0", "--"],
+    )
+    status, output, errors = queue.run(NOT_A_PID, "a", *first, "a", "1", *second, "b", "--", "--case", "s3")
+    assert (status, errors, queue.runs) == (0, "", ["*", "s2", "s2", "s3"])
+    assert "start a --case s2 --statuses=9,0 (run 2 of at most 2)" in output
+    status, output, errors = queue.run(NOT_A_PID, "a", "b", "--", "--case", "s3")
+    assert (status, errors) == (7, "") and "not started: b --case s3\n" in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_waiting(queue: Queue, number: signal.Signals) -> None:
     before = queue.predecessor(*WAITING)
@@ -374,6 +388,15 @@ def test_signal_while_running(queue: Queue, number: signal.Signals) -> None:
         (["1", ""], {}, "no config given"),
         (["1", "3", "good"], {}, "no config before the number '3'"),
         (["1", "good", "1", "2"], {}, "no config before the number '2'"),
+        (["1", "--", "--lr", "1"], {}, "no config before --"),
+        (["1", "good", "--"], {}, "no options after --"),
+        (["1", "good", "--", "--", "good"], {}, "no options after --"),
+        (["1", "good", "--", "--lr", "1", "--", "--lr", "2"], {}, "'--lr' stands where the config belongs"),
+        (
+            ["1", "good", "--", "--lr", "1", "config/config.a"],
+            {},
+            "the config 'config/config.a' is among the options",
+        ),
         (["1", "good", "9999999"], {}, "'9999999' retries are too many"),
         (["1", "good"], {"POLL_SECONDS": "0.0"}, "POLL_SECONDS is '0.0'"),
         (["1", "good"], {"POLL_SECONDS": "often"}, "POLL_SECONDS is 'often'"),
