@@ -230,7 +230,10 @@ def test_a_network_of_timm(name: str, left: dict[str, str]) -> None:
     ("name", "message"),
     [
         ("resnet81", "no such network; did you mean timm:resnet"),
-        ("vit_tiny_patch16_224.augreg_in21k", "no such network; did you mean timm:vit_tiny_patch16_224"),
+        (
+            "vit_tiny_patch16_224.augreg_in2k",
+            "no such pretrained tag; did you mean timm:vit_tiny_patch16_224.aug",
+        ),
         ("hf_hub:timm/vit_tiny_patch16_224", "no such network"),
         ("../resnet18", "no such network"),
         ("crossvit_tiny_240", "--input_size 64: .* cannot take images of this size .*; its own is 240$"),
