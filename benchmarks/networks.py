@@ -2,6 +2,10 @@
 
     python benchmarks/networks.py             # every picture
     python benchmarks/networks.py orders stems
+    python benchmarks/networks.py --shares torchvision 'timm:resnet*'
+
+`--shares` goes through classifiers of torchvision and timm on the meta device, without weights, and prints which share
+of the weights they multiply by is quantized, as a table (docs/shares.md).
 
 Boxes, their order and the names of their parameters come from tracing the network that the keywords build.
 """
@@ -13,6 +17,7 @@ import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -25,10 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
 from model.layers import space_to_depth  # noqa: E402
-from model.layers.quantized import QuantConv2d  # noqa: E402
+from model.layers.quantized import QuantConv2d, QuantLayer  # noqa: E402
+from model.networks import library  # noqa: E402
 from model.networks.build import build_network  # noqa: E402
 from model.networks.resnet import PARTS, Block, ResNet  # noqa: E402
+from model.watch.cost import network_cost  # noqa: E402
 from utils.config.resolve import read  # noqa: E402
+from utils.errors import UserError  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 OPTIONS = "--dataset fake --width_alpha 0.125 --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
@@ -354,12 +362,59 @@ def draw(picture: str, folder: Path) -> Path:
     return path
 
 
+def share(name: str) -> str:
+    """A row of the table of shares: the network `SOURCE:NAME` at the size of its published weights.
+
+    The weights are those of convolutions and matrix products; the first and the last layer stay in full precision.
+    """
+    line = (
+        f"--model {name} --dataset fake --keyword imagenet,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
+    )
+    size = library.own_size(*name.split(":")) or 224
+    try:
+        with torch.device("meta"):
+            network = library.build_library_network(read([*line.split(), "--input_size", str(size)]).model)
+            layers = network_cost(network, size).layers
+    except (UserError, RuntimeError, NotImplementedError) as error:
+        reason = "not on the meta device" if "meta" in str(error) else " ".join(str(error).split())
+        return f"| `{name}` | | {reason} |"
+    low = {layer.name for layer in layers if isinstance(network.get_submodule(layer.name), QuantLayer)}
+    total = sum(layer.weights for layer in layers)
+    quantized = sum(layer.weights for layer in layers if layer.name in low)
+    left: dict[str, int] = {}
+    for layer in layers:
+        if layer.name not in low:
+            kind = type(network.get_submodule(layer.name)).__name__
+            left[kind] = left.get(kind, 0) + layer.weights
+    most = sorted(left.items(), key=lambda item: -item[1])[:3]
+    shares = ", ".join(f"{kind} {100 * weights / total:.1f}" for kind, weights in most)
+    return f"| `{name}` | {100 * quantized / total:.1f} | {shares} |"
+
+
+def shares(patterns: Sequence[str]) -> None:
+    """Print the table of shares of the networks whose `SOURCE:NAME`, or source, matches one of the patterns."""
+    known = [f"torchvision:{name}" for name in library.torchvision_names()]
+    if any(pattern.startswith("timm") for pattern in patterns):
+        import timm
+
+        known += [f"timm:{name}" for name in timm.list_models()]
+    print("| network | % quantized | left, % of all weights |\n| --- | --- | --- |")
+    for name in known:
+        if any(fnmatch(name, pattern) or name.partition(":")[0] == pattern for pattern in patterns):
+            print(share(name), flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the pictures named on the command line, or all."""
+    """Draw the pictures named on the command line, or all; or print the table of shares."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=", ".join(PICTURES))
-    names = parser.parse_args(argv).pictures or list(PICTURES)
+    parser.add_argument("--shares", nargs="+", metavar="SOURCE:NAME", help="patterns of networks")
+    given = parser.parse_args(argv)
+    if given.shares:
+        shares(given.shares)
+        return 0
+    names = given.pictures or list(PICTURES)
     unknown = [name for name in names if name not in PICTURES]
     if unknown:
         parser.error(f"{unknown[0]} is no picture; choose from {', '.join(PICTURES)}")

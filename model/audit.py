@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from model.layers.quantized import (
     quantized_layers,
     quantizers,
 )
-from model.observe import observing
+from model.observe import ParameterProducts, Product, observing, within
 from model.quantizers.frame import Quantizer
 from model.watch.cut_off import cut_off
 from model.watch.products import Products
@@ -96,8 +96,10 @@ def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
 def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | None = None) -> Audit:
     """Run batches through the network, count the levels of every quantizer, and look at what layers multiply.
 
-    In a quantized network a convolution or linear layer without quantizers fails unless it was left so on purpose: by
-    `model.convert`, by `model.layers.factory`, or with `model.quant.keep_full_precision`.
+    In a quantized network whatever multiplies by its parameters without a quantizer fails, a module of any class,
+    unless it was left so on purpose: by `model.convert`, by `model.layers.factory`, or with
+    `model.quant.keep_full_precision`. Convolutions and matrix products are seen as they run
+    (`model.observe.ParameterProducts`).
 
     Args:
         model: the network; runs in evaluation mode and without gradients, and is left as it was.
@@ -134,8 +136,14 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         name: full_precision_reason(module) if kept_off(module) else "" for name, module in found.items()
     }
     watches = {name: _Watch() for name in found}
-    products = Products()
+    products, of_parameters = Products(), ParameterProducts(model)
+
+    def is_constant(module: Quantizer, inputs: object, output: Tensor) -> None:
+        if module.enabled:
+            of_parameters.forget(output)
+
     with observing(model) as hooks:
+        hooks += [module.register_forward_hook(is_constant) for module in found.values()]
         hooks += [
             module.register_forward_hook(watches[name]) for name, module in found.items() if not reasons[name]
         ]
@@ -145,9 +153,9 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
             for part, quantizer in layer.quantizers():
                 hooks.append(quantizer.register_forward_pre_hook(products.enter_quantizer))
                 hooks.append(quantizer.register_forward_hook(partial(products.leave_quantizer, part)))
-        with products:
-            for images in batches:
-                _check_batch(images)
+        for images in batches:  # a loader's own operators are none of the network's
+            _check_batch(images)
+            with products, of_parameters:
                 model(images)
         rows = [
             AuditRow(
@@ -171,7 +179,24 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         layers.append(
             LayerRow(name="the network", problem="has no quantizer, though its configuration enables some")
         )
-    return Audit(tuple(rows), (*(full_precision_rows(model) if rows else ()), *layers))
+    left = full_precision_rows(model) if rows else ()
+    known = {row.name for row in left} | {name for name, _ in quantized_layers(model)}
+    if rows:
+        layers += _unknown_rows(of_parameters.found, known)
+    return Audit(tuple(rows), (*left, *layers))
+
+
+def _unknown_rows(found: Mapping[str, Product], known: Collection[str]) -> list[LayerRow]:
+    """A row with a problem for each module that multiplies by its parameters and is in no other row."""
+    return [
+        LayerRow(
+            name=owner or "the network",
+            problem=f"multiplies by {', '.join(product.parameters)} ({product.weights:,} weights) in full precision, "
+            "and no model.quant.keep_full_precision(module, reason) says that it should",
+        )
+        for owner, product in found.items()
+        if not any(name in known for name in within(owner))
+    ]
 
 
 def _check_arguments(model: object, batches: object, config: object) -> None:

@@ -16,9 +16,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from model import quant  # noqa: F401  (registers what a configuration can name)
-from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
-from model.observe import first_input, observing
-from model.quantizers.frame import MIN_DIVISOR
+from model.layers.quantized import (
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    full_precision_reason,
+    keep_full_precision,
+)
+from model.observe import ParameterProducts, first_input, observing, within
+from model.quantizers.frame import MIN_DIVISOR, Quantizer
 from model.quantizers.registry import method_class
 from model.selection import Left, Report, Selection, all_names, matches
 from utils.config.checks import shown, unlike
@@ -48,7 +54,8 @@ _USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
 
-# The layers that multiply by weights of their own: reports and audits list these and no others.
+# The layers that are known to multiply by weights of their own. Whatever else does shows when the network runs, see
+# `called`.
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
 
@@ -222,7 +229,8 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
         inputs: its positional inputs.
 
     Returns:
-        The output, and the names of the layers with weights in the order of their first calls.
+        The output, and the names of the layers with weights in the order of their first calls; modules of any
+        other class that multiply by their parameters are among them.
 
     Example:
         >>> import torch
@@ -239,12 +247,15 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
         (torch.Size([1, 2]), ('body', 'head'))
     """
     names: dict[str, None] = {}
-    with observing(module) as hooks:
+    layers = dict(_layers(module))
+    with observing(module) as hooks, ParameterProducts(module) as products:
         hooks += [
             layer.register_forward_hook(lambda m, i, out, name=name: names.setdefault(name))
-            for name, layer in _layers(module)
+            for name, layer in layers.items()
         ]
-        return module(*inputs), tuple(names)
+        output = module(*inputs)
+    owners = dict.fromkeys(next((n for n in within(owner) if n in layers), owner) for owner in products.found)
+    return output, tuple({name: None for name in owners if name in names or name not in layers} | names)
 
 
 def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
@@ -298,8 +309,8 @@ def replace(
         module: the network; changed in place.
         config: only its switches are read: `first_last`, `first_signed`, `depthwise` and `padding_after_quant`.
         select: which layers.
-        order: names of the layers that are called, in the order of their calls; default: all layers, in the order
-            of definition.
+        order: names of the layers that are called, and of other modules that multiply by their parameters, in the
+            order of their calls (`called`); default: all layers, in the order of definition.
 
     Returns:
         The layers that were replaced, and the layers that were left with the reasons.
@@ -317,7 +328,9 @@ def replace(
         >>> type(network[1]).__name__, network[1].quant_weight
         ('QuantLinear', Identity())
     """
-    layers = dict(_layers(module))
+    layers = {
+        name: layer for name, layer in module.named_modules() if _multiplies(layer) or name in (order or ())
+    }
     if not layers:
         raise UserError("there is no layer to quantize: the network has no convolution and no linear layer")
     names = all_names(module, layers)
@@ -366,12 +379,18 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The convolutions, linear layers, attention modules and so on, which have weights to multiply by."""
+    """The layers of which `_multiplies` is true."""
+    for name, layer in module.named_modules():
+        if _multiplies(layer):
+            yield name, layer
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether a module is known to multiply by its weights, by its class or since `keep_full_precision` says so."""
     deformed = sys.modules.get(_DEFORMED)
     kinds = (*_WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
-    for name, layer in module.named_modules():
-        if isinstance(layer, kinds):
-            yield name, layer
+    noted = full_precision_reason(layer) != "" and any(True for _ in layer.parameters(recurse=False))
+    return isinstance(layer, kinds) or (noted and not isinstance(layer, Quantizer))
 
 
 def _obstacles(

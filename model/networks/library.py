@@ -101,7 +101,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         output, order = called(network, torch.zeros(1, 3, *sides(config.input_size)))
     except _UNSUITABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        own = _own_size(source, name)
+        own = own_size(source, name)
         hint = "choose another network" if own in (None, config.input_size) else f"its own is {own}"
         size = size_text(config.input_size)
         raise UserError(
@@ -125,7 +125,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
     return network
 
 
-def _own_size(source: str, name: str) -> int | None:
+def own_size(source: str, name: str) -> int | None:
     """The size of the images that the network's published weights were trained for; None: unknown."""
     if source == "timm":
         import timm

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.quantized import QuantLayer, quantizers
-from model.observe import observing
+from model.observe import ParameterProducts, Product, observing, within
 from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
 from utils.config.schema import QuantizerConfig
@@ -28,48 +28,72 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
 def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
     """Run one black image of this size through `model` and count; its mode is restored.
 
+    Modules of any other class that multiply by parameters of their own are counted by the operators that run.
+
     Of quantizers with equal options only the first one runs, to check that it can; the others, which would take
     most of the time, pass their input on.
     """
-    layers: list[LayerCost] = []
+    called: dict[str, LayerCost] = {}
     # Before most of them are switched off for the run.
     described = {quantizer: describe_quantizer(quantizer) for _, quantizer in quantizers(model)}
 
     def describe(quantizer: nn.Module | None) -> tuple[str, int]:
         return described[quantizer] if isinstance(quantizer, Quantizer) else describe_quantizer(quantizer)
 
-    def count(name: str, module: nn.Module, _: object, output: Tensor) -> None:
-        if not isinstance(module, nn.Conv2d | nn.Linear):
-            return
+    def count(name: str, module: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
         quantized = isinstance(module, QuantLayer)
         weight, weight_bits = describe(module.quant_weight if quantized else None)
         activation, bits = describe(module.quant_activation if quantized else None)
         result, _ = describe(module.quant_output if quantized else None)
-        layers.append(
-            LayerCost(
-                name=name,
-                kind=_kind(module),
-                output=tuple(output.shape[1:]),
-                weights=module.weight.numel(),
-                # Every output value takes one product per weight of its output channel.
-                macs=output[0].numel() * module.weight[0].numel(),
-                weight=weight,
-                activation=activation,
-                weight_bits=weight_bits,
-                activation_bits=bits,
-                result=result,
-            )
+        before = called[name].macs if name in called else 0  # of a layer that runs several times
+        called[name] = LayerCost(
+            name=name,
+            kind=_kind(module),
+            output=tuple(output.shape[1:]),
+            weights=module.weight.numel(),
+            # Every output value takes one product per weight of its output channel.
+            macs=before + output[0].numel() * module.weight[0].numel(),
+            weight=weight,
+            activation=activation,
+            weight_bits=weight_bits,
+            activation_bits=bits,
+            result=result,
         )
 
     parameter = next(model.parameters())
-    with one_of_a_kind(model), observing(model) as hooks:
+    image = torch.zeros(1, 3, *sides(input_size), device=parameter.device, dtype=parameter.dtype)
+    with one_of_a_kind(model), observing(model) as hooks, ParameterProducts(model) as products:
         hooks += [
             module.register_forward_hook(partial(count, name))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        model(torch.zeros(1, 3, *sides(input_size), device=parameter.device, dtype=parameter.dtype))
-    return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
+        model(image)
+    layers: dict[str, LayerCost] = {}  # in the order they run
+    for owner, product in products.found.items():
+        name = next((name for name in within(owner) if name in called), owner)
+        layers[name] = called.get(name) or _other_cost(owner, model.get_submodule(owner), product)
+    return Cost(
+        layers=tuple((layers | called).values()), parameters=sum(p.numel() for p in model.parameters())
+    )
+
+
+def _other_cost(name: str, module: nn.Module, product: Product) -> LayerCost:
+    """The cost of a module that multiplies by its parameters without being a layer that is called."""
+    shapes = ", ".join("x".join(map(str, shape)) for shape in product.shapes)
+    return LayerCost(
+        name=name or "the network",
+        kind=_kind(module)
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        else f"{type(module).__name__} {shapes}",
+        output=product.output[1:],
+        weights=product.weights,
+        macs=product.macs,
+        weight="",
+        activation="",
+        weight_bits=FULL_BITS,
+        activation_bits=FULL_BITS,
+    )
 
 
 @contextmanager

@@ -12,16 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.layers.quantized import QuantLayer
-from model.observe import first_input
+from model.observe import PRODUCTS, first_input
 from model.quantizers.frame import Quantizer
-
-# Positions of the two factors among the arguments of a convolution or a matrix product.
-_aten = torch.ops.aten
-PRODUCTS: dict[Any, tuple[int, int]] = {
-    **dict.fromkeys((_aten.convolution, _aten.conv1d, _aten.conv2d, _aten.conv3d), (0, 1)),
-    **dict.fromkeys((_aten.linear, _aten.matmul, _aten.mm, _aten.bmm, _aten.mv, _aten.dot), (0, 1)),
-    **dict.fromkeys((_aten.addmm, _aten.addmv, _aten.addbmm, _aten.baddbmm), (1, 2)),
-}
 
 
 @dataclass

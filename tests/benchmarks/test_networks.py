@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from benchmarks.networks import PICTURES, Panel, boxes, draw, main, network, places
+from benchmarks.networks import PICTURES, Panel, boxes, draw, main, network, places, share
 from model.layers.space_to_depth import PadToBlocks, RepeatChannels
 
 PANELS = {
@@ -77,3 +78,14 @@ def test_an_unknown_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None
         main(["order"])
     assert stopped.value.code == 2
     assert "order is no picture; choose from orders, orders-origin" in capsys.readouterr().err
+
+
+def test_the_share_of_quantized_weights_is_that_of_all_kernels_but_the_ends() -> None:
+    kernels = [
+        value.numel()
+        for name, value in torchvision.models.squeezenet1_1(num_classes=1000).named_parameters()
+        if name.endswith("weight")
+    ]
+    row = share("torchvision:squeezenet1_1")
+    quantized = 100 * sum(kernels[1:-1]) / sum(kernels)
+    assert row == f"| `torchvision:squeezenet1_1` | {quantized:.1f} | Conv2d {100 - quantized:.1f} |"

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.audit import audit, unexplained
-from model.convert import build_quantizers
+from model.convert import build_quantizers, full_precision, quantize
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision, quantizers
 from model.networks.build import build_network
 from model.quantizers.frame import Quantizer
+from model.watch.cost import network_cost
 from utils.config.resolve import read
 from utils.config.schema import QuantConfig, QuantizerConfig
 
@@ -421,3 +422,74 @@ def test_inputs_above_the_range_are_remarked_on(boundary: str, cut: bool) -> Non
     assert ({f"layer1.0.conv1.0.quant_{part}" for part in ("activation", "output")} <= found) is cut
     assert not any(name.endswith("quant_weight") for name in found)
     assert (result.remark != "") is cut
+
+
+class Table(nn.Module):
+    """Mixes kernels of a parameter by its input and convolves with the mixture, as CondConv does."""
+
+    def __init__(self, standardised: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 4 * 4 * 9))
+        self.standardised = standardised
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.standardised:
+            kernel = self.table[0] - self.table[0].mean()
+            return functional.conv2d(x, kernel.reshape(4, 4, 3, 3), padding=1)
+        kernel = x.mean(dim=(0, 2, 3))[None, :2] @ self.table
+        return functional.conv2d(x, kernel.reshape(4, 4, 3, 3), padding=1)
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_a_module_of_any_class_that_multiplies_by_its_parameters_is_seen(standardised: bool) -> None:
+    """By the operators that run: in the audit, in the sizes, and as left where the network is converted."""
+    config = read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant
+    layers = (nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), Table(standardised), nn.Conv2d(4, 2, 3))
+    torch.manual_seed(0)
+    net = nn.Sequential(*layers)
+    report = quantize(net, config)  # without an example, nothing has run yet
+    assert report.replaced == ("1",)
+    problem = "2 multiplies by 2.table (288 weights) in full precision, and no "
+    assert [line[: len(problem)] for line in audit(net, batches(), config).problems] == [problem]
+    row = network_cost(net, 12).layers[2]
+    assert (row.name, row.kind, row.weights, row.weight_bits) == ("2", "Table 2x144", 288, 32)
+    assert row.macs == (8 * 8 * 4 * 4 * 9 if standardised else 2 * 144)
+
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), Table(standardised), nn.Conv2d(4, 2, 3))
+    report = quantize(fresh, config, example=(torch.rand(1, 3, 12, 12),))
+    assert [left.name for left in report.left] == ["0", "2", "3"]
+    assert report.left[1].reason == "is a Table, which has no quantized form"
+    assert full_precision(fresh) == ("0", "2", "3")
+    found = audit(fresh, batches(), config)
+    assert not found.problems and "is a Table" in found.table()
+
+
+def test_copies_that_autocast_keeps_hide_no_parameter() -> None:
+    """The end of a run counts and audits under one autocast."""
+    config = read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), Table(), nn.Conv2d(4, 2, 3))
+    quantize(net, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [layer.name for layer in network_cost(net, 12).layers] == ["0", "1", "2", "3"]
+        net(batches(1)[0])  # with gradients, so that casts are kept
+        assert any("multiplies by 2.table" in line for line in audit(net, batches(), config).problems)
+
+
+def test_a_module_of_ones_own_that_quantizes_its_parameter_passes() -> None:
+    """A weight that a quantizer put out is no parameter any more; turned off, it is one."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 3))
+            layer = QuantLinear(3, 5)
+            layer.build_quantizers(read(["--keyword", "digits,cbsa,dorefa,lsq", *LOW]).model.quant, "own")
+            self.quantizer = layer.quant_weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(dim=(2, 3)) @ self.quantizer(self.weight).T
+
+    net = nn.Sequential(Own())
+    assert not audit(net, batches()).problems
+    net[0].quantizer.enabled = False
+    assert any("multiplies by 0.weight" in line for line in audit(net, batches()).problems)
