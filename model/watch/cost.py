@@ -25,8 +25,8 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
     return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
 
 
-def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
-    """Run one black image of this size through `model` and count; its mode is restored.
+def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> Cost:
+    """Run one black image of this size and number of channels through `model` and count; its mode is restored.
 
     Of quantizers with equal options only the first one runs, to check that it can; the others, which would take
     most of the time, pass their input on.
@@ -68,7 +68,7 @@ def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        model(torch.zeros(1, 3, *sides(input_size), device=parameter.device, dtype=parameter.dtype))
+        model(torch.zeros(1, channels, *sides(input_size), device=parameter.device, dtype=parameter.dtype))
     return Cost(layers=tuple(layers), parameters=sum(p.numel() for p in model.parameters()))
 
 
