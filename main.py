@@ -267,7 +267,7 @@ def finish(
 
     config = here.config
     with training.precision.autocast():
-        cost = network_cost(training.model, config.model.input_size)  # a policy may have changed the bits
+        cost = network_cost(training.model, config.model.input_size, config.model.channels)  # a policy's bits
         batches = validation.audit_batches(training, assembled.loaders)
         found = audit.audit(training.model, batches, config.model.quant)
     summary = run_report.finish(config, cost, found, progress, here.folder, here.files, training.logger)

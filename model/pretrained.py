@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from model.layers.quantized import quantizers
+from model.networks.grey import grey_state
 from model.networks.published import published_weights
 from model.networks.torchvision_resnet import from_torchvision
 from utils.checkpoint import archive, weights
@@ -26,7 +27,8 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
     For an evaluation the file must have everything that quantizers learn. The number of levels comes from the
     command line and not from the file, so that a 4-bit checkpoint can start a 2-bit network; an evaluation with
     another number of levels than that of the training is an error, and so is leaving out parts of the network.
-    Training counts its iterations from zero, so that a warm-up takes place.
+    Training counts its iterations from zero, so that a warm-up takes place. A training on grey images may start from
+    weights for colours, see `model.networks.grey`.
 
     Args:
         model: the network; its weights and quantizers change in place.
@@ -45,6 +47,9 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
     state = network_state(payload, model, config.model, str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)
+    summed: tuple[str, ...] = ()
+    if not config.run.evaluate:
+        state, summed = grey_state(state, model, config.model)
     own = dict(quantizers(model))
     for name, quantizer in own.items():
         for theirs, ours in quantizer.published.items():
@@ -99,6 +104,7 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
     return dataclasses.replace(
         report,
         source=str(path),
+        summed=tuple(name for name in summed if name in report.loaded),
         # Counters that start at zero although the file has them are not missing.
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head_skipped else weights.class_names_of(payload),

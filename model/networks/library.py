@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import Selection, called, replace
+from model.networks.grey import take_grey
 from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
@@ -40,7 +41,10 @@ def _torchvision(name: str, config: ModelConfig) -> nn.Module:
     elif name in ("googlenet", "inception_v3"):
         # Auxiliary classifiers would make the output a tuple in training; `--unresume_scope` skips their weights.
         options |= {"aux_logits": False, "init_weights": True}
-    return torchvision.models.get_model(name, weights=None, num_classes=config.num_classes, **options)
+    network = torchvision.models.get_model(name, weights=None, num_classes=config.num_classes, **options)
+    if config.channels == 1:
+        take_grey(network)
+    return network
 
 
 def _timm(name: str, config: ModelConfig) -> nn.Module:
@@ -55,9 +59,8 @@ def _timm(name: str, config: ModelConfig) -> nn.Module:
         raise UserError(
             f"--model timm:{name}: no such pretrained tag; did you mean timm:{' or timm:'.join(close)}?"
         )
-    return timm.create_model(
-        name, pretrained=False, num_classes=config.num_classes, **timm_size(name, config)
-    )
+    options = timm_size(name, config) | ({"in_chans": 1} if config.channels == 1 else {})
+    return timm.create_model(name, pretrained=False, num_classes=config.num_classes, **options)
 
 
 def imported_timm(what: str) -> Any:
@@ -98,7 +101,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; leave it out")
     try:
         network = SOURCES[source](name, config)
-        output, order = called(network, torch.zeros(1, 3, *sides(config.input_size)))
+        output, order = called(network, torch.zeros(1, config.channels, *sides(config.input_size)))
     except _UNSUITABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         own = own_size(source, name)

@@ -34,7 +34,7 @@ class _MobileNet(nn.Module):
     fc: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images float [N, 3, H, W] to logits [N, num_classes]."""
+        """Images float [N, C, H, W] to logits [N, num_classes]."""
         return self.fc(self.blocks(self.stem(x)).mean(dim=(2, 3)))
 
 
@@ -42,14 +42,14 @@ def _stem(channels: int, config: ModelConfig) -> nn.Sequential:
     """The first convolution; images have negative values."""
     stride = 2 if config.stem.kind == "imagenet" else 1
     return factory.unit(
-        3, channels, 3, stride, config, full_precision=not config.quant.first_last, signed=True
+        config.channels, channels, 3, stride, config, full_precision=not config.quant.first_last, signed=True
     )
 
 
 class MobileNetV1(_MobileNet):
     """Blocks of a depth-wise 3x3 and a 1x1 convolution, each followed by a norm and an activation.
 
-    Input [N, 3, H, W], output logits [N, num_classes]. Block i owns `blocks.i.depthwise` and
+    Input [N, C, H, W], output logits [N, num_classes]. Block i owns `blocks.i.depthwise` and
     `blocks.i.pointwise`, each with its `conv`, `bn` and `relu`. 4.23 M parameters and 569 M
     multiply-accumulates at 224 pixels.
 
@@ -104,7 +104,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(_MobileNet):
     """Inverted residuals with linear bottlenecks; activations are ReLU6 unless another is configured.
 
-    Input [N, 3, H, W], output logits [N, num_classes]. There is no dropout before the classifier. 3.50 M
+    Input [N, C, H, W], output logits [N, num_classes]. There is no dropout before the classifier. 3.50 M
     parameters and 301 M multiply-accumulates at 224 pixels.
     """
 

@@ -24,7 +24,7 @@ class NIN(nn.Module):
     training a norm and an activation follow each convolution but the last, in place of biases and dropout,
     and all pooling takes the maximum.
 
-    Input [N, 3, H, W], output logits [N, num_classes].
+    Input [N, C, H, W], output logits [N, num_classes].
 
     Raises:
         UserError: when the width leaves no channel.
@@ -34,7 +34,7 @@ class NIN(nn.Module):
         super().__init__()
         imagenet = config.stem.kind == "imagenet"
         ends_full = not config.quant.first_last
-        channels = 3
+        channels = config.channels
         parts: list[nn.Module] = []
         for block in IMAGENET if imagenet else CIFAR:
             if parts:

@@ -249,7 +249,7 @@ def convolution(unit: Unit, config: ModelConfig) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """Stem, stages of blocks, head. Input [N, 3, H, W], output logits [N, num_classes].
+    """Stem, stages of blocks, head. Input [N, C, H, W], output logits [N, num_classes].
 
     Raises:
         UserError: for a combination that has no network (layer-wise skips around bottlenecks).
@@ -304,7 +304,7 @@ class ResNet(nn.Module):
         return [norm, factory.activation(config)] if activation else [norm]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images float [N, 3, H, W] to logits [N, num_classes]."""
+        """Images float [N, C, H, W] to logits [N, num_classes]."""
         x = self.conv1(x)
         if self.fixup_bias:
             x = x + self.fixup_bias1
@@ -321,12 +321,20 @@ def stem_layers(width: int, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     full, signed = not config.quant.first_last, config.quant.first_signed
     if stem.space_to_depth:
         conv = space_to_depth.SpaceToDepthConv(
-            3, width, stem.space_to_depth, stem.kernel, config, full_precision=full, signed=signed
+            config.channels,
+            width,
+            stem.space_to_depth,
+            stem.kernel,
+            config,
+            full_precision=full,
+            signed=signed,
         )
         pool = stem.space_to_depth == 2
     else:
         kernel, stride = (7, 2) if stem.kind == "imagenet" else (3, 1)
-        conv = factory.conv(3, width, kernel, stride, config, full_precision=full, signed=signed)
+        conv = factory.conv(
+            config.channels, width, kernel, stride, config, full_precision=full, signed=signed
+        )
         pool = stem.kind == "imagenet"
     return conv, nn.MaxPool2d(3, stride=2, padding=1) if pool else nn.Identity()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.convert import Selection, replace
 from model.layers import norms
+from model.networks.grey import take_grey
 from model.networks.resnet import Block, ResNet
 from utils.config.schema import BlockConfig, ModelConfig, StemConfig
 from utils.errors import UserError
@@ -33,6 +34,8 @@ def build_torchvision_resnet(config: ModelConfig) -> nn.Module:
     network = getattr(resnet, NAMES[config.name])(
         num_classes=config.num_classes, norm_layer=partial(norms.norm, config=config)
     )
+    if config.channels == 1:
+        take_grey(network)
     if config.quant.enabled:
         replace(network, config.quant, Selection())
     return network

@@ -21,7 +21,7 @@ class VGGSmall(nn.Module):
     Norm and activation follow each convolution. With the `imagenet` stem the first one is 7x7 with stride 2,
     and a 3x3 max pooling with stride 2 follows it.
 
-    Input [N, 3, H, W], output logits [N, num_classes]; the linear layer's width depends on H and W.
+    Input [N, C, H, W], output logits [N, num_classes]; the linear layer's width depends on H and W.
 
     Raises:
         UserError: when the width leaves no channel, or the size no position.
@@ -30,7 +30,7 @@ class VGGSmall(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         imagenet = config.stem.kind == "imagenet"
-        channels, size = 3, sides(config.input_size)
+        channels, size = config.channels, sides(config.input_size)
         parts: list[nn.Module] = []
         for wide in STAGES:
             for _ in range(2):

@@ -81,9 +81,9 @@ def _seconds_of_an_image(here: Surroundings, assembled: Assembled) -> float:
     batch = config.data.batch_size if trains else config.data.val_batch_size
 
     def passed(count: int) -> float:
-        images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0)).to(
-            device, assembled.precision.image_dtype, memory_format=assembled.layout
-        )
+        images = torch.randn(
+            count, config.model.channels, *size, generator=torch.Generator().manual_seed(0)
+        ).to(device, assembled.precision.image_dtype, memory_format=assembled.layout)
         target = torch.arange(count, device=device) % config.model.num_classes
         began = time.perf_counter()
         with assembled.precision.autocast(), torch.set_grad_enabled(trains):

@@ -25,8 +25,8 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
     return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
 
 
-def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
-    """Run one black image of this size through `model` and count; its mode is restored.
+def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> Cost:
+    """Run one black image of this size and number of channels through `model` and count; its mode is restored.
 
     Modules of any other class that multiply by parameters of their own are counted by the operators that run.
 
@@ -61,7 +61,7 @@ def network_cost(model: nn.Module, input_size: InputSize) -> Cost:
         )
 
     parameter = next(model.parameters())
-    image = torch.zeros(1, 3, *sides(input_size), device=parameter.device, dtype=parameter.dtype)
+    image = torch.zeros(1, channels, *sides(input_size), device=parameter.device, dtype=parameter.dtype)
     with one_of_a_kind(model), observing(model) as hooks, ParameterProducts(model) as products:
         hooks += [
             module.register_forward_hook(partial(count, name))

@@ -51,7 +51,7 @@ class Recorder:
         images = images[:SHOWN_IMAGES].float()
         low, high = images.amin(), images.amax()
         self.board.images("training images/as given", (images - low) / (high - low).clamp_min(1e-12), epoch)
-        shape = (1, 3, 1, 1)
+        shape = (1, len(mean), 1, 1)
         plain = images * images.new_tensor(std).view(shape) + images.new_tensor(mean).view(shape)
         self.board.images("training images/denormalised", plain, epoch)
 

@@ -168,26 +168,27 @@ def _wider(quant: QuantConfig) -> str:
 
 
 def noise_images(config: Config, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Two images of uniform noise, normalised: float32 [2, 3, H, W]; the same in every process and run."""
+    """Two images of uniform noise, normalised: float32 [2, C, H, W]; the same in every process and run."""
     size = sides(config.model.input_size)
-    noise = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    shape = (3, 1, 1)
+    noise = torch.rand(2, len(mean), *size, generator=torch.Generator().manual_seed(0))
+    shape = (len(mean), 1, 1)
     return (noise - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def run_once(model: nn.Module, config: Config) -> Cost:
     """Run the network once to count its cost, which also shows that the image size suits it."""
     try:
-        return network_cost(model, config.model.input_size)
+        return network_cost(model, config.model.input_size, config.model.channels)
     except (RuntimeError, ValueError) as error:  # torch's errors for shapes that do not fit
         quant = config.model.quant
         methods = {part.method for part in (quant.fm, quant.wt, quant.ot) if part.enable}
         size = size_text(config.model.input_size)
         own = config.model.name not in build.PROJECT and ":" not in config.model.name
         if own or methods - PROJECT:
+            grey = " or --channels 1" if config.model.channels == 1 else ""
             raise UserError(
                 f"--model {config.model.name}: an image of {size} pixels could not be run through "
-                f"it, through the network's or the method's own fault or because of --input_size ({error})"
+                f"it, through the network's or the method's own fault or because of --input_size{grey} ({error})"
             ) from error
         raise UserError(
             f"--input_size {size}: {config.model.name} cannot take images of this size "

@@ -149,6 +149,7 @@ class LoadReport:
     unused: tuple[str, ...] = ()  # in the file only
     mismatched: tuple[Mismatch, ...] = ()
     skipped: tuple[str, ...] = ()  # on either side, because the user asked for it
+    summed: tuple[str, ...] = ()  # loaded, but summed over the colours since the network takes grey images
     obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
     source: str = ""  # the file
     classes: tuple[str, ...] = ()  # names of the file's, where the layer that tells them apart was loaded
@@ -160,9 +161,10 @@ class LoadReport:
             "unused": some_names(self.unused),
             "of another shape": some_names(_both_shapes(self.mismatched)),
             "skipped": ", ".join(map(printable, self.skipped)),
+            "summed over the colours": some_names(self.summed),
             "obsolete": some_names(self.obsolete),
         }
-        counts = (self.missing, self.unused, self.mismatched, self.skipped, self.obsolete)
+        counts = (self.missing, self.unused, self.mismatched, self.skipped, self.summed, self.obsolete)
         parts = [
             f"{len(names)} {kind} ({shown})"
             for (kind, shown), names in zip(kinds.items(), counts, strict=True)
@@ -260,9 +262,18 @@ def load_weights(
         if mismatched:
             problems.append(f"{len(mismatched)} of another shape ({some_names(_both_shapes(mismatched))})")
         hint = "" if scope is None else "; --unresume_scope NAME skips a layer or parameter of that name"
+        leave_out = ""
         if scope is not None and not (whole or absent or report.unused):
             layers = ",".join(dict.fromkeys(name.rpartition(".")[0] for name, _, _ in mismatched))
-            hint = f"; --unresume_scope {layers} leaves these out, to train them anew"
+            leave_out = f"--unresume_scope {layers}"
+            hint = f"; {leave_out} leaves these out, to train them anew"
+        channels = _channels(mismatched)
+        if channels and not (absent or report.unused):
+            anew = f", or {leave_out} to train that layer anew" if leave_out else ""
+            raise UserError(
+                f"{source} was trained with --channels {channels[0]} and does not fit a network of --channels "
+                f"{channels[1]}: write --channels {channels[0]}{anew}"
+            )
         raise UserError(
             f"{source} does not fit the network: {'; '.join(problems)}; a checkpoint of another network? "
             f"check --model, --width_alpha, --keyword{hint}"
@@ -296,6 +307,19 @@ def _meant(word: str, names: Iterable[str]) -> str:
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors with a value that is NaN or infinite. Waits for the device."""
     return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+
+
+def _channels(mismatched: Iterable[Mismatch]) -> tuple[int, int] | None:
+    """The channels of the file's images and the network's, if only a layer that reads them differs by that."""
+    found = set()
+    for _, theirs, ours in mismatched:
+        if len(theirs) != 4 or len(ours) != 4 or (theirs[0], theirs[2:]) != (ours[0], ours[2:]):
+            return None
+        pixels = min(theirs[1], ours[1])
+        if pixels not in (1, 4, 16):  # 4, 16: of a block, behind space-to-depth
+            return None
+        found.add((theirs[1] // pixels, ours[1] // pixels))
+    return found.pop() if found in ({(3, 1)}, {(1, 3)}) else None
 
 
 def _with_shape(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:

@@ -43,13 +43,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "draw training images so that all classes are seen equally often",
         ),
         option("workers", int, 2, "processes that decode images", aliases=("-j",)),
-        option(
-            "addition_augment",
-            bool,
-            False,
-            "colour jitter and PCA lighting",
-            aliases=("--aa",),
-        ),
+        option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",)),
         option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
         option("skip_corrupt", int, 0, "image files that may be left out because they cannot be read"),
         option(
@@ -359,6 +353,7 @@ MODEL: dict[str, tuple[Option, ...]] = {
             None,
             "pixels of the images, height and width: 224 or 96x160; default: the keyword's",
         ),
+        option("channels", integer, 3, "of the images that the network gets: 3, or 1: colours become grey"),
         option("width_alpha", float, 1.0, "factor on the network's width (64 channels in the first stage)"),
         option("base", int, 1, "parallel branches of a block (Group-Net)"),
         option("stem_kernel", int, None, "kernel of the TResNet stems, 1 or 3; default: 1"),

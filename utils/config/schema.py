@@ -203,6 +203,7 @@ class ModelConfig:
     name: str = "resnet20"
     num_classes: int = 10
     input_size: InputSize = 32  # pixels
+    channels: int = 3  # of the images; 1: grey
     width_alpha: float = 1.0
     base: int = 1  # parallel branches of a block (Group-Net)
     norm: str = "batch"  # batch, static, frozen, reverse, instance or group
@@ -225,6 +226,7 @@ class DataConfig:
     workers: int = 2
     num_classes: int = 10
     input_size: InputSize = 32
+    channels: int = 3  # 1: colours become grey
     mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
     std: tuple[float, ...] | None = None
     balanced: bool = False  # draw training images so that all classes are equally frequent

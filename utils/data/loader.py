@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from utils.data.augment import COLOUR_DRAWS, colour
+from utils.data.grey import grey
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
 Batch = tuple[Tensor, Tensor]
-"""Images, float32 [N, 3, H, W], normalised per channel, in channels-last order, on the loader's device; and
+"""Images, float32 [N, C, H, W], normalised per channel, in channels-last order, on the loader's device; and
 their classes, int64 [N], or of mixed images the shares of the classes, float32 [N, classes]."""
 
 # The first word of a seed keeps the streams of random numbers apart.
@@ -114,7 +115,7 @@ class Delivery:
         batch_size: images per batch and process.
         train: whether to shuffle, augment and leave out an incomplete batch.
         seed: the run's seed.
-        mean: per channel, of images in [0, 1].
+        mean: per channel, of images in [0, 1]; one number lets colours become grey, see `utils.data.grey`.
         std: per channel, likewise.
         device: the device that the batches are for.
         rank: number of this process of a distributed run, from 0.
@@ -253,7 +254,7 @@ class Loader(ABC):
             if colours is not None:
                 draws = colours[raw.index].to(delivery.device, non_blocking=True)
                 images = colour(images.expand(-1, 3, -1, -1).float(), draws)
-            images = self._normalise(images)
+            images = self._normalise(grey(images) if len(delivery.mean) == 1 else images)
             if delivery.train and delivery.mix is not None:
                 # The transform draws from the global generator; only the CPU's is touched.
                 with torch.random.fork_rng(devices=[]):
@@ -269,17 +270,18 @@ class Loader(ABC):
             )
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Convert [N, C, H, W] in [0, 255] to normalised float32 [N, 3, H, W], in channels-last order."""
-        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        """Convert [N, C, H, W] in [0, 255] to normalised float32 with the channels of mean, in channels-last order."""
+        channels = len(self._delivery.mean)
+        pixels = images.expand(-1, channels, -1, -1).permute(0, 2, 3, 1)
         count, height, width, _ = pixels.shape
         # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
-        rows = pixels.reshape(count * height, 3 * width)
+        rows = pixels.reshape(count * height, channels * width)
         shift, factor = self._shift.repeat(width), self._factor.repeat(width)
         result = torch.empty(rows.shape, device=images.device)
-        part = len(rows) if images.is_cuda else max(1, PART // (3 * width))
+        part = len(rows) if images.is_cuda else max(1, PART // (channels * width))
         for into, values in zip(result.split(part), rows.split(part), strict=True):
             torch.addcmul(shift, into.copy_(values), factor, out=into)
-        return result.view(count, height, width, 3).permute(0, 3, 1, 2)
+        return result.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def drawn(self, numbers: Tensor, epoch: int) -> Tensor:
         """The numbers in the set of images with these numbers in an epoch, int64 [N] each."""

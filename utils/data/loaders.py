@@ -10,6 +10,7 @@ from torch import Tensor
 
 from utils.config.schema import DataConfig
 from utils.data.augment import Augment, mixing
+from utils.data.grey import grey_value
 from utils.data.loader import Delivery, Loader
 from utils.data.tensor_loader import Store, TensorLoader
 from utils.errors import UserError
@@ -71,7 +72,9 @@ def check_classes(config: DataConfig, classes: int, what: str) -> None:
 def deliveries_of(
     config: DataConfig, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[Delivery, Delivery]:
-    """How batches of training and of validation are delivered; `mean` and `std` are the set's own."""
+    """How batches of training and validation are delivered; `mean` and `std` are the set's own, of three channels."""
+    if config.channels == 1:
+        mean, std = (grey_value(mean),), (grey_value(std),)
 
     def delivery(batch_size: int, *, train: bool) -> Delivery:
         return Delivery(
@@ -121,7 +124,7 @@ def tensor_loaders(
     std: tuple[float, ...],
     augment: Augment | None,
 ) -> Loaders:
-    """Loaders over (images, classes) in memory; `mean` and `std` are the set's own."""
+    """Loaders over (images, classes) in memory; `mean` and `std` are the set's own, of three channels."""
 
     def open_(delivery: Delivery) -> TensorLoader:
         part = train if delivery.train else val

@@ -64,7 +64,7 @@ def check_data(config: DataConfig) -> Any:
     Raises:
         UserError: an unknown data set; a number of classes that is not the set's; a root, its `train/` or
             `val/`, class folders or images that are missing; classes that differ between training and
-            validation; a mean or std that is not of three channels, or too large or small for float32;
+            validation; a mean or std with another number of channels, or too large or small for float32;
             RandAugment on a data set without it; too many workers; a file of class weights that does not fit;
             DALI that is not installed or cannot be imported.
     """
@@ -75,8 +75,11 @@ def check_data(config: DataConfig) -> Any:
             f"--rand_augment is not for --dataset {config.dataset}: use imagenet, cifar10, cifar100 or fake"
         )
     for name, values in (("mean", config.mean), ("std", config.std)):
-        if values is not None and len(values) != 3:
-            raise UserError(f"--{name} has {len(values)} values: write three, for red, green and blue")
+        if values is not None and len(values) != config.channels:
+            wanted = (
+                "write three, for red, green and blue" if config.channels == 3 else "grey images have one"
+            )
+            raise UserError(f"--{name} has {len(values)} values: {wanted}")
         if values is not None and max(map(abs, values)) > _FARTHEST:
             raise UserError(
                 f"--{name} has the value {max(values, key=abs):g}: write {_FARTHEST:g} at the most"

@@ -99,7 +99,7 @@ def _screen(plan: Plan) -> str:
         (
             "evaluate" if evaluate else "train",
             f"{model.name}, {cost.parameters:,} parameters, {model.num_classes} classes, "
-            f"images of {size_text(model.input_size)} pixels",
+            f"{'grey ' * (model.channels == 1)}images of {size_text(model.input_size)} pixels",
         ),
         (
             "on",

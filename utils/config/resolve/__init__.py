@@ -36,6 +36,7 @@ from utils.config.schema import Config, Rule
 FIELDS = {
     "num_classes": "model.num_classes",
     "input_size": "model.input_size",
+    "channels": "model.channels",
     "label_smooth": "loss.label_smooth",
     "dataset": "data.dataset",
     "order": "block.downsample_order",

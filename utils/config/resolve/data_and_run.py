@@ -62,6 +62,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         workers=given["workers"],
         num_classes=model.num_classes,
         input_size=model.input_size,
+        channels=model.channels,
         mean=given["mean"],
         std=given["std"],
         balanced=bool(given["balanced_sampler"]),

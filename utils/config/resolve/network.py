@@ -70,6 +70,7 @@ def model_config(
         name=given["model"],
         num_classes=given["num_classes"] or fields.get("model.num_classes", 10),
         input_size=size,
+        channels=given["channels"],
         width_alpha=given["width_alpha"],
         base=given["base"],
         block=block,

@@ -49,6 +49,8 @@ def check_numbers(given: Given) -> None:
         raise UserError(
             f"--input_size {size_text(size)}: must be a number greater than 0, or two, like 96x160"
         )
+    if given["channels"] not in (1, 3):
+        raise UserError(f"--channels {given['channels']}: write 3 for colours, or 1 for grey images")
     if given["rand_augment"] is not None and not 0 <= given["rand_augment"] <= 30:
         raise UserError(f"--rand_augment {given['rand_augment']}: must be from 0 to 30")
     if given["max_value"] is not None and not 1 <= given["max_value"] <= 65535:
@@ -61,14 +63,18 @@ def check_numbers(given: Given) -> None:
         raise UserError(f"--proxquant_step {given['proxquant_step']}: must be greater than 0")
     if (given["mean"] is None) != (given["std"] is None):
         raise UserError("--mean and --std belong together: give both or neither")
+    numbers, these = "three numbers, one per channel, like 0.5,0.5,0.5", "all three"
+    if given["channels"] == 1:
+        numbers, these = "one number with --channels 1, like 0.5", "it"
     for name in ("mean", "std"):
-        if given[name] is not None and len(given[name]) != 3:
-            raise UserError(f"--{name}: give three numbers, one per channel, like 0.5,0.5,0.5")
+        if given[name] is not None and len(given[name]) != given["channels"]:
+            instead = ", or add --channels 1" if len(given[name]) == 1 else ""
+            raise UserError(f"--{name}: give {numbers}{instead}")
         if given[name] is not None and not all(map(math.isfinite, given[name])):
             raise UserError(f"--{name}: give finite numbers")
         if given[name] is not None and max(given[name]) > 1:
             raise UserError(
-                f"--{name}: {max(given[name]):g} is not of images in [0, 1]; divide all three by 255"
+                f"--{name}: {max(given[name]):g} is not of images in [0, 1]; divide {these} by 255"
             )
     if given["mean"] is not None and min(given["mean"]) < 0:
         raise UserError(

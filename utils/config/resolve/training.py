@@ -67,7 +67,7 @@ def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) ->
     options = {
         "model": name,
         "width_alpha": given["distill_width_alpha"] or (given["width_alpha"] if has_width else 1.0),
-        **{name: given[name] for name in ("num_classes", "input_size") if name in given.explicit},
+        **{name: given[name] for name in ("num_classes", "input_size", "channels") if name in given.explicit},
     }
     try:
         fields = keyword.resolve(theirs, family_of(name)).fields
