@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
                 continue
             if option.kind is bool:
                 section.add_argument(
-                    *spellings, dest=option.name, action="store_true", default=None, help=option.help
+                    *spellings, dest=option.name, action=_Flag, nargs=0, default=None, help=option.help
                 )
                 continue
             default = "" if option.default in (None, ()) else f" [{option.default}]"
@@ -105,7 +105,20 @@ class _Last(argparse.Action):
         before = getattr(namespace, self.dest)
         if before is not None:
             namespace.replaced.setdefault(self.dest, []).append(before)
-        setattr(namespace, self.dest, values)
+        _write(namespace, self.dest, values)
+
+
+class _Flag(argparse.Action):
+    """A flag."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        _write(namespace, self.dest, True)
+
+
+def _write(namespace: Any, name: str, value: Any) -> None:
+    """Set a value and put its name behind all others: `Given.explicit` has the order of the command line."""
+    delattr(namespace, name)
+    setattr(namespace, name, value)
 
 
 class _Undo(argparse.Action):
@@ -120,7 +133,7 @@ class Given(dict[str, Any]):
     """The values of all options by name.
 
     Attributes:
-        explicit: the names that were written.
+        explicit: the names that were written, each where it stands last on the command line.
         replaced: name -> the values that a later one on the same command line has replaced, in order; mostly
             those of a config, which comes before the user's options.
         through: name -> the option that was written instead and set it.
@@ -133,7 +146,7 @@ class Given(dict[str, Any]):
         through: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__({name: option.default for name, option in OPTIONS.items()} | written)
-        self.explicit = frozenset(written)
+        self.explicit = written.keys()
         self.replaced = dict(replaced or {})
         self.through = dict(through or {})
 

@@ -45,6 +45,25 @@ def test_the_last_one_counts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --bits 4", "--bits 4"),
+        ("--wt_level 3 --bits 2", "--bits 2"),
+        ("--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --bits 4/32", "--bits 4/32"),
+        ("--bits 2 --fm_bit 4", "--bits 2/4"),
+        ("--bits 2 --wt_bit 3 --wt_enable", "--bits 3/2"),
+        ("--bits 2 --wt_level 3", "--bits ternary/2"),
+        ("--bits 2 --wt_level 8", "--bits 3/2"),
+        ("--bits ternary --wt_bit 3", "--bits 3/ternary"),
+        ("--bits 2/32 --fm_enable --fm_bit 4", "--bits 2/4"),
+        ("--wt_bit 3 --bits 2 --wt_bit 4", "--bits 4/2"),
+    ],
+)
+def test_what_comes_later_wins(line: str, same: str) -> None:
+    assert read(f"{LSQ} {line}".split()).model == read(f"{LSQ} {same}".split()).model
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         *(
@@ -56,21 +75,6 @@ def test_the_last_one_counts() -> None:
         ),
         (f"{LSQ} --bits 32", "--bits 32: that is full precision: leave it out"),
         (f"{LSQ} --bits 32/32", "--bits 32/32: that is full precision: leave it out"),
-        (
-            f"{LSQ} --bits 2 --fm_bit 4",
-            "--fm_bit 4 contradicts --bits 2: write --bits 2/4, or leave one of them out",
-        ),
-        (
-            f"{LSQ} --bits 2 --wt_level 3",
-            "--wt_level 3 contradicts --bits 2: write --bits ternary/2, or leave",
-        ),
-        (f"{LSQ} --bits 2 --wt_level 8", "--wt_level 8 contradicts --bits 2: write --bits 3/2, or leave"),
-        (f"{LSQ} --bits 2 --wt_level 5", "--wt_level 5 contradicts --bits 2: leave one of them out"),
-        (
-            f"{LSQ} --bits ternary --wt_bit 3",
-            "--wt_bit 3 contradicts --bits ternary: write --bits 3/ternary, or",
-        ),
-        (f"{LSQ} --bits 2/32 --fm_enable", "--fm_enable contradicts --bits 2/32: leave one of them out"),
         ("--keyword cifar10,cbas --bits 2", "--bits: which quantizer? Add one of the keywords lsq, pact,"),
         ("--keyword cifar10,cbas,xnor --bits 2", "the keyword xnor is binary: give --bits 1, not 4 levels"),
         (
