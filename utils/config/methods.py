@@ -7,7 +7,7 @@ brings none nothing is claimed. Nothing heavy is imported here, since options ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class MethodRecord:
         grad_types: values of `grad_type` that it takes beside "none" and "STE", which all methods take; None: unknown.
         idle_grad_types: values of `grad_type` that change nothing -> the rest of a sentence that says why.
         levels: the only number of levels that it has; None: several.
+        nearest_levels: the closest number of levels that it takes, of a number and whether they start at zero; None:
+            all.
         refuses: option -> why it cannot be written.
         limits: option -> its highest value, the rest of a sentence that says why, and the text to write instead.
         restores: it undoes the normalisation of `adaptive` whatever `adaptive_restore` says.
@@ -54,6 +56,7 @@ class MethodRecord:
     grad_types: frozenset[str] | None = None
     idle_grad_types: Mapping[str, str] = field(default_factory=dict)
     levels: int | None = None
+    nearest_levels: Callable[[int, bool], int] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     restores: bool = False
@@ -83,6 +86,12 @@ class MethodRecord:
     def without_effect(self, name: str) -> str:
         """The end of a warning about an option that the method ignores: why, where the record says so."""
         return f", {self.reasons[name]}" if name in self.reasons else ""
+
+    def fitting_levels(self, levels: int, half_range: bool) -> int:
+        """The number of levels that the method takes: `levels` itself, or the closest one, for messages."""
+        if self.levels is not None:
+            return self.levels
+        return levels if self.nearest_levels is None else self.nearest_levels(levels, half_range)
 
     def takes_grad_type(self, value: str) -> bool:
         """Whether the method may be given a `grad_type`."""
@@ -174,6 +183,11 @@ def _record(**fields: Any) -> MethodRecord:
     return MethodRecord(reasons=_REASONS, **fields)
 
 
+def _power_of_two(levels: int, half_range: bool) -> int:
+    """LQ-Nets: the sums of a basis of up to 8 numbers."""
+    return min(2 ** (levels - 1).bit_length(), 256)
+
+
 _WHOLE_WEIGHT = _record(reads=frozenset({"binary_scale"}), grad_types=_STE_SCALE, other_scale=True)
 
 declare("dorefa", _ACTIVATIONS, _record(reads=_CLIP, grad_types=_STE_SCALE))
@@ -207,6 +221,7 @@ declare(
                 "give at most 1, or leave it out for 0.5, the middle",
             )
         },
+        nearest_levels=_power_of_two,
         restores=True,
     ),
 )
@@ -215,7 +230,11 @@ declare(
     "fatnn",
     _ACTIVATIONS,
     _record(
-        title="FATNN", reads=_FATNN | {"boundary", "half_range"}, grad_types=frozenset(), other_scale=True
+        title="FATNN",
+        reads=_FATNN | {"boundary", "half_range"},
+        grad_types=frozenset(),
+        nearest_levels=lambda levels, half_range: min(levels, 4) if half_range else 3,
+        other_scale=True,
     ),
 )
 declare(
@@ -225,6 +244,7 @@ declare(
         title="FATNN",
         reads=_FATNN,
         grad_types=frozenset(),
+        nearest_levels=lambda levels, half_range: 3,
         refuses={"half_range": "FATNN's weights are ternary, -1, 0 and 1; leave it out"},
         other_scale=True,
     ),

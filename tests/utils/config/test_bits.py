@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
+from model.networks.build import build_network
 from utils.config.resolve import read
+from utils.config.vocabulary import METHOD_WORDS
 from utils.errors import UserError
 
 LSQ = "--keyword cifar10,cbas,lsq"
@@ -79,7 +82,7 @@ def test_what_comes_later_wins(line: str, same: str) -> None:
         ("--keyword cifar10,cbas,xnor --bits 2", "the keyword xnor is binary: give --bits 1, not 4 levels"),
         (
             "--keyword cifar10,cbas,dorefa,wt_bin --bits 2",
-            "the keyword wt_bin needs --bits 1/N, not 4 levels",
+            "the keyword wt_bin needs --bits 1/2, not 4 levels",
         ),
     ],
 )
@@ -87,3 +90,19 @@ def test_a_mistake(line: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(line.split())
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", ["1", "2", "ternary", "4", "9", "2/ternary", "32/2", "ternary/32"])
+@pytest.mark.parametrize("words", [*METHOD_WORDS, "dorefa,wt_bin", "wt_lsq,fm_xnor", "fm_lq,wt_non-uniform"])
+def test_messages_propose_bits_that_are_taken(words: str, bits: str) -> None:
+    """Whatever a method takes, no message names an option that was not written, and its proposal works."""
+
+    def network(bits: str) -> None:
+        build_network(read(f"--keyword cifar10,cbas,{words} --width_alpha 0.25 --bits {bits}".split()).model)
+
+    try:
+        network(bits)
+    except UserError as error:
+        proposals = re.findall(r"--bits (\S+?)(?:,|$)", str(error))
+        assert set(re.findall("--[a-z_]+", str(error))) == {"--bits"}
+        network(proposals[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from utils.config.command_line import Given
@@ -44,6 +45,23 @@ def spread_bits(given: Given) -> Given:
     written = {name: given[name] for name in order if name not in replaced}
     through = {name: "--bits" for name in values.keys() - written.keys()}
     return Given(values | written, given.replaced, through)
+
+
+def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:
+    """The value for `--bits` in place of the one that was given, with numbers of levels that are taken.
+
+    Args:
+        given: the options, `--bits` among them.
+        fitting: the number of levels that a tag takes, closest to a number; 3 or a power of two.
+    """
+    parts = [part.strip() for part in given["bits"].split("/")]
+    words: list[str] = []
+    for tag, word in (("wt", parts[0]), ("fm", parts[-1])):
+        if word != FULL and f"{tag}_bit" in given.through:
+            levels = fitting(tag, 3 if word == TERNARY else 2 ** int(word))
+            word = TERNARY if levels == 3 else str(levels.bit_length() - 1)
+        words.append(word)
+    return "/".join(dict.fromkeys(words))
 
 
 def _is_width(word: str) -> bool:

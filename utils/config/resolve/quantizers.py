@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, readers, record_of
+from utils.config.resolve.bits import fitting_bits
 from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
@@ -126,14 +127,19 @@ def _check_method(
         if f"{tag}_{option}" in given.explicit:
             raise UserError(f"--{tag}_{option}: {reason}")
     if binary_scale and levels != 2:
-        needed = "--bits 1/N" if f"{tag}_bit" in given.through else f"--{tag}_bit 1"
-        raise UserError(f"the keyword {tag}_bin needs {needed}, not {levels} levels")
+        raise UserError(f"the keyword {tag}_bin needs {_proposal(tag, given, fields)}, not {levels} levels")
     if record.levels not in (None, levels):
-        number = f"--{tag}_bit 1" if record.levels == 2 else f"--{tag}_level {record.levels}"
-        number = "--bits 1" if record.levels == 2 and f"{tag}_bit" in given.through else number
         what = "binary" if record.levels == 2 else f"of {record.levels} levels"
         which = "keyword" if method in PROJECT else "method"
-        raise UserError(f"the {which} {method} is {what}: give {number}, not {levels} levels")
+        raise UserError(
+            f"the {which} {method} is {what}: give {_proposal(tag, given, fields)}, not {levels} levels"
+        )
+    if _by_bits(tag, given) and _fitting(tag, levels, given, fields) != levels:
+        # The options of the tag are checked where the quantizer is built, in their words.
+        raise UserError(
+            f"--bits {given['bits']}: {record.title or method} has no {levels} levels for {TAGS[tag]}s: give "
+            f"{_proposal(tag, given, fields)}"
+        )
     takes = "none, STE or STE-scale" if record.takes_grad_type("STE-scale") else "none or STE"
     if kind == "Triangle" and not record.takes_grad_type(kind):
         raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write {takes}")
@@ -195,6 +201,27 @@ def _check_method(
             warnings.append(
                 f"the keyword {word} has no effect on {tag}, which is not quantized by {reading_methods}"
             )
+
+
+def _by_bits(tag: str, given: Given) -> bool:
+    """Whether `--bits` says the number of levels of a tag."""
+    return f"{tag}_bit" in given.through
+
+
+def _fitting(tag: str, levels: int, given: Given, fields: Mapping[str, Any]) -> int:
+    """The number of levels that a tag's method and keywords take, closest to `levels`."""
+    if fields.get(f"quant.{tag}.binary_scale", False):
+        return 2
+    half_range = (tag == "fm") != bool(given[f"{tag}_half_range"])
+    return record_of(fields.get(f"quant.{tag}.method", "none"), tag).fitting_levels(levels, half_range)
+
+
+def _proposal(tag: str, given: Given, fields: Mapping[str, Any]) -> str:
+    """What to write for a number of levels that is taken: `--bits` where that was written, else the tag's option."""
+    if _by_bits(tag, given):
+        return f"--bits {fitting_bits(given, lambda name, levels: _fitting(name, levels, given, fields))}"
+    levels = _fitting(tag, 2 ** given[f"{tag}_bit"], given, fields)
+    return f"--{tag}_bit 1" if levels == 2 else f"--{tag}_level {levels}"
 
 
 def extra(fields: Mapping[str, Any]) -> dict[str, Any]:
