@@ -30,7 +30,8 @@ from model.quantizers.site import LayerSite
 from utils.config import keyword
 from utils.config.command_line import Given, parse
 from utils.config.resolve.data_and_run import data_keyword
-from utils.config.resolve.network import family_of, model_config
+from utils.config.resolve.families import family_of
+from utils.config.resolve.network import model_config
 from utils.config.resolve.quantizers import quant_config
 from utils.config.schema import QuantConfig
 from utils.errors import UserError

@@ -32,7 +32,7 @@ class Keyword:
         requires: groups of words; at least one word of each group must be given too.
         requires_method: a word of rank 0 that names a method of quantization must be given too.
         excludes: words that cannot be given with this one.
-        families: families of networks it has an effect on, of `utils.config.resolve.network.FAMILIES`; empty: all.
+        families: families of networks it has an effect on, of `utils.config.resolve.families.FAMILIES`; empty: all.
         idle_with: a word beside which this one has no effect -> groups of words; with all words of a group
             given, it has an effect again.
     """

@@ -16,7 +16,7 @@ from model.networks.build import PROJECT, build_network, models
 from model.networks.mobilenet import InvertedResidual, divisible
 from model.watch.cost import network_cost
 from utils.config.resolve import read
-from utils.config.resolve.network import CLASSICS, FAMILIES, family_of
+from utils.config.resolve.families import CLASSICS, FAMILIES, family_of
 from utils.errors import UserError
 
 QUANTIZED = "--fm_enable --wt_enable --fm_bit 2 --wt_bit 2"

@@ -93,7 +93,9 @@ def test_a_mistake(line: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("bits", ["1", "2", "ternary", "4", "9", "2/ternary", "32/2", "ternary/32"])
-@pytest.mark.parametrize("words", [*METHOD_WORDS, "dorefa,wt_bin", "wt_lsq,fm_xnor", "fm_lq,wt_non-uniform"])
+@pytest.mark.parametrize(
+    "words", [*METHOD_WORDS, "dorefa,wt_bin", "xnor,wt_lsq", "lq,fm_lsq", "lq,wt_non-uniform"]
+)
 def test_messages_propose_bits_that_are_taken(words: str, bits: str) -> None:
     """Whatever a method takes, no message names an option that was not written, and its proposal works."""
 

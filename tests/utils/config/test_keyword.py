@@ -16,7 +16,7 @@ from tests import ROOT
 from utils.config import keyword
 from utils.config.keyword import Keyword, registry, resolve
 from utils.config.resolve import read
-from utils.config.resolve.network import FAMILIES
+from utils.config.resolve.families import FAMILIES
 from utils.config.schema import TAGS, Config, ModelConfig, QuantizerConfig, to_dict
 from utils.errors import UserError
 

@@ -278,8 +278,15 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
             f"{QUANTIZED.replace('--fm_enable ', '').replace('--fm_bit 2', '--fm_bit 32')}",
             ["--fm_bit has no effect without --fm_enable"],
         ),
-        ("--skip_corrupt 3", ["--skip_corrupt has no effect with the data set digits"]),
-        ("--ignore_orientation", ["--ignore_orientation has no effect with the data set digits"]),
+        # Its default.
+        ("--skip_corrupt 0", ["--skip_corrupt has no effect with the data set digits"]),
+        (
+            "--dataset imagenet --root x --skip_corrupt 3 --ignore_orientation --dataset fake",
+            [
+                f"--{name} has no effect with the data set fake"
+                for name in ("skip_corrupt", "ignore_orientation")
+            ],
+        ),
         ("--keyword cbas,dorefa", ["stays in full precision"]),
         ("--re_init", ["--re_init has no effect"]),
         (
@@ -294,6 +301,21 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
             f"{QUANTIZED} --fm_first_signed",
             ["--fm_first_signed has no effect without the keyword first-last"],
         ),
+        *(
+            (
+                f"--model {model} --keyword cifar10,lsq,first-last --fm_enable --fm_first_signed",
+                [f"--fm_first_signed has no effect on {model}, whose first layer has signed levels anyway"],
+            )
+            for model in (
+                "mobilenetv1",
+                "mobilenetv2",
+                "vgg_small",
+                "nin",
+                "torchvision:resnet18",
+                "timm:resnet18",
+            )
+        ),
+        ("--model pytorch-resnet18 --keyword lsq,first-last --fm_enable --fm_first_signed", []),
         (
             f"{FIRST_LAST} --fm_first_signed --fm_half_range",
             ["--fm_first_signed has no effect with --fm_half"],
@@ -478,6 +500,9 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--dataset glyphs --root x", "--root x has no effect .*--dataset folder"),
         ("--dataset fake --keyword cifar10 --root x", "--root x has no effect .*--dataset folder"),
         ("--fake_size 8", "--fake_size 8 has no effect .*: write --dataset fake"),
+        ("--skip_corrupt 3", "--skip_corrupt 3 has no effect .* digits: write --dataset folder .* or leave"),
+        ("--max_value 4095", "--max_value 4095 has no effect .* digits: write --dataset folder"),
+        ("--ignore_orientation", "--ignore_orientation has no effect .* digits: write --dataset folder"),
         (
             "--keyword cbas,dorefa,lsq --fm_bit 2",
             "--fm_bit 2: activations are not quantized: add --fm_enable",

@@ -20,7 +20,8 @@ from utils.config.resolve.data_and_run import (
     run_config,
 )
 from utils.config.resolve.effects import without_effect
-from utils.config.resolve.network import family_of, model_config
+from utils.config.resolve.families import family_of
+from utils.config.resolve.network import model_config
 from utils.config.resolve.numbers import check_numbers
 from utils.config.resolve.quantizers import quant_config
 from utils.config.resolve.training import (

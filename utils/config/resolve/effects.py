@@ -17,6 +17,10 @@ from utils.errors import UserError
 # Without effect they are errors: the run would train something else than was meant.
 NAMING = {
     "root": ("dataset", "write --dataset folder to train on a folder of images"),
+    **{
+        name: ("dataset", "write --dataset folder and --root for image files of your own")
+        for name in ("skip_corrupt", "max_value", "ignore_orientation")
+    },
     "fake_size": ("dataset", "write --dataset fake for computed images"),
     "opt_level": ("fp16", "add --fp16"),
     "re_init_range": ("re_init", "add --re_init"),
@@ -135,7 +139,8 @@ def _refuse_naming(name: str, when: str, given: Given) -> None:
     decides, instead = NAMING[name]
     default = given[name] in (OPTIONS[name].default, "O1")  # O1: the opt_level that --fp16 alone takes
     if not default and decides not in given.replaced:
-        raise UserError(f"--{name} {given[name]} has no effect {when}: {instead}, or leave --{name} out")
+        value = "" if given[name] is True else f" {given[name]}"
+        raise UserError(f"--{name}{value} has no effect {when}: {instead}, or leave --{name} out")
 
 
 def _called(method: str) -> str:

@@ -9,22 +9,10 @@ from typing import Any
 from utils.config import keyword
 from utils.config.command_line import Given
 from utils.config.image_size import sides
+from utils.config.resolve.families import family_of
 from utils.config.resolve.quantizers import extra
 from utils.config.schema import BlockConfig, ModelConfig, QuantConfig, StemConfig
 from utils.errors import UserError
-
-FAMILIES = ("resnet", "pytorch", "torchvision", "timm", "mobilenet", "classic")
-CLASSICS = {"mobilenetv1": "mobilenet", "mobilenetv2": "mobilenet", "vgg_small": "classic", "nin": "classic"}
-
-
-def family_of(model: str) -> str:
-    """The family of networks, which decides the keywords that act on `model`; "own" for a user's network."""
-    if model.startswith("pytorch-"):
-        return "pytorch"
-    source, colon, _ = model.partition(":")
-    if colon and source in FAMILIES:
-        return source
-    return "resnet" if model.startswith("resnet") else CLASSICS.get(model, "own")
 
 
 def model_config(

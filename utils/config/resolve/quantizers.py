@@ -8,6 +8,7 @@ from typing import Any
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, readers, record_of
 from utils.config.resolve.bits import fitting_bits
+from utils.config.resolve.families import family_of
 from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
@@ -187,6 +188,10 @@ def _check_method(
     if tag == "fm" and given["fm_first_signed"]:
         for idle, when in (
             ("quant.first_last" not in fields, "without the keyword first-last"),
+            (
+                (family_of(given["model"]) not in ("resnet", "pytorch", "own")),
+                f"on {given['model']}, whose first layer has signed levels anyway",
+            ),
             (
                 bool(given["fm_half_range"]),
                 "with --fm_half_range, which makes the levels of all layers signed",

@@ -9,7 +9,8 @@ from utils.config import keyword
 from utils.config.command_line import Given
 from utils.config.methods import compared_with_weights, record_of
 from utils.config.resolve.data_and_run import DATASETS
-from utils.config.resolve.network import family_of, model_config
+from utils.config.resolve.families import family_of
+from utils.config.resolve.network import model_config
 from utils.config.schema import (
     DistillConfig,
     LossConfig,
