@@ -119,7 +119,7 @@ def _read(folder: Path, label: str) -> Run:
     schedule = config.get("schedule")
     schedule = schedule if isinstance(schedule, dict) else {}
     planned = [schedule.get(name, 0) for name in ("epochs", "extra_epoch")]
-    if not all(isinstance(number, int) for number in planned):
+    if not all(_fits(number, int) for number in planned):
         raise UserError(f"{folder / 'config.yaml'} is not the configuration of a run")
     metrics, records = folder / "metrics.csv", folder / "quantizers.jsonl"
     rows = MetricsFile.read(metrics) if metrics.exists() else []
@@ -194,7 +194,11 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a type of `_SUMMARY` and the like; numbers must be finite."""
     if kind is NUMBERS:
         return isinstance(value, list) and all(_fits(item, NUMBER) for item in value)
-    return isinstance(value, kind) and not (isinstance(value, int | float) and not abs(value) < LARGEST)
+    return (
+        isinstance(value, kind)
+        and not isinstance(value, bool)  # which Python counts among the whole numbers
+        and not (isinstance(value, int | float) and not abs(value) < LARGEST)
+    )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -15,7 +15,7 @@ from utils.report.run_files import Run
 from utils.text import format_table, printable
 
 # Fields that say where and how a run works, not what it learns.
-_ASIDE = {"data.seed", "data.rank", "data.workers", "data.val_batch_size", "devices.ids"}
+_ASIDE = {"data.seed", "data.rank", "data.workers", "data.val_batch_size", "devices.ids", "warnings"}
 _LEARNED = {
     "run.pretrained", "run.ema_weights", "run.unresume_scope", "run.resume_file", "run.bn_batches",
 }  # fmt: skip
@@ -116,7 +116,7 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         spread = f"{_number(row['lowest'], '.2f')} - {_number(row['highest'], '.2f')}"
         cells.append((
             row["name"], row["network"], row["bits"], row["lr"], " ".join(map(str, row["seeds"])),
-            _number(row["mean"], ".2f") or "-",
+            _mean(row),
             *([spread if row["std"] is not None else ""] if several else []),
             _number(row["gap"], "+.2f"), f"{row['weight_bytes'] / 1024:.1f}", f"{row['float_weight_bytes'] / 1024:.1f}",
             f"{row['smaller']:.1f}x" if row["smaller"] is not None else "-", row["audit"],
@@ -128,6 +128,13 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     found = _differences(rows)
     return f"{text}\n\nwhat differs:\n{_table(('field', 'value', 'runs'), found)}" if found else text
+
+
+def _mean(row: Mapping[str, Any]) -> str:
+    """The mean; of how many runs, where the accuracy of some was not measured."""
+    count = sum(value is not None for value in row["top1"])
+    few = f" ({count} of {len(row['top1'])})" if 0 < count < len(row["top1"]) else ""
+    return f"{_number(row['mean'], '.2f')}{few}" if count else "-"
 
 
 def _differences(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -69,6 +69,24 @@ def test_weights_without_a_size(call: Call, tmp_path: Path, size: dict[str, int]
     assert row[6] == "0.0" and row[8] == "-"
 
 
+def test_a_seed_without_accuracy_is_not_in_the_mean(call: Call, tmp_path: Path) -> None:
+    """The row says of how many runs the mean is; other warnings make no other row."""
+    folders = [finished(tmp_path, f"run-{n}", seed=n, last_top1=top) for n, top in enumerate((99.25, None))]
+    config = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(config | {"warnings": ["--root has no effect"]}))
+    status, out, _ = call("--keyword", "compare", *folders)
+    assert status == 0
+    assert out.splitlines()[2].split()[:9] == [
+        "run-*", "resnet20", "32/32", "0.1", "0", "1", "99.25", "(1", "of",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["weight_bytes", "last_top1"])
+def test_true_is_no_number(call: Call, tmp_path: Path, name: str) -> None:
+    status, _, err = call("--keyword", "compare", finished(tmp_path, "run", **{name: True}))
+    assert status == 2 and f"{name} is missing or not what it should be" in err
+
+
 def test_seeds_are_one_row(call: Call, seeds: list[Path]) -> None:
     """With their mean, the lowest and the highest; what the groups differ in is listed."""
     status, out, _ = call("--keyword", "compare", *seeds)
