@@ -21,6 +21,11 @@ def some_names(names: Iterable[str]) -> str:
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
+def counted(number: int, word: str) -> str:
+    """A number and what it counts: `1 epoch`, `1,500 steps`."""
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Suggest the known words closest to `word`, as the end of a message; empty when none is close.
 

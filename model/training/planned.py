@@ -9,10 +9,12 @@ import torch
 from model.convert import full_precision
 from model.training.assemble import Assembled
 from model.training.starting_point import Origin, Surroundings
+from utils.checkpoint import run_state
 from utils.config.image_size import sides
 from utils.data.loader import Loader
 from utils.report.dry_run import Plan, duration
 from utils.step import optimizer
+from utils.text import counted
 
 ENOUGH = 0.25  # seconds that a pass must take to be measured
 LONG = 2.0  # seconds of a pass that needs no other
@@ -26,17 +28,20 @@ def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
     def count(part: Loader | None) -> int:
         return 0 if part is None else part.samples
 
+    spent, failure = ("", "") if config.run.lr_test else _time(here, assembled)
     return Plan(
         config=config,
         cost=assembled.cost,
         full_precision=full_precision(assembled.model),
         images=(count(loaders.training), count(loaders.val)),
         start=_start(here, origin, assembled),
-        time="" if config.run.lr_test else _time(here, assembled),
+        step_images=_step_images(here, assembled),
+        time=spent,
+        measured=not failure,
         rates=assembled.policy.planned_rates,
         policy=assembled.policy.describe(assembled.initial),
         groups=optimizer.groups_table(assembled.groups),
-        warnings=assembled.warnings,
+        warnings=(*assembled.warnings, *[failure] * bool(failure)),
         folder=here.folder,
         checkpoints=here.files.folder,
     )
@@ -46,7 +51,7 @@ def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
     """The weights that the run starts from, in words."""
     quant, found = here.config.model.quant, origin.found
     if found.path is not None:
-        return f"{found.path}, {assembled.progress.epoch} epochs are done"
+        return f"{found.path}, {_done(assembled.progress.epoch)}"
     start = "random weights"
     if assembled.loaded is not None:
         start = f"{assembled.loaded.source}: {assembled.loaded.summary()}"
@@ -54,31 +59,55 @@ def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
     return f"{start}; clip values from the weights and a batch (--re_init)" if searched else start
 
 
-def _time(here: Surroundings, assembled: Assembled) -> str:
-    """The estimated time of a step and of the run, in words."""
+def _done(epochs: int) -> str:
+    return f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} done"
+
+
+def _step_images(here: Surroundings, assembled: Assembled) -> int:
+    """The images that each process has in a step; a set smaller than a batch gives a smaller one."""
+    config, loader = here.config, assembled.loaders.training
+    if loader is None:
+        return 0
+    size = min(config.data.batch_size, loader.samples // here.place.world_size)
+    return size * min(config.optim.iter_size, len(loader))
+
+
+def _time(here: Surroundings, assembled: Assembled) -> tuple[str, str]:
+    """The estimated time of a step and of the rest of the run in words, and a warning where the pass fails."""
     config, device = here.config, here.device
     if here.place.world_size > 1 and config.devices.sync_bn:  # the other processes would have to take part
-        return "not estimated with --sync_bn"
+        return "not estimated with --sync_bn", ""
     what = "an image" if config.run.evaluate else "a step"
     try:
         image = _seconds_of_an_image(here, assembled)
     except RuntimeError as error:  # out of memory, for one
-        return f"not known: {what} fails on {device}: {str(error).splitlines()[0]}"
+        return (
+            "not known",
+            f"{what} fails on {device}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+        )
     without = f"on {device}, without reading images"
     if config.run.evaluate:
         images = 0 if assembled.loaders.val is None else assembled.loaders.val.samples
         images //= here.place.world_size
-        return f"estimated {duration(image * images)} for {images:,} images {without}"
-    step = image * config.data.batch_size * config.optim.iter_size
-    steps = assembled.policy.rates.total_steps
-    return f"estimated {duration(step)} a step, {duration(step * steps)} for all {steps:,} {without} or validation"
+        return f"estimated {duration(image * images)} for {counted(images, 'image')} {without}", ""
+    step = image * _step_images(here, assembled)
+    rates, state = assembled.policy.rates, assembled.progress
+    done = run_state.next_step(state, config, rates.steps_per_epoch, len(assembled.loaders.train))
+    steps = max(rates.total_steps - done, 0)
+    which = f"the remaining {steps:,}" if done else f"all {steps:,}"
+    return (
+        f"estimated {duration(step)} a step, {duration(step * steps)} for {which} {without} or validation",
+        "",
+    )
 
 
 def _seconds_of_an_image(here: Surroundings, assembled: Assembled) -> float:
     """Time forward and backward passes of growing batches of noise, until one takes long enough."""
     config, device, trains = here.config, here.device, not here.config.run.evaluate
     size, model = sides(config.model.input_size), assembled.model
-    batch = config.data.batch_size if trains else config.data.val_batch_size
+    batch = (
+        min(config.data.batch_size, _step_images(here, assembled)) if trains else config.data.val_batch_size
+    )
 
     def passed(count: int) -> float:
         images = torch.randn(

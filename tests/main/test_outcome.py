@@ -224,6 +224,37 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert files(tmp_path) == {} and not any(tmp_path.iterdir())
 
 
+def test_dry_run_of_a_small_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step has the images that there are; a run that goes on has the remaining steps."""
+    with contextlib.chdir(tmp_path):
+        line = f"{FP} --fake_size 6 -b 8 --iter_size 2 --case small"
+        assert call(f"{line} --epochs 1 --dry_run") == 0
+        first = capsys.readouterr().out
+        assert call(f"{line} --epochs 1") == 0
+        capsys.readouterr()
+        assert call(f"{line} --epochs 3 -r --dry_run") == 0
+        resumed = capsys.readouterr().out
+    assert "; 1 step an epoch, each of 6 images" in first and "schedule  1 epoch, " in first
+    assert " for all 1 on " in first
+    assert ", 1 epoch is done\n" in resumed and " for the remaining 2 on " in resumed
+
+
+def test_dry_run_of_a_pass_that_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise RuntimeError("out of memory\nby far")
+
+    monkeypatch.setattr("model.training.planned._seconds_of_an_image", full)
+    with contextlib.chdir(tmp_path):
+        assert call(f"{FP} --dry_run") == 0
+    out = capsys.readouterr().out
+    assert "time      not known\n" in out and "warning: a step fails on cpu: out of memory\n" in out
+    assert "everything checked" not in out and out.endswith(
+        "checked but for the pass that fails, nothing trained\n"
+    )
+
+
 def test_dry_run_of_an_evaluation(lsq: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of the whole validation set, with what the checkpoint gives."""
     with contextlib.chdir(lsq):

@@ -169,7 +169,12 @@ def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = T
         UserError: as `ImageNames`; or the classes differ.
     """
     if root is None:
-        raise UserError(f"--dataset {dataset} needs --root: the folder that holds train/ and val/")
+        what = (
+            "a folder of images (--dataset folder or imagenet)"
+            if dataset == "imagenet"
+            else f"--dataset {dataset}"
+        )
+        raise UserError(f"{what} needs --root: the folder that holds train/ and val/")
     if not root.is_dir():
         raise UserError(f"--root {root} is not a folder: name the one that holds train/ and val/")
     wanted = {"train": train or (root / "train").is_dir(), "val": val}

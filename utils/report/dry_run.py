@@ -15,7 +15,7 @@ from utils.config.schema import Config, to_dict
 from utils.report import curves
 from utils.report.cost_record import Cost
 from utils.step.schedule import Schedule
-from utils.text import some_names
+from utils.text import counted, some_names
 
 LISTED = 6  # changes of the learning rate on the first screen
 
@@ -30,7 +30,9 @@ class Plan:
         full_precision: names of the layers without quantizers.
         images: numbers of training and validation images.
         start: the weights that it starts from, in words.
+        step_images: images that a process has in a step; 0 in an evaluation.
         time: the duration of a step and of the run, in words.
+        measured: whether the pass that `time` is estimated from succeeded, where there was one.
         rates: the learning rates.
         policy: the changes of a policy, a line each; empty without one.
         groups: the optimizer's parameter groups, as a table.
@@ -44,7 +46,9 @@ class Plan:
     full_precision: tuple[str, ...]
     images: tuple[int, int]
     start: str
+    step_images: int
     time: str
+    measured: bool
     rates: Schedule
     policy: str
     groups: str
@@ -74,7 +78,8 @@ def text(plan: Plan) -> str:
         parts.append(
             "--verbose prints the configuration and what set it, layers, parameter groups and all rates"
         )
-    return "\n".join([*parts, "dry run: everything checked, nothing trained"])
+    checked = "everything checked" if plan.measured else "checked but for the pass that fails"
+    return "\n".join([*parts, f"dry run: {checked}, nothing trained"])
 
 
 def duration(seconds: float) -> str:
@@ -89,12 +94,11 @@ def _screen(plan: Plan) -> str:
     config, cost = plan.config, plan.cost
     data, model, evaluate = config.data, config.model, config.run.evaluate
     train, val = plan.images
+    dataset = "a folder of images" if data.dataset == "imagenet" else data.dataset
     where = "" if data.root is None else f" in {data.root}"
     processes = f" for each of {data.world_size} processes" if data.world_size > 1 else ""
     steps = plan.rates.steps_per_epoch
-    batches = (
-        f"; {steps:,} steps an epoch, each of {data.batch_size * config.optim.iter_size} images{processes}"
-    )
+    batches = f"; {counted(steps, 'step')} an epoch, each of {counted(plan.step_images, 'image')}{processes}"
     rows = [
         (
             "evaluate" if evaluate else "train",
@@ -103,7 +107,7 @@ def _screen(plan: Plan) -> str:
         ),
         (
             "on",
-            f"{data.dataset}{where}: {train:,} images, {val:,} for validation{'' if evaluate else batches}",
+            f"{dataset}{where}: {counted(train, 'image')}, {val:,} for validation{'' if evaluate else batches}",
         ),
         ("from", plan.start),
         *([("taught by", config.loss.distill.teacher.name)] if config.loss.distill and not evaluate else []),
@@ -146,7 +150,9 @@ def _schedule(plan: Plan) -> str:
     config, rates = plan.config, plan.rates
     changes = rates.changes()
     more = f", ... ({len(changes) - LISTED} more)" if len(changes) > LISTED else ""
-    wakeup = f"; learning-rate warm-up over {rates.wakeup_steps:,} steps" if rates.wakeup_steps else ""
+    wakeup = (
+        f"; learning-rate warm-up over {counted(rates.wakeup_steps, 'step')}" if rates.wakeup_steps else ""
+    )
     skipped = (
         f"; no optimizer step in the first {rates.skipped_steps:,} of {rates.total_steps:,} (--warmup)"
         if rates.skipped_steps
@@ -154,7 +160,7 @@ def _schedule(plan: Plan) -> str:
     )
     epochs = config.schedule.epochs + config.schedule.extra_epoch
     listed = f"learning rate from epoch {_listed(changes[:LISTED])}{more}"
-    return f"{epochs} epochs, {config.optim.name}, {listed}{wakeup}{skipped}"
+    return f"{counted(epochs, 'epoch')}, {config.optim.name}, {listed}{wakeup}{skipped}"
 
 
 def _listed(changes: Iterable[tuple[int, float]]) -> str:

@@ -24,7 +24,7 @@ from utils.errors import UserError
             "--root nowhere is not a folder: .*cifar-10-batches-py",
         ),
         ({"dataset": "fake", "fake_size": 0}, "--fake_size 0"),
-        ({"dataset": "imagenet"}, "imagenet needs --root"),
+        ({"dataset": "imagenet"}, r"^a folder of images \(--dataset folder or imagenet\) needs --root"),
         (
             {"dataset": "imagenet", "root": Path("nowhere")},
             "--root nowhere is not a folder: .*train/ and val/",
