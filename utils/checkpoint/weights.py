@@ -179,6 +179,7 @@ def in_scope(name: str, scope: Iterable[str]) -> bool:
     An entry is the whole name of a parameter, that of a module with all its parameters, or a pattern of such names.
 
     Example:
+        >>> from utils.checkpoint.weights import in_scope
         >>> in_scope("fc.weight", ["fc"]), in_scope("layer1.0.se.fc1.weight", ["fc"])
         (True, False)
         >>> in_scope("layer1.0.se.fc1.weight", ["*.se"]), in_scope("layer1.0.se.fc1.weight", ["fc*"])
