@@ -116,7 +116,18 @@ def network_state(
 ) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint under the network's names, see `state_dict_of` and `from_torchvision`."""
     state = weights.state_dict_of(payload, source=source, names=network.state_dict())
-    return from_torchvision(state, network, config, source)
+    return from_torchvision(state, network, config, source, reverse=_may_be_reverse(payload))
+
+
+def _may_be_reverse(payload: Mapping[str, Any]) -> bool:
+    """Whether the weights may be of a network with `reverse-bn`.
+
+    A checkpoint of this project says so; libraries publish bare weights, and of other checkpoints nothing is known.
+    """
+    recorded = payload.get("config")
+    network = recorded.get("model") if isinstance(recorded, Mapping) else None
+    norm = network.get("norm", "reverse") if isinstance(network, Mapping) else "reverse"
+    return weights.wrapper_of(payload) is not None and norm == "reverse"
 
 
 def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
