@@ -98,17 +98,25 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         bad = weights.nonfinite((name, loaded[name]) for name in report.loaded)
         if bad:
             raise UserError(f"--pretrained {path}: {some_names(bad)} is not finite; give another checkpoint")
-    own_state = model.state_dict()
-    classes = config.model.num_classes
-    head_skipped = any(own_state[n].shape[:1] == (classes,) for n in report.skipped if n in own_state)
+    head = _last_layer(model, config.model.num_classes)
     return dataclasses.replace(
         report,
         source=str(path),
         summed=tuple(name for name in summed if name in report.loaded),
         # Counters that start at zero although the file has them are not missing.
         missing=tuple(name for name in report.missing if name not in held),
-        classes=() if head_skipped else weights.class_names_of(payload),
+        classes=() if head and head <= set(report.skipped) else weights.class_names_of(payload),
     )
+
+
+def _last_layer(model: nn.Module, classes: int) -> set[str]:
+    """The names of the parameters of the layer that tells the classes apart: the last with an output for each."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(prefix=name, recurse=False))
+        if any(one.ndim > 1 and one.shape[0] == classes for one in own.values()):
+            found = set(own)
+    return found
 
 
 def network_state(
@@ -116,7 +124,18 @@ def network_state(
 ) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint under the network's names, see `state_dict_of` and `from_torchvision`."""
     state = weights.state_dict_of(payload, source=source, names=network.state_dict())
-    return from_torchvision(state, network, config, source)
+    return from_torchvision(state, network, config, source, reverse=_may_be_reverse(payload))
+
+
+def _may_be_reverse(payload: Mapping[str, Any]) -> bool:
+    """Whether the weights may be of a network with `reverse-bn`.
+
+    A checkpoint of this project says so; libraries publish bare weights, and of other checkpoints nothing is known.
+    """
+    recorded = payload.get("config")
+    network = recorded.get("model") if isinstance(recorded, Mapping) else None
+    norm = network.get("norm", "reverse") if isinstance(network, Mapping) else "reverse"
+    return weights.wrapper_of(payload) is not None and norm == "reverse"
 
 
 def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:

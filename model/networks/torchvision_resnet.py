@@ -46,7 +46,7 @@ ORIGINAL = "origin,cbsa,fix_pooling,singleconv,fix"
 
 
 def from_torchvision(
-    state: dict[str, Tensor], network: nn.Module, config: ModelConfig, source: str
+    state: dict[str, Tensor], network: nn.Module, config: ModelConfig, source: str, *, reverse: bool = False
 ) -> dict[str, Tensor]:
     """Weights with the names of torchvision's (and timm's) ResNets, under the names of our ResNet.
 
@@ -55,19 +55,27 @@ def from_torchvision(
         network: to load them into; for one that is not our ResNet they are returned as they are.
         config: the network's.
         source: names the file in messages.
+        reverse: whether the weights may be of a network with `reverse-bn`, whose names are the same.
 
     Raises:
         UserError: the network computes something else than torchvision's from the same weights.
     """
-    if not isinstance(network, ResNet) or "layer1.0.conv1.weight" not in state:
+    if "layer1.0.conv1.weight" not in state:
+        return state
+    if config.name in NAMES and config.norm == "reverse" and not reverse:
+        raise UserError(
+            f"{source} has weights of networks with batch norms, and this network computes something else: "
+            "leave out the keyword reverse-bn"
+        )
+    if not isinstance(network, ResNet):
         return state
     if not _is_original(config):
         raise UserError(
             f"{source} has the weights of torchvision's ResNet, and this network computes something else: "
             f"write --keyword imagenet,{ORIGINAL} or --model torchvision:{config.name}"
         )
-    ours = _torchvision_names(network)
-    return {ours.get(name, name): value for name, value in state.items()}
+    layers = _torchvision_layers(network)
+    return {_renamed(name, layers): value for name, value in state.items()}
 
 
 def _is_original(config: ModelConfig) -> bool:
@@ -79,23 +87,32 @@ def _is_original(config: ModelConfig) -> bool:
         block == BlockConfig(order="cbsa", skip="block", fix=True, shortcut_pool=False)
         and config.stem == StemConfig(norm_before_pool=True)
         and config.activation == "relu"
+        and config.norm in ("batch", "static", "frozen")
     )
 
 
-def _torchvision_names(network: ResNet) -> dict[str, str]:
-    """Our names of all layers' entries by torchvision's."""
+def _torchvision_layers(network: ResNet) -> dict[str, str]:
+    """Our names of all layers by torchvision's."""
     found = {}
     for name in network.state_dict():
         parts = name.split(".")
         if parts[0] == "bn1":
-            found[".".join(["bn1", *parts[2:]])] = name
+            found["bn1"] = ".".join(parts[:2])
         elif parts[0].startswith("layer") and parts[2] != "skip":
-            found[".".join([*parts[:3], *parts[4:]])] = name
+            found[".".join(parts[:3])] = ".".join(parts[:4])
     for place, block in network.named_modules():
         if not isinstance(block, Block):
             continue
-        layers = [(i, layer) for i, layer in block.skip.named_children() if layer.state_dict()]
-        for theirs, (i, layer) in enumerate(layers):
-            for name in layer.state_dict():
-                found[f"{place}.downsample.{theirs}.{name}"] = f"{place}.skip.{i}.{name}"
+        layers = [i for i, layer in block.skip.named_children() if layer.state_dict()]
+        found |= {f"{place}.downsample.{theirs}": f"{place}.skip.{i}" for theirs, i in enumerate(layers)}
     return found
+
+
+def _renamed(name: str, layers: dict[str, str]) -> str:
+    """A name with that of its layer replaced; a file may have entries that our layer lacks, such as a counter."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        layer = ".".join(parts[:i])
+        if layer in layers:
+            return ".".join([layers[layer], *parts[i:]])
+    return name

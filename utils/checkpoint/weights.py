@@ -29,14 +29,17 @@ _WRAPPERS = (
 def wrapper_of(payload: Mapping[str, Any]) -> str | None:
     """The key under which a checkpoint keeps its weights, such as `state_dict` or `model`, or None when bare."""
     found = [key for key in _WRAPPERS if isinstance(payload.get(key), Mapping)]
-    held = (key for key in found if any(isinstance(value, Tensor) for value in payload[key].values()))
-    return next(held, found[0] if found else None)
+    held = [key for key in found if _holds_tensors(payload[key])]
+    held += [key for key in found if _lone_wrapper(payload[key])]
+    return next(iter(held + found), None)
 
 
 def state_dict_of(
     payload: Mapping[str, Any], *, source: str = "the checkpoint", names: Iterable[str] = ()
 ) -> dict[str, Tensor]:
     """The weights of a checkpoint: a bare state dict, or the one under `state_dict`, `model` or another usual key.
+
+    Under that key it may lie under one more, as in {"ema": {"module": weights}}.
 
     Leading `module.` and any `_orig_mod.`, left by parallel and compiled wrappers, are removed from every name. With
     the `names` of the network so is another prefix, such as `model.`, when without it names are the network's
@@ -53,6 +56,9 @@ def state_dict_of(
     """
     key = wrapper_of(payload)
     entries: Mapping[str, Any] = payload if key is None else payload[key]
+    inner = key and _lone_wrapper(entries)
+    if inner:
+        key, entries = f"{key}.{inner}", entries[inner]
     names = frozenset(names)
     plain = key is not None or any(isinstance(value, Tensor) for value in entries.values())
     originals: dict[str, str] = {}
@@ -66,6 +72,12 @@ def state_dict_of(
         if not isinstance(short, str) or not _is_dense(value):
             if key is None:
                 keys = some_names(str(key) for key in entries)
+                inside = [str(key) for key, value in entries.items() if _holds_tensors(value)]
+                if inside and not any(isinstance(value, Tensor) for value in entries.values()):
+                    raise UserError(
+                        f"{source} has tensors in {some_names(inside)}, which is no usual key of weights; save the "
+                        f"network's alone: torch.save({{'state_dict': checkpoint[{inside[0]!r}]}}, FILE)"
+                    )
                 raise UserError(
                     f"{source} has no state_dict and no model, and is none itself; its keys: {keys}"
                 )
@@ -81,6 +93,18 @@ def state_dict_of(
     if len(set(short_names)) < len(state):
         return state
     return dict(zip(short_names, state.values(), strict=True))
+
+
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _lone_wrapper(entries: Mapping[str, Any]) -> str | None:
+    """The key of weights inside those of another, as in {"ema": {"module": weights}}; None without one."""
+    if _holds_tensors(entries):
+        return None
+    found = [key for key in ("module", *_WRAPPERS) if _holds_tensors(entries.get(key))]
+    return found[0] if len(found) == 1 else None
 
 
 def _unwrapped(name: str) -> str:
@@ -179,6 +203,7 @@ def in_scope(name: str, scope: Iterable[str]) -> bool:
     An entry is the whole name of a parameter, that of a module with all its parameters, or a pattern of such names.
 
     Example:
+        >>> from utils.checkpoint.weights import in_scope
         >>> in_scope("fc.weight", ["fc"]), in_scope("layer1.0.se.fc1.weight", ["fc"])
         (True, False)
         >>> in_scope("layer1.0.se.fc1.weight", ["*.se"]), in_scope("layer1.0.se.fc1.weight", ["fc*"])

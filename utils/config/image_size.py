@@ -12,6 +12,7 @@ def sides(size: InputSize) -> tuple[int, int]:
     """Height and width in pixels.
 
     Example:
+        >>> from utils.config.image_size import sides
         >>> sides(32), sides((96, 160))
         ((32, 32), (96, 160))
     """

@@ -52,6 +52,11 @@ def test_a_module_that_is_called_model_is_no_wrapper() -> None:
         ({"state_dict": {"w": torch.ones(1), "n": [3]}}, "the entry 'n' under state_dict is not a dense"),
         ({"w": torch.ones(1), "optimizer": {}}, "its keys: w, optimizer"),
         ({"epoch": 3, "name": "x"}, "its keys: epoch, name"),
+        (
+            {"epoch": 3, "generator": {"w": torch.ones(1)}},
+            "has tensors in generator, which is no usual key of weights; save the network's alone: "
+            "torch.save({'state_dict': checkpoint['generator']}, FILE)",
+        ),
         ({"net": {"n": "x"}}, "holds no weights"),
         ({"model": {1: torch.ones(1)}}, "the entry 1 under model"),
         ({"model": {"w": torch.ones(2).to_sparse()}}, "the entry 'w' under model is not a dense real"),
@@ -71,6 +76,13 @@ def test_weights_are_preferred_to_averages_and_settings() -> None:
     weights, other = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
     assert state_dict_of({"ema": other, "params": {"lr": 1}, "net": weights})["w"].item() == 1
     assert state_dict_of({"params": {"lr": 1}, "ema": other})["w"].item() == 0
+
+
+@pytest.mark.parametrize("inner", ["module", "state_dict", "model"])
+def test_weights_under_two_keys(inner: str) -> None:
+    """The outer one may have settings beside them, and the file a key without tensors."""
+    payload = {"params": {"lr": 1}, "ema": {"decay": 0.9, inner: {"module.w": torch.ones(1), "n": "x"}}}
+    assert list(state_dict_of(payload)) == ["w"]
 
 
 def test_numbers_and_text_beside_the_tensors() -> None:
