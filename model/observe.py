@@ -122,6 +122,11 @@ class ParameterProducts(TorchDispatchMode):
         {'0': Product(parameters={'0.table': (2, 12)}, macs=120, output=(5, 6))}
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's own switch: otherwise it imports its compiler here, which takes a second at every start."""
+        return False
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found: dict[str, Product] = {}
