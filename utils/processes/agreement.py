@@ -65,11 +65,9 @@ def run_fields(config: Config, device: str) -> dict[str, str]:
         device: kind of this process's device, such as `cuda`.
     """
     root = Path(__file__).resolve().parents[2]
-    sources = [root / "main.py", *sorted(root.glob("utils/**/*.py")), *sorted(root.glob("model/**/*.py"))]
-    code = {str(path.relative_to(root)): file_digest(path) for path in sources if path.is_file()}
     own = ", ".join(map(file_digest, keyword.loaded_files()))
     return {
-        **code,
+        **code_digests(root),
         "--keyword_file": own or _MISSING,
         **_versions(),
         "device": device,
