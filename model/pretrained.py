@@ -111,6 +111,7 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         # Counters that start at zero although the file has them are not missing.
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head_skipped else weights.class_names_of(payload),
+        max_value=weights.max_value_of(payload),
     )
 
 

@@ -31,6 +31,7 @@ class Loaders:
         warnings: for the log, about the files.
         classes: names of the classes in their order; empty where they have none.
         class_weights: weight of each class in the loss; empty: all are 1.
+        max_value: the value of 16-bit images that becomes white, given or found; None: there are no such images.
     """
 
     training: Loader | None
@@ -41,6 +42,7 @@ class Loaders:
     warnings: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     class_weights: tuple[float, ...] = ()
+    max_value: int | None = None
 
     @property
     def train(self) -> Loader:
