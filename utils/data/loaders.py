@@ -52,9 +52,10 @@ class Loaders:
         return self.training
 
     def identity(self) -> dict[str, str]:
-        """What tells both sets from others, see `Loader.identity`."""
+        """What tells both sets from others, see `Loader.identity`; and the weights of the classes."""
         parts = {"train": self.training, "val": self.val}
-        return {
+        weights = ", ".join(f"{weight:.9g}" for weight in self.class_weights)
+        return {"class weights": weights or "none"} | {
             f"{what} of {part}": text
             for part, loader in parts.items()
             if loader is not None
