@@ -56,32 +56,127 @@ print(", ".join(difflib.get_close_matches(word.lower(), names, cutoff=float(cuto
 END
 }
 
-# Prints the names of variables that files assign and never read, line by line. Prints none where a file reads variables
-# whose names it makes itself.
-unused_names() {
-  local code names name
-  code=$(sed 's/^[[:space:]]*#.*//' -- "$@")
-  ! grep -qE '\$\{!|(^|[^[:alnum:]_-])(eval|envsubst|allexport|set +-[[:alpha:]]*a|(declare|local|typeset) +-n)([^[:alnum:]_-]|$)' <<<"$code" || return 0
-  # Without remarks, and without variables that are set for one command.
-  # shellcheck disable=SC2016  # a pattern
-  names=$(sed -E 's/[[:space:]]#.*//; /^[[:space:]]*[[:alnum:]_]+=[^][:space:];&|"'\''$(]*[[:space:]]+[^[:space:]]/d' <<<"$code" |
-    grep -oE '(^|[;&|{])[[:space:]]*[[:alpha:]_][[:alnum:]_]*(\[[^]]*])?\+?=' |
-    sed -E 's/^[;&|{]?[[:space:]]*([[:alnum:]_]+).*/\1/' | sort -u) || true
-  for name in $names; do
-    [[ " ${known_names[*]} " != *" $name "* ]] || continue
-    # $name, ${name...}, ${#name...}; by its bare name in arithmetic and in commands that take names.
-    grep -qE '\$\{?#?'"$name"'([^[:alnum:]_]|$)|(\(\(|-v|export|declare|typeset|readonly|let|unset)([^;]*[^[:alnum:]_;-])?'"$name"'([^[:alnum:]_]|$)' <<<"$code" ||
-      printf '%s\n' "$name"
-  done
+# Prints the names of variables that shell files assign, line by line, with `export:` before exported ones: not those that
+# are set for one command, nor what quotes and here-documents hold. Prints nothing where there is no Python.
+assigned_names() {
+  "$(find_python)" - "$@" 2>/dev/null <<'END' || true
+import re, sys
+
+ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\[.*\])?\+?=")
+DECLARING = ("declare", "export", "local", "readonly", "typeset")
+BEFORE = ("!", "{", "}", "do", "elif", "else", "if", "then", "time", "until", "while")
+
+
+def behind(text, i, end):
+    """The index behind the next `end` that no quotes or brackets enclose."""
+    while i < len(text) and text[i] != end:
+        if text[i] == "\\":
+            i += 2
+        elif text[i : i + 2] in ("$(", "${"):
+            i = behind(text, i + 2, ")" if text[i + 1] == "(" else "}")
+        elif text[i] == "(" and end == ")":
+            i = behind(text, i + 1, ")")
+        elif text[i] in "\"`" or (text[i] == "'" and end != '"'):
+            i = text.find("'", i + 1) + 1 or len(text) if text[i] == "'" else behind(text, i + 1, text[i])
+        else:
+            i += 1
+    return i + 1
+
+
+def commands(text):
+    """The words of each command; what is quoted or expanded is a quote in them."""
+    words, word, documents, i = [], "", [], 0
+    while i < len(text):
+        char, document = text[i], re.compile(r"<<(-?)[ \t]*([^\s;&|<>()]+)").match(text, i)
+        if char in " \t\n;&|()#":
+            if char == "#" and word:
+                word, i = word + char, i + 1
+                continue
+            if char == "(" and word.endswith("="):  # an array
+                i = behind(text, i + 1, ")")
+                continue
+            words, word = words + [word] * (word != ""), ""
+            if char not in " \t#":
+                yield words
+                words = []
+            if char == "#":
+                i = text.find("\n", i)
+                i = len(text) if i < 0 else i
+            elif text.startswith("((", i):
+                i = behind(text, i + 1, ")")
+            else:
+                i += 1
+            while char == "\n" and documents:
+                dash, mark = documents.pop(0)
+                for line in text[i:].splitlines(keepends=True):
+                    i += len(line)
+                    if (line.lstrip("\t") if dash else line).rstrip("\n") == mark:
+                        break
+        elif text.startswith("<<<", i):
+            word, i = word + "<<<", i + 3
+        elif document:
+            documents.append((document[1], re.sub(r"[\\'\"]", "", document[2])))
+            word, i = word + "<<", document.end()
+        elif text.startswith("\\\n", i):
+            i += 2
+        elif char == "\\":
+            word, i = word + '"', i + 2
+        elif text.startswith("$'", i):
+            word, i = word + '"', re.compile(r"(\\.|[^'\\])*'?", re.S).match(text, i + 2).end()
+        elif char == "'":
+            word, i = word + '"', text.find("'", i + 1) + 1 or len(text)
+        elif char in "\"`":
+            word, i = word + '"', behind(text, i + 1, char)
+        elif text[i : i + 2] in ("$(", "${", "<(", ">("):
+            word, i = word + '"', behind(text, i + 2, "}" if text[i + 1] == "{" else ")")
+        else:
+            word, i = word + char, i + 1
+    yield words + [word] * (word != "")
+
+
+names = set()
+for path in sys.argv[1:]:
+    for words in commands(open(path, encoding="utf-8", errors="replace").read()):
+        while words and words[0] in BEFORE:
+            words = words[1:]
+        found = [match[1] for match in map(ASSIGNMENT.match, words) if match]
+        if words and words[0] in DECLARING:
+            exported = words[0] == "export" or any(re.fullmatch("-[A-Za-z]*x[A-Za-z]*", word) for word in words)
+            names.update(f"export:{name}" if exported else name for name in found)
+        elif len(found) == len(words):
+            names.update(found)
+print("\n".join(sorted(names)))
+END
 }
 
-# Ends with an error for an unused name close to one that a config may set, and warns of the others. The first argument
-# is the config, the others are unused names.
+# Prints those of the assigned names that the files never read. Prints none where a file reads variables whose names it
+# makes itself.
+unused_names() {
+  local code found name
+  code=$(sed 's/^[[:space:]]*#.*//' -- "$@")
+  ! grep -qE '\$\{!|(^|[^[:alnum:]_-])(eval|envsubst|allexport|set +-[[:alpha:]]*a|(declare|local|typeset) +-n)([^[:alnum:]_-]|$)' <<<"$code" || return 0
+  while read -r found; do
+    name=${found#export:}
+    [[ -n $name && " ${known_names[*]} " != *" $name "* ]] || continue
+    # $name, ${name...}, ${#name...}; by its bare name in arithmetic and in commands that take names.
+    grep -qE '\$\{?#?'"$name"'([^[:alnum:]_]|$)|(\(\(|-v|let|unset)([^;]*[^[:alnum:]_;-])?'"$name"'([^[:alnum:]_]|$)|(export|declare|typeset|readonly)([^;]*[^[:alnum:]_;-])?'"$name"'([^][:alnum:]_=+[]|$)' <<<"$code" ||
+      printf '%s\n' "$found"
+  done < <(assigned_names "$@")
+}
+
+# Ends with an error for an unused name close to one that a config may set, and warns of the others; an exported one may
+# be for another program, so that a close one is a warning. The first argument is the config, the others are unused names.
 report_unused() {
   local config=$1 name meant others=()
   shift
   for name; do
-    meant=$(close_names "$name" 0.8 "${known_names[@]}")
+    meant=$(close_names "${name#export:}" 0.8 "${known_names[@]}")
+    if [[ $name == export:* ]]; then
+      [[ -z $meant ]] ||
+        printf 'train.sh: warning: %s exports %s, which nothing here reads; did you mean %s?\n' \
+          "$config" "${name#export:}" "$meant" >&2
+      continue
+    fi
     [[ -z $meant ]] || fail "$config sets $name and never uses it; did you mean $meant?"
     others+=("$name")
   done
@@ -172,6 +267,10 @@ cd -- "$repository"
 
 config_file=$(locate "$1")
 shift
+for word; do
+  [[ $word != --check && $word != --print ]] ||
+    fail "$word comes before the config; write: bash train.sh $word $config_file"
+done
 check_shell_file "$config_file"
 if [[ $launcher_mode == check ]]; then
   if sources=$(sourced_files "$config_file"); then
@@ -220,11 +319,10 @@ for user_file in "${user_files[@]}"; do
 done
 unset -f command_not_found_handle
 
-# Of the names that the config assigns, those that it has set; exported ones are for other programs.
+# Of the names that the config assigns, those that it has set.
 names_not_used=()
-exported=" $(compgen -e | tr '\n' ' ')"
 while read -r name; do
-  [[ ! -v $name || $names_before$exported == *" $name "* ]] || names_not_used+=("$name")
+  [[ ! -v ${name#export:} || $names_before == *" ${name#export:} "* ]] || names_not_used+=("$name")
 done < <(unset 'files_read[${BASH_SOURCE[0]}]' && unused_names "${!files_read[@]}")
 report_unused "$config_file" "${names_not_used[@]}"
 

@@ -18,6 +18,7 @@ from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
+from utils.processes import distributed
 from utils.text import some_names
 
 
@@ -41,7 +42,9 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
     """
     if isinstance(path, str):
         folder = config.run.weights_dir / config.model.name
-        payload, path = published_weights(path, config.model, folder), Path(path)
+        source, path = path, Path(path)
+        # One process fetches them and gives them to the others, which may be on machines without a network.
+        payload = distributed.broadcast(lambda: published_weights(source, config.model, folder))
     else:
         payload = archive.read(path)
     state = network_state(payload, model, config.model, str(path))
@@ -106,6 +109,7 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         # Counters that start at zero although the file has them are not missing.
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head and head <= set(report.skipped) else weights.class_names_of(payload),
+        max_value=weights.max_value_of(payload),
     )
 
 

@@ -308,6 +308,11 @@ def test_two_real_processes(repository: Repository) -> None:
         (["config/config.tset"], "no config 'config/config.tset'; close names: config/config.test;"),
         (["config/unlike"], "no config 'config/unlike'; the folder config/"),
         (["config/config.test", "mian.py"], "no script 'mian.py'"),
+        (
+            ["config/config.test", "--check"],
+            "--check comes before the config; write: bash train.sh --check config/config.test",
+        ),
+        (["config/config.test", "main.py", "--print"], "--print comes before the config"),
     ],
 )
 def test_mistakes_on_the_command_line(repository: Repository, arguments: list[str], message: str) -> None:
@@ -353,6 +358,16 @@ def test_mistakes_in_a_config(repository: Repository, text: str, message: str) -
         ("epoch+=3", "epochs"),
         ("f() { epoch=3; }\nf", "epochs"),
         ("if true; then\n  epoch=3\nfi", "epochs"),
+        ("if true; then epoch=3; fi", "epochs"),
+        ("if false; then base=2; else epoch=3; fi", "epochs"),
+        ("for i in 1; do epoch=$i; done", "epochs"),
+        ("case x in x) epoch=3 ;; esac", "epochs"),
+        ("declare epoch=3", "epochs"),
+        ("readonly epoch=3", "epochs"),
+        ("typeset -i base=2 epoch=3", "epochs"),
+        ('keyword="$keyword,x" epoch=3', "epochs"),
+        ("epoch=$(echo 'a b' | tr b c) # a remark", "epochs"),
+        ("cat >/dev/null <<END\nbase=2\nEND\nepoch=3", "epochs"),
         ("source config/parent", "epochs"),
     ],
 )
@@ -391,8 +406,14 @@ def test_another_variable_that_is_not_used(repository: Repository, text: str, na
         "epoch=3\neval 'epochs=$epoch'",
         "epoch=3\nsource config/parent",
         'here=config\nepoch=3\n. "$here/parent"',
-        "export epoch=3",
+        "export epoch=3\nepochs=$epoch",
+        "export OMP_NUM_THREADS=1",
         "epoch=3\nexport epoch",
+        "cat >/dev/null <<END\nepoch=3\nEND",
+        "cat >/dev/null <<-'END'\n\tepoch=3\n\tEND",
+        "options='\nepoch=3\n'\noptions=",
+        'options="$(echo "x")\nepoch=3\n"\noptions=',
+        "epoch=3 base='a b' true",
         "set -a\nepoch=3",
         "for epoch in 1 2; do base=1; done",
         "epoch=3 true",
@@ -406,6 +427,17 @@ def test_variables_that_are_used(repository: Repository, text: str) -> None:
     for flag in ("--print", "--check"):
         done = repository.train(flag, config)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("text", ["export epoch=3", "declare -x epoch=3"])
+def test_an_exported_variable_may_be_for_another_program(repository: Repository, text: str) -> None:
+    config = repository.config(f"{text}\n")
+    for flag in ("--print", "--check"):
+        done = repository.train(flag, config)
+        assert done.returncode == 0
+        assert done.stderr == (
+            "train.sh: warning: config/config.test exports epoch, which nothing here reads; did you mean epochs?\n"
+        )
 
 
 def test_a_variable_of_dotenv_needs_no_use(repository: Repository) -> None:

@@ -26,7 +26,14 @@ from utils.checkpoint import run_state
 from utils.checkpoint.case_files import Found
 from utils.checkpoint.random_state import seed_generators
 from utils.checkpoint.run_state import RunState
-from utils.checkpoint.weights import LoadReport, check_class_names, class_names_of
+from utils.checkpoint.weights import (
+    LoadReport,
+    check_class_names,
+    check_max_value,
+    class_names_of,
+    max_value_of,
+)
+from utils.config.schema import Config
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data
 from utils.processes import distributed
@@ -96,6 +103,7 @@ class Assembled:
             logger=logger,
             probe=self.probe,
             classes=self.loaders.classes,
+            max_value=self.loaders.max_value,
         )
 
 
@@ -121,8 +129,10 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     loaders, rates, shortened = _open_data(here, model)
     if loaded is not None:
         check_class_names(loaded.classes, loaders.classes, str(origin.pretrained))
+        check_max_value(loaded.max_value, _found_max_value(config, loaders), str(origin.pretrained))
     if teacher is not None:
         check_class_names(teacher.classes, loaders.classes, f"the teacher {here.teacher}")
+        check_max_value(teacher.max_value, _found_max_value(config, loaders), f"the teacher {here.teacher}")
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout)
@@ -164,6 +174,11 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
             *loaders.warnings,
         ),
     )  # fmt: skip
+
+
+def _found_max_value(config: Config, loaders: Loaders) -> int | None:
+    """The largest value that was found in 16-bit images; None where there are none or --max_value decides."""
+    return loaders.max_value if config.data.max_value is None else None
 
 
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
@@ -234,6 +249,7 @@ def _resume(
     if found.path is not None:
         progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
         check_class_names(class_names_of(found.payload), loaders.classes, str(found.path))
+        check_max_value(max_value_of(found.payload), _found_max_value(config, loaders), str(found.path))
         changed = run_state.schedule_change(found.payload, progress, config, steps_per_epoch)
         warnings = (changed,) * (changed != "" and not config.run.evaluate)
     if config.run.evaluate:  # which has no state of a policy

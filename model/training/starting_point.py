@@ -110,6 +110,11 @@ def find_origin(here: Surroundings) -> Origin:
             "--pretrained none random weights are"
         )
     check_agreement(
-        lambda: {"the pretrained weights": file_digest(pretrained), "the teacher": file_digest(here.teacher)}
+        lambda: {"the pretrained weights": _digest(pretrained), "the teacher": _digest(here.teacher)}
     )
     return Origin(found=found, pretrained=pretrained, launchers=launchers)
+
+
+def _digest(weights: Path | str | None) -> str:
+    """What is compared of weights: a file's digest, or the library that has them."""
+    return weights if isinstance(weights, str) else file_digest(weights)

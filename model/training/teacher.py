@@ -42,6 +42,7 @@ class Teacher:
             ) from error
         payload = archive.read(path)
         self.classes = weights.class_names_of(payload)
+        self.max_value = weights.max_value_of(payload)
         try:
             state = network_state(payload, self.network, config.teacher, str(path))
             weights.load_weights(self.network, state, allow_missing=lambda name: False, source=str(path))

@@ -33,6 +33,7 @@ class TrainingState:
         logger: the log.
         probe: records tensors of layers at some iterations, if asked to.
         classes: names of the classes; empty where they have none.
+        max_value: the value of 16-bit images that becomes white; None without such images.
     """
 
     model: nn.Module
@@ -47,13 +48,14 @@ class TrainingState:
     logger: Logger
     probe: Probe | None = None
     classes: tuple[str, ...] = ()
+    max_value: int | None = None
 
     def save(self, progress: RunState, output: Output, *, best: bool = False) -> None:
         """Start writing the checkpoints that are due; see `utils.checkpoint.run_state.save`."""
         save(
             progress, self.config, output, state_dict=self.precision.weights(self.model), optimizer=self.optimizer,
             amp=self.precision.state_dict(), rates=self.policy.rates, best=best,
-            classes=self.classes,
+            classes=self.classes, max_value=self.max_value,
         )  # fmt: skip
 
     def images(self, images: torch.Tensor) -> torch.Tensor:

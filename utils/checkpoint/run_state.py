@@ -184,7 +184,7 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
         "epoch": (int,), "best_acc": (int, float), "optimizer": (dict,), "random": (dict,), "config": (dict,),
         "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
         "amp": (dict,), "policy": (dict,), "methods": (dict,), "random_of_others": (list,),
-        "launchers": (list,), "classes": (list,),
+        "launchers": (list,), "classes": (list,), "max_value": (int, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and (not isinstance(payload[name], kind) or isinstance(payload[name], bool)):
@@ -284,7 +284,7 @@ class Output:
 def save(
     state: RunState, config: Config, output: Output, *, state_dict: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer, amp: Mapping[str, Any], rates: Schedule, best: bool = False,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] = (), max_value: int | None = None,
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
@@ -301,6 +301,7 @@ def save(
         rates: the learning rates.
         best: whether no validation was better.
         classes: names of the classes; empty where they have none.
+        max_value: the value of 16-bit images that becomes white; None without such images.
 
     Raises:
         TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
@@ -329,6 +330,7 @@ def save(
         "config": to_dict(config),
         "launchers": list(output.launchers),
         "classes": list(classes),
+        "max_value": max_value,
     }
     kept = config.run.save_freq and state.position == 0 and state.epoch % config.run.save_freq == 0
     output.writer.start(

@@ -153,6 +153,21 @@ def check_class_names(before: Sequence[str], now: Sequence[str], source: str) ->
     )
 
 
+def max_value_of(payload: Mapping[str, Any]) -> int | None:
+    """The value of 16-bit images that became white in a checkpoint's training; None when it has none."""
+    value = payload.get("max_value")
+    return value if isinstance(value, int) else None
+
+
+def check_max_value(before: int | None, now: int | None, source: str) -> None:
+    """Raise `UserError` where another value of 16-bit images becomes white than in the training of `source`."""
+    if None not in (before, now) and before != now:
+        raise UserError(
+            f"{source} was trained with 16-bit images whose value {before} became white, and the largest value of "
+            f"these images is {now}: write --max_value {before}, or another one for images of another kind"
+        )
+
+
 def _is_dense(value: object) -> bool:
     return (
         isinstance(value, Tensor)
@@ -177,6 +192,7 @@ class LoadReport:
     obsolete: tuple[str, ...] = ()  # tables of published files and counters, which are not needed
     source: str = ""  # the file
     classes: tuple[str, ...] = ()  # names of the file's, where the layer that tells them apart was loaded
+    max_value: int | None = None  # the file's, of 16-bit images
 
     def summary(self) -> str:
         """One line: how many names of each kind, all that were skipped and the first few of the others."""

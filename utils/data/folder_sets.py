@@ -53,10 +53,12 @@ def _folder_loaders(
     unreadable = Unreadable(config.skip_corrupt)
     warnings = [part.left_out() for part in names.values()]
     if (max_value := config.max_value) is None:
-        first = next(iter(names.values()))  # training images where there are some
-        max_value, said = broadcast(lambda: value_range(first, config.workers))
+        part, first = next(iter(names.items()))  # training images where there are some
+        max_value, said = broadcast(lambda: value_range(first, config.workers, training=part == "train"))
         warnings.append(said)
-    decoding = Decoding(ignore_orientation=config.ignore_orientation, max_value=max_value)
+    decoding = Decoding(
+        ignore_orientation=config.ignore_orientation, max_value=65535 if max_value is None else max_value
+    )
 
     def open_(delivery: Delivery) -> Loader:
         return loader(
@@ -71,7 +73,7 @@ def _folder_loaders(
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
     said = tuple(filter(None, warnings))
     loaders = loaders_of(config, deliveries, open_, train="train" in names, warnings=said)
-    return dataclasses.replace(loaders, classes=next(iter(names.values())).classes)
+    return dataclasses.replace(loaders, classes=next(iter(names.values())).classes, max_value=max_value)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

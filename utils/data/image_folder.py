@@ -115,10 +115,10 @@ def _images(folder: Path, hidden: list[str]) -> list[str]:
     ]
 
 
-def value_range(names: ImageNames, threads: int) -> tuple[int, str]:
-    """The largest value of the set's 16-bit images, which becomes white, and a line about it; 65535 and "" without any.
+def value_range(names: ImageNames, threads: int, *, training: bool) -> tuple[int | None, str]:
+    """The largest value of the set's 16-bit images, which becomes white, and a line about it; None and "" without any.
 
-    Only names that end as PNG or TIFF do are looked at.
+    Only names that end as PNG or TIFF do are looked at. The line depends on whether these are the training images.
     """
     paths = [path for path in map(names.path, range(len(names))) if path.lower().endswith(_MAY_HAVE_16_BITS)]
     values: list[int] = []
@@ -127,12 +127,16 @@ def value_range(names: ImageNames, threads: int) -> tuple[int, str]:
             found = pool.map(largest_value, paths[first : first + 1024])
             values += [value for value in found if value is not None]
     if not values:
-        return 65535, ""
+        return None, ""
     largest = max(1, *values)
+    advice = (
+        f"write --max_value {largest} where the network meets other images, or another one if this is an outlier"
+        if training
+        else "it may be another one than that of the training images: write --max_value with theirs"
+    )
     return largest, (
         f"{len(values)} of {len(names)} images in {names.folder} have 16 bits: their largest value, {largest}, becomes "
-        f"white (255); write --max_value {largest} where the network meets other images, or another one if this is an "
-        "outlier"
+        f"white (255); {advice}"
     )
 
 

@@ -31,6 +31,7 @@ class Loaders:
         warnings: for the log, about the files.
         classes: names of the classes in their order; empty where they have none.
         class_weights: weight of each class in the loss; empty: all are 1.
+        max_value: the value of 16-bit images that becomes white, given or found; None: there are no such images.
     """
 
     training: Loader | None
@@ -41,6 +42,7 @@ class Loaders:
     warnings: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     class_weights: tuple[float, ...] = ()
+    max_value: int | None = None
 
     @property
     def train(self) -> Loader:
@@ -50,9 +52,10 @@ class Loaders:
         return self.training
 
     def identity(self) -> dict[str, str]:
-        """What tells both sets from others, see `Loader.identity`."""
+        """What tells both sets from others, see `Loader.identity`; and the weights of the classes."""
         parts = {"train": self.training, "val": self.val}
-        return {
+        weights = ", ".join(f"{weight:.9g}" for weight in self.class_weights)
+        return {"class weights": weights or "none"} | {
             f"{what} of {part}": text
             for part, loader in parts.items()
             if loader is not None

@@ -20,9 +20,9 @@ from utils.text import printable, some_names
 # Fields of the configuration that may differ: places, the paths of files, how fast images are read, what is shown. What
 # the paths lead to is compared where every process reads it.
 MAY_DIFFER = (
-    "data.rank", "data.root", "data.workers", "devices.distributed", "devices.ids", "devices.rank",
-    "devices.world_size", "loss.distill.pretrained", "run.log_dir", "run.pretrained", "run.resume_file", "run.verbose",
-    "run.weights_dir", "keywords", "origins", "warnings",
+    "data.class_weights", "data.rank", "data.root", "data.workers", "devices.distributed", "devices.ids",
+    "devices.rank", "devices.world_size", "loss.distill.pretrained", "run.log_dir", "run.pretrained",
+    "run.resume_file", "run.verbose", "run.weights_dir", "keywords", "origins", "warnings",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm")  # they compute, draw numbers and define networks
 _SHOWN = 3  # fields in the message
@@ -65,11 +65,9 @@ def run_fields(config: Config, device: str) -> dict[str, str]:
         device: kind of this process's device, such as `cuda`.
     """
     root = Path(__file__).resolve().parents[2]
-    sources = [root / "main.py", *sorted(root.glob("utils/**/*.py")), *sorted(root.glob("model/**/*.py"))]
-    code = {str(path.relative_to(root)): file_digest(path) for path in sources if path.is_file()}
     own = ", ".join(map(file_digest, keyword.loaded_files()))
     return {
-        **code,
+        **code_digests(root),
         "--keyword_file": own or _MISSING,
         **_versions(),
         "device": device,

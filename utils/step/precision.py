@@ -52,7 +52,7 @@ def check_precision(config: PrecisionConfig, device: torch.device) -> tuple[str,
 def memory_format(model: nn.Module, config: PrecisionConfig, device: torch.device) -> torch.memory_format:
     """The memory format of weights and images: channels last if asked for, and if that is safe.
 
-    torch 2.15 ends the process of some very narrow channels-last networks on a CPU; they are trained contiguous there.
+    torch 2.15 ends the process of some channels-last networks on a CPU; these are trained contiguously there.
     """
     unsafe = device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)

@@ -17,6 +17,7 @@ from model import pretrained
 from model.networks.build import build_network
 from model.networks.torchvision_resnet import ORIGINAL
 from tests.main.runs import call
+from tests.utils.processes.lines import together
 from utils.checkpoint import archive
 from utils.config.resolve import read
 from utils.config.schema import Config
@@ -91,6 +92,24 @@ def test_timms_weights_from_the_hubs_cache(tmp_path: Path, capsys: pytest.Captur
     assert call(f"{line} --unresume_scope fc --dry_run") == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("from "))
     assert row.split()[1] == "timm:" and row.endswith("loaded, 2 skipped (fc.weight, fc.bias)")
+
+
+def test_two_processes_begin_with_a_librarys_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the cache; without a network and a cache both end with the same line."""
+    cached(timm.create_model("test_resnet"), tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = "--dataset fake --fake_size 8 -b 4 --num_classes 8 --input_size 64 --dry_run --unresume_scope fc"
+    done = together(
+        tmp_path,
+        {
+            "timm": {"world": 2, "line": f"{line} --model {TINY} --pretrained timm"},
+            "missing": {"world": 2, "line": f"{line} --model torchvision:alexnet --pretrained torchvision"},
+        },
+    )
+    assert done["timm"]["status"] == [0, 0], done["timm"]["said"]
+    assert done["missing"]["status"] == [2, 2], done["missing"]["said"]
+    assert len(set(done["missing"]["said"])) == 1 and "cannot fetch https://" in done["missing"]["said"][0]
 
 
 @pytest.mark.parametrize(

@@ -323,6 +323,13 @@ def test_the_range_of_sixteen_bits_is_found_in_the_training_images(
     ramp = np.linspace(0, 255, 32)[2:-2]
     np.testing.assert_allclose(half, np.tile(ramp, (3, 1)), atol=1.01)
     np.testing.assert_allclose(whole, np.tile(np.minimum(2 * ramp, 255), (3, 1)), atol=2.01)
+    assert loaders.max_value == 4000
+    (tmp_path / "train").rename(tmp_path / "gone")
+    alone = open_data(replace(config, train=False))
+    [warning] = alone.warnings
+    assert "val have 16 bits: their largest value, 8000, becomes white" in warning and alone.max_value == 8000
+    assert warning.endswith("another one than that of the training images: write --max_value with theirs")
+    (tmp_path / "gone").rename(tmp_path / "train")
     loaders = open_data(replace(config, max_value=16000))
     assert loaders.warnings == ()
     [(images, _)] = validation(loaders)

@@ -37,6 +37,10 @@ DIFFERENT = {
         ["--case base -r --epochs 2", "--case base -r --epochs 2 --momentum 0.5"],
         "optim.momentum (0.9 in process 0; 0.5 in process 1)",
     ),
+    "class weights": (
+        ["--class_weights one.csv", "--class_weights other.csv"],
+        "differ in class weights (",
+    ),
     "weights": (
         [f"--pretrained {WEIGHTS} {TEACHER} a", f"--pretrained a {TEACHER} b"],
         "in process 1), the teacher (",
@@ -96,6 +100,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (folder / "network.py").write_text(NO_DROPOUT + SLEEPS)
     (folder / "other.py").write_text(NO_DROPOUT + "# another comment\n")
     write_folders(folder)
+    for name, weight in (("one", 1), ("same", 1), ("other", 2)):
+        rows = [f"{number},{weight if number else 1}" for number in range(10)]
+        (folder / f"{name}.csv").write_text("\n".join(["class,weight", *rows]))
     for name in "ab":
         (folder / name).write_text(f"{name}: nothing reads it")
     runs = {"base": {"world": 1, "line": f"{FAKE} --case base"}}
@@ -106,6 +113,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name in ("copy", *FOLDERS):
         other = f"{FOLDER} --root {name} -j 1 --log_dir elsewhere --verbose -g 0"
         runs[name] = {"world": 2, "line": [FOLDER, other]}
+    line = [f"{FAKE} --case y --class_weights {name}.csv" for name in ("one", "same")]
+    runs["same weights"] = {"world": 2, "line": line}
     return together(folder, runs | WAITING)
 
 
@@ -124,6 +133,7 @@ def test_processes_that_differ(done: dict[str, Any], name: str) -> None:
 def test_processes_may_have_their_files_elsewhere(done: dict[str, Any]) -> None:
     assert done["copy"]["status"] == [0, 0], done["copy"]["said"]
     assert not (done["folder"] / "elsewhere").exists()
+    assert done["same weights"]["status"] == [0, 0], done["same weights"]["said"]
 
 
 @pytest.mark.parametrize("name", WAITING)

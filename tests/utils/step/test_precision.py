@@ -286,7 +286,7 @@ def test_digits_train_as_well_as_in_float32(tmp_path: Path, monkeypatch: pytest.
 def test_channels_last_where_it_is_safe(
     shape: tuple[int, int, int, int], format: torch.memory_format
 ) -> None:
-    """Some very narrow networks are contiguous on a CPU; nothing is run here."""
+    """Some networks are contiguous on a CPU; nothing is run here."""
     made = nn.Sequential(nn.Conv2d(*shape))
     assert precision.memory_format(made, PrecisionConfig(), CPU) == format
     assert precision.memory_format(made, PrecisionConfig(), torch.device("cuda")) == torch.channels_last
