@@ -80,16 +80,17 @@ class Product:
 
 
 def within(name: str) -> Iterator[str]:
-    """The name of a module and those of the modules around it, from inside to outside, without the network itself.
+    """The name of a module and those of the modules around it, from inside to outside; the network's own is empty.
 
     Example:
         >>> from model.observe import within
         >>> list(within("layer1.0.conv1"))
-        ['layer1.0.conv1', 'layer1.0', 'layer1']
+        ['layer1.0.conv1', 'layer1.0', 'layer1', '']
     """
     while name:
         yield name
         name = name.rpartition(".")[0]
+    yield ""
 
 
 class ParameterProducts(TorchDispatchMode):
