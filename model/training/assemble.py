@@ -128,11 +128,9 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
 
     loaders, rates, shortened = _open_data(here, model)
     if loaded is not None:
-        check_class_names(loaded.classes, loaders.classes, str(origin.pretrained))
-        check_max_value(loaded.max_value, _found_max_value(config, loaders), str(origin.pretrained))
+        _check_same_data(config, loaders, loaded.classes, loaded.max_value, str(origin.pretrained))
     if teacher is not None:
-        check_class_names(teacher.classes, loaders.classes, f"the teacher {here.teacher}")
-        check_max_value(teacher.max_value, _found_max_value(config, loaders), f"the teacher {here.teacher}")
+        _check_same_data(config, loaders, teacher.classes, teacher.max_value, f"the teacher {here.teacher}")
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout)
@@ -176,9 +174,16 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     )  # fmt: skip
 
 
-def _found_max_value(config: Config, loaders: Loaders) -> int | None:
-    """The largest value that was found in 16-bit images; None where there are none or --max_value decides."""
-    return loaders.max_value if config.data.max_value is None else None
+def _check_same_data(
+    config: Config, loaders: Loaders, classes: tuple[str, ...], max_value: int | None, source: str
+) -> None:
+    """Raise `UserError` where a checkpoint was trained with other classes or another range of 16-bit images.
+
+    A range that --max_value gives is wanted, and is not compared.
+    """
+    check_class_names(classes, loaders.classes, source)
+    found = loaders.max_value if config.data.max_value is None else None
+    check_max_value(max_value, found, source)
 
 
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:
@@ -248,8 +253,8 @@ def _resume(
     progress, warnings = RunState(), ()
     if found.path is not None:
         progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
-        check_class_names(class_names_of(found.payload), loaders.classes, str(found.path))
-        check_max_value(max_value_of(found.payload), _found_max_value(config, loaders), str(found.path))
+        classes, max_value = class_names_of(found.payload), max_value_of(found.payload)
+        _check_same_data(config, loaders, classes, max_value, str(found.path))
         changed = run_state.schedule_change(found.payload, progress, config, steps_per_epoch)
         warnings = (changed,) * (changed != "" and not config.run.evaluate)
     if config.run.evaluate:  # which has no state of a policy
