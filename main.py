@@ -95,7 +95,7 @@ def answer(argv: Sequence[str] | None) -> int:
 
 def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
-    check_options(config)
+    start.check_options(config)
     from model.training.assemble import assemble  # imports torch; the checks above need not wait for it
     from model.training.starting_point import find_origin, find_surroundings
     from utils.checkpoint import earlier_runs
@@ -125,15 +125,6 @@ def run(config: Config) -> int:
             if stopped:
                 return SAVED
             return 0 if recorder is None else finish(here, assembled, training, progress, recorder)
-
-
-def check_options(config: Config) -> None:
-    """Run the checks of options that do not need torch."""
-    settings = config.run
-    schedule.check_schedule(config.schedule, config.optim.lr)
-    start.check_folder(settings.log_dir / settings.case, "log_dir")
-    if not settings.evaluate:
-        start.check_folder(settings.weights_dir / config.model.name, "weights_dir")
 
 
 def describe(here: Surroundings, origin: Origin, assembled: Assembled) -> int:

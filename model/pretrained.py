@@ -14,6 +14,7 @@ from model.layers.quantized import quantizers
 from model.networks.grey import grey_state
 from model.networks.published import published_weights
 from model.networks.torchvision_resnet import from_torchvision
+from model.trained import check_as_trained, levels_of
 from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
@@ -58,10 +59,12 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         for theirs, ours in quantizer.published.items():
             if f"{name}.{theirs}" in state:
                 state[f"{name}.{ours}"] = state.pop(f"{name}.{theirs}")
+    if config.run.evaluate:
+        check_as_trained(payload, state, model, config, str(path))
     held = set(state)
     for name, quantizer in own.items():
         levels = state.get(f"{name}.level_num")
-        trained = None if levels is None else _levels(levels, path)
+        trained = None if levels is None else levels_of(levels, str(path))
         own_counters = {f"{name}.level_num": quantizer.level_num}
         if not config.run.evaluate:
             own_counters[f"{name}.iteration"] = quantizer.iteration
@@ -72,11 +75,6 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        if config.run.evaluate and trained is not None and trained != quantizer.levels:
-            raise UserError(
-                f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
-                f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
-            )
         if trained is not None and trained != quantizer.levels:
             prefix = f"{name}."
             theirs = {
@@ -149,10 +147,3 @@ def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]
     if not average:
         raise UserError(f"--ema_weights: {path} has none; it was trained without --ema_decay")
     return dict(average["weights"])
-
-
-def _levels(value: torch.Tensor, path: Path) -> int:
-    """A `level_num` of a checkpoint."""
-    if value.numel() != 1 or not 2 <= float(value) <= 2**16:
-        raise UserError(f"{path} is damaged: a level_num is {value.tolist()}; use another file")
-    return int(value)

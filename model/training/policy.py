@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from model.layers.quantized import keep_full_precision, quantized_layers, quantizers
+from model.layers.quantized import keep_full_precision, quantized_layers, quantizers, selected
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
@@ -66,21 +65,13 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
     Raises:
         UserError: there is none, or an index has no layer.
     """
-    found, layers = [], list(quantized_layers(model))
-    tags = {"activation": "fm", "weight": "wt", "output": "ot"}
+    layers = list(quantized_layers(model))
     for number in rule.index:
         if number >= len(layers):
             raise UserError(
                 f"{rule}: index {number} has no layer, the last quantized one is {len(layers) - 1}"
             )
-    for number, (name, layer) in enumerate(layers):
-        if (rule.index and number not in rule.index) or not fnmatchcase(name, rule.name):
-            continue
-        found += [
-            (f"{name}.{part}", quantizer)
-            for part, quantizer in layer.quantizers()
-            if rule.tag in ("", tags[part.removeprefix("quant_")])
-        ]
+    found = selected(rule, model)
     if not found:
         names = ", ".join(name for name, _ in layers[:3])
         raise UserError(f"{rule}: selects no quantizer; layers are {names or 'all in full precision'} ...")

@@ -342,7 +342,7 @@ MODEL: dict[str, tuple[Option, ...]] = {
             str,
             None,
             "quantize weights and activations to these bits: 2, ternary, or weights/activations like 2/4; 32: full "
-            "precision; for xx_enable, xx_bit and xx_level together",
+            "precision, also behind a config with other bits; for xx_enable, xx_bit and xx_level together",
         ),
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
