@@ -46,6 +46,7 @@ from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
 
+RANDOM = "no checkpoint is given, so this evaluates random weights"
 SEEN_IMAGES = 8  # of a batch, whose inputs of layers are looked at before training
 
 
@@ -171,7 +172,8 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
-            *loaders.warnings,
+            *loaders.warnings, *found.passed_over, *progress.differences,
+            *(() if found.path or loaded or not config.run.evaluate else [RANDOM]),
         ),
     )  # fmt: skip
 

@@ -264,6 +264,22 @@ def test_dry_run_of_an_evaluation(lsq: Path, capsys: pytest.CaptureFixture[str])
     assert lines[2].startswith("from      weights/resnet20/lsq-checkpoint.pth.tar: 248 loaded")
     assert re.match(r"time      estimated .+ for 8 images on \w+, without reading images", lines[5])
     assert lines[6] == "writes    exp/other"
+    assert call(f"{LSQ} -e --dry_run") == 0
+    assert "\nwarning: no checkpoint is given, so this evaluates random weights\n" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_resumed_run(lsq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the warnings that the run has, and says how classes are evened out."""
+    changed = "--case lsq -r --epochs 3 --balanced_sampler --full_precision layer3.*"
+    with contextlib.chdir(lsq):
+        assert call(f"{LSQ} --re_init {changed} --dry_run") == 0
+    said = capsys.readouterr().out
+    for option in ("balanced_sampler was off", "full_precision was none", "epochs was 2"):
+        assert f"\nwarning: --{option} and is " in said
+    assert "\nclasses   drawn equally often (--balanced_sampler)\n" in said and "\npolicy " not in said
+    assert "lsq-checkpoint.pth.tar, 2 epochs are done\n" in said
+    assert call(f"{LSQ} --case new -r --dry_run") == 0
+    assert "random weights (--resume: no checkpoint of the case new yet)\n" in capsys.readouterr().out
 
 
 def test_dry_run_with_all_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

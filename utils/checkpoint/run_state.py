@@ -255,9 +255,11 @@ _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "de
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """The fields of the configuration that changed, of those that affect the training, and how in a user's words."""
     found: dict[str, str] = {}
+    # Of two files of class weights the values count, not the paths.
+    files = all(side.get("class_weight_values") for side in (before, now))
     for name in sorted(before.keys() & now.keys()):
         old, new, field = before[name], now[name], f"{prefix}{name}"
-        if field in _ELSEWHERE:
+        if field in _ELSEWHERE or name == ("class_weights" if files else "class_weight_values"):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found |= differences(old, new, f"{field}.")

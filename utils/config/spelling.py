@@ -60,6 +60,8 @@ def changed(field: str, before: Any, now: Any) -> str:
         return _changed_policy(before, now)
     if field == "data.world_size":
         return f"the number of processes was {before} and is {now} now"
+    if field == "data.class_weight_values":
+        return "--class_weights: the file has other weights now"
     if field == "loss.distill":
         before, now = (value["teacher"]["name"] if value else "none" for value in (before, now))
     option = option_of(field)

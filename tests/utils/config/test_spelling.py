@@ -16,7 +16,13 @@ from utils.config.schema import Config, DistillConfig, LossConfig, to_dict
 from utils.config.spelling import changed
 
 # Those that have no word: derived from others, or values that no keyword sets.
-WORDLESS = {"data.train", "model.norm", "model.block.skip", "model.stem.space_to_depth"}
+WORDLESS = {
+    "data.train",
+    "data.class_weight_values",
+    "model.norm",
+    "model.block.skip",
+    "model.stem.space_to_depth",
+}
 
 
 def fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
