@@ -120,7 +120,9 @@ def test_class_weights_act_on_the_labels_and_are_logged(
     done_in(tmp_path, f"{again} equal.csv --dry_run", f"{line} --case edited --class_weights equal.csv")
     said = capsys.readouterr().out
     assert "warning: --class_weights: the file has other weights now" in said
-    assert "classes   weights in the loss: ant 0.8182, bee 0.8182, cat 2.455 (--class_weights equal.csv)" in said
+    assert (
+        "classes   weights in the loss: ant 0.8182, bee 0.8182, cat 2.455 (--class_weights equal.csv)" in said
+    )
     rows = grouped(read([tmp_path / "exp" / case for case in ("equal", "edited")]))
     assert [row["differs"] for row in rows] == [
         {"data.class_weight_values": value} for value in ("[3.0, 3.0, 3.0]", "[3.0, 3.0, 9.0]")

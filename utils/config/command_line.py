@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from utils.config.image_size import input_size
-from utils.config.option import Option, floats, integer, integers, words
+from utils.config.option import Option, floats, integer, integers, keywords, words
 from utils.config.options import GROUPS, OPTIONS
 from utils.errors import UserError
 
@@ -61,6 +61,7 @@ def _metavar(option: Option) -> str:
         input_size: "N|HxW",
         float: "X",
         words: "WORDS",
+        keywords: "WORDS",
         integers: "N,N",
         floats: "X,X",
     }

@@ -14,6 +14,7 @@ from utils.config.image_size import size_text
 from utils.config.schema import Config, to_dict
 from utils.report import curves
 from utils.report.cost_record import Cost
+from utils.report.run_report import dataset_name
 from utils.step.schedule import Schedule
 from utils.text import counted, some_names
 
@@ -96,7 +97,7 @@ def _screen(plan: Plan) -> str:
     config, cost = plan.config, plan.cost
     data, model, evaluate = config.data, config.model, config.run.evaluate
     train, val = plan.images
-    dataset = "a folder of images" if data.dataset == "imagenet" else data.dataset
+    dataset = dataset_name(config)
     where = "" if data.root is None else f" in {data.root}"
     processes = f" for each of {data.world_size} processes" if data.world_size > 1 else ""
     steps = plan.rates.steps_per_epoch

@@ -97,6 +97,8 @@ def test_table_and_totals() -> None:
         (("--fm_enable", "--fm_bit", "8"), "32/8", (144 + 40) * 4),
         (("--fm_enable", "--wt_enable", "--fm_bit", "4", "--wt_bit", "1"), "1/4", (144 + 40) // 8),
         (("--wt_enable", "--wt_level", "5"), "3/32", (144 + 40) * 3 // 8),
+        (("--wt_enable", "--wt_level", "3"), "ternary/32", (144 + 40) // 4),
+        (("--fm_enable", "--fm_level", "3", "--wt_enable", "--wt_bit", "2"), "2/ternary", (144 + 40) // 4),
     ],
 )
 def test_bits_and_weight_bytes(options: tuple[str, ...], bits: str, weight_bytes: int) -> None:
@@ -114,7 +116,10 @@ def test_weight_bytes_are_rounded_up_per_layer() -> None:
 def test_mixed_bits_are_listed() -> None:
     net = Small(quant(*LOW))
     net.last.build_quantizers(quant("--fm_enable", "--wt_enable", "--wt_bit", "4"), "last")
-    assert network_cost(net, 8).bits == "2-4/2-8"
+    assert network_cost(net, 8).bits == "ternary-4/2-8"
+    net.last.build_quantizers(quant("--fm_enable", "--wt_enable", "--wt_bit", "2", "--fm_level", "3"), "last")
+    assert network_cost(net, 8).bits == "ternary-2/ternary-2"
+    assert "ternary, 3 levels, 1 gr." in network_cost(net, 8).table()
 
 
 @pytest.mark.parametrize(
