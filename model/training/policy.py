@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from model.convert import full_precision
 from model.layers.quantized import keep_full_precision, quantized_layers, quantizers, selected
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
@@ -23,6 +25,7 @@ from utils.config.schema import READ_ETA_MIN, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
 from utils.step.schedule import Schedule
+from utils.text import closest, some_names
 
 OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 
@@ -73,9 +76,21 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
             )
     found = selected(rule, model)
     if not found:
-        names = ", ".join(name for name, _ in layers[:3])
-        raise UserError(f"{rule}: selects no quantizer; layers are {names or 'all in full precision'} ...")
+        raise UserError(f"{rule}: selects no quantizer; {_meant(rule, model, dict(layers))}")
     return found
+
+
+def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+    """What a rule that selects nothing may have meant."""
+    full = [name for name in full_precision(model) if fnmatchcase(name, rule.name)]
+    if full and not rule.index and not rule.tag:
+        return (
+            f"{some_names(full)} {'is' if len(full) == 1 else 'are'} in full precision anyway: leave it out"
+        )
+    parts = [name.split(".") for name in layers]
+    groups = {".".join(part[:i]) + ".*" for part in parts for i in range(1, len(part))}
+    close = closest(rule.name, {*layers, *groups}).removeprefix("; ")
+    return close or f"layers are {', '.join([*layers][:3]) or 'all in full precision'} ..."
 
 
 def _get(quantizer: Quantizer, name: str) -> Any:

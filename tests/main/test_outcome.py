@@ -461,8 +461,14 @@ def test_chosen_layers_in_full_precision(
 def test_a_pattern_of_no_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.chdir(tmp_path):
         assert call(f"{LSQ} --full_precision layer9.*") == 2
+        assert call(f"{LSQ} --full_precision layr3.*") == 2
+        assert call(f"{LSQ} --full_precision zzz") == 2
+        assert call(f"{LSQ} --full_precision fc") == 2
         assert call(f"{FP} --full_precision layer1.*") == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("selects no quantizer; layers are" in each for each in said)
-    assert "--full_precision layer9.*: " in said[0]
+    assert len(said) == 5 and all("selects no quantizer; " in each for each in said)
+    assert "--full_precision layer9.*: " in said[0] and "did you mean layer3.*, " in said[1]
+    assert "layers are layer1.0.conv1.0, " in said[2]
+    assert said[3].endswith("; fc is in full precision anyway: leave it out")
+    assert said[4].endswith("... are in full precision anyway: leave it out")
     assert not any(tmp_path.iterdir())

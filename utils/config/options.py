@@ -399,7 +399,9 @@ MODEL: dict[str, tuple[Option, ...]] = {
             "full_precision",
             words,
             (),
-            "layers whose quantizers are switched off: patterns of whole names with commas between, like layer3.2.*",
+            "layers whose quantizers are switched off: patterns of whole names with commas, like layer3.2.*; "
+            "or none",
+            unset=(("none",),),
         ),
         option(
             "proxquant_step",

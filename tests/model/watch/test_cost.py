@@ -73,7 +73,7 @@ def test_small_network_by_hand() -> None:
     # Convolution with bias; norm; convolution with clip values of its input and of 8 channels; linear layer
     # with bias and clip values of its input and of 5 outputs.
     assert result.parameters == (108 + 4) + 8 + (144 + 1 + 8) + (40 + 5 + 1 + 5)
-    assert result.bits == "2/2"
+    assert result.bits == "ternary/2"
 
 
 def test_table_and_totals() -> None:
@@ -81,7 +81,7 @@ def test_table_and_totals() -> None:
     lines = result.table().splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["first", "second", "last"]
     assert lines[2].count("full precision") == 2
-    assert "lsq 2 bit, 3 levels, 8 gr." in lines[3]
+    assert "lsq ternary, 3 levels, 8 gr." in lines[3]
     assert "lsq 2 bit, 4 levels, 1 gr." in lines[3]
     assert "2,304" in lines[3]
     assert lines[-1] == result.totals()
@@ -183,7 +183,7 @@ def test_quantized_resnet18(weight: tuple[str, ...], bits: int) -> None:
     inner = 11_689_512 - 9_600 - 1_000 - outer  # without the norms' 2 * 4,800 and the bias of `fc`
     assert result.float_weight_bytes == 4 * (outer + inner)
     assert result.weight_bytes == 4 * outer + inner * bits // 8
-    assert result.bits == f"{bits}/2"
+    assert result.bits == ("ternary/2" if "3" in weight else f"{bits}/2")
 
 
 def test_branches_multiply_the_blocks() -> None:
