@@ -20,7 +20,6 @@ from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
 from utils.processes import distributed
-from utils.text import some_names
 
 
 def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadReport:
@@ -96,9 +95,7 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
     )
     if not config.run.evaluate:  # an evaluation names the layer where it shows
         loaded = model.state_dict()
-        bad = weights.nonfinite((name, loaded[name]) for name in report.loaded)
-        if bad:
-            raise UserError(f"--pretrained {path}: {some_names(bad)} is not finite; give another checkpoint")
+        weights.check_finite(((name, loaded[name]) for name in report.loaded), f"--pretrained {path}")
     head = _last_layer(model, config.model.num_classes)
     return dataclasses.replace(
         report,
@@ -108,6 +105,20 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head and head <= set(report.skipped) else weights.class_names_of(payload),
         max_value=weights.max_value_of(payload),
+        warning=_unknown_norm(payload, config.model, str(path)),
+    )
+
+
+def _unknown_norm(payload: Mapping[str, Any], config: ModelConfig, source: str) -> str:
+    """A warning where nothing says whether weights for `reverse-bn` were trained with it; empty otherwise."""
+    recorded = payload.get("config")
+    if config.norm != "reverse" or (
+        isinstance(recorded, Mapping) and isinstance(recorded.get("model"), Mapping)
+    ):
+        return ""
+    return (
+        f"{source} does not say with which norm it was trained: with reverse-bn weights of a plain batch norm compute "
+        "something else; leave reverse-bn out unless it was trained with it"
     )
 
 

@@ -173,6 +173,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
             *loaders.warnings, *found.passed_over, *progress.differences,
+            *([loaded.warning] if loaded is not None and loaded.warning else []),
             *(() if found.path or loaded or not config.run.evaluate else [RANDOM]),
         ),
     )  # fmt: skip
