@@ -304,4 +304,4 @@ def test_going_on_needs_no_pretrained_file(tmp_path: Path, capsys: pytest.Captur
     assert call(f"{line} --epochs 1 -r") == 0
     (tmp_path / "start.pth.tar").unlink()
     assert call(f"{line} --epochs 2 -r") == 0
-    assert "1 epochs are done" in log_of(tmp_path, "mine")
+    assert "1 epoch is done" in log_of(tmp_path, "mine")
