@@ -57,7 +57,7 @@ def test_it_is_trained_on(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert row["train_loss"] == pytest.approx(before["train_loss"], rel=0.02)
     assert row["val_loss"] == pytest.approx(before["val_loss"], rel=0.1)
     said = capsys.readouterr().out
-    assert "11 epoch is done" in said and "warning" not in said
+    assert "11 epochs are done" in said and "warning" not in said
     if name == "lsq":
         assert row["ema_loss"] == pytest.approx(before["ema_loss"], rel=0.1)
         assert "policy, iteration 115" not in said  # carried out before

@@ -92,7 +92,7 @@ def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Sig
     assert len(metrics(tmp_path, "ended")) == 1 and checkpoint(tmp_path, "ended")["epoch"] == 1
     assert call(f"{line} --case ended --epochs 3 -r") == 0
     assert_same_run((tmp_path, "whole"), (tmp_path, "ended"))
-    assert re.search(r"1 epochs( and \d+ images of the next)? are done", log_of(tmp_path, "ended"))
+    assert re.search(r"1 epoch( is| and \d+ images of the next are) done", log_of(tmp_path, "ended"))
     assert "warning" not in log_of(tmp_path, "ended")
 
 
