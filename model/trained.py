@@ -111,9 +111,8 @@ def _check_quantizers(
         dict.fromkeys(config.origins.get(f"{tag}_enable", f"--{tag}_enable") for tag in TAGS if tag in used)
     )
     known = bool(network)
-    learned = any(one.learned() for _, one in quantizers(model))
     if used and not present:
-        if known or learned:
+        if known:
             raise UserError(
                 f"{source} was trained in full precision: leave {asked} out, or write --bits 32 behind a config"
             )
@@ -129,7 +128,7 @@ def _check_quantizers(
             f"{_as_options(word, theirs)}"
         )
     wrong = [name for name, (tag, levels) in ours.items() if theirs[tag].get(name, levels) != levels]
-    missing = [TAGS[tag] for tag in TAGS if tag in used - present and (known or learned)]
+    missing = [TAGS[tag] for tag in TAGS if tag in used - present and (known or any(theirs.values()))]
     further = [TAGS[tag] for tag in TAGS if tag in present - used]
     if not (wrong or missing or further):
         return
