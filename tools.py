@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from model.deploy import export
+from model.deploy import export, predict
 from utils.config import keyword
 from utils.config.option import words
 from utils.errors import UserError
@@ -50,6 +50,11 @@ WORDS: dict[str, Word] = {
     "verify-data": Word(images.verify_data, ("root",), ("workers",)),
     "make-fake-imagenet": Word(
         images.make_fake_imagenet, ("root",), ("num_classes", "fake_size", "image_size")
+    ),
+    "predict": Word(
+        predict.predict,
+        ("images", "old"),
+        ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
     ),
     "export": Word(export.export, ("old", "new", "to"), NETWORK),
 }
@@ -167,11 +172,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"
     )
     parser.add_argument(
-        "places", nargs="*", type=Path, metavar="RUN|IMAGE", help="compare, report: folders of runs"
-    )
+        "places", nargs="*", type=Path, metavar="RUN|IMAGE",
+        help="compare, report: folders of runs, exp/CASE; predict: images, or folders of images",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
-        help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json",
+        help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json; "
+        "predict: FILE.csv or FILE.jsonl",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
