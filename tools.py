@@ -57,6 +57,7 @@ WORDS: dict[str, Word] = {
         ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
     ),
     "export": Word(export.export, ("old", "new", "to"), NETWORK),
+    "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
 

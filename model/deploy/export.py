@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError
-from utils.text import closest
+from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -27,10 +27,18 @@ def _program(trained: Trained, path: Path, options: Options) -> None:
     program.write(trained, path)
 
 
+def _packed(trained: Trained, path: Path, options: Options) -> None:
+    """A safetensors file with the weights' codes as a stream of bits."""
+    from model.deploy import packed
+
+    packed.write(trained, path)
+
+
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
 FORMATS: dict[str, Write] = {
+    "packed": _packed,
     "program": _program,
 }
 """What `--to` takes: name -> the function that writes it."""
@@ -39,7 +47,6 @@ FORMATS: dict[str, Write] = {
 def export(options: Options) -> int:
     """Write the network of --old to --new, in the format that --to names."""
     from model.load import load_trained
-    from utils.text import printable
 
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
@@ -50,6 +57,20 @@ def export(options: Options) -> int:
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))
+    return 0
+
+
+def import_(options: Options) -> int:
+    """Write the packed network of --old to --new, a checkpoint that is evaluated like the one it was exported from."""
+    new = given_path(options.new)
+    refuse_existing(options, new)
+    check_folder_of(new)
+    from model.deploy import packed
+    from utils.checkpoint import archive
+
+    payload = packed.read_checkpoint(given_path(options.old))
+    archive.save(new, payload)
+    print(printable(f"{new}: {len(payload['state_dict'])} entries, {new.stat().st_size:,} bytes"))
     return 0
 
 
