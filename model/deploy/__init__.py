@@ -1,0 +1,1 @@
+"""The way out: trained networks for engines, and predictions with them."""
