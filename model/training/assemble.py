@@ -36,6 +36,7 @@ from utils.checkpoint.weights import (
 from utils.config.schema import Config
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data
+from utils.data.transform import transform_of
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
@@ -104,6 +105,7 @@ class Assembled:
             probe=self.probe,
             classes=self.loaders.classes,
             max_value=self.loaders.max_value,
+            transform=transform_of(here.config.data, self.loaders),
         )
 
 

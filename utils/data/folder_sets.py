@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from utils.config.image_size import RESIZE_RATIO
 from utils.config.schema import DataConfig
 from utils.data.loader import Delivery, Loader
 from utils.data.loaders import Loaders, check_classes, deliveries_of, loaders_of
@@ -73,7 +74,8 @@ def _folder_loaders(
     deliveries = deliveries_of(config, device, IMAGENET_MEAN, IMAGENET_STD)
     said = tuple(filter(None, warnings))
     loaders = loaders_of(config, deliveries, open_, train="train" in names, warnings=said)
-    return dataclasses.replace(loaders, classes=next(iter(names.values())).classes, max_value=max_value)
+    classes = next(iter(names.values())).classes
+    return dataclasses.replace(loaders, classes=classes, max_value=max_value, resize_ratio=RESIZE_RATIO)
 
 
 def check_dali(config: DataConfig) -> dict[str, ImageNames]:

@@ -1,0 +1,235 @@
+"""Running exported files in the programs that they are for."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from model.deploy.codes import Array
+from model.deploy.packages import needed
+from utils.errors import UserError
+
+QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors that a quantizer makes
+QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
+
+
+class Runner(Protocol):
+    """A loaded file.
+
+    Attributes:
+        tensors: the names of the quantized tensors that a run returns beside the logits.
+        integer: how many convolutions and linear layers compute with integers; None where the engine does not say.
+        layers: how many there are.
+    """
+
+    tensors: tuple[str, ...]
+    integer: int | None
+    layers: int
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Images [N, channels, height, width] to `logits` [N, classes] and the quantized tensors, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that runs exported files.
+
+    Attributes:
+        name: the package's.
+        optimised: with the optimisation that it has by default, otherwise with the least.
+    """
+
+    name: str
+    optimised: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'default' if self.optimised else 'basic'}"
+
+    def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
+        """Load a file.
+
+        Args:
+            path: of a format that the engine reads.
+            tensors: return the quantized tensors too, which may change what the engine optimises.
+            threads: of a run; None: as the engine likes.
+
+        Raises:
+            UserError: the engine is not installed, or does not take the file.
+        """
+        needed(self.name)
+        try:
+            return _RUNNERS[self.name](path, self.optimised, tensors, threads)
+        except UserError:
+            raise
+        except Exception as error:  # each engine has exceptions of its own
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: {self.name} does not load it: {first}") from error
+
+
+def engines_of(path: Path) -> list[Engine]:
+    """The engines that read a file, each with its default optimisation and, where it has another, with the least.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    if path.suffix == ".xml":
+        return [Engine("openvino")]
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: no exported file; give a .onnx or an .xml of OpenVINO")
+    if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
+        return [Engine("qonnx")]
+    return [Engine("onnxruntime"), Engine("onnxruntime", False), Engine("openvino")]
+
+
+def read_onnx(path: Path) -> Any:
+    """An ONNX model.
+
+    Raises:
+        UserError: it is missing or damaged, or not of this project's form: one input with images, one output `logits`.
+    """
+    needed("onnx")
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except (
+        Exception
+    ) as error:  # protobuf, the checker and the reader of external data have exceptions of their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a valid ONNX file: {first}") from error
+    names = [item.name for item in (*model.graph.input, *model.graph.output)]
+    if names != ["input", "logits"]:
+        raise UserError(
+            f"{path}: not a file that this tool exports: its inputs and outputs are {', '.join(names)}, not input and "
+            "logits"
+        )
+    return model
+
+
+def _quantized(name: str) -> bool:
+    return name.endswith(QUANTIZERS)
+
+
+class _Onnxruntime:
+    """A session on the CPU. Integer codes are read in front of their DequantizeLinear, which engines move."""
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        import onnx
+        import onnxruntime
+        from onnx import helper, numpy_helper
+
+        model = read_onnx(path)
+        levels = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_ENABLE_BASIC
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._decoding: dict[str, tuple[str, float, int]] = {}
+        wanted = [node for node in model.graph.node if tensors and _quantized(node.output[0])]
+        for node in wanted:
+            kind, source = onnx.TensorProto.FLOAT, node.output[0]
+            if node.op_type == "DequantizeLinear":
+                kind, source = onnx.TensorProto.UINT8, node.input[0]
+                scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+                self._decoding[source] = node.output[0], float(scale), int(zero)
+            model.graph.output.append(helper.make_tensor_value_info(source, kind, None))
+        self.tensors = tuple(node.output[0] for node in wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            names = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+        products = [name for name in names if any(kind in name for kind in ("Conv", "Gemm", "MatMul"))]
+        self.layers = len(products)
+        self.integer = sum("QLinear" in name or "Integer" in name or name == "QGemm" for name in products)
+        self._input = self._session.get_inputs()[0]
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        outputs = self._session.run(None, {self._input.name: images})
+        found = {name: np.asarray(value) for name, value in zip(self._names, outputs, strict=True)}
+        for source, (name, scale, zero) in self._decoding.items():
+            found[name] = (found.pop(source).astype(np.float32) - zero) * np.float32(scale)
+        return found
+
+
+class _Openvino:
+    """A compiled network on the CPU, in float32 where it is not integer."""
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(path)
+        self.tensors: tuple[str, ...] = ()
+        if tensors:
+            names = [name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names]
+            self.tensors = tuple(dict.fromkeys(name for name in names if _quantized(name)))
+            model.add_outputs(list(self.tensors))
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        self._network = core.compile_model(model, "CPU", settings)
+        kinds = [
+            (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
+            for op in self._network.get_runtime_model().get_ordered_ops()
+        ]
+        counted = [
+            precision
+            for kind, precision in kinds
+            if kind in ("Convolution", "FullyConnected", "MatMul", "BinaryConvolution")
+        ]
+        self.layers = len(counted)
+        self.integer = sum(precision in ("u8", "i8", "u1") for precision in counted)
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        found = self._network(images)
+        return {name: found[name] for name in ("logits", *self.tensors)}
+
+
+class _Qonnx:
+    """qonnx's executor, a node at a time."""
+
+    integer = None
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.transformation.infer_shapes import InferShapes
+
+        self._model = ModelWrapper(str(path)).transform(InferShapes())
+        nodes = self._model.graph.node
+        self.layers = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in nodes)
+        names = [node.output[0] for node in nodes]
+        self.tensors = tuple(name for name in names if _quantized(name)) if tensors else ()
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        from qonnx.core.onnx_exec import execute_onnx
+
+        rows = [
+            execute_onnx(self._model, {"input": images[i : i + 1]}, return_full_exec_context=True)
+            for i in range(len(images))
+        ]
+        return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
+
+
+_RUNNERS: dict[str, Any] = {"onnxruntime": _Onnxruntime, "openvino": _Openvino, "qonnx": _Qonnx}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The installed versions of packages."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in packages}
