@@ -19,6 +19,13 @@ QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors th
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
+def reason(error: Exception) -> str:
+    """The line of an exception that says most; OpenVINO's first lines are places in its code."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (telling or lines or [type(error).__name__])[0]
+
+
 class Runner(Protocol):
     """A loaded file.
 
@@ -69,8 +76,7 @@ class Engine:
         except UserError:
             raise
         except Exception as error:  # each engine has exceptions of its own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: {self.name} does not load it: {first}") from error
+            raise UserError(f"{path}: {self.name} does not load it: {reason(error)}") from error
 
 
 def engines_of(path: Path) -> list[Engine]:
@@ -105,8 +111,7 @@ def read_onnx(path: Path) -> Any:
     except (
         Exception
     ) as error:  # protobuf, the checker and the reader of external data have exceptions of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a valid ONNX file: {first}") from error
+        raise UserError(f"{path}: not a valid ONNX file: {reason(error)}") from error
     names = [item.name for item in (*model.graph.input, *model.graph.output)]
     if names != ["input", "logits"]:
         raise UserError(
@@ -182,6 +187,8 @@ class _Openvino:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
+        size = model.input().get_partial_shape()[0]
+        self._batch = size.get_length() if size.is_static else None
         self._network = core.compile_model(model, "CPU", settings)
         kinds = [
             (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
@@ -196,8 +203,14 @@ class _Openvino:
         self.integer = sum(precision in ("u8", "i8", "u1") for precision in counted)
 
     def __call__(self, images: Array) -> dict[str, Array]:
-        found = self._network(images)
-        return {name: found[name] for name in ("logits", *self.tensors)}
+        size = self._batch or len(images)
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = size - len(part)
+            found = self._network(np.concatenate([part, np.repeat(part[:1], missing, axis=0)]))
+            parts.append({name: found[name][: len(part)] for name in ("logits", *self.tensors)})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class _Qonnx:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OLDEST_OPSET = 13  # the first with scales for each channel
+YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
 MOST_CODE = 64  # of weights that 16-bit sums of two products with uint8 activations cannot overflow
 SATURATION = 2**15 - 1
@@ -55,7 +56,7 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     weights = _steady_biases(model, graph)
     renamed: dict[str, str] = {}
     builder = Builder()
-    reach = _reach(model, graph)
+    reach = reach_of_weights(model, graph)
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -70,7 +71,7 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     return finished(model, builder, graph.metadata)
 
 
-def _reach(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
+def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     """The largest uint8 code that meets each weight, by the weight's tensor; those without are multiplied in float."""
     made = {node.output[0]: node for node in model.graph.node}
     found: dict[str, int] = {}
@@ -89,7 +90,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
     """Change the biases that an engine rounds, those between integer weights and a quantizer; returns the weights."""
     from onnx import numpy_helper
 
-    reach, weights = _reach(model, graph), dict(graph.weights)
+    reach, weights = reach_of_weights(model, graph), dict(graph.weights)
     made = {node.output[0]: node for node in model.graph.node}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -235,17 +236,26 @@ def packed_words(digits: Array, base: int) -> Array:
 
 def _looked_up(builder: Builder, weight: WeightCodes) -> str:
     """The entries of the table of levels."""
-    assert weight.table is not None
-    # The gap is that of the levels in use: the table without the others.
-    columns = weight.lowest + weight.gap * np.arange(weight.base)
-    table = weight.table[:, np.minimum(columns, weight.table.shape[1] - 1)]
+    table, rows = used_levels(weight)
     index = _digits(builder, weight)
-    if len(table) > 1:
-        assert weight.rows is not None
-        starts = builder.constant(f"{weight.name}.rows", weight.rows * weight.base, np.int32)
+    if rows is not None:
+        starts = builder.constant(f"{weight.name}.rows", rows * weight.base, np.int32)
         index = builder.add("Add", [index, starts], f"{weight.name}.index")
     entries = builder.constant(f"{weight.name}.table", table.reshape(-1), np.float32)
     return builder.add("Gather", [entries, index], weight.name)
+
+
+def used_levels(weight: WeightCodes) -> tuple[Array, Array | None]:
+    """The levels of the digits, float32 [rows, base], and the row of each weight; None where there is one row."""
+    codes = weight.lowest + weight.gap * np.arange(weight.base)
+    if weight.table is not None:
+        table, rows = weight.table[:, np.minimum(codes, weight.table.shape[1] - 1)], weight.rows
+    else:
+        offset = np.zeros(1, np.float32) if weight.offset is None else weight.offset
+        scale, offset = np.broadcast_arrays(weight.scale.reshape(-1, 1), offset.reshape(-1, 1))
+        table = codes.astype(np.float32) * scale + offset
+        rows = np.arange(len(table)).reshape((-1,) + (1,) * (weight.codes.ndim - 1))
+    return table.astype(np.float32), rows if len(table) > 1 else None
 
 
 def finished(model: ModelProto, builder: Builder, metadata: dict[str, str]) -> ModelProto:
@@ -285,27 +295,29 @@ def aged(model: ModelProto) -> ModelProto:
     from onnx import checker, helper
 
     present = next(item.version for item in model.opset_import if item.domain == "")
+    domains = sorted({node.domain for node in model.graph.node if node.domain})
     old = copy.deepcopy(model)
     for node in old.graph.node:
         _old_form(old, node)
-    for opset in range(OLDEST_OPSET, present):
-        del old.opset_import[:]
-        old.opset_import.append(helper.make_opsetid("", opset))
-        old.ir_version = IR_VERSION if opset == OLDEST_OPSET else 8
+    read = {name for node in old.graph.node for name in node.input}
+    kept = [tensor for tensor in old.graph.initializer if tensor.name in read]
+    del old.graph.initializer[:]
+    old.graph.initializer.extend(kept)
+    for opset in range(OLDEST_OPSET, present + 1):
+        found = old if opset < present else model
+        del found.opset_import[:]
+        found.opset_import.extend(
+            helper.make_opsetid(domain, 1 if domain else opset) for domain in ("", *domains)
+        )
+        found.ir_version = IR_VERSION if opset == OLDEST_OPSET else YOUNG_IR_VERSION
         try:
-            checker.check_model(old, full_check=True)
+            checker.check_model(found, full_check=True)
         except (checker.ValidationError, RuntimeError):
+            if opset == present:
+                raise
             continue
-        read = {name for node in old.graph.node for name in node.input}
-        kept = [tensor for tensor in old.graph.initializer if tensor.name in read]
-        del old.graph.initializer[:]
-        old.graph.initializer.extend(kept)
-        return old
-    del model.opset_import[:]
-    model.opset_import.append(helper.make_opsetid("", present))
-    model.ir_version = 8
-    checker.check_model(model, full_check=True)
-    return model
+        return found
+    raise AssertionError("unreachable")
 
 
 def _old_form(model: ModelProto, node: NodeProto) -> None:

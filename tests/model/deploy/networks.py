@@ -15,21 +15,29 @@ from model.quant import QuantConfig, QuantConv2d, quantizers
 from tests.model.quantizers.cases import Case, cases, make
 
 
-class Parallel(nn.Module):
-    """A convolution for each case, all of them on the same input; their means are the logits."""
+PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
 
-    def __init__(self, found: Sequence[Case], pairs: bool = False) -> None:
+
+class Parallel(nn.Module):
+    """Branches of two quantized convolutions for each pair of cases; the means of their channels are the logits.
+
+    Behind the first convolution come a norm and ReLU, so that an engine can compute it with integers from end to end.
+    """
+
+    def __init__(self, found: Sequence[Sequence[Case]]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 1)
         self.branches = nn.ModuleList()
-        for case in found:
-            layer = QuantConv2d(8, 8, 3, padding=1)
-            parts = {case.tag: case.config}
-            layer.build_quantizers(QuantConfig(**parts), str(case))
-            attribute = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}[case.tag]
-            setattr(layer, attribute, make(case))
-            self.branches.append(nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU()))
+        for together in found:
+            layers = []
+            for _ in range(2):
+                layer = QuantConv2d(8, 8, 3, padding=1)
+                layer.build_quantizers(QuantConfig(**{case.tag: case.config for case in together}), "conv")
+                for case in together:
+                    setattr(layer, PARTS[case.tag], make(case))
+                layers += [layer, nn.BatchNorm2d(8), nn.ReLU()]
+            self.branches.append(nn.Sequential(*layers))
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight)  # some are negative
@@ -64,13 +72,23 @@ def torch_values(network: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
     return found
 
 
-def all_cases() -> list[Case]:
-    """Each method on activations, weights and outputs that can be exported."""
-    return cases(tags=("fm", "wt"))
+def pairs() -> list[tuple[Case, Case]]:
+    """Each method for activations that can be exported beside one for weights, so that all of both occur."""
+    weights = cases(tags=("wt",))
+    return [(case, weights[i % len(weights)]) for i, case in enumerate(cases(tags=("fm",)))]
+
+
+def widths() -> list[tuple[Case, Case]]:
+    """Each number of bits that engines have a form for, on both sides; even and odd, with and without a sign."""
+    return [
+        (Case("lsq", "fm", levels, half), Case("lsq", "wt", levels, False))
+        for levels in (2, 3, 4, 8, 16, 255, 256)
+        for half in (True, False)
+    ] + [(Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False))]
 
 
 @functools.cache
-def exported_methods() -> tuple[Parallel, DeployGraph]:
-    """A network with all methods, and its graph; made once, since torch's exporter takes seconds."""
-    network = Parallel(all_cases()).eval()
+def exported(kind: str) -> tuple[Parallel, DeployGraph]:
+    """A network of `pairs` or `widths`, and its graph; made once, since torch's exporter takes seconds."""
+    network = Parallel({"methods": pairs, "widths": widths}[kind]()).eval()
     return network, deploy_graph(network, (3, 6, 6))
