@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from utils.checkpoint.recorded import resolve
 from utils.config import keyword
 from utils.config.command_line import parse
-from utils.config.resolve import resolve
 from utils.config.schema import Config
 from utils.errors import LostError, TrainingError, UserError
 from utils.processes import launch, start

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from model.deploy import export, predict
+from utils.config import keyword
 from utils.config.option import words
 from utils.errors import UserError
 from utils.processes.interrupt import SIGNALS, Requests
@@ -33,6 +35,8 @@ class Word:
     takes: tuple[str, ...] = ()
 
 
+NETWORK = ("ema_weights", "keyword_file", "force")  # options of words that rebuild a network
+
 WORDS: dict[str, Word] = {
     "compare": Word(runs.compare, ("runs",), ("output", "force")),
     "report": Word(runs.report, ("runs",), ("output", "force")),
@@ -47,7 +51,16 @@ WORDS: dict[str, Word] = {
     "make-fake-imagenet": Word(
         images.make_fake_imagenet, ("root",), ("num_classes", "fake_size", "image_size")
     ),
+    "predict": Word(
+        predict.predict,
+        ("images", "old"),
+        ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
+    ),
+    "export": Word(export.export, ("old", "new", "to"), NETWORK),
 }
+
+
+PLACES = {"runs": "RUN...", "images": "IMAGE|FOLDER..."}  # what stands on the command line without an option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _signals():
             word, options = parse(sys.argv[1:] if arguments is None else arguments)
+            if options.keyword_file is not None:
+                keyword.load_file(options.keyword_file)
             status = WORDS[word].run(options)
             sys.stdout.flush()
         return status
@@ -115,13 +130,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     width = max(map(len, WORDS))
     described = "\n".join(
         f"  {name:{width}}  {word.run.__doc__}\n"
-        f"  {'':{width}}  {' '.join('RUN...' if n == 'runs' else f'--{n}' for n in word.needs)}"
+        f"  {'':{width}}  {' '.join(PLACES.get(n, f'--{n}') for n in word.needs)}"
         f"{''.join(' [,raw]' if n == 'raw' else f' [--{n}]' for n in word.takes)}"
         for name, word in WORDS.items()
     )
     parser = _Parser(
         prog="tools.py",
-        description="Small jobs on runs, checkpoints, name lists and image folders.",
+        description="Small jobs on runs, checkpoints, exported networks, name lists and images.",
         epilog=f"words:\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -143,28 +158,48 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument("--image_size", type=_size, metavar="WxH", help="pixels; default: 500x375")
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, exp/CASE")
+    parser.add_argument("--to", metavar="FORMAT", help=f"export: {', '.join(export.FORMATS)}")
+    parser.add_argument(
+        "--topk", type=_positive, metavar="K", help="predict: classes of each image; default: 5"
+    )
+    parser.add_argument(
+        "--batch_size", "-b", type=_positive, metavar="N", help="predict: images; default: 64"
+    )
+    parser.add_argument(
+        "--ema_weights", action="store_true", help="take the checkpoint's averaged weights (--ema_decay)"
+    )
+    parser.add_argument(
+        "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"
+    )
+    parser.add_argument(
+        "places", nargs="*", type=Path, metavar="RUN|IMAGE",
+        help="compare, report: folders of runs, exp/CASE; predict: images, or folders of images",
+    )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
-        help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json",
+        help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json; "
+        "predict: FILE.csv or FILE.jsonl",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
 
     listed = words(given.pop("keyword"))
     given["raw"] = "raw" in listed
-    given["runs"] = tuple(given["runs"]) or None
     chosen = [name for name in listed if name != "raw"]
-    for name in chosen:
-        if name not in WORDS:
+    for i, name in enumerate(chosen):
+        if name.startswith("export_") and given["to"] is None:
+            chosen[i], given["to"] = "export", name.removeprefix("export_")
+        elif name not in WORDS:
             known = ", ".join(WORDS)
             raise UserError(f"--keyword {name}: no such word of {known}{closest(name, set(WORDS))}")
     if len(chosen) != 1:
         raise UserError(f"--keyword: {len(chosen)} words are given; write one of {', '.join(WORDS)}")
     name = chosen[0]
     word = WORDS[name]
+    places = next((option for option in word.needs if option in PLACES), "runs")
+    given[places] = tuple(given.pop("places")) or None
     for option, value in given.items():
-        shown = {"raw": "raw", "runs": "folders of runs"}.get(option, f"--{option}")
+        shown = {"raw": "raw", "runs": "folders of runs", "images": "images"}.get(option, f"--{option}")
         is_given = value is not None and value is not False
         if is_given and option not in word.needs + word.takes:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")

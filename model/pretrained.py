@@ -47,6 +47,11 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
         payload = distributed.broadcast(lambda: published_weights(source, config.model, folder))
     else:
         payload = archive.read(path)
+    return load_payload(model, payload, path, config)
+
+
+def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, config: Config) -> LoadReport:
+    """As `load_pretrained`, of a file that was read already."""
     state = network_state(payload, model, config.model, str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)

@@ -20,7 +20,7 @@ from model.layers.quantized import keep_full_precision, quantized_layers, quanti
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
-from utils.config.schema import READ_ETA_MIN, OptimConfig, Rule
+from utils.config.schema import READ_ETA_MIN, RECORDED, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
 from utils.step.schedule import Schedule
@@ -172,7 +172,7 @@ def _plan_quantizers(
                 old = "what is learned"
             if old != new:
                 changes.append(Change(when=when, target=where, attribute=name, old=old, new=new))
-    if not changes:
+    if not changes and rule.number != RECORDED:
         said = ", ".join(f"{name} {value}" for name, value in rule.values.items())
         raise UserError(f"{rule} changes nothing at {when}: {said} is what the quantizers have already")
     return changes

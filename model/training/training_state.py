@@ -13,6 +13,7 @@ from model.training.training_methods import TrainingMethods
 from model.watch.probe import Probe
 from utils.checkpoint.run_state import Output, RunState, save
 from utils.config.schema import Config
+from utils.data.transform import ImageTransform
 from utils.step.precision import Precision
 
 
@@ -34,6 +35,7 @@ class TrainingState:
         probe: records tensors of layers at some iterations, if asked to.
         classes: names of the classes; empty where they have none.
         max_value: the value of 16-bit images that becomes white; None without such images.
+        transform: how an image becomes the network's input.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class TrainingState:
     probe: Probe | None = None
     classes: tuple[str, ...] = ()
     max_value: int | None = None
+    transform: ImageTransform | None = None
 
     def save(self, progress: RunState, output: Output, *, best: bool = False) -> None:
         """Start writing the checkpoints that are due; see `utils.checkpoint.run_state.save`."""
@@ -56,6 +59,7 @@ class TrainingState:
             progress, self.config, output, state_dict=self.precision.weights(self.model), optimizer=self.optimizer,
             amp=self.precision.state_dict(), rates=self.policy.rates, best=best,
             classes=self.classes, max_value=self.max_value,
+            images=None if self.transform is None else self.transform.to_dict(),
         )  # fmt: skip
 
     def images(self, images: torch.Tensor) -> torch.Tensor:

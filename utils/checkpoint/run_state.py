@@ -185,6 +185,7 @@ def _check_kinds(payload: dict[str, Any], path: Path) -> None:
         "position": (int,), "sums": (list,), "seconds": (int, float), "waited": (int, float),
         "amp": (dict,), "policy": (dict,), "methods": (dict,), "random_of_others": (list,),
         "launchers": (list,), "classes": (list,), "max_value": (int, type(None)),
+        "images": (dict, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name in payload and (not isinstance(payload[name], kind) or isinstance(payload[name], bool)):
@@ -284,7 +285,7 @@ class Output:
 def save(
     state: RunState, config: Config, output: Output, *, state_dict: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer, amp: Mapping[str, Any], rates: Schedule, best: bool = False,
-    classes: Sequence[str] = (), max_value: int | None = None,
+    classes: Sequence[str] = (), max_value: int | None = None, images: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Start writing the latest checkpoint, and the best and the epoch's where they are due.
 
@@ -302,6 +303,7 @@ def save(
         best: whether no validation was better.
         classes: names of the classes; empty where they have none.
         max_value: the value of 16-bit images that becomes white; None without such images.
+        images: how an image becomes the network's input, `ImageTransform.to_dict`.
 
     Raises:
         TrainingError: weights are not finite, and nothing is written; or the disk refused the last job.
@@ -331,6 +333,7 @@ def save(
         "launchers": list(output.launchers),
         "classes": list(classes),
         "max_value": max_value,
+        "images": images,
     }
     kept = config.run.save_freq and state.position == 0 and state.epoch % config.run.save_freq == 0
     output.writer.start(

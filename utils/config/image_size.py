@@ -7,6 +7,9 @@ import argparse
 InputSize = int | tuple[int, int]
 """Pixels: height and width in one number where they are equal, otherwise both, in this order."""
 
+RESIZE_RATIO = 256 / 224
+"""Side of the resized image over that of its centre, which an evaluation cuts out of image files."""
+
 
 def sides(size: InputSize) -> tuple[int, int]:
     """Height and width in pixels.

@@ -32,6 +32,7 @@ RANGE_SEARCHES = ("paper", "mse", "percentile")
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
 # Training options that policies may set.
 TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
+RECORDED = -1  # number of a policy's entry that restores a checkpoint's state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Rule:
 
     Attributes:
         section: "init", "epoch" or "iteration".
-        number: of the entry in its section, from 1; 0: from `--full_precision`.
+        number: of the entry in its section, from 1; 0: from `--full_precision`; RECORDED: a checkpoint's state.
         at: epochs done, or iterations (steps of the optimizer) done, when it is applied; empty in `init`.
         index: the layers it selects, numbered from 0 in the order of the network; empty: all.
         name: the layers it selects, as a shell pattern of their whole name.
@@ -225,6 +226,7 @@ class DataConfig:
     train: bool = True  # False: an evaluation, which needs no training images
     workers: int = 2
     num_classes: int = 10
+    classes: tuple[str, ...] = ()  # of an evaluated checkpoint, whose classes the data may be a part of
     input_size: InputSize = 32
     channels: int = 3  # 1: colours become grey
     mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]; None: the data set's own
@@ -357,6 +359,7 @@ class RunConfig:
     resume_file: Path | None = None
     pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
     ema_weights: bool = False  # take the averaged weights of that checkpoint
+    keyword_file: str | None = None  # the user's file that registered more keywords
     unresume_scope: tuple[str, ...] = ()
     weights_dir: Path = Path("weights")
     log_dir: Path = Path("exp")

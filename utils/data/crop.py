@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from utils.config.image_size import RESIZE_RATIO
 from utils.data.loader import AUGMENT, PART, seed_of
 
 SLENDER = 16  # ratio of an image's sides above which only its middle is resized
@@ -32,7 +33,7 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
     return functional.resize(pixels[None].permute(0, 3, 1, 2), [height, width], antialias=True)[0]
 
 
-def resize_to_centre(pixels: Tensor, to: tuple[int, int]) -> Tensor:
+def resize_to_centre(pixels: Tensor, to: tuple[int, int], ratio: float = RESIZE_RATIO) -> Tensor:
     """Resize an image, uint8 [H, W, 3], as `centre_crop` says, and return its centre, [3, *to].
 
     Only the middle of an image is resized if it is more than `SLENDER` times as long as the centre's shape, since the
@@ -43,7 +44,7 @@ def resize_to_centre(pixels: Tensor, to: tuple[int, int]) -> Tensor:
         beyond = pixels.shape[side] - most
         if beyond > 0:
             pixels = pixels.narrow(side, beyond // 2, pixels.shape[side] - beyond)
-    height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], to)
+    height, width, top, left = centre_crop(pixels.shape[0], pixels.shape[1], to, ratio)
     return functional.crop(resize(pixels, height, width), top, left, *to)
 
 
@@ -88,21 +89,24 @@ def random_crop(
 CROP_DRAWS = 40  # ten trials of four numbers
 
 
-def centre_crop(height: int, width: int, to: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the central crop of an image that is resized until it covers 256/224 of the result.
+def centre_crop(
+    height: int, width: int, to: tuple[int, int], ratio: float = RESIZE_RATIO
+) -> tuple[int, int, int, int]:
+    """Return the central crop of an image that is resized until it covers `ratio` of the result.
 
-    The side that is shorter, in proportion to the result, gets 256/224 of the result's side.
+    The side that is shorter, in proportion to the result, gets `ratio` (256/224) of the result's side.
 
     Args:
         height: of the image, in pixels.
         width: likewise.
         to: height and width of the result, in pixels.
+        ratio: side of the resized image over that of the result.
 
     Returns:
         Height and width of the resized image; top and left of the centre in it.
     """
     wanted, shorter = (to[0], height) if height * to[1] <= width * to[0] else (to[1], width)
-    scaled = (round(wanted * 256 / 224) * side / shorter for side in (height, width))
+    scaled = (round(wanted * ratio) * side / shorter for side in (height, width))
     # The rounded longer side must not fall below the result's.
     high, wide = (max(int(side), least) for side, least in zip(scaled, to, strict=True))
     return high, wide, round((high - to[0]) / 2), round((wide - to[1]) / 2)

@@ -126,6 +126,21 @@ def decode(data: bytes, decoding: Decoding = PLAIN) -> Image.Image:
     return decoded if turn is None else decoded.transpose(turn)
 
 
+def as_rgb(image: Image.Image, decoding: Decoding = PLAIN) -> Image.Image:
+    """As `decode`, for an image that Pillow has opened: of colours with 16 bits it has kept the upper 8.
+
+    Raises DECODE_ERRORS.
+    """
+    check_mode(image)
+    turn = None
+    if image.format != "TIFF" and not decoding.ignore_orientation:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(_table(decoding.max_value)[np.asarray(image).astype(np.uint16)])
+    decoded = image.convert("RGB")
+    return decoded if turn is None else decoded.transpose(turn)
+
+
 def has_16_bits(image: ImageFile.ImageFile) -> bool:
     """Whether an image from `parse` has values of 9 to 16 bits whose lower ones `values_of` can read."""
     return image.mode.startswith("I;16") or _raw_mode(image) in _LOWER

@@ -138,6 +138,37 @@ class Delivery:
     mix: v2.Transform | None = None
 
 
+class Normalisation:
+    """Images in [0, 255] become normalised float32: (x / 255 - mean) / std, as one multiplication and one addition.
+
+    Args:
+        mean: per channel, of images in [0, 1]; one number lets colours become grey, see `utils.data.grey`.
+        std: per channel, likewise.
+        device: of the images.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        deviation = torch.tensor(std, device=device)
+        self._channels = len(mean)
+        self._factor = 1 / (255 * deviation)
+        self._shift = -torch.tensor(mean, device=device) / deviation
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, 1 or 3, H, W] in [0, 255]; returns float32 with the channels of mean, in channels-last order."""
+        channels = self._channels
+        images = grey(images) if channels == 1 else images
+        pixels = images.expand(-1, channels, -1, -1).permute(0, 2, 3, 1)
+        count, height, width, _ = pixels.shape
+        # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
+        rows = pixels.reshape(count * height, channels * width)
+        shift, factor = self._shift.repeat(width), self._factor.repeat(width)
+        result = torch.empty(rows.shape, device=images.device)
+        part = len(rows) if images.is_cuda else max(1, PART // (channels * width))
+        for into, values in zip(result.split(part), rows.split(part), strict=True):
+            torch.addcmul(shift, into.copy_(values), factor, out=into)
+        return result.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
 class Loader(ABC):
     """Batches of one data set, epoch after epoch; the contract of every source.
 
@@ -178,10 +209,7 @@ class Loader(ABC):
         self.target = target
         self.samples = samples
         self._delivery = delivery
-        # (x / 255 - mean) / std as one multiplication and one addition.
-        std = torch.tensor(delivery.std, device=delivery.device)
-        self._factor = 1 / (255 * std)
-        self._shift = -torch.tensor(delivery.mean, device=delivery.device) / std
+        self._normalisation = Normalisation(delivery.mean, delivery.std, delivery.device)
         self._samples: tuple[int, Tensor] | None = None  # of an epoch, drawn when it is needed
         self._epoch = 0
         self._position = 0
@@ -254,7 +282,7 @@ class Loader(ABC):
             if colours is not None:
                 draws = colours[raw.index].to(delivery.device, non_blocking=True)
                 images = colour(images.expand(-1, 3, -1, -1).float(), draws)
-            images = self._normalise(grey(images) if len(delivery.mean) == 1 else images)
+            images = self._normalisation(images)
             if delivery.train and delivery.mix is not None:
                 # The transform draws from the global generator; only the CPU's is touched.
                 with torch.random.fork_rng(devices=[]):
@@ -268,20 +296,6 @@ class Loader(ABC):
                 f"no image of the validation set{part} can be read: replace them (tools.py --keyword verify-data says "
                 "what is wrong), or write --val_batch_size 0"
             )
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        """Convert [N, C, H, W] in [0, 255] to normalised float32 with the channels of mean, in channels-last order."""
-        channels = len(self._delivery.mean)
-        pixels = images.expand(-1, channels, -1, -1).permute(0, 2, 3, 1)
-        count, height, width, _ = pixels.shape
-        # Whole rows, channels innermost: a broadcast over an axis of 3 is slow on a CPU.
-        rows = pixels.reshape(count * height, channels * width)
-        shift, factor = self._shift.repeat(width), self._factor.repeat(width)
-        result = torch.empty(rows.shape, device=images.device)
-        part = len(rows) if images.is_cuda else max(1, PART // (channels * width))
-        for into, values in zip(result.split(part), rows.split(part), strict=True):
-            torch.addcmul(shift, into.copy_(values), factor, out=into)
-        return result.view(count, height, width, channels).permute(0, 3, 1, 2)
 
     def drawn(self, numbers: Tensor, epoch: int) -> Tensor:
         """The numbers in the set of images with these numbers in an epoch, int64 [N] each."""

@@ -32,6 +32,7 @@ class Loaders:
         classes: names of the classes in their order; empty where they have none.
         class_weights: weight of each class in the loss; empty: all are 1.
         max_value: the value of 16-bit images that becomes white, given or found; None: there are no such images.
+        resize_ratio: side of a resized validation image over that of the centre that is cut out; None: whole images.
     """
 
     training: Loader | None
@@ -43,6 +44,7 @@ class Loaders:
     classes: tuple[str, ...] = ()
     class_weights: tuple[float, ...] = ()
     max_value: int | None = None
+    resize_ratio: float | None = None
 
     @property
     def train(self) -> Loader:

@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 
+from utils.config.image_size import RESIZE_RATIO
 from utils.config.schema import DataConfig
 from utils.data import class_weights, workers
 from utils.data.cifar import CIFAR10_SET, CIFAR100_SET
-from utils.data.folder_sets import build_dali, build_imagenet, check_dali, check_imagenet
-from utils.data.loaders import CPU, Loaders
+from utils.data.folder_sets import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_dali,
+    build_imagenet,
+    check_dali,
+    check_imagenet,
+)
+from utils.data.loaders import CPU, Loaders, deliveries_of
 from utils.data.small_sets import (
     build_digits,
     build_fake,
@@ -22,6 +30,7 @@ from utils.data.small_sets import (
     check_fake,
     check_glyphs,
 )
+from utils.data.transform import ImageTransform, transform_of
 from utils.errors import UserError
 
 
@@ -49,6 +58,8 @@ SOURCES: dict[str, Source] = {
     "dali": Source(check_dali, build_dali),
 }
 """Every data set by its name."""
+
+FOLDER_SETS = ("imagenet", "dali")  # with a folder per class, which has its name
 
 
 # Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.
@@ -100,9 +111,27 @@ def check_data(config: DataConfig) -> Any:
     return checked
 
 
+_PUBLISHED = {
+    **dict.fromkeys(FOLDER_SETS, (IMAGENET_MEAN, IMAGENET_STD)),
+    "cifar10": (CIFAR10_SET.mean, CIFAR10_SET.std),
+    "cifar100": (CIFAR100_SET.mean, CIFAR100_SET.std),
+}  # of images in [0, 1]
+
+
+def transform_by_name(config: DataConfig) -> ImageTransform:
+    """The transform of a data set from its configuration alone, for checkpoints that do not hold it."""
+    if config.dataset not in _PUBLISHED:
+        return transform_of(config, open_data(replace(config, root=None, train=True, rank=0, world_size=1)))
+    mean, std = _PUBLISHED[config.dataset]
+    delivery, _ = deliveries_of(config, CPU, mean, std)
+    ratio = RESIZE_RATIO if config.dataset in FOLDER_SETS else None
+    loaders = Loaders(None, None, config.num_classes, delivery.mean, delivery.std, resize_ratio=ratio)
+    return transform_of(config, replace(loaders, max_value=config.max_value))
+
+
 def _names(config: DataConfig, checked: Any) -> Sequence[str]:
     """The classes' names: of their folders where there are some, otherwise their numbers."""
-    if config.dataset in ("imagenet", "dali"):
+    if config.dataset in FOLDER_SETS:
         return next(iter(checked.values())).classes
     return [str(number) for number in range(config.num_classes)]
 

@@ -23,6 +23,12 @@ class Options:
     verbose_list: str | None = None
     workers: int | None = None
     runs: tuple[Path, ...] | None = None
+    images: tuple[Path, ...] | None = None
+    to: str | None = None
+    topk: int | None = None
+    batch_size: int | None = None
+    keyword_file: str | None = None
+    ema_weights: bool = False
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None

@@ -34,6 +34,7 @@ class Parallel(nn.Module):
             for _ in range(2):
                 layer = QuantConv2d(8, 8, 3, padding=1)
                 layer.build_quantizers(QuantConfig(**{case.tag: case.config for case in together}), "conv")
+                nn.init.normal_(layer.weight, std=0.7)  # so that all levels occur
                 for case in together:
                     setattr(layer, PARTS[case.tag], make(case))
                 layers += [layer, nn.BatchNorm2d(8), nn.ReLU()]

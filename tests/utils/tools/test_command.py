@@ -101,8 +101,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(call: Call, tmp_path: Path,
     path, trace, new = tmp_path / "code.pth.tar", tmp_path / "trace", tmp_path / "new.pth.tar"
     torch.save({"state_dict": STATE, "x": Malicious(f"touch {trace}")}, path)
     mf, mt = lists(tmp_path, "fc.bias\n", "head.bias\n")
-    given = {"old": path, "new": new, "mf": mf, "mt": mt}
-    arguments = [part for name in tools.WORDS[word].needs for part in (f"--{name}", given[name])]
+    given = {"old": path, "new": new, "mf": mf, "mt": mt, "to": "program"}
+    arguments = [
+        part for name in tools.WORDS[word].needs if name in given for part in (f"--{name}", given[name])
+    ]
+    arguments += [mf] * ("images" in tools.WORDS[word].needs)
     status, out, err = call("--keyword", word, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert f"{path}: refused, because it holds " in err
@@ -166,5 +169,5 @@ def test_the_examples_of_the_documentation(
             # how much of a cut image is left over depends on Pillow's version
             left_over = r"\(\d+ bytes not processed\)"
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
-    # the others are of runs, see test_runs.py and report/html/test_page.py
-    assert words == set(tools.WORDS) - {"compare", "report"}
+    # the others are of runs, see test_runs.py and report/html/test_page.py, and of networks, see tests/model/deploy
+    assert words == set(tools.WORDS) - {"compare", "report", "export", "import", "predict"}
