@@ -17,6 +17,7 @@ from utils.text import closest
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
+    from model.deploy.graph import DeployGraph
     from model.load import Trained
 
 
@@ -27,11 +28,63 @@ def _program(trained: Trained, path: Path, options: Options) -> None:
     program.write(trained, path)
 
 
+def _graph(trained: Trained, options: Options) -> DeployGraph:
+    """The network as a graph, with what its file says of classes and images."""
+    import json
+
+    from model.deploy.graph import deploy_graph, with_byte_input
+    from utils.config.image_size import sides
+
+    graph = deploy_graph(
+        trained.network,
+        (trained.transform.channels, *sides(trained.transform.size)),
+        metadata={
+            "classes": json.dumps(trained.labels, ensure_ascii=False),
+            "images": json.dumps(trained.transform.to_dict()),
+        },
+    )
+    if not options.uint8_input:
+        return graph
+    return with_byte_input(graph, trained.transform.mean, trained.transform.std)
+
+
+def _onnx(trained: Trained, path: Path, options: Options) -> None:
+    """ONNX with integer weights for onnxruntime, OpenVINO and browsers."""
+    from model.deploy.onnx_qdq import qdq_model
+    from model.deploy.packages import needed
+
+    needed("onnx", "onnxscript")
+    path.write_bytes(qdq_model(_graph(trained, options)).SerializeToString())
+
+
+def _openvino(trained: Trained, path: Path, options: Options) -> None:
+    """OpenVINO's IR."""
+    from model.deploy.openvino_ir import write_openvino
+    from model.deploy.packages import needed
+
+    needed("openvino", "onnx", "onnxscript")
+    if path.suffix != ".xml":
+        raise UserError(f"--new {options.new}: end the name of OpenVINO's file in .xml")
+    write_openvino(_graph(trained, options), path)
+
+
+def _qonnx(trained: Trained, path: Path, options: Options) -> None:
+    """ONNX with the operators of qonnx."""
+    from model.deploy.packages import needed
+    from model.deploy.qonnx_quant import qonnx_model
+
+    needed("onnx", "onnxscript")
+    path.write_bytes(qonnx_model(_graph(trained, options)).SerializeToString())
+
+
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
 FORMATS: dict[str, Write] = {
+    "onnx": _onnx,
+    "openvino": _openvino,
     "program": _program,
+    "qonnx": _qonnx,
 }
 """What `--to` takes: name -> the function that writes it."""
 

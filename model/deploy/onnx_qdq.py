@@ -22,6 +22,7 @@ OLDEST_OPSET = 13  # the first with scales for each channel
 YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
 MOST_CODE = 64  # of weights that 16-bit sums of two products with uint8 activations cannot overflow
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 SATURATION = 2**15 - 1
 
 
@@ -57,6 +58,7 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     renamed: dict[str, str] = {}
     builder = Builder()
     reach = reach_of_weights(model, graph)
+    multiplied = _multiplied(model, graph, reach)
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -64,11 +66,28 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
             builder.nodes.append(node)
         elif node.op_type == "Activation":
             codes = graph.activations[node_key(node)]
-            renamed[node.output[0]] = _activation(builder, codes, node.input[0])
+            integer = node.output[0] in multiplied
+            renamed[node.output[0]] = _activation(builder, codes, node.input[0], integer)
         else:
             weight = weights[node_key(node)]
             renamed[node.output[0]] = _weight(builder, weight, reach.get(node.output[0]))
     return finished(model, builder, graph.metadata)
+
+
+def _multiplied(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:
+    """The activations that integer weights alone read, by their tensors."""
+    made = {node.output[0]: node for node in model.graph.node}
+    integer, other = set(), set()
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            weight = made.get(node.input[1]) if i == 0 and node.op_type in PRODUCTS else None
+            fits = (
+                weight is not None
+                and weight.op_type == "Weight"
+                and integer_weight(graph.weights[node_key(weight)], reach.get(node.input[1]))
+            )
+            (integer if fits else other).add(name)
+    return integer - other
 
 
 def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
@@ -76,7 +95,7 @@ def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     made = {node.output[0]: node for node in model.graph.node}
     found: dict[str, int] = {}
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in PRODUCTS:
             continue
         source = made.get(node.input[0])
         if source is not None and source.op_type == "Activation":
@@ -130,8 +149,12 @@ def _spread(weight: WeightCodes) -> int:
     return 1 << (MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
-def _activation(builder: Builder, codes: ActivationCodes, x: str) -> str:
-    """QuantizeLinear, Clip and DequantizeLinear in uint8."""
+def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool) -> str:
+    """QuantizeLinear, Clip and DequantizeLinear in uint8.
+
+    In front of weights that are no integers the codes are decoded by arithmetic instead: onnxruntime would quantize the
+    weight of a convolution between a DequantizeLinear and a QuantizeLinear to 8 bits, unasked.
+    """
     name = codes.name
     if not codes.integer:
         return builder.add("Identity", [x], name)
@@ -144,7 +167,13 @@ def _activation(builder: Builder, codes: ActivationCodes, x: str) -> str:
     if clipped:
         ends = [builder.constant(f"uint8_{end}", end, np.uint8) for end in (low, high)]
         result = builder.add("Clip", [result, *ends], f"{name}.codes")
-    return builder.add("DequantizeLinear", [result, scale, zero], name)
+    if integer:
+        return builder.add("DequantizeLinear", [result, scale, zero], name)
+    result = builder.add("Cast", [result], f"{name}.float", to=1)
+    if codes.zero_point:
+        shift = builder.constant(f"float_{codes.zero_point}", codes.zero_point, np.float32)
+        result = builder.add("Sub", [result, shift], f"{name}.shifted")
+    return builder.add("Mul", [result, scale], name)
 
 
 def integer_weight(weight: WeightCodes, reach: int | None) -> bool:

@@ -33,9 +33,7 @@ def openvino_model(graph: DeployGraph) -> Model:
     from openvino.frontend.onnx import ConversionExtension
 
     skeleton = copy.deepcopy(graph.model)
-    renamed = {
-        node.output[0]: node_key(node) for node in skeleton.graph.node if node.domain == DOMAIN
-    }
+    renamed = {node.output[0]: node_key(node) for node in skeleton.graph.node if node.domain == DOMAIN}
     for node in skeleton.graph.node:
         for names in (node.input, node.output):
             for i, name in enumerate(names):
@@ -88,8 +86,10 @@ def _weight(weight: WeightCodes, integer: bool) -> Any:
     """The digits in as few bits as they need, and the arithmetic that makes weights of them."""
     from openvino import Type, opset13
 
-    bits = next(bits for bits in (1, 2, 3, 4, 6, 8) if 2**bits >= weight.base)
-    digits = opset13.constant(weight.digits.astype(np.uint8), dtype=getattr(Type, f"u{bits}"))
+    bits = next(bits for bits in (1, 2, 3, 4, 6, 8, 16) if 2**bits >= weight.base)
+    digits = opset13.constant(
+        weight.digits.astype(np.uint16 if bits == 16 else np.uint8), dtype=getattr(Type, f"u{bits}")
+    )
     if weight.scaled and integer:
         value = opset13.convert(digits, "i32")
         if weight.gap != 1:
@@ -118,9 +118,12 @@ def _binary_convolutions(model: Model, graph: DeployGraph) -> int:
         activation, weight = graph.activations.get(sources[0]), graph.weights.get(sources[1])
         if activation is None or weight is None or not fits_binary(activation, weight):
             continue
-        zero, one = np.float32(0), np.float32(1)
-        codes = node.input_value(0).get_node().input_value(0).get_node().input_value(0)  # in front of the clamp
-        bits = opset13.fake_quantize(codes, zero, one, zero, one, 2)
+        zero, one, scale = np.float32(0), np.float32(1), np.float32(activation.scale)
+        clamp = node.input_value(0).get_node().input_value(0).get_node()
+        node.input_value(0).get_tensor().set_names(set())
+        signs = opset13.multiply(clamp.input_value(0), scale)
+        signs.output(0).get_tensor().set_names({activation.name})
+        bits = opset13.fake_quantize(signs, zero, scale, zero, one, 2)
         attributes = {name: node.get_attributes()[name] for name in CONVOLUTION_ATTRIBUTES}
         packed = opset13.constant(low_bit_first(weight.digits), dtype=Type.u1)
         sums = opset13.binary_convolution(
@@ -133,8 +136,8 @@ def _binary_convolutions(model: Model, graph: DeployGraph) -> int:
             "xnor-popcount",
             0.0,
         )
-        scale = (weight.scale.reshape(-1) * np.float32(activation.scale)).reshape(1, -1, 1, 1)
-        node.output(0).replace(opset13.multiply(sums, scale).output(0))
+        factor = (weight.scale.reshape(-1) * scale).reshape(1, -1, 1, 1)
+        node.output(0).replace(opset13.multiply(sums, factor).output(0))
         replaced += 1
     return replaced
 
@@ -146,7 +149,7 @@ def fits_binary(activation: ActivationCodes, weight: WeightCodes) -> bool:
 
 
 def low_bit_first(digits: Array) -> Array:
-    """Bits in the order in which OpenVINO packs them high bit first, so that BinaryConvolution reads the low bit first."""
+    """Bits in another order: OpenVINO packs high bits first, and its BinaryConvolution reads low bits first."""
     return digits.astype(np.uint8).reshape(-1, 8)[:, ::-1].reshape(digits.shape)
 
 
