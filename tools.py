@@ -60,6 +60,7 @@ WORDS: dict[str, Word] = {
         verify.verify, ("files", "old"), ("root", "workers", "output", "ema_weights", "keyword_file", "force")
     ),
     "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input")),
+    "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy.packages import needed
 from utils.errors import UserError
-from utils.text import closest
+from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -51,30 +52,29 @@ def _graph(trained: Trained, options: Options) -> DeployGraph:
 def _onnx(trained: Trained, path: Path, options: Options) -> None:
     """ONNX with integer weights for onnxruntime, OpenVINO and browsers."""
     from model.deploy.onnx_qdq import qdq_model
-    from model.deploy.packages import needed
 
-    needed("onnx", "onnxscript")
     path.write_bytes(qdq_model(_graph(trained, options)).SerializeToString())
 
 
 def _openvino(trained: Trained, path: Path, options: Options) -> None:
     """OpenVINO's IR."""
     from model.deploy.openvino_ir import write_openvino
-    from model.deploy.packages import needed
 
-    needed("openvino", "onnx", "onnxscript")
-    if path.suffix != ".xml":
-        raise UserError(f"--new {options.new}: end the name of OpenVINO's file in .xml")
     write_openvino(_graph(trained, options), path)
 
 
 def _qonnx(trained: Trained, path: Path, options: Options) -> None:
     """ONNX with the operators of qonnx."""
-    from model.deploy.packages import needed
     from model.deploy.qonnx_quant import qonnx_model
 
-    needed("onnx", "onnxscript")
     path.write_bytes(qonnx_model(_graph(trained, options)).SerializeToString())
+
+
+def _packed(trained: Trained, path: Path, options: Options) -> None:
+    """A safetensors file with the weights' codes as a stream of bits."""
+    from model.deploy import packed
+
+    packed.write(trained, path)
 
 
 Write = Callable[["Trained", Path, Options], None]
@@ -83,26 +83,59 @@ Write = Callable[["Trained", Path, Options], None]
 FORMATS: dict[str, Write] = {
     "onnx": _onnx,
     "openvino": _openvino,
+    "packed": _packed,
     "program": _program,
     "qonnx": _qonnx,
 }
 """What `--to` takes: name -> the function that writes it."""
 
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
+"""The endings by which other words know a format."""
+
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "qonnx": ("onnx", "onnxscript"),
+}
+"""What writes a format."""
+
+BYTES = ("onnx", "openvino")  # formats that can take images as bytes
+
 
 def export(options: Options) -> int:
     """Write the network of --old to --new, in the format that --to names."""
     from model.load import load_trained
-    from utils.text import printable
 
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
+    if new.suffix != ENDINGS.get(name, new.suffix):
+        raise UserError(f"--new {new}: end the name of this format's files in {ENDINGS[name]}")
+    if options.uint8_input and name not in BYTES:
+        raise UserError(
+            f"--uint8_input means nothing to {name}; leave it out or write --to {' or '.join(BYTES)}"
+        )
     refuse_existing(options, new)
     check_folder_of(new)
+    needed(*PACKAGES.get(name, ()))
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))
+    return 0
+
+
+def import_(options: Options) -> int:
+    """Write the packed network of --old to --new, a checkpoint that is evaluated like the one it was exported from."""
+    new = given_path(options.new)
+    refuse_existing(options, new)
+    check_folder_of(new)
+    from model.deploy import packed
+    from utils.checkpoint import archive
+
+    payload = packed.read_checkpoint(given_path(options.old))
+    archive.save(new, payload)
+    print(printable(f"{new}: {len(payload['state_dict'])} entries, {new.stat().st_size:,} bytes"))
     return 0
 
 
