@@ -296,7 +296,6 @@ options=''
 # User files run by the rules of a plain shell: an unset variable is empty, a test may be false.
 # shellcheck disable=SC2329  # bash calls it in place of its own message; check_status reports the mistake
 command_not_found_handle() { return 127; }
-declare -A files_read=(["$config_file"]=yes)
 user_files=("$config_file")
 if [[ -f .env ]]; then
   check_shell_file .env
@@ -308,12 +307,8 @@ for user_file in "${user_files[@]}"; do
   trap 'fail "${BASH_SOURCE[0]}: ends the shell; leave the exit out, or write return"' EXIT
   names_before=" $(compgen -v | tr '\n' ' ')"
   set +euo pipefail
-  set -T # files that are sourced inherit the trap
-  trap 'files_read["${BASH_SOURCE[0]}"]=yes' DEBUG
   # shellcheck source=/dev/null
   source "$user_file"
-  trap - DEBUG
-  set +T
   set -euo pipefail
   trap - ERR EXIT
 done
@@ -321,9 +316,12 @@ unset -f command_not_found_handle
 
 # Of the names that the config assigns, those that it has set.
 names_not_used=()
-while read -r name; do
-  [[ ! -v ${name#export:} || $names_before == *" ${name#export:} "* ]] || names_not_used+=("$name")
-done < <(unset 'files_read[${BASH_SOURCE[0]}]' && unused_names "${!files_read[@]}")
+if sources=$(sourced_files "$config_file"); then
+  mapfile -t source_list <<<"$sources"
+  while read -r name; do
+    [[ ! -v ${name#export:} || $names_before == *" ${name#export:} "* ]] || names_not_used+=("$name")
+  done < <(unused_names "${source_list[@]}")
+fi
 report_unused "$config_file" "${names_not_used[@]}"
 
 [[ $(declare -p options 2>/dev/null) != "declare -a"* ]] ||

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,12 +52,16 @@ threading.Thread(target=last).start()
 print("ready", flush=True)
 ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
 """
+# Runs a command that the terminal on its standard input controls. Ctrl-C drops no output that nobody has read yet.
+ON_A_TERMINAL = """\
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+settings = termios.tcgetattr(0)
+settings[3] |= termios.NOFLSH
+termios.tcsetattr(0, termios.TCSANOW, settings)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 NOT_A_PID = "99999999"  # above the largest number that Linux gives a process
-
-
-def default_signals() -> None:
-    """Undoes an ignored SIGINT, which a test runner in the background passes on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Queue:
@@ -106,7 +108,6 @@ class Queue:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=default_signals,
         )
         self.started.append(process)
         return process
@@ -193,7 +194,6 @@ def test_status_line_on_a_terminal(queue: Queue) -> None:
         stdin=inside,
         stdout=inside,
         stderr=inside,
-        preexec_fn=default_signals,
     )
     os.close(inside)
     with open(terminal, "rb", buffering=0) as output:
@@ -215,20 +215,21 @@ def test_control_c_on_a_terminal(queue: Queue, moment: str) -> None:
     before = queue.predecessor(*WAITING)
     pid = str(before.pid) if moment == "waiting" else NOT_A_PID
     terminal, inside = os.openpty()
-
-    def take_terminal() -> None:
-        default_signals()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
+    command = [
+        "bash",
+        "start_on_terminate.sh",
+        pid,
+        queue.config("a", script="blocking.py"),
+        queue.config("b"),
+    ]
     process = subprocess.Popen(
-        ["bash", "start_on_terminate.sh", pid, queue.config("a", script="blocking.py"), queue.config("b")],
+        [sys.executable, "-c", ON_A_TERMINAL, *command],
         cwd=queue.folder,
         env=queue.environment(POLL_SECONDS="1000"),
         stdin=inside,
         stdout=inside,
         stderr=inside,
         start_new_session=True,
-        preexec_fn=take_terminal,
     )
     with open(terminal, "r+b", buffering=0) as keyboard:
         seen = b""

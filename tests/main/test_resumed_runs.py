@@ -54,8 +54,6 @@ def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.Com
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell starts its background jobs, and so these tests, with the signal ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     said = []

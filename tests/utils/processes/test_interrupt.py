@@ -195,7 +195,6 @@ def test_an_interrupt_ends_a_process_that_waits_for_others(tmp_path: Path) -> No
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *LINE.split(), "--distributed", "--world_size", "2", "--rank", "0"],
         cwd=tmp_path, env={**os.environ, **QUIET, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + LIMIT
     while not listens(port):
@@ -325,6 +324,5 @@ def test_an_interrupt_before_training_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), "--keyword_file", "words.py", "--list_keywords"],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=LIMIT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "main.py: interrupted\n")

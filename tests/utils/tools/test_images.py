@@ -300,7 +300,6 @@ def test_signals_end_it_with_a_line_and_all_its_processes(tmp_path: Path, number
     process = subprocess.Popen(
         [sys.executable, "tools.py", "--keyword", "verify-data", "--root", tmp_path, "-j", "2"],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a runner in the background ignores SIGINT
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while len(started_by(process.pid)) < 5:  # itself, two that decode, what these are forked from, a tracker
