@@ -51,6 +51,8 @@ class ActivationCodes:
     @property
     def zero_point(self) -> int:
         """The code of zero as an unsigned integer; even, since OpenVINO rounds ties to the wrong side of an odd one."""
+        if self.highest - self.lowest == 255:
+            return -self.lowest
         return 0 if self.lowest >= 0 else max(2, 1 << (-self.lowest - 1).bit_length())
 
     @property

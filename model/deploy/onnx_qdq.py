@@ -23,6 +23,7 @@ YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
 MOST_CODE = 64  # of weights that 16-bit sums of two products with uint8 activations cannot overflow
 PRODUCTS = ("Conv", "Gemm", "MatMul")
+MOST_STEADY = 64  # levels behind a sum; a code of more levels changes little
 SATURATION = 2**15 - 1
 
 
@@ -131,7 +132,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
         ):
             continue
         codes = graph.activations[node_key(behind[0])]
-        if not codes.integer or codes.step is None:
+        if not codes.integer or codes.step is None or codes.levels > MOST_STEADY:
             continue
         given = graph.activations[node_key(made[node.input[0]])]
         largest = max(abs(given.lowest), abs(given.highest))
