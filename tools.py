@@ -59,7 +59,7 @@ WORDS: dict[str, Word] = {
     "verify": Word(
         verify.verify, ("files", "old"), ("root", "workers", "output", "ema_weights", "keyword_file", "force")
     ),
-    "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input")),
+    "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "root")),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
@@ -176,6 +176,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--uint8_input", action="store_true",
         help="export to onnx, openvino: take images as bytes; the normalisation is inside",
+    )  # fmt: skip
+    parser.add_argument(
+        "--int8_sums", action="store_true",
+        help="export to onnx, openvino: residual sums in 8 bits, with ranges of a batch of images; faster, less exact",
     )  # fmt: skip
     parser.add_argument(
         "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"

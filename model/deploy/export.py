@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
+    from model.deploy.codes import Array
     from model.deploy.graph import DeployGraph
     from model.load import Trained
 
@@ -44,9 +46,24 @@ def _graph(trained: Trained, options: Options) -> DeployGraph:
             "images": json.dumps(trained.transform.to_dict()),
         },
     )
-    if not options.uint8_input:
-        return graph
-    return with_byte_input(graph, trained.transform.mean, trained.transform.std)
+    if options.int8_sums:
+        from model.deploy.sums import with_integer_sums
+
+        graph = with_integer_sums(graph, _batch(trained, options))
+    if options.uint8_input:
+        graph = with_byte_input(graph, trained.transform.mean, trained.transform.std)
+    return graph
+
+
+def _batch(trained: Trained, options: Options) -> Array:
+    """A batch of training images, normalised, float32 [N, channels, height, width]."""
+    from utils.data.sources import open_data
+
+    root = options.root or trained.config.data.root
+    loader = open_data(replace(trained.config.data, train=True, rank=0, world_size=1, root=root)).train
+    loader.set_epoch(0)
+    images, _ = next(iter(loader))
+    return images.contiguous().numpy()
 
 
 def _onnx(trained: Trained, path: Path, options: Options) -> None:
@@ -99,7 +116,8 @@ PACKAGES = {
 }
 """What writes a format."""
 
-BYTES = ("onnx", "openvino")  # formats that can take images as bytes
+RUN = ("onnx", "openvino")
+"""Formats of engines, which options change around the network."""
 
 
 def export(options: Options) -> int:
@@ -111,10 +129,11 @@ def export(options: Options) -> int:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
     if new.suffix != ENDINGS.get(name, new.suffix):
         raise UserError(f"--new {new}: end the name of this format's files in {ENDINGS[name]}")
-    if options.uint8_input and name not in BYTES:
-        raise UserError(
-            f"--uint8_input means nothing to {name}; leave it out or write --to {' or '.join(BYTES)}"
-        )
+    for option in ("uint8_input", "int8_sums"):
+        if getattr(options, option) and name not in RUN:
+            raise UserError(
+                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(RUN)}"
+            )
     refuse_existing(options, new)
     check_folder_of(new)
     needed(*PACKAGES.get(name, ()))

@@ -59,7 +59,7 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     renamed: dict[str, str] = {}
     builder = Builder()
     reach = reach_of_weights(model, graph)
-    multiplied = _multiplied(model, graph, reach)
+    beside_float = _beside_float(model, graph, reach)
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -67,7 +67,7 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
             builder.nodes.append(node)
         elif node.op_type == "Activation":
             codes = graph.activations[node_key(node)]
-            integer = node.output[0] in multiplied
+            integer = node.output[0] not in beside_float
             renamed[node.output[0]] = _activation(builder, codes, node.input[0], integer)
         else:
             weight = weights[node_key(node)]
@@ -75,20 +75,21 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     return finished(model, builder, graph.metadata)
 
 
-def _multiplied(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:
-    """The activations that integer weights alone read, by their tensors."""
+def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:
+    """The tensors that are multiplied by weights that are no integers."""
     made = {node.output[0]: node for node in model.graph.node}
-    integer, other = set(), set()
+    found = set()
     for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            weight = made.get(node.input[1]) if i == 0 and node.op_type in PRODUCTS else None
-            fits = (
-                weight is not None
-                and weight.op_type == "Weight"
-                and integer_weight(graph.weights[node_key(weight)], reach.get(node.input[1]))
-            )
-            (integer if fits else other).add(name)
-    return integer - other
+        if node.op_type not in PRODUCTS:
+            continue
+        weight = made.get(node.input[1])
+        if (
+            weight is None
+            or weight.op_type != "Weight"
+            or not integer_weight(graph.weights[node_key(weight)], reach.get(node.input[1]))
+        ):
+            found.update(node.input)
+    return found
 
 
 def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:

@@ -31,6 +31,7 @@ class Options:
     keyword_file: str | None = None
     ema_weights: bool = False
     uint8_input: bool = False
+    int8_sums: bool = False
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None

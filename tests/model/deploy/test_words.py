@@ -53,7 +53,7 @@ def test_an_onnx_file_is_verified_and_predicts(tmp_path: Path, capsys: pytest.Ca
         output = tmp_path / "predicted.jsonl"
         assert words("--keyword", "predict", image, "--old", network, "--output", output, "--force") == 0
         predicted.append(json.loads(output.read_text()))
-    (first,), (second,) = predicted
+    first, second = predicted
     assert first["classes"] == second["classes"]
     assert first["probabilities"] == pytest.approx(second["probabilities"], rel=1e-3)
 
