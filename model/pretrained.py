@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.layers.quantized import quantizers
+from model.layers.quantized import quantized_weights, quantizers
 from model.networks.grey import grey_state
 from model.networks.published import published_weights
 from model.networks.torchvision_resnet import from_torchvision
+from model.quantizers.fixed import FixedWeight
+from model.quantizers.frame import Quantizer
+from model.quantizers.integers import QuantizedTensor
 from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
@@ -52,6 +55,8 @@ def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadR
 
 def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, config: Config) -> LoadReport:
     """As `load_pretrained`, of a file that was read already."""
+    if FIXED in payload:
+        _fix_weights(model, payload[FIXED], path, config)
     state = network_state(payload, model, config.model, str(path))
     if config.run.ema_weights:
         state |= _averaged(payload, path)
@@ -116,6 +121,43 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
         classes=() if head and head <= set(report.skipped) else weights.class_names_of(payload),
         max_value=weights.max_value_of(payload),
     )
+
+
+FIXED = "quantized_weights"  # the entry of a checkpoint from a packed file: layer -> integers of its weight
+
+
+def stored_of(entry: Mapping[str, Any]) -> QuantizedTensor:
+    """A quantized weight from an entry of `FIXED`: numbers, int32 of its shape, and what gives them a meaning."""
+    numbers = entry["numbers"]
+    rows = entry.get("rows")
+    return QuantizedTensor(
+        codes=numbers * entry["code_step"] + entry["first_code"],
+        scale=entry.get("scale"),
+        numbers=numbers.long(),
+        codebook=entry["codebook"],
+        factor=entry["factor"],
+        zero_point=entry["zero_point"],
+        rows=None if rows is None else rows.long(),
+        deviation=entry.get("deviation"),
+        mean=entry.get("mean"),
+        gamma=entry.get("gamma"),
+    )
+
+
+def _fix_weights(model: nn.Module, fixed: Mapping[str, Any], path: Path, config: Config) -> None:
+    """Take the quantizers of the weights away whose values a checkpoint has quantized already."""
+    if not config.run.evaluate:
+        raise UserError(
+            f"{path} comes from a packed file and has quantized weights alone, which cannot be trained: give the "
+            "checkpoint that was exported"
+        )
+    layers = {name: layer for name, layer, _ in quantized_weights(model)}
+    for name, entry in fixed.items():
+        if name not in layers:
+            raise UserError(f"{path} does not fit the network: {name} has no quantized weight there")
+        quantizer = layers[name].quant_weight
+        assert isinstance(quantizer, Quantizer)  # quantized_weights says so
+        layers[name].quant_weight = FixedWeight(quantizer, stored_of(entry))
 
 
 def _last_layer(model: nn.Module, classes: int) -> set[str]:

@@ -4,8 +4,10 @@ import signal
 
 import pytest
 
-# A shell starts its background jobs with the signal ignored, and the processes that tests start would inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts its background jobs with SIGINT ignored, and nohup starts all with SIGHUP ignored. The processes that
+# tests start would inherit that.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 pytest.register_assert_rewrite("tests.main", "tests.model", "tests.utils")

@@ -49,6 +49,14 @@ for found in pkgutil.walk_packages(lowbit.__path__, "lowbit."):
 assert not failed, failed
 assert not [name for name in sys.modules if name.startswith(("model.", "utils."))]
 """
+# A checkpoint, without a word about its network.
+LOAD = f"""
+from PIL import Image
+from lowbit.model.load import load
+
+network, transform, classes = load({str(ROOT / "tests/recorded/lsq.pth.tar")!r})
+assert network(transform(Image.new("RGB", (40, 30)))[None]).shape == (1, 10) and classes == ()
+"""
 # The repository's modules beside the installed ones, in a process whose program has no `model` of its own.
 BOTH = """
 import torch
@@ -155,7 +163,7 @@ def test_the_package_is_built_installed_and_used(checkout: Path) -> None:
     program.mkdir()
     for name in ("model.py", "utils.py"):
         (program / name).write_text('mine = "untouched"\n', encoding="utf-8")
-    (program / "program.py").write_text(PROGRAM + readme_example(), encoding="utf-8")
+    (program / "program.py").write_text(PROGRAM + LOAD + readme_example(), encoding="utf-8")
     output = run([python, "program.py"], program)
     assert "left because it\n" in output and "conv1  is the first layer\n" in output
     assert output.endswith("\npassed: 38 quantizers within their levels\n")

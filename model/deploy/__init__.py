@@ -1,1 +1,1 @@
-"""From a trained network to files that other programs run."""
+"""The way out: trained networks for engines, and predictions with them."""

@@ -51,6 +51,8 @@ class ActivationCodes:
     @property
     def zero_point(self) -> int:
         """The code of zero as an unsigned integer; even, since OpenVINO rounds ties to the wrong side of an odd one."""
+        if self.highest - self.lowest == 255:
+            return -self.lowest
         return 0 if self.lowest >= 0 else max(2, 1 << (-self.lowest - 1).bit_length())
 
     @property
@@ -287,9 +289,9 @@ def digits_per_word(base: int) -> tuple[int, int]:
     """How many digits of a base share a word, and the word's bytes: 1 or 4, whichever holds more a byte.
 
     Example:
-        >>> [digits_per_word(base) for base in (2, 3, 4, 8, 16)]
-        [(8, 1), (5, 1), (4, 1), (10, 4), (2, 1)]
+        >>> [digits_per_word(base) for base in (2, 3, 4, 8, 16, 256, 257)]
+        [(8, 1), (5, 1), (4, 1), (10, 4), (2, 1), (1, 1), (3, 4)]
     """
-    byte = max(1, int(math.log(256) / math.log(base) + 1e-9))
-    word = max(1, int(math.log(2**31) / math.log(base) + 1e-9))
+    byte = int(math.log(256) / math.log(base) + 1e-9)
+    word = int(math.log(2**31) / math.log(base) + 1e-9)
     return (byte, 1) if byte * 4 >= word else (word, 4)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,53 @@ from utils.errors import UserError
 
 QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors that a quantizer makes
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
+    if path.suffix == ".xml":
+        needed("openvino")
+        import openvino
+
+        try:
+            model = openvino.Core().read_model(path)
+        except Exception as error:  # whatever its reader raises
+            raise UserError(f"{path}: OpenVINO does not read it: {reason(error)}") from error
+        if not model.has_rt_info(["lowbit"]):
+            return {}
+        return {name: str(value.value) for name, value in model.get_rt_info(["lowbit"]).astype(dict).items()}
+    return {item.key: item.value for item in read_onnx(path).metadata_props}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns normalised images back into bytes, uint8 and of the same shape, for a file that normalises itself."""
+
+    mean: Array
+    std: Array
+
+    @classmethod
+    def of(cls, path: Path) -> Pixels:
+        """By what the file says; raises UserError where it does not."""
+        try:
+            described = json.loads(read_metadata(path)["images"])
+            parts = [np.array(described[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std")]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}: takes bytes, and does not say how they are normalised; export it anew"
+            ) from None
+        return cls(*parts)
+
+    def __call__(self, images: Array) -> Array:
+        """See the class."""
+        return np.clip(np.round((images * self.std + self.mean) * 255), 0, 255).astype(np.uint8)
+
+
+def reason(error: Exception) -> str:
+    """The line of an exception that says most; OpenVINO's first lines are places in its code."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (telling or lines or [type(error).__name__])[0]
 
 
 class Runner(Protocol):
@@ -69,8 +118,7 @@ class Engine:
         except UserError:
             raise
         except Exception as error:  # each engine has exceptions of its own
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: {self.name} does not load it: {first}") from error
+            raise UserError(f"{path}: {self.name} does not load it: {reason(error)}") from error
 
 
 def engines_of(path: Path) -> list[Engine]:
@@ -105,8 +153,7 @@ def read_onnx(path: Path) -> Any:
     except (
         Exception
     ) as error:  # protobuf, the checker and the reader of external data have exceptions of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a valid ONNX file: {first}") from error
+        raise UserError(f"{path}: not a valid ONNX file: {reason(error)}") from error
     names = [item.name for item in (*model.graph.input, *model.graph.output)]
     if names != ["input", "logits"]:
         raise UserError(
@@ -140,8 +187,9 @@ class _Onnxruntime:
         wanted = [node for node in model.graph.node if tensors and _quantized(node.output[0])]
         for node in wanted:
             kind, source = onnx.TensorProto.FLOAT, node.output[0]
-            if node.op_type == "DequantizeLinear":
-                kind, source = onnx.TensorProto.UINT8, node.input[0]
+            codes = constants[node.input[2]].data_type if node.op_type == "DequantizeLinear" else kind
+            if codes in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8):
+                kind, source = codes, node.input[0]
                 scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
                 self._decoding[source] = node.output[0], float(scale), int(zero)
             model.graph.output.append(helper.make_tensor_value_info(source, kind, None))
@@ -157,8 +205,10 @@ class _Onnxruntime:
         self.integer = sum("QLinear" in name or "Integer" in name or name == "QGemm" for name in products)
         self._input = self._session.get_inputs()[0]
         self._names = [output.name for output in self._session.get_outputs()]
+        self._pixels = Pixels.of(path) if self._input.type == "tensor(uint8)" else None
 
     def __call__(self, images: Array) -> dict[str, Array]:
+        images = images if self._pixels is None else self._pixels(images)
         outputs = self._session.run(None, {self._input.name: images})
         found = {name: np.asarray(value) for name, value in zip(self._names, outputs, strict=True)}
         for source, (name, scale, zero) in self._decoding.items():
@@ -174,6 +224,7 @@ class _Openvino:
 
         core = openvino.Core()
         model = core.read_model(path)
+        self._pixels = Pixels.of(path) if model.input().get_element_type() == openvino.Type.u8 else None
         self.tensors: tuple[str, ...] = ()
         if tensors:
             names = [name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names]
@@ -182,6 +233,8 @@ class _Openvino:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
+        size = model.input().get_partial_shape()[0]
+        self._batch = size.get_length() if size.is_static else None
         self._network = core.compile_model(model, "CPU", settings)
         kinds = [
             (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
@@ -196,8 +249,15 @@ class _Openvino:
         self.integer = sum(precision in ("u8", "i8", "u1") for precision in counted)
 
     def __call__(self, images: Array) -> dict[str, Array]:
-        found = self._network(images)
-        return {name: found[name] for name in ("logits", *self.tensors)}
+        images = images if self._pixels is None else self._pixels(images)
+        size = self._batch or len(images)
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = size - len(part)
+            found = self._network(np.concatenate([part, np.repeat(part[:1], missing, axis=0)]))
+            parts.append({name: found[name][: len(part)] for name in ("logits", *self.tensors)})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class _Qonnx:
@@ -218,10 +278,12 @@ class _Qonnx:
     def __call__(self, images: Array) -> dict[str, Array]:
         from qonnx.core.onnx_exec import execute_onnx
 
-        rows = [
-            execute_onnx(self._model, {"input": images[i : i + 1]}, return_full_exec_context=True)
-            for i in range(len(images))
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that it has not inferred
+            rows = [
+                execute_onnx(self._model, {"input": images[i : i + 1]}, return_full_exec_context=True)
+                for i in range(len(images))
+            ]
         return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
 
 

@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +206,39 @@ def _exported(network: nn.Module, example: Tensor) -> ModelProto:
         raise UserError(f"torch cannot export this network: {first[0]}") from error
     assert program is not None
     return program.model_proto
+
+
+def with_byte_input(graph: DeployGraph, mean: Sequence[float], std: Sequence[float]) -> DeployGraph:
+    """The graph with an input of bytes, uint8 [batch, channels, height, width], which it normalises itself.
+
+    Args:
+        graph: with an input of normalised images.
+        mean: per channel, of images in [0, 1].
+        std: per channel, likewise.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = copy.deepcopy(graph.model)
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name == INPUT:
+                node.input[i] = "normalised"
+    deviation, shape = np.array(std, np.float32), (1, -1, 1, 1)
+    constants = {
+        "pixel_factor": 1 / (255 * deviation),
+        "pixel_shift": -np.array(mean, np.float32) / deviation,
+    }
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32).reshape(shape), name))
+    nodes = [
+        helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["pixels", "pixel_factor"], ["scaled_pixels"]),
+        helper.make_node("Add", ["scaled_pixels", "pixel_shift"], ["normalised"]),
+    ]
+    for i, node in enumerate(nodes):
+        model.graph.node.insert(i, node)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    return replace(graph, model=model)
 
 
 def node_key(node: NodeProto) -> str:

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 OLDEST_OPSET = 13  # the first with scales for each channel
+YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
 MOST_CODE = 64  # of weights that 16-bit sums of two products with uint8 activations cannot overflow
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+MOST_STEADY = 64  # levels behind a sum; a code of more levels changes little
 SATURATION = 2**15 - 1
 
 
@@ -55,7 +58,8 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     weights = _steady_biases(model, graph)
     renamed: dict[str, str] = {}
     builder = Builder()
-    reach = _reach(model, graph)
+    reach = reach_of_weights(model, graph)
+    beside_float = _beside_float(model, graph, reach)
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -63,19 +67,37 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
             builder.nodes.append(node)
         elif node.op_type == "Activation":
             codes = graph.activations[node_key(node)]
-            renamed[node.output[0]] = _activation(builder, codes, node.input[0])
+            integer = node.output[0] not in beside_float
+            renamed[node.output[0]] = _activation(builder, codes, node.input[0], integer)
         else:
             weight = weights[node_key(node)]
             renamed[node.output[0]] = _weight(builder, weight, reach.get(node.output[0]))
     return finished(model, builder, graph.metadata)
 
 
-def _reach(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
+def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:
+    """The tensors that are multiplied by weights that are no integers."""
+    made = {node.output[0]: node for node in model.graph.node}
+    found = set()
+    for node in model.graph.node:
+        if node.op_type not in PRODUCTS:
+            continue
+        weight = made.get(node.input[1])
+        if (
+            weight is None
+            or weight.op_type != "Weight"
+            or not integer_weight(graph.weights[node_key(weight)], reach.get(node.input[1]))
+        ):
+            found.update(node.input)
+    return found
+
+
+def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     """The largest uint8 code that meets each weight, by the weight's tensor; those without are multiplied in float."""
     made = {node.output[0]: node for node in model.graph.node}
     found: dict[str, int] = {}
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in PRODUCTS:
             continue
         source = made.get(node.input[0])
         if source is not None and source.op_type == "Activation":
@@ -89,7 +111,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
     """Change the biases that an engine rounds, those between integer weights and a quantizer; returns the weights."""
     from onnx import numpy_helper
 
-    reach, weights = _reach(model, graph), dict(graph.weights)
+    reach, weights = reach_of_weights(model, graph), dict(graph.weights)
     made = {node.output[0]: node for node in model.graph.node}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -111,7 +133,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
         ):
             continue
         codes = graph.activations[node_key(behind[0])]
-        if not codes.integer or codes.step is None:
+        if not codes.integer or codes.step is None or codes.levels > MOST_STEADY:
             continue
         given = graph.activations[node_key(made[node.input[0]])]
         largest = max(abs(given.lowest), abs(given.highest))
@@ -129,8 +151,12 @@ def _spread(weight: WeightCodes) -> int:
     return 1 << (MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
-def _activation(builder: Builder, codes: ActivationCodes, x: str) -> str:
-    """QuantizeLinear, Clip and DequantizeLinear in uint8."""
+def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool) -> str:
+    """QuantizeLinear, Clip and DequantizeLinear in uint8.
+
+    In front of weights that are no integers the codes are decoded by arithmetic instead: onnxruntime would quantize the
+    weight of a convolution between a DequantizeLinear and a QuantizeLinear to 8 bits, unasked.
+    """
     name = codes.name
     if not codes.integer:
         return builder.add("Identity", [x], name)
@@ -143,7 +169,13 @@ def _activation(builder: Builder, codes: ActivationCodes, x: str) -> str:
     if clipped:
         ends = [builder.constant(f"uint8_{end}", end, np.uint8) for end in (low, high)]
         result = builder.add("Clip", [result, *ends], f"{name}.codes")
-    return builder.add("DequantizeLinear", [result, scale, zero], name)
+    if integer:
+        return builder.add("DequantizeLinear", [result, scale, zero], name)
+    result = builder.add("Cast", [result], f"{name}.float", to=1)
+    if codes.zero_point:
+        shift = builder.constant(f"float_{codes.zero_point}", codes.zero_point, np.float32)
+        result = builder.add("Sub", [result, shift], f"{name}.shifted")
+    return builder.add("Mul", [result, scale], name)
 
 
 def integer_weight(weight: WeightCodes, reach: int | None) -> bool:
@@ -235,17 +267,26 @@ def packed_words(digits: Array, base: int) -> Array:
 
 def _looked_up(builder: Builder, weight: WeightCodes) -> str:
     """The entries of the table of levels."""
-    assert weight.table is not None
-    # The gap is that of the levels in use: the table without the others.
-    columns = weight.lowest + weight.gap * np.arange(weight.base)
-    table = weight.table[:, np.minimum(columns, weight.table.shape[1] - 1)]
+    table, rows = used_levels(weight)
     index = _digits(builder, weight)
-    if len(table) > 1:
-        assert weight.rows is not None
-        starts = builder.constant(f"{weight.name}.rows", weight.rows * weight.base, np.int32)
+    if rows is not None:
+        starts = builder.constant(f"{weight.name}.rows", rows * weight.base, np.int32)
         index = builder.add("Add", [index, starts], f"{weight.name}.index")
     entries = builder.constant(f"{weight.name}.table", table.reshape(-1), np.float32)
     return builder.add("Gather", [entries, index], weight.name)
+
+
+def used_levels(weight: WeightCodes) -> tuple[Array, Array | None]:
+    """The levels of the digits, float32 [rows, base], and the row of each weight; None where there is one row."""
+    codes = weight.lowest + weight.gap * np.arange(weight.base)
+    if weight.table is not None:
+        table, rows = weight.table[:, np.minimum(codes, weight.table.shape[1] - 1)], weight.rows
+    else:
+        offset = np.zeros(1, np.float32) if weight.offset is None else weight.offset
+        scale, offset = np.broadcast_arrays(weight.scale.reshape(-1, 1), offset.reshape(-1, 1))
+        table = codes.astype(np.float32) * scale + offset
+        rows = np.arange(len(table)).reshape((-1,) + (1,) * (weight.codes.ndim - 1))
+    return table.astype(np.float32), rows if len(table) > 1 else None
 
 
 def finished(model: ModelProto, builder: Builder, metadata: dict[str, str]) -> ModelProto:
@@ -285,27 +326,29 @@ def aged(model: ModelProto) -> ModelProto:
     from onnx import checker, helper
 
     present = next(item.version for item in model.opset_import if item.domain == "")
+    domains = sorted({node.domain for node in model.graph.node if node.domain})
     old = copy.deepcopy(model)
     for node in old.graph.node:
         _old_form(old, node)
-    for opset in range(OLDEST_OPSET, present):
-        del old.opset_import[:]
-        old.opset_import.append(helper.make_opsetid("", opset))
-        old.ir_version = IR_VERSION if opset == OLDEST_OPSET else 8
+    read = {name for node in old.graph.node for name in node.input}
+    kept = [tensor for tensor in old.graph.initializer if tensor.name in read]
+    del old.graph.initializer[:]
+    old.graph.initializer.extend(kept)
+    for opset in range(OLDEST_OPSET, present + 1):
+        found = old if opset < present else model
+        del found.opset_import[:]
+        found.opset_import.extend(
+            helper.make_opsetid(domain, 1 if domain else opset) for domain in ("", *domains)
+        )
+        found.ir_version = IR_VERSION if opset == OLDEST_OPSET else YOUNG_IR_VERSION
         try:
-            checker.check_model(old, full_check=True)
+            checker.check_model(found, full_check=True)
         except (checker.ValidationError, RuntimeError):
+            if opset == present:
+                raise
             continue
-        read = {name for node in old.graph.node for name in node.input}
-        kept = [tensor for tensor in old.graph.initializer if tensor.name in read]
-        del old.graph.initializer[:]
-        old.graph.initializer.extend(kept)
-        return old
-    del model.opset_import[:]
-    model.opset_import.append(helper.make_opsetid("", present))
-    model.ir_version = 8
-    checker.check_model(model, full_check=True)
-    return model
+        return found
+    raise AssertionError("unreachable")
 
 
 def _old_form(model: ModelProto, node: NodeProto) -> None:

@@ -35,7 +35,7 @@ from utils.checkpoint.weights import (
 )
 from utils.config.schema import Config
 from utils.data.loaders import Loaders
-from utils.data.sources import open_data
+from utils.data.sources import FOLDER_SETS, open_data
 from utils.data.transform import transform_of
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement
@@ -171,7 +171,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
-            *loaders.warnings,
+            *loaders.warnings, *_unchecked(here, origin, loaded),
         ),
     )  # fmt: skip
 
@@ -186,6 +186,21 @@ def _check_same_data(
     check_class_names(classes, loaders.classes, source)
     found = loaders.max_value if config.data.max_value is None else None
     check_max_value(max_value, found, source)
+
+
+def _unchecked(here: Surroundings, origin: Origin, loaded: LoadReport | None) -> tuple[str, ...]:
+    """A warning where the names of class folders cannot be compared with those of the checkpoint."""
+    data, source, classes = here.config.data, str(origin.pretrained), () if loaded is None else loaded.classes
+    if origin.found.path is not None:
+        source, classes = str(origin.found.path), class_names_of(origin.found.payload)
+    elif loaded is None or not here.config.run.evaluate:  # a training may be for other classes
+        return ()
+    if classes or data.dataset not in FOLDER_SETS:
+        return ()
+    return (
+        f"{source} does not hold the names of its classes, so that nothing checks that they are the folders of "
+        f"{data.root} in their order",
+    )
 
 
 def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule, tuple[str, ...]]:

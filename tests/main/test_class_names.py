@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import tools
+from model.load import load
 from tests.main.runs import call, checkpoint, done_in
 from utils.checkpoint.archive import read as read_checkpoint
 from utils.checkpoint.archive import save as save_checkpoint
@@ -72,6 +75,62 @@ def test_where_names_do_not_count(renamed: str, tmp_path: Path, capsys: pytest.C
     payload = read_checkpoint(Path(renamed))
     del payload["classes"]
     save_checkpoint(tmp_path / "older.pth", payload)
-    assert call(f"{LINE} -e --pretrained older.pth") == 0
-    assert call(f"{LINE} --dataset fake -e --pretrained {renamed}") == 0
     capsys.readouterr()
+    assert call(f"{LINE} -e --pretrained older.pth") == 0
+    assert "warning: older.pth does not hold the names of its classes" in capsys.readouterr().out
+    assert call(f"{LINE} --dataset fake -e --pretrained {renamed}") == 0
+    assert "does not hold" not in capsys.readouterr().out
+
+
+def folders_of(trained: Path, to: Path, names: dict[str, str], parts: Sequence[str] = ("val",)) -> None:
+    """A folder `photos` in `to` with these classes of the trained one, under other names."""
+    (to / "weights").symlink_to(trained / "weights")
+    for part in parts:
+        (to / "photos" / part).mkdir(parents=True)
+        for old, new in names.items():
+            (to / "photos" / part / new).symlink_to(trained / "photos" / part / old)
+
+
+@pytest.mark.parametrize("options", [LINE, ""])
+@pytest.mark.parametrize("names", ["b", "ac", "abc"])
+def test_a_part_of_the_classes_is_evaluated(
+    trained: Path, tmp_path: Path, names: str, options: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A folder with `val/` alone and some classes: their images count as the classes that they were trained as."""
+    folders_of(trained, tmp_path, dict(zip(names, names, strict=True)))
+    monkeypatch.chdir(tmp_path)
+    file = "weights/resnet20/old-checkpoint.pth.tar"
+    assert call(f"{options} -e -j 0 --root photos --pretrained {file}") == 0
+    shown = float(capsys.readouterr().out.rpartition("top-1 ")[2].partition(",")[0])
+    network, transform, classes = load(file)
+    images = [path for name in names for path in sorted(Path("photos/val", name).iterdir())]
+    with torch.no_grad():
+        found = network(torch.stack([transform(path) for path in images])).argmax(1)
+    right = [classes[i] == path.parent.name for i, path in zip(found.tolist(), images, strict=True)]
+    assert shown == pytest.approx(100 * sum(right) / len(right), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (
+            {"a": "a", "b": "dog"},
+            "photos/val has classes that the checkpoint was not trained with: dog; its classes",
+        ),
+        ({"a": "b", "b": "c", "c": "d"}, "was trained with other classes: class 0 was 'a' and is 'b' now"),
+        (
+            {"a": "a", "b": "b", "c": "c", "../val/a": "d"},
+            "that the checkpoint was not trained with: d; its classes are a",
+        ),
+    ],
+)
+def test_unknown_classes_are_an_error(
+    trained: Path, tmp_path: Path, names: dict[str, str], text: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folders_of(trained, tmp_path, names)
+    monkeypatch.chdir(tmp_path)
+    assert call("-e -j 0 --root photos --pretrained weights/resnet20/old-checkpoint.pth.tar") == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1

@@ -128,10 +128,14 @@ def _data(now: DataConfig, old: DataConfig, payload: Mapping[str, Any], given: G
     """The data of an evaluation: options that are not given are those of the training."""
     from utils.checkpoint import weights
 
-    images = payload.get("images") or {}
+    images = payload.get("images")
+    if isinstance(images, Mapping) and images.get("channels") == now.channels:
+        mean, std = (tuple(images.get(name) or ()) or None for name in ("mean", "std"))
+    else:
+        mean, std = (old.mean, old.std) if old.channels == now.channels else (None, None)
     fields = {
-        "mean": tuple(images["mean"]) if "mean" in images else old.mean,
-        "std": tuple(images["std"]) if "std" in images else old.std,
+        "mean": mean,
+        "std": std,
         "batch_size": old.batch_size,
         "val_batch_size": old.val_batch_size or old.batch_size,
         "ignore_orientation": old.ignore_orientation,
@@ -163,7 +167,7 @@ _OF_QUANTIZER: dict[str, Callable[[Any], tuple[str, Any]]] = {
 
 
 def _is_of_network(option: str) -> bool:
-    return option in _OF_MODEL | _OF_QUANT or option[:3] in ("fm_", "wt_", "ot_")
+    return option in {"bits"} | _OF_MODEL | _OF_QUANT or option[:3] in ("fm_", "wt_", "ot_")
 
 
 def _replaced(model: ModelConfig, given: Given) -> ModelConfig:

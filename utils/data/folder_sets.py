@@ -16,6 +16,7 @@ from utils.data.loader import Delivery, Loader
 from utils.data.loaders import Loaders, check_classes, deliveries_of, loaders_of
 from utils.errors import UserError
 from utils.processes.distributed import broadcast
+from utils.text import some_names
 
 if TYPE_CHECKING:
     from utils.data.image_folder import ImageNames
@@ -30,11 +31,31 @@ def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
     from utils.data.image_folder import check_folders
 
     val = bool(config.val_batch_size)
-    names = check_folders(config.root, config.dataset, val=val, train=config.train or not val)
+    train, known = config.train or not val, bool(config.classes)
+    names = check_folders(config.root, config.dataset, val=val, train=train, known=known)
+    if known:
+        for part in names.values():
+            _number_as(config, part)
     part = next(iter(names.values()))
     left_out = f" ({said})" if (said := part.left_out()) else ""
     check_classes(config, len(part.classes), f"{config.root}{left_out}")
     return names
+
+
+def _number_as(config: DataConfig, part: ImageNames) -> None:
+    """Give a part of a checkpoint's classes the numbers that they have there.
+
+    As many classes under other names, or in another order, are compared when the checkpoint is loaded.
+    """
+    if len(part.classes) == len(config.classes):
+        return
+    unknown = [name for name in part.classes if name not in config.classes]
+    if unknown:
+        raise UserError(
+            f"{part.folder} has classes that the checkpoint was not trained with: {some_names(unknown)}; its classes "
+            f"are {some_names(config.classes)}: rename or remove the folders"
+        )
+    part.number_as(config.classes)
 
 
 def build_imagenet(config: DataConfig, device: torch.device, names: dict[str, ImageNames]) -> Loaders:

@@ -81,6 +81,11 @@ class ImageNames:
     def __len__(self) -> int:
         return len(self.target)
 
+    def number_as(self, classes: Sequence[str]) -> None:
+        """Take the numbers of `classes`, of which these are a part, as the classes' numbers."""
+        places = np.array([classes.index(name) for name in self.classes])
+        self.target, self.classes = places[self.target], tuple(classes)
+
     def path(self, index: int) -> str:
         """Return the path of an image."""
         return os.fsdecode(bytes(self._paths[index]))
@@ -100,7 +105,7 @@ class ImageNames:
         skipped = len(os.fsencode(os.path.join(self.folder, "")))
         names = self._paths.view(np.uint8).reshape(len(self), -1)[:, skipped:]
         digest = hashlib.sha256(np.ascontiguousarray(names).data).hexdigest()
-        counts = np.bincount(self.target)
+        counts = np.bincount(self.target, minlength=len(self.classes))
         classes = ", ".join(f"{name}: {count}" for name, count in zip(self.classes, counts, strict=True))
         return {"classes": classes, "files": digest[:12]}
 
@@ -160,7 +165,9 @@ def note(
         )
 
 
-def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = True) -> dict[str, ImageNames]:
+def check_folders(
+    root: Path | None, dataset: str, *, val: bool, train: bool = True, known: bool = False
+) -> dict[str, ImageNames]:
     """Return the images of `train/` in `root`, and of `val/` when that is wanted, by these two words.
 
     Args:
@@ -168,6 +175,8 @@ def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = T
         dataset: the data set's name, for messages.
         val: whether `val/` is wanted.
         train: whether `train/` must be there; if not, it is read where it is.
+        known: whether the classes' numbers are known from elsewhere, so that a `train/` that need not be there may
+            have other classes; it is not read then.
 
     Raises:
         UserError: as `ImageNames`; or the classes differ.
@@ -185,7 +194,9 @@ def check_folders(root: Path | None, dataset: str, *, val: bool, train: bool = T
     parts = {name: ImageNames(root / name) for name, is_wanted in wanted.items() if is_wanted}
     if len(parts) == 2:
         other = set(parts["train"].classes) ^ set(parts["val"].classes)
-        if other:
+        if other and known and not train:
+            del parts["train"]
+        elif other:
             raise UserError(
                 f"train/ and val/ in {root} have different classes: {_some(sorted(other))} must be in both"
             )

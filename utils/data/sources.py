@@ -59,6 +59,8 @@ SOURCES: dict[str, Source] = {
 }
 """Every data set by its name."""
 
+FOLDER_SETS = ("imagenet", "dali")  # with a folder per class, which has its name
+
 
 # Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.
 _FARTHEST = 1e6
@@ -110,7 +112,7 @@ def check_data(config: DataConfig) -> Any:
 
 
 _PUBLISHED = {
-    **dict.fromkeys(("imagenet", "dali"), (IMAGENET_MEAN, IMAGENET_STD)),
+    **dict.fromkeys(FOLDER_SETS, (IMAGENET_MEAN, IMAGENET_STD)),
     "cifar10": (CIFAR10_SET.mean, CIFAR10_SET.std),
     "cifar100": (CIFAR100_SET.mean, CIFAR100_SET.std),
 }  # of images in [0, 1]
@@ -122,14 +124,14 @@ def transform_by_name(config: DataConfig) -> ImageTransform:
         return transform_of(config, open_data(replace(config, root=None, train=True, rank=0, world_size=1)))
     mean, std = _PUBLISHED[config.dataset]
     delivery, _ = deliveries_of(config, CPU, mean, std)
-    ratio = RESIZE_RATIO if config.dataset in ("imagenet", "dali") else None
+    ratio = RESIZE_RATIO if config.dataset in FOLDER_SETS else None
     loaders = Loaders(None, None, config.num_classes, delivery.mean, delivery.std, resize_ratio=ratio)
     return transform_of(config, replace(loaders, max_value=config.max_value))
 
 
 def _names(config: DataConfig, checked: Any) -> Sequence[str]:
     """The classes' names: of their folders where there are some, otherwise their numbers."""
-    if config.dataset in ("imagenet", "dali"):
+    if config.dataset in FOLDER_SETS:
         return next(iter(checked.values())).classes
     return [str(number) for number in range(config.num_classes)]
 

@@ -25,7 +25,7 @@ from utils.processes.interrupt import REPEATS_PASSED_ON, SAVED, SIGNALS, Request
 
 STATUS_FOLDER = "LAUNCH_STATUS_FOLDER"  # where each process leaves its exit status, see `leave_status`
 AT_ONCE = "at-once"  # a file there: the launcher got a second request to end
-PATIENCE = 5  # seconds
+PATIENCE = 30  # seconds, also on a busy machine
 DEAF = 3.0  # seconds after a signal; if no handler ran until then, torchrun waits for other machines
 
 

@@ -11,34 +11,49 @@ import torch
 from torch import Tensor, nn
 
 from model.deploy.graph import DeployGraph, deploy_graph
-from model.quant import QuantConfig, QuantConv2d, quantizers
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig, QuantLinear, quantizers
 from tests.model.quantizers.cases import Case, cases, make
+
+PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
 
 
 class Parallel(nn.Module):
-    """A convolution for each case, all of them on the same input; their means are the logits."""
+    """Branches of quantized convolutions for pairs of cases, and a quantized linear layer on the means of all channels.
 
-    def __init__(self, found: Sequence[Case], pairs: bool = False) -> None:
+    Behind each convolution come a norm and ReLU, so that an engine can compute the first of several with integers from
+    end to end.
+    """
+
+    def __init__(self, found: Sequence[Sequence[Case]], depth: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 1)
         self.branches = nn.ModuleList()
-        for case in found:
-            layer = QuantConv2d(8, 8, 3, padding=1)
-            parts = {case.tag: case.config}
-            layer.build_quantizers(QuantConfig(**parts), str(case))
-            attribute = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}[case.tag]
-            setattr(layer, attribute, make(case))
-            self.branches.append(nn.Sequential(layer, nn.BatchNorm2d(8), nn.ReLU()))
+        for together in found:
+            layers = []
+            for _ in range(depth):
+                layer = QuantConv2d(8, 8, 3, padding=1)
+                layer.build_quantizers(QuantConfig(**{case.tag: case.config for case in together}), "conv")
+                nn.init.normal_(layer.weight, std=0.7)  # so that all levels occur
+                for case in together:
+                    setattr(layer, PARTS[case.tag], make(case))
+                layers += [layer, nn.BatchNorm2d(8), nn.ReLU()]
+            self.branches.append(nn.Sequential(*layers))
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight)  # some are negative
                 nn.init.normal_(module.bias)
                 nn.init.normal_(module.running_mean)
+        self.fc = QuantLinear(8 * len(found), 10)
+        parts = {
+            tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4, half_range=tag == "fm")
+            for tag in ("fm", "wt")
+        }
+        self.fc.build_quantizers(QuantConfig(**parts), "fc")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        return torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1)
+        return self.fc(torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1))
 
 
 def images(count: int, channels: int = 3, size: int = 6) -> Tensor:
@@ -64,13 +79,31 @@ def torch_values(network: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
     return found
 
 
-def all_cases() -> list[Case]:
-    """Each method on activations, weights and outputs that can be exported."""
-    return cases(tags=("fm", "wt"))
+def pairs() -> list[tuple[Case, Case]]:
+    """Each method for activations that can be exported beside one for weights, so that all of both occur."""
+    weights = cases(tags=("wt",))
+    return [(case, weights[i % len(weights)]) for i, case in enumerate(cases(tags=("fm",)))]
+
+
+def widths() -> list[tuple[Case, Case]]:
+    """Each number of bits that engines have a form for, on both sides; even and odd, with and without a sign."""
+    return [
+        (Case("lsq", "fm", levels, half), Case("lsq", "wt", levels, False))
+        for levels, half in (
+            (2, True),
+            (3, True),
+            (3, False),
+            (4, True),
+            (8, False),
+            (16, True),
+            (255, True),
+            (256, False),
+        )
+    ] + [(Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False))]
 
 
 @functools.cache
-def exported_methods() -> tuple[Parallel, DeployGraph]:
-    """A network with all methods, and its graph; made once, since torch's exporter takes seconds."""
-    network = Parallel(all_cases()).eval()
-    return network, deploy_graph(network, (3, 6, 6))
+def exported(kind: str) -> tuple[Parallel, DeployGraph]:
+    """A network of `pairs` or `widths`, and its graph; made once, since torch's exporter takes seconds."""
+    network = Parallel(pairs(), 1) if kind == "methods" else Parallel(widths(), 2)
+    return network.eval(), deploy_graph(network, (3, 6, 6))
