@@ -5,7 +5,7 @@
 
 The weights are random: they decide neither size nor speed. First and last layer have the bits of all others. Each
 network takes turns with the float network in the same engine, on one thread; printed are the median ratio of neighbours
-and its quartiles, so that a machine that is busy at times shows in the spread, and the layers that compute with integers.
+and its quartiles, so that a machine that is busy at times shows in the spread, and the layers that are integer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ sys.path.insert(0, str(ROOT))  # the project is no package
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
-from model.deploy.verify import cpu  # noqa: E402
 
 from model.deploy import openvino_ir  # noqa: E402
 from model.deploy.engines import Engine, versions  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
+from model.deploy.verify import cpu  # noqa: E402
 from model.networks.build import build_network  # noqa: E402
 from utils.config.resolve import read  # noqa: E402
 from utils.text import format_table  # noqa: E402
@@ -68,7 +68,8 @@ def seconds(run: Callable[[], Any]) -> float:
 def measure(run: Callable[[], Any], plain: Callable[[], Any], repeats: int) -> list[tuple[float, float]]:
     """Seconds of both, in turn."""
     for _ in range(WARM_UP):
-        run(), plain()
+        run()
+        plain()
     return [(seconds(run), seconds(plain)) for _ in range(repeats)]
 
 

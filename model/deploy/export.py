@@ -94,6 +94,16 @@ def _packed(trained: Trained, path: Path, options: Options) -> None:
     packed.write(trained, path)
 
 
+def _web(trained: Trained, path: Path, options: Options) -> None:
+    """A folder with a page for browsers."""
+    from model.deploy import web
+    from model.deploy.onnx_qdq import qdq_model
+    from model.deploy.web import runtime
+
+    engine = runtime.files()  # before the work: it may have to be fetched
+    web.write(trained, qdq_model(_graph(trained, options)), engine, path)
+
+
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
@@ -103,6 +113,7 @@ FORMATS: dict[str, Write] = {
     "packed": _packed,
     "program": _program,
     "qonnx": _qonnx,
+    "web": _web,
 }
 """What `--to` takes: name -> the function that writes it."""
 
@@ -113,11 +124,12 @@ PACKAGES = {
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "qonnx": ("onnx", "onnxscript"),
+    "web": ("onnx", "onnxscript"),
 }
 """What writes a format."""
 
-RUN = ("onnx", "openvino")
-"""Formats of engines, which options change around the network."""
+TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
+"""Options that change the graph around the network, and the formats that they are for."""
 
 
 def export(options: Options) -> int:
@@ -129,10 +141,10 @@ def export(options: Options) -> int:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
     if new.suffix != ENDINGS.get(name, new.suffix):
         raise UserError(f"--new {new}: end the name of this format's files in {ENDINGS[name]}")
-    for option in ("uint8_input", "int8_sums"):
-        if getattr(options, option) and name not in RUN:
+    for option, formats in TAKEN.items():
+        if getattr(options, option) and name not in formats:
             raise UserError(
-                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(RUN)}"
+                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
             )
     refuse_existing(options, new)
     check_folder_of(new)

@@ -6,11 +6,12 @@ The page prepares an image as validation does: `page.js` has the resizing and th
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from model.deploy.web import runtime
+from model.deploy.web.runtime import VERSION
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -21,20 +22,17 @@ NETWORK = "network.onnx"
 _HERE = Path(__file__).parent
 
 
-def write(trained: Trained, model: ModelProto, folder: Path) -> None:
+def write(trained: Trained, model: ModelProto, engine: Mapping[str, bytes], folder: Path) -> None:
     """Write the page of a network.
 
     Args:
         trained: says how images are prepared, and what the classes are called.
         model: the network, input `input`, output `logits`.
+        engine: the files of onnxruntime-web (`runtime.files`).
         folder: is made. Browsers load no module from a file: `python -m http.server --directory FOLDER` serves it.
-
-    Raises:
-        UserError: onnxruntime-web can neither be found nor fetched.
     """
-    files = runtime.files()
     folder.mkdir()
-    for name, content in files.items():
+    for name, content in engine.items():
         (folder / name).write_bytes(content)
     (folder / NETWORK).write_bytes(model.SerializeToString())
     described = {
@@ -46,8 +44,6 @@ def write(trained: Trained, model: ModelProto, folder: Path) -> None:
     # In a script element only "</" and "<!--" mean something to a browser.
     text = json.dumps(described, ensure_ascii=False).replace("<", "\\u003c")
     page = Template((_HERE / "page.html").read_text(encoding="utf-8"))
-    (folder / "index.html").write_text(
-        page.substitute(network=text, version=runtime.VERSION), encoding="utf-8"
-    )
+    (folder / "index.html").write_text(page.substitute(network=text, version=VERSION), encoding="utf-8")
     for name in ("page.js", "page.css"):
         (folder / name).write_bytes((_HERE / name).read_bytes())

@@ -82,10 +82,11 @@ def folder(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     model = qdq_model(deploy_graph(trained.network, (3, SIZE, SIZE)))
     try:
-        for name, transform in TRANSFORMS.items():
-            web.write(replace(trained, transform=transform), model, folder / name)
+        engine = runtime.files()
     except UserError as error:
-        pytest.skip(f"onnxruntime-web: {error}")
+        pytest.skip(str(error))
+    for name, transform in TRANSFORMS.items():
+        web.write(replace(trained, transform=transform), model, engine, folder / name)
     (folder / "images").mkdir()
     images(folder / "images")
     return folder
