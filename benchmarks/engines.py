@@ -26,10 +26,12 @@ import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import torch  # noqa: E402
 
+from model.calibrate import initialise_ranges  # noqa: E402
 from model.deploy import openvino_ir  # noqa: E402
 from model.deploy.engines import Engine, versions  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
+from model.deploy.sums import with_integer_sums  # noqa: E402
 from model.deploy.verify import cpu  # noqa: E402
 from model.networks.build import build_network  # noqa: E402
 from utils.config.resolve import read  # noqa: E402
@@ -40,15 +42,22 @@ QUANTIZED = "--keyword imagenet,origin,cbsa,fix,dorefa,lsq,first-last --fm_first
 WARM_UP = 3
 
 
-def write(folder: Path, model: str, bits: str, size: int) -> dict[str, Path]:
-    """The files of a network by engine; `bits` is a number, or `float`."""
+def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, Path]:
+    """The files of a network by how they are run; `bits` is a number, `ternary` or `float`."""
     options = FLOAT if bits == "float" else f"{QUANTIZED} {bits}"
     torch.manual_seed(0)
+    size = image.shape[-1]
     config = read(f"--model {model} --num_classes 1000 --input_size {size} {options}".split()).model
-    graph = deploy_graph(build_network(config), (3, size, size))
+    network = build_network(config)
+    if bits != "float":
+        initialise_ranges(network, torch.from_numpy(image))
+    graph = deploy_graph(network, image.shape[1:])
     paths = {"onnxruntime": folder / f"{bits}.onnx", "openvino": folder / f"{bits}.xml"}
     onnx.save(qdq_model(graph), paths["onnxruntime"])
     openvino_ir.write_openvino(graph, paths["openvino"])
+    if bits != "float":
+        paths["onnxruntime, 8-bit sums"] = folder / f"{bits}-sums.onnx"
+        onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnxruntime, 8-bit sums"])
     return paths
 
 
@@ -86,17 +95,18 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = write(folder, options.model, "float", options.size)
+        plain = write(folder, options.model, "float", image)
         whole = size_of(plain["onnxruntime"])
         for bits in options.bits:
-            for engine, path in write(folder, options.model, bits, options.size).items():
+            for way, path in write(folder, options.model, bits, image).items():
+                engine = way.partition(",")[0]
                 runner, other = (Engine(engine).open(file, threads=1) for file in (path, plain[engine]))
                 times = measure(lambda: runner(image), lambda: other(image), options.repeats)  # noqa: B023
                 ratios = [slow / fast for fast, slow in times]
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 rows.append(
                     (
-                        bits, engine, f"{size_of(path):.2f}", f"{whole / size_of(path):.1f}",
+                        bits, way, f"{size_of(path):.2f}", f"{whole / size_of(path):.1f}",
                         f"{1000 * statistics.median(own for own, _ in times):.1f}",
                         f"{1000 * statistics.median(plain for _, plain in times):.1f}",
                         f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{runner.integer} of {runner.layers}",
