@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from model.deploy import export, predict
+from model.deploy import export, predict, verify
 from utils.config import keyword
 from utils.config.option import words
 from utils.errors import UserError
@@ -56,12 +56,16 @@ WORDS: dict[str, Word] = {
         ("images", "old"),
         ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
     ),
-    "export": Word(export.export, ("old", "new", "to"), NETWORK),
+    "verify": Word(
+        verify.verify, ("files", "old"), ("root", "workers", "output", "ema_weights", "keyword_file", "force")
+    ),
+    "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "root")),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
 
-PLACES = {"runs": "RUN...", "images": "IMAGE|FOLDER..."}  # what stands on the command line without an option
+# What stands on the command line without an option.
+PLACES = {"runs": "RUN...", "images": "IMAGE|FOLDER...", "files": "FILE..."}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,11 +174,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--ema_weights", action="store_true", help="take the checkpoint's averaged weights (--ema_decay)"
     )
     parser.add_argument(
+        "--uint8_input", action="store_true",
+        help="export to onnx, openvino: take images as bytes; the normalisation is inside",
+    )  # fmt: skip
+    parser.add_argument(
+        "--int8_sums", action="store_true",
+        help="export to onnx, openvino: residual sums in 8 bits, with ranges of a batch of images; faster, less exact",
+    )  # fmt: skip
+    parser.add_argument(
         "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"
     )
     parser.add_argument(
-        "places", nargs="*", type=Path, metavar="RUN|IMAGE",
-        help="compare, report: folders of runs, exp/CASE; predict: images, or folders of images",
+        "places", nargs="*", type=Path, metavar="RUN|IMAGE|FILE",
+        help="compare, report: folders of runs, exp/CASE; predict: images and folders of them; verify: exported files",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
@@ -200,7 +212,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     places = next((option for option in word.needs if option in PLACES), "runs")
     given[places] = tuple(given.pop("places")) or None
     for option, value in given.items():
-        shown = {"raw": "raw", "runs": "folders of runs", "images": "images"}.get(option, f"--{option}")
+        shown = {"raw": "raw", "runs": "folders of runs", "images": "images", "files": "exported files"}.get(
+            option, f"--{option}"
+        )
         is_given = value is not None and value is not False
         if is_given and option not in word.needs + word.takes:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")

@@ -9,14 +9,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy.packages import needed
 from utils.errors import UserError
 from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
+    from model.deploy.codes import Array
+    from model.deploy.graph import DeployGraph
     from model.load import Trained
 
 
@@ -27,6 +31,62 @@ def _program(trained: Trained, path: Path, options: Options) -> None:
     program.write(trained, path)
 
 
+def _graph(trained: Trained, options: Options) -> DeployGraph:
+    """The network as a graph, with what its file says of classes and images."""
+    import json
+
+    from model.deploy.graph import deploy_graph, with_byte_input
+    from utils.config.image_size import sides
+
+    graph = deploy_graph(
+        trained.network,
+        (trained.transform.channels, *sides(trained.transform.size)),
+        metadata={
+            "classes": json.dumps(trained.labels, ensure_ascii=False),
+            "images": json.dumps(trained.transform.to_dict()),
+        },
+    )
+    if options.int8_sums:
+        from model.deploy.sums import with_integer_sums
+
+        graph = with_integer_sums(graph, _batch(trained, options))
+    if options.uint8_input:
+        graph = with_byte_input(graph, trained.transform.mean, trained.transform.std)
+    return graph
+
+
+def _batch(trained: Trained, options: Options) -> Array:
+    """A batch of training images, normalised, float32 [N, channels, height, width]."""
+    from utils.data.sources import open_data
+
+    root = options.root or trained.config.data.root
+    loader = open_data(replace(trained.config.data, train=True, rank=0, world_size=1, root=root)).train
+    loader.set_epoch(0)
+    images, _ = next(iter(loader))
+    return images.contiguous().numpy()
+
+
+def _onnx(trained: Trained, path: Path, options: Options) -> None:
+    """ONNX with integer weights for onnxruntime, OpenVINO and browsers."""
+    from model.deploy.onnx_qdq import qdq_model
+
+    path.write_bytes(qdq_model(_graph(trained, options)).SerializeToString())
+
+
+def _openvino(trained: Trained, path: Path, options: Options) -> None:
+    """OpenVINO's IR."""
+    from model.deploy.openvino_ir import write_openvino
+
+    write_openvino(_graph(trained, options), path)
+
+
+def _qonnx(trained: Trained, path: Path, options: Options) -> None:
+    """ONNX with the operators of qonnx."""
+    from model.deploy.qonnx_quant import qonnx_model
+
+    path.write_bytes(qonnx_model(_graph(trained, options)).SerializeToString())
+
+
 def _packed(trained: Trained, path: Path, options: Options) -> None:
     """A safetensors file with the weights' codes as a stream of bits."""
     from model.deploy import packed
@@ -34,14 +94,42 @@ def _packed(trained: Trained, path: Path, options: Options) -> None:
     packed.write(trained, path)
 
 
+def _web(trained: Trained, path: Path, options: Options) -> None:
+    """A folder with a page for browsers."""
+    from model.deploy import web
+    from model.deploy.onnx_qdq import qdq_model
+    from model.deploy.web import runtime
+
+    engine = runtime.files()  # before the work: it may have to be fetched
+    web.write(trained, qdq_model(_graph(trained, options)), engine, path)
+
+
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
 FORMATS: dict[str, Write] = {
+    "onnx": _onnx,
+    "openvino": _openvino,
     "packed": _packed,
     "program": _program,
+    "qonnx": _qonnx,
+    "web": _web,
 }
 """What `--to` takes: name -> the function that writes it."""
+
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
+"""The endings by which other words know a format."""
+
+PACKAGES = {
+    "onnx": ("onnx", "onnxscript"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "qonnx": ("onnx", "onnxscript"),
+    "web": ("onnx", "onnxscript"),
+}
+"""What writes a format."""
+
+TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
+"""Options that change the graph around the network, and the formats that they are for."""
 
 
 def export(options: Options) -> int:
@@ -51,8 +139,16 @@ def export(options: Options) -> int:
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
+    if new.suffix != ENDINGS.get(name, new.suffix):
+        raise UserError(f"--new {new}: end the name of this format's files in {ENDINGS[name]}")
+    for option, formats in TAKEN.items():
+        if getattr(options, option) and name not in formats:
+            raise UserError(
+                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
+            )
     refuse_existing(options, new)
     check_folder_of(new)
+    needed(*PACKAGES.get(name, ()))
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())

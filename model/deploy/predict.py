@@ -51,7 +51,32 @@ def open_checkpoint(options: Options) -> Predictor:
     return Predictor(logits=trained.network, transform=trained.transform, classes=trained.labels)
 
 
-OPENERS: dict[str, Callable[[Options], Predictor]] = {}
+def open_exported(options: Options) -> Predictor:
+    """An exported file in the first engine that reads it."""
+    import json
+
+    import torch
+
+    from model.deploy.engines import engines_of, read_metadata
+    from utils.data.transform import ImageTransform
+
+    path = given_path(options.old)
+    runner = engines_of(path)[0].open(path)
+    try:
+        found = read_metadata(path)
+        classes, images = (json.loads(found[name]) for name in ("classes", "images"))
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{path} does not say what its classes and images are; export it anew from its checkpoint"
+        ) from None
+    return Predictor(
+        logits=lambda images: torch.from_numpy(runner(images.contiguous().numpy())["logits"]),
+        transform=ImageTransform.from_dict(images, str(path)),
+        classes=tuple(map(str, classes)),
+    )
+
+
+OPENERS: dict[str, Callable[[Options], Predictor]] = {".onnx": open_exported, ".xml": open_exported}
 """Ending of an exported file -> what opens it; all other files are checkpoints."""
 
 

@@ -72,7 +72,9 @@ def prepare(model: nn.Module, config: PrecisionConfig) -> None:
     """
     arithmetic = "tf32" if config.tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = arithmetic
-    torch.backends.cudnn.conv.fp32_precision = arithmetic  # pyright: ignore[reportAttributeAccessIssue]
+    torch.backends.cudnn.allow_tf32 = (
+        config.tf32
+    )  # by its newer name alone, torch 2.15 cannot export any more
     if config.level == "O3":
         for module in model.modules():
             if not getattr(module, "keeps_float32", False):

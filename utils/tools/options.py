@@ -24,11 +24,14 @@ class Options:
     workers: int | None = None
     runs: tuple[Path, ...] | None = None
     images: tuple[Path, ...] | None = None
+    files: tuple[Path, ...] | None = None
     to: str | None = None
     topk: int | None = None
     batch_size: int | None = None
     keyword_file: str | None = None
     ema_weights: bool = False
+    uint8_input: bool = False
+    int8_sums: bool = False
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None

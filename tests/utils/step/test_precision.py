@@ -204,8 +204,9 @@ def test_tf32_is_off_unless_asked_for() -> None:
     """Float32 means float32; without a GPU the switch is a warning."""
     for wanted in (True, False):
         precision.prepare(network(), PrecisionConfig(tf32=wanted))
-        found = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-        assert found == (("tf32",) * 2 if wanted else ("ieee",) * 2)
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if wanted else "ieee")
+        assert torch.backends.cudnn.allow_tf32 == wanted
+        torch.export.export(network().eval(), (torch.ones(1, 3, 8, 8),))  # refuses some settings
     assert precision.check_precision(PrecisionConfig(tf32=True), CPU) == (
         "--tf32 has no effect without a GPU",
     )

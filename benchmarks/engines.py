@@ -1,0 +1,129 @@
+"""Measures exported networks in engines: bytes on disk, and the time of one image beside the float network.
+
+    python benchmarks/engines.py                         # ResNet-18 at 224 pixels, 1, 2, 3, 4 and 8 bits
+    python benchmarks/engines.py --bits 2 --size 64      # one bit width, smaller images
+
+The weights are random: they decide neither size nor speed. First and last layer have the bits of all others. Each
+network takes turns with the float network in the same engine, on one thread; printed are the median ratio of neighbours
+and its quartiles, so that a machine that is busy at times shows in the spread, and the layers that are integer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project is no package
+
+import numpy as np  # noqa: E402
+import onnx  # noqa: E402
+import torch  # noqa: E402
+
+from model.calibrate import initialise_ranges  # noqa: E402
+from model.deploy import openvino_ir  # noqa: E402
+from model.deploy.engines import Engine, versions  # noqa: E402
+from model.deploy.graph import deploy_graph  # noqa: E402
+from model.deploy.onnx_qdq import qdq_model  # noqa: E402
+from model.deploy.sums import with_integer_sums  # noqa: E402
+from model.deploy.verify import cpu  # noqa: E402
+from model.networks.build import build_network  # noqa: E402
+from utils.config.resolve import read  # noqa: E402
+from utils.text import format_table  # noqa: E402
+
+FLOAT = "--keyword imagenet,origin,cbsa,fix"
+QUANTIZED = "--keyword imagenet,origin,cbsa,fix,dorefa,lsq,first-last --fm_first_signed --bits"
+WARM_UP = 3
+
+
+def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, Path]:
+    """The files of a network by how they are run; `bits` is a number, `ternary` or `float`."""
+    options = FLOAT if bits == "float" else f"{QUANTIZED} {bits}"
+    torch.manual_seed(0)
+    size = image.shape[-1]
+    config = read(f"--model {model} --num_classes 1000 --input_size {size} {options}".split()).model
+    network = build_network(config)
+    if bits != "float":
+        initialise_ranges(network, torch.from_numpy(image))
+    graph = deploy_graph(network, image.shape[1:])
+    paths = {"onnxruntime": folder / f"{bits}.onnx", "openvino": folder / f"{bits}.xml"}
+    onnx.save(qdq_model(graph), paths["onnxruntime"])
+    openvino_ir.write_openvino(graph, paths["openvino"])
+    if bits != "float":
+        paths["onnxruntime, 8-bit sums"] = folder / f"{bits}-sums.onnx"
+        onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnxruntime, 8-bit sums"])
+    return paths
+
+
+def size_of(path: Path) -> float:
+    """MiB of a file, and of OpenVINO's weights beside it."""
+    beside = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+    return sum(file.stat().st_size for file in beside) / 2**20
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def measure(run: Callable[[], Any], plain: Callable[[], Any], repeats: int) -> list[tuple[float, float]]:
+    """Seconds of both, in turn."""
+    for _ in range(WARM_UP):
+        run()
+        plain()
+    return [(seconds(run), seconds(plain)) for _ in range(repeats)]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Measures exported networks in engines.")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--bits", nargs="+", default=["1", "ternary", "2", "3", "4", "8"])
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    image = np.random.default_rng(0).standard_normal((1, 3, options.size, options.size)).astype(np.float32)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = write(folder, options.model, "float", image)
+        whole = size_of(plain["onnxruntime"])
+        for bits in options.bits:
+            for way, path in write(folder, options.model, bits, image).items():
+                engine = way.partition(",")[0]
+                runner, other = (Engine(engine).open(file, threads=1) for file in (path, plain[engine]))
+                times = measure(lambda: runner(image), lambda: other(image), options.repeats)  # noqa: B023
+                ratios = [slow / fast for fast, slow in times]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                rows.append(
+                    (
+                        bits, way, f"{size_of(path):.2f}", f"{whole / size_of(path):.1f}",
+                        f"{1000 * statistics.median(own for own, _ in times):.1f}",
+                        f"{1000 * statistics.median(plain for _, plain in times):.1f}",
+                        f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{runner.integer} of {runner.layers}",
+                    )
+                )  # fmt: skip
+                print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    head = ("bits", "engine", "MiB", "smaller", "ms", "float ms", "faster", "quartiles", "integer layers")
+    print(format_table(head, rows))
+    installed = ", ".join(
+        f"{name} {version}" for name, version in versions(("onnxruntime", "openvino")).items()
+    )
+    print(
+        f"{options.model}, {options.size} pixels, batch 1, one thread, {options.repeats} pairs of runs; {installed}"
+    )
+    print(cpu())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What an engine must know of the quantizers of a trained network: integer codes, scales, tables of levels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.quantizers.frame import Quantizer
+from model.quantizers.integers import QuantizedTensor
+from utils.errors import UserError
+
+Array = np.ndarray
+MOST_COMPARISONS = 31  # of a value with thresholds; a quantizer with more of them is refused
+SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divide
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationCodes:
+    """The quantizer of a layer's input or output, whose levels are the integers `lowest` .. `highest` times `scale`.
+
+    Where `integer` is False the levels are computed in float in front of the node, which then changes nothing.
+
+    Attributes:
+        name: the quantizer's name in the network.
+        levels: their number.
+        lowest: the lowest code.
+        highest: the highest code.
+        step: the code of x is round(x / step), ties to even, within the lowest and the highest. None: what the node
+            gets is the code.
+        scale: the value of a code over the code.
+        reason: why the levels are computed in float; empty where they are integers.
+    """
+
+    name: str
+    levels: int
+    lowest: int = 0
+    highest: int = 0
+    step: float | None = None
+    scale: float = 1.0
+    reason: str = ""
+
+    @property
+    def integer(self) -> bool:
+        """Whether the levels are integer codes times one scale, in 8 bits."""
+        return not self.reason
+
+    @property
+    def zero_point(self) -> int:
+        """The code of zero as an unsigned integer; even, since OpenVINO rounds ties to the wrong side of an odd one."""
+        if self.highest - self.lowest == 255:
+            return -self.lowest
+        return 0 if self.lowest >= 0 else max(2, 1 << (-self.lowest - 1).bit_length())
+
+    @property
+    def signs(self) -> bool:
+        """Whether the values are -scale and +scale."""
+        return self.integer and (self.levels, self.lowest, self.highest) == (2, -1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCodes:
+    """A quantized weight: `codes * scale`, or the entry of a table of levels; `+ offset` where there is one.
+
+    Attributes:
+        name: the quantizer's name in the network.
+        levels: their number.
+        codes: int32, the shape of the weight; into a row of the table where there is one.
+        scale: float32, broadcastable to the weight: one for the tensor, or one for each output channel.
+        table: float32 [rows, levels]; None where levels are evenly spaced.
+        rows: int64, broadcastable to the weight: the row of the table.
+        offset: float32, broadcastable to the weight.
+    """
+
+    name: str
+    levels: int
+    codes: Array
+    scale: Array
+    table: Array | None = None
+    rows: Array | None = None
+    offset: Array | None = None
+
+    def values(self) -> Array:
+        """The float32 weight."""
+        if self.table is not None:
+            rows = np.zeros_like(self.codes) if self.rows is None else self.rows
+            value = self.table[rows, self.codes]
+        else:
+            value = self.codes.astype(np.float32) * self.scale
+        return value if self.offset is None else value + self.offset
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the weight is an integer times a scale, so that a norm's factor can go into the scale."""
+        return self.table is None and self.offset is None
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code."""
+        return int(self.codes.min())
+
+    @property
+    def gap(self) -> int:
+        """The greatest common distance of the codes; 2 where all are odd."""
+        return max(1, int(np.gcd.reduce((self.codes - self.codes.min()).ravel())))
+
+    @property
+    def digits(self) -> Array:
+        """The codes as numbers 0 .. `base` - 1, int32: code = lowest + gap * digit."""
+        return (self.codes - self.lowest) // self.gap
+
+    @property
+    def base(self) -> int:
+        """The number of digits that there are; at least 2."""
+        return max(2, int(self.digits.max()) + 1)
+
+    def times(self, factor: Array) -> WeightCodes:
+        """The weight times a factor for each output channel, float32 [out]; a negative one changes the codes' signs."""
+        shape = (-1,) + (1,) * (self.codes.ndim - 1)
+        factor = factor.astype(np.float32).reshape(shape)
+        signs = np.where(factor < 0, -1, 1).astype(np.int32)
+        return replace(self, codes=self.codes * signs, scale=positive(self.scale * np.abs(factor)))
+
+
+def positive(scale: Array) -> Array:
+    """A scale that an engine may divide by, float32."""
+    return np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
+
+
+def weight_codes(name: str, quantizer: Quantizer, weight: Tensor) -> WeightCodes:
+    """The integers of a weight (float32, any shape), as the quantizer's evaluation gives them.
+
+    Raises:
+        UserError: the method has no integers.
+    """
+    found = integers(name, quantizer, weight)
+    codes = (array(found.codes) - found.zero_point).astype(np.int32)
+    offset = None
+    if found.scale is None:
+        table = _table(found)
+        rows = np.arange(len(table)).reshape((-1,) + (1,) * (codes.ndim - 1)) if len(table) > 1 else None
+        numbers = array(found.numbers).astype(np.int32)
+        one = np.ones(1, np.float32)
+        return WeightCodes(
+            name=name, levels=quantizer.levels, codes=numbers, scale=one, table=table, rows=rows
+        )
+    scale = array(found.scale)
+    if found.deviation is not None and found.mean is not None:
+        scale, offset = scale * array(found.deviation), array(found.mean)
+    if found.gamma is not None:
+        gamma = array(found.gamma)
+        scale, offset = scale * gamma, None if offset is None else offset * gamma
+    scale = scale.astype(np.float32)
+    signs = np.where(scale < 0, -1, 1).astype(np.int32)
+    return WeightCodes(
+        name=name, levels=quantizer.levels, codes=codes * signs, scale=positive(np.abs(scale)), offset=offset
+    )
+
+
+def _table(found: QuantizedTensor) -> Array:
+    """The levels of a weight, float32: a row for each output channel, or one row where all are alike."""
+    levels = []
+    for number in range(found.codebook.shape[1]):
+        value = found.unscaled(torch.full_like(found.numbers, number))
+        value = value if found.gamma is None else value * found.gamma
+        levels.append(array(value.flatten(1)[:, 0]))
+    table = np.stack(levels, axis=1)
+    return table[:1] if (table == table[:1]).all() else table
+
+
+def integers(name: str, quantizer: Quantizer, x: Tensor) -> QuantizedTensor:
+    """`Quantizer.integers`, or a `UserError` that names the layer where the method has none."""
+    try:
+        return quantizer.integers(x)
+    except NotImplementedError:
+        raise UserError(
+            f"{name}: the method {quantizer.config.method} has no integer codes, so that it cannot be exported; give "
+            "its class an encode"
+        ) from None
+
+
+def array(value: Tensor) -> Array:
+    """A tensor as NumPy array."""
+    return value.detach().cpu().numpy()
+
+
+def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCodes:
+    """How an engine computes the levels of an activation, found from an input (float32) of the quantizer.
+
+    Raises:
+        UserError: the method has no integers, or too many uneven levels.
+    """
+    levels = quantizer.levels
+    found = integers(name, quantizer, x)
+    if found.scale is None:
+        if levels - 1 > MOST_COMPARISONS or quantizer.levels_per_sample():
+            why = (
+                "each image has its own"
+                if quantizer.levels_per_sample()
+                else f"takes {levels - 1} comparisons a value, more than {MOST_COMPARISONS}"
+            )
+            raise UserError(
+                f"{name}: {quantizer.config.method} with {levels} uneven levels cannot be exported: it {why}; train "
+                "with fewer bits, or another method"
+            )
+        return ActivationCodes(name=name, levels=levels, reason="its levels are uneven")
+    if quantizer.levels_per_sample() or found.deviation is not None:
+        return ActivationCodes(name=name, levels=levels, reason="each image has its own scale")
+    scale = found.scale if found.gamma is None else found.scale * found.gamma
+    if scale.numel() > 1:
+        return ActivationCodes(name=name, levels=levels, reason="its channels have scales of their own")
+    if float(scale) <= 0:
+        return ActivationCodes(name=name, levels=levels, reason="its scale is not positive")
+    grid = quantizer.search_grid()
+    if grid is not None:
+        lowest, highest, even = grid.bottom, grid.top, grid.gap == 1
+    else:
+        book = array(found.codebook)[0]
+        ratio = float(found.factor.reshape(-1)[0]) / float(found.scale.reshape(-1)[0])
+        ends = np.round(book[[0, -1]] * ratio).astype(int) + found.zero_point
+        lowest, highest, even = int(ends[0]), int(ends[1]), False
+    made = ActivationCodes(
+        name=name, levels=levels, lowest=lowest, highest=highest, scale=float(scale),
+        step=float(found.scale) if even else None,
+    )  # fmt: skip
+    if highest + made.zero_point > 255:
+        return ActivationCodes(name=name, levels=levels, reason="its codes need more than 8 bits")
+    return made
+
+
+def thresholds(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an activation quantizer with static, increasing levels changes from a level to the next one.
+
+    Found by bisection over all float32 numbers, so that x >= threshold is exactly what the quantizer does.
+
+    Args:
+        quantizer: of a method that is monotonic.
+        like: an input of it, float32; its first dimension holds images.
+
+    Returns:
+        Thresholds float32 [levels - 1, ...] and levels float32 [levels, ...], whose other dimensions broadcast
+        against the input.
+    """
+    dim = quantizer.site.channel_dim % like.ndim
+    shape = [1] * like.ndim
+    if quantizer.groups > 1:
+        shape[dim] = like.shape[dim]
+    probe = [
+        like.shape[i] if i == dim else 1 for i in range(like.ndim)
+    ]  # all channels, also where they are alike
+
+    def number(order: Tensor) -> Tensor:
+        """The level numbers, int64 [levels - 1, channels or 1, ...], at floats in increasing order, int64."""
+        x = _float(order).expand(-1, *probe[1:])
+        found = quantizer.integers(x).numbers
+        return found if quantizer.groups > 1 else found.narrow(dim, 0, 1)
+
+    count = quantizer.levels - 1
+    wanted = torch.arange(1, count + 1).reshape(-1, *[1] * (like.ndim - 1))
+    edge = int(_order(torch.tensor(torch.finfo(torch.float32).max)))
+    low = torch.full((count, *shape[1:]), -edge - 1, dtype=torch.int64)
+    high = torch.full_like(low, edge)
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        reached = number(middle) >= wanted
+        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+    places = _float(high)
+    ends = torch.cat([torch.full_like(places[:1], torch.finfo(torch.float32).min), places])
+    found = quantizer.integers(ends.expand(-1, *probe[1:])).dequantize()
+    return places, found if quantizer.groups > 1 else found.narrow(dim, 0, 1)
+
+
+def _order(x: Tensor) -> Tensor:
+    """The place of float32 numbers in their order, int64; zero has place 0."""
+    bits = x.view(torch.int32).long()
+    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+
+
+def _float(order: Tensor) -> Tensor:
+    """The float32 number at a place of the order."""
+    bits = torch.where(order >= 0, order, -order - 2**31)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def digits_per_word(base: int) -> tuple[int, int]:
+    """How many digits of a base share a word, and the word's bytes: 1 or 4, whichever holds more a byte.
+
+    Example:
+        >>> [digits_per_word(base) for base in (2, 3, 4, 8, 16, 256, 257)]
+        [(8, 1), (5, 1), (4, 1), (10, 4), (2, 1), (1, 1), (3, 4)]
+    """
+    byte = int(math.log(256) / math.log(base) + 1e-9)
+    word = int(math.log(2**31) / math.log(base) + 1e-9)
+    return (byte, 1) if byte * 4 >= word else (word, 4)

@@ -1,0 +1,297 @@
+"""Running exported files in the programs that they are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from model.deploy.codes import Array
+from model.deploy.packages import needed
+from utils.errors import UserError
+
+QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors that a quantizer makes
+QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
+    if path.suffix == ".xml":
+        needed("openvino")
+        import openvino
+
+        try:
+            model = openvino.Core().read_model(path)
+        except Exception as error:  # whatever its reader raises
+            raise UserError(f"{path}: OpenVINO does not read it: {reason(error)}") from error
+        if not model.has_rt_info(["lowbit"]):
+            return {}
+        return {name: str(value.value) for name, value in model.get_rt_info(["lowbit"]).astype(dict).items()}
+    return {item.key: item.value for item in read_onnx(path).metadata_props}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Turns normalised images back into bytes, uint8 and of the same shape, for a file that normalises itself."""
+
+    mean: Array
+    std: Array
+
+    @classmethod
+    def of(cls, path: Path) -> Pixels:
+        """By what the file says; raises UserError where it does not."""
+        try:
+            described = json.loads(read_metadata(path)["images"])
+            parts = [np.array(described[name], np.float32).reshape(1, -1, 1, 1) for name in ("mean", "std")]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path}: takes bytes, and does not say how they are normalised; export it anew"
+            ) from None
+        return cls(*parts)
+
+    def __call__(self, images: Array) -> Array:
+        """See the class."""
+        return np.clip(np.round((images * self.std + self.mean) * 255), 0, 255).astype(np.uint8)
+
+
+def reason(error: Exception) -> str:
+    """The line of an exception that says most; OpenVINO's first lines are places in its code."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return (telling or lines or [type(error).__name__])[0]
+
+
+class Runner(Protocol):
+    """A loaded file.
+
+    Attributes:
+        tensors: the names of the quantized tensors that a run returns beside the logits.
+        integer: how many convolutions and linear layers compute with integers; None where the engine does not say.
+        layers: how many there are.
+    """
+
+    tensors: tuple[str, ...]
+    integer: int | None
+    layers: int
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Images [N, channels, height, width] to `logits` [N, classes] and the quantized tensors, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that runs exported files.
+
+    Attributes:
+        name: the package's.
+        optimised: with the optimisation that it has by default, otherwise with the least.
+    """
+
+    name: str
+    optimised: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'default' if self.optimised else 'basic'}"
+
+    def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
+        """Load a file.
+
+        Args:
+            path: of a format that the engine reads.
+            tensors: return the quantized tensors too, which may change what the engine optimises.
+            threads: of a run; None: as the engine likes.
+
+        Raises:
+            UserError: the engine is not installed, or does not take the file.
+        """
+        needed(self.name)
+        try:
+            return _RUNNERS[self.name](path, self.optimised, tensors, threads)
+        except UserError:
+            raise
+        except Exception as error:  # each engine has exceptions of its own
+            raise UserError(f"{path}: {self.name} does not load it: {reason(error)}") from error
+
+
+def engines_of(path: Path) -> list[Engine]:
+    """The engines that read a file, each with its default optimisation and, where it has another, with the least.
+
+    Raises:
+        UserError: there is none, or the file is damaged.
+    """
+    if path.suffix == ".xml":
+        return [Engine("openvino")]
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: no exported file; give a .onnx or an .xml of OpenVINO")
+    if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
+        return [Engine("qonnx")]
+    return [Engine("onnxruntime"), Engine("onnxruntime", False), Engine("openvino")]
+
+
+def read_onnx(path: Path) -> Any:
+    """An ONNX model.
+
+    Raises:
+        UserError: it is missing or damaged, or not of this project's form: one input with images, one output `logits`.
+    """
+    needed("onnx")
+    import onnx
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except (
+        Exception
+    ) as error:  # protobuf, the checker and the reader of external data have exceptions of their own
+        raise UserError(f"{path}: not a valid ONNX file: {reason(error)}") from error
+    names = [item.name for item in (*model.graph.input, *model.graph.output)]
+    if names != ["input", "logits"]:
+        raise UserError(
+            f"{path}: not a file that this tool exports: its inputs and outputs are {', '.join(names)}, not input and "
+            "logits"
+        )
+    return model
+
+
+def _quantized(name: str) -> bool:
+    return name.endswith(QUANTIZERS)
+
+
+class _Onnxruntime:
+    """A session on the CPU. Integer codes are read in front of their DequantizeLinear, which engines move."""
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        import onnx
+        import onnxruntime
+        from onnx import helper, numpy_helper
+
+        model = read_onnx(path)
+        levels = onnxruntime.GraphOptimizationLevel
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_ENABLE_BASIC
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._decoding: dict[str, tuple[str, float, int]] = {}
+        wanted = [node for node in model.graph.node if tensors and _quantized(node.output[0])]
+        for node in wanted:
+            kind, source = onnx.TensorProto.FLOAT, node.output[0]
+            codes = constants[node.input[2]].data_type if node.op_type == "DequantizeLinear" else kind
+            if codes in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8):
+                kind, source = codes, node.input[0]
+                scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+                self._decoding[source] = node.output[0], float(scale), int(zero)
+            model.graph.output.append(helper.make_tensor_value_info(source, kind, None))
+        self.tensors = tuple(node.output[0] for node in wanted)
+        with tempfile.TemporaryDirectory() as folder:
+            options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            names = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+        products = [name for name in names if any(kind in name for kind in ("Conv", "Gemm", "MatMul"))]
+        self.layers = len(products)
+        self.integer = sum("QLinear" in name or "Integer" in name or name == "QGemm" for name in products)
+        self._input = self._session.get_inputs()[0]
+        self._names = [output.name for output in self._session.get_outputs()]
+        self._pixels = Pixels.of(path) if self._input.type == "tensor(uint8)" else None
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        images = images if self._pixels is None else self._pixels(images)
+        outputs = self._session.run(None, {self._input.name: images})
+        found = {name: np.asarray(value) for name, value in zip(self._names, outputs, strict=True)}
+        for source, (name, scale, zero) in self._decoding.items():
+            found[name] = (found.pop(source).astype(np.float32) - zero) * np.float32(scale)
+        return found
+
+
+class _Openvino:
+    """A compiled network on the CPU, in float32 where it is not integer."""
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(path)
+        self._pixels = Pixels.of(path) if model.input().get_element_type() == openvino.Type.u8 else None
+        self.tensors: tuple[str, ...] = ()
+        if tensors:
+            names = [name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names]
+            self.tensors = tuple(dict.fromkeys(name for name in names if _quantized(name)))
+            model.add_outputs(list(self.tensors))
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        size = model.input().get_partial_shape()[0]
+        self._batch = size.get_length() if size.is_static else None
+        self._network = core.compile_model(model, "CPU", settings)
+        kinds = [
+            (op.get_rt_info()["layerType"].astype(str), op.get_rt_info()["runtimePrecision"].astype(str))
+            for op in self._network.get_runtime_model().get_ordered_ops()
+        ]
+        counted = [
+            precision
+            for kind, precision in kinds
+            if kind in ("Convolution", "FullyConnected", "MatMul", "BinaryConvolution")
+        ]
+        self.layers = len(counted)
+        self.integer = sum(precision in ("u8", "i8", "u1") for precision in counted)
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        images = images if self._pixels is None else self._pixels(images)
+        size = self._batch or len(images)
+        parts = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = size - len(part)
+            found = self._network(np.concatenate([part, np.repeat(part[:1], missing, axis=0)]))
+            parts.append({name: found[name][: len(part)] for name in ("logits", *self.tensors)})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class _Qonnx:
+    """qonnx's executor, a node at a time."""
+
+    integer = None
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.transformation.infer_shapes import InferShapes
+
+        self._model = ModelWrapper(str(path)).transform(InferShapes())
+        nodes = self._model.graph.node
+        self.layers = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in nodes)
+        names = [node.output[0] for node in nodes]
+        self.tensors = tuple(name for name in names if _quantized(name)) if tensors else ()
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        from qonnx.core.onnx_exec import execute_onnx
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes that it has not inferred
+            rows = [
+                execute_onnx(self._model, {"input": images[i : i + 1]}, return_full_exec_context=True)
+                for i in range(len(images))
+            ]
+        return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
+
+
+_RUNNERS: dict[str, Any] = {"onnxruntime": _Onnxruntime, "openvino": _Openvino, "qonnx": _Qonnx}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The installed versions of packages."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in packages}

@@ -1,0 +1,18 @@
+"""Packages that exports need, each with the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from utils.errors import UserError
+
+
+def needed(*packages: str) -> None:
+    """Check that packages are installed, before any work.
+
+    Raises:
+        UserError: one is not; the line names the command that installs it.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")

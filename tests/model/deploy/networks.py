@@ -1,0 +1,109 @@
+"""Small networks to export, and what torch computes in each of their quantizers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.deploy.graph import DeployGraph, deploy_graph
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig, QuantLinear, quantizers
+from tests.model.quantizers.cases import Case, cases, make
+
+PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
+
+
+class Parallel(nn.Module):
+    """Branches of quantized convolutions for pairs of cases, and a quantized linear layer on the means of all channels.
+
+    Behind each convolution come a norm and ReLU, so that an engine can compute the first of several with integers from
+    end to end.
+    """
+
+    def __init__(self, found: Sequence[Sequence[Case]], depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.branches = nn.ModuleList()
+        for together in found:
+            layers = []
+            for _ in range(depth):
+                layer = QuantConv2d(8, 8, 3, padding=1)
+                layer.build_quantizers(QuantConfig(**{case.tag: case.config for case in together}), "conv")
+                nn.init.normal_(layer.weight, std=0.7)  # so that all levels occur
+                for case in together:
+                    setattr(layer, PARTS[case.tag], make(case))
+                layers += [layer, nn.BatchNorm2d(8), nn.ReLU()]
+            self.branches.append(nn.Sequential(*layers))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight)  # some are negative
+                nn.init.normal_(module.bias)
+                nn.init.normal_(module.running_mean)
+        self.fc = QuantLinear(8 * len(found), 10)
+        parts = {
+            tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4, half_range=tag == "fm")
+            for tag in ("fm", "wt")
+        }
+        self.fc.build_quantizers(QuantConfig(**parts), "fc")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1))
+
+
+def images(count: int, channels: int = 3, size: int = 6) -> Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def torch_values(network: nn.Module, x: Tensor) -> dict[str, np.ndarray]:
+    """The logits and the output of each quantizer of activations, in evaluation mode."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str, _module: nn.Module, _input: tuple[Tensor, ...], output: Tensor) -> None:
+        found[name] = output.numpy()
+
+    hooks = [
+        module.register_forward_hook(partial(keep, name))
+        for name, module in quantizers(network)
+        if module.config.tag != "wt"
+    ]
+    with torch.no_grad():
+        found["logits"] = network.eval()(x).numpy()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def pairs() -> list[tuple[Case, Case]]:
+    """Each method for activations that can be exported beside one for weights, so that all of both occur."""
+    weights = cases(tags=("wt",))
+    return [(case, weights[i % len(weights)]) for i, case in enumerate(cases(tags=("fm",)))]
+
+
+def widths() -> list[tuple[Case, Case]]:
+    """Each number of bits that engines have a form for, on both sides; even and odd, with and without a sign."""
+    return [
+        (Case("lsq", "fm", levels, half), Case("lsq", "wt", levels, False))
+        for levels, half in (
+            (2, True),
+            (3, True),
+            (3, False),
+            (4, True),
+            (8, False),
+            (16, True),
+            (255, True),
+            (256, False),
+        )
+    ] + [(Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False))]
+
+
+@functools.cache
+def exported(kind: str) -> tuple[Parallel, DeployGraph]:
+    """A network of `pairs` or `widths`, and its graph; made once, since torch's exporter takes seconds."""
+    network = Parallel(pairs(), 1) if kind == "methods" else Parallel(widths(), 2)
+    return network.eval(), deploy_graph(network, (3, 6, 6))

@@ -1,0 +1,71 @@
+"""Exported files in their engines compute what torch does, for each method and number of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model.deploy.engines import Engine
+from model.deploy.graph import DeployGraph
+from model.deploy.onnx_qdq import qdq_model
+from model.deploy.openvino_ir import write_openvino
+from model.deploy.qonnx_quant import qonnx_model
+from tests.model.deploy.networks import exported, images, torch_values
+
+FORMATS: dict[str, Callable[[DeployGraph, Path], None]] = {
+    "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
+    "openvino.xml": write_openvino,
+    "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
+}
+RUNS = (
+    ("qdq.onnx", Engine("onnxruntime")),
+    ("qdq.onnx", Engine("onnxruntime", False)),
+    ("qdq.onnx", Engine("openvino")),
+    ("openvino.xml", Engine("openvino")),
+    ("qonnx.onnx", Engine("qonnx")),
+)
+# What is computed with integers, of 18 and 20 layers: all but the stem, layers with uneven levels on a side, with a
+# scale for each image, or with 8 bits on both sides. onnxruntime needs a quantizer behind a layer, too.
+INTEGER = {
+    ("methods", "onnxruntime"): 0,
+    ("methods", "openvino"): 13,
+    ("widths", "onnxruntime"): 4,
+    ("widths", "openvino"): 13,
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Writes a network of `exported` in a format, once."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def write(kind: str, name: str) -> Path:
+        path = folder / f"{kind}-{name}"
+        if not path.exists():
+            FORMATS[name](exported(kind)[1], path)
+        return path
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["methods", "widths"])
+@pytest.mark.parametrize(("name", "engine"), RUNS, ids=str)
+def test_levels_and_logits_are_those_of_torch(
+    kind: str, name: str, engine: Engine, written: Callable[[str, str], Path]
+) -> None:
+    network, graph = exported(kind)
+    x = images(4)
+    expected = torch_values(network, x)
+    runner = engine.open(written(kind, name), tensors=True)
+    found = runner(x.numpy())
+    assert found.keys() == expected.keys() == {"logits", *graph.activations}
+    for quantizer, value in expected.items():
+        far = np.abs(found[quantizer] - value) > 1e-3 * np.abs(value).max()
+        assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
+    if engine.optimised and engine.name != "qonnx":
+        assert runner.integer == INTEGER[kind, engine.name]

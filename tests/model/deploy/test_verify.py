@@ -1,0 +1,121 @@
+"""Exported files beside their checkpoint: what is compared, and graphs that engines get wrong without a word."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from model.deploy.engines import engines_of
+from model.deploy.graph import DeployGraph, deploy_graph, with_byte_input
+from model.deploy.onnx_qdq import qdq_model
+from model.deploy.openvino_ir import openvino_model
+from model.deploy.verify import Comparison, compare
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+
+SHAPE = (3, 6, 6)
+
+
+@functools.cache
+def small(levels: int) -> tuple[nn.Module, DeployGraph, list[tuple[Tensor, Tensor]]]:
+    """A network, its graph, and images with the classes that it gives them."""
+    torch.manual_seed(0)
+    layer = QuantConv2d(8, 10, 3)
+    parts = {
+        tag: QuantizerConfig(
+            tag=tag, enable=True, method="lsq", levels=levels, half_range=tag == "fm", boundary=1.0
+        )
+        for tag in ("fm", "wt")
+    }
+    layer.build_quantizers(QuantConfig(**parts), "2")
+    nn.init.normal_(layer.weight, std=0.5)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), layer, nn.AvgPool2d(4), nn.Flatten()).eval()
+    images = torch.randn(64, *SHAPE)
+    with torch.no_grad():
+        target = network(images).argmax(1)
+    return network, deploy_graph(network, SHAPE), [(images[:40], target[:40]), (images[40:], target[40:])]
+
+
+def compared(path: Path, levels: int) -> dict[str, Comparison]:
+    network, _, batches = small(levels)
+    found = compare(network, SHAPE, batches, {path: engines_of(path)})
+    return {item.engine: item for item in found}
+
+
+@pytest.mark.slow
+def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
+    path = tmp_path / "right.onnx"
+    onnx.save(qdq_model(small(15)[1]), path)
+    found = compared(path, 15)
+    assert list(found) == ["onnxruntime, default", "onnxruntime, basic", "openvino, default"]
+    for item in found.values():
+        assert item.faults == () and item.same == 1.0 and item.top1 == item.reference == 100.0
+        assert item.codes.keys() == {"2.quant_activation"} and item.codes["2.quant_activation"] < 0.001
+        assert (item.images, item.layers, item.bytes) == (64, 2, path.stat().st_size)
+        assert item.milliseconds > 0 and item.float_milliseconds > 0
+    assert found["openvino, default"].integer == 1
+
+
+def test_bytes_are_normalised_inside(tmp_path: Path) -> None:
+    path, mean, std = tmp_path / "bytes.onnx", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    graph = small(15)[1]
+    graph = DeployGraph(
+        model=graph.model, activations=graph.activations, weights=graph.weights,
+        metadata={"images": json.dumps({"mean": mean, "std": std})},
+    )  # fmt: skip
+    onnx.save(qdq_model(with_byte_input(graph, mean, std)), path)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), np.uint8)
+    shape = (1, 3, 1, 1)
+    images = (pixels / 255 - np.reshape(mean, shape)) / np.reshape(std, shape)
+    with torch.no_grad():
+        expected = small(15)[0](torch.from_numpy(images).float()).numpy()
+    for engine in engines_of(path):
+        found = engine.open(path)(images.astype(np.float32))["logits"]
+        assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_openvinos_fifteen_levels_are_found(tmp_path: Path) -> None:
+    """A FakeQuantize of 15 levels, which OpenVINO turns into others, instead of one of 256."""
+    import openvino
+    from openvino import opset13
+
+    path = tmp_path / "wrong.xml"
+    graph = small(15)[1]
+    model = openvino_model(graph)
+    (old,) = (node for node in model.get_ordered_ops() if node.get_type_name() == "FakeQuantize")
+    ends = [np.float32(0), np.float32(14 * graph.activations["2.quant_activation"].scale)] * 2
+    old.output(0).replace(opset13.fake_quantize(old.input_value(0), *ends, 15).output(0))
+    openvino.save_model(model, path, compress_to_fp16=False)
+    found = compared(path, 15)["openvino, default"]
+    assert found.codes["2.quant_activation"] > 0.1
+    assert len(found.faults) == 1 and "2.quant_activation are others" in found.faults[0]
+
+
+@pytest.mark.slow
+def test_onnxruntimes_missing_relu_is_found(tmp_path: Path) -> None:
+    """ReLU in front of a QuantizeLinear to 4 bits with a sign, which onnxruntime's optimiser leaves out."""
+    path = tmp_path / "wrong.onnx"
+    model = qdq_model(small(8)[1])
+    nodes = {node.op_type: node for node in model.graph.node}
+    clip = nodes["Clip"]
+    (decoded,) = (node for node in model.graph.node if clip.output[0] in node.input)
+    decoded.input[0] = clip.input[0]
+    model.graph.node.remove(clip)
+    model.graph.initializer.append(helper.make_tensor("zero", TensorProto.INT4, [], [0]))
+    for node in (nodes["QuantizeLinear"], decoded):
+        node.input[2] = "zero"
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", 21))
+    model.ir_version = 10
+    onnx.save(model, path)
+    found = compared(path, 8)
+    assert found["onnxruntime, basic"].faults == found["openvino, default"].faults == ()
+    assert any("optimiser changes the class" in fault for fault in found["onnxruntime, default"].faults)
