@@ -15,6 +15,7 @@ from utils.data.loader import Loader
 from utils.data.loaders import Loaders
 from utils.processes import distributed
 from utils.processes.interrupt import Stop
+from utils.report.outcome import Outcome
 from utils.report.progress import progress
 from utils.step import meters
 
@@ -36,8 +37,13 @@ def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
     }
 
 
-def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: Stop) -> dict[str, float]:
-    """The validation columns of the metrics after `epoch` (from 0), also for the averaged weights."""
+def validation_row(
+    training: TrainingState, loaders: Loaders, epoch: int, stop: Stop, outcome: Outcome | None = None
+) -> dict[str, float]:
+    """The validation columns of the metrics after `epoch` (from 0), also for the averaged weights.
+
+    `outcome` gets the predictions of the network's own weights.
+    """
     assert loaders.val is not None  # the caller has checked
     average, row = training.methods.average, dict[str, float]()
     if average.exists:  # first, so that the norms' statistics are the network's own in the end
@@ -47,10 +53,21 @@ def validation_row(training: TrainingState, loaders: Loaders, epoch: int, stop: 
             row |= {f"ema_{name}": value for name, value in validate(training, loaders.val, stop).items()}
     reestimate_norms(training, loaders, epoch)
     distributed.share_state(training.model)
-    return row | {f"val_{name}": value for name, value in validate(training, loaders.val, stop).items()}
+    return row | {
+        f"val_{name}": value for name, value in validate(training, loaders.val, stop, outcome).items()
+    }
 
 
-def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, float]:
+def outcome_of(training: TrainingState) -> Outcome:
+    """A record for the predictions of an evaluation."""
+    assert training.transform is not None  # an assembled run has one
+    names = training.classes or tuple(map(str, range(training.config.model.num_classes)))
+    return Outcome(names, training.transform.mean, training.transform.std)
+
+
+def validate(
+    training: TrainingState, loader: Loader, stop: Stop, outcome: Outcome | None = None
+) -> dict[str, float]:
     """Loss and accuracy (percent) over a whole data set: `loss`, `top1`, `top5`.
 
     A process that is asked to stop returns early; the result then means nothing.
@@ -67,6 +84,8 @@ def validate(training: TrainingState, loader: Loader, stop: Stop) -> dict[str, f
                 break
             target = target.to(training.device, non_blocking=True)
             output = training.model(training.images(images)).float()
+            if outcome is not None:
+                outcome.update(images, target, output)
             totals.update(functional.cross_entropy(output, target), output, target)
             batches.append(output.isfinite().all())  # looked at in the end, so that the host need not wait
     finite.check_validation(training, batches, loader)

@@ -320,7 +320,7 @@ def test_lr_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     "source", ["--pretrained {} --case eval", "--resume_file {} --case eval", "-r --case lsq"]
 )
 def test_evaluation(tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
-    """Of a checkpoint, at the accuracy and loss of its epoch; nothing but the log is written."""
+    """Of a checkpoint, at the accuracy and loss of its epoch; the log and the files about classes are written."""
     shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
     before = files(tmp_path)
     path = tmp_path / "weights" / "resnet20" / "lsq-checkpoint.pth.tar"
@@ -329,7 +329,8 @@ def test_evaluation(tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str
     expected = f"top-1 {row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}, loss {row['val_loss']:.4f}"
     assert expected in capsys.readouterr().out
     changed = {name for name, content in files(tmp_path).items() if content != before.get(name)}
-    assert changed == {f"exp/{source.split()[-1]}/log.txt"}
+    written = ("log.txt", "classes.csv", "confusion.csv", "examples.json")
+    assert changed == {f"exp/{source.split()[-1]}/{name}" for name in written}
     assert before.keys() <= files(tmp_path).keys()
 
 

@@ -152,7 +152,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "evaluate",
             bool,
             False,
-            "validate only; nothing is written but the log; train/ may be missing",
+            "validate only; writes the log, classes.csv and confusion.csv; train/ may be missing",
             aliases=("-e",),
         ),
         option(

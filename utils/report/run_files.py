@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.report import confusion
+from utils.report.confusion import Confusion
 from utils.report.epoch_files import MetricsFile, RecordsFile
 
 LARGEST = 1e300  # larger numbers count as damage
@@ -45,6 +47,7 @@ class Run:
         metrics: a row per epoch, as `MetricsFile.read`.
         epochs: the records of its quantizers, of `HealthRow.record`; empty in full precision.
         summary: the file `summary.json`; None as long as the run has not ended.
+        confusion: what an evaluation of the same case has written; None without one.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class Run:
     metrics: Sequence[Mapping[str, float]]
     epochs: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
+    confusion: Confusion | None = None
 
     @property
     def done(self) -> int:
@@ -141,6 +145,7 @@ def _read(folder: Path, label: str) -> Run:
         metrics=rows,
         epochs=epochs,
         summary=summary,
+        confusion=confusion.read(folder),
     )
 
 

@@ -15,12 +15,13 @@ from model.deploy import packed
 from model.layers.quantized import quantized_weights
 from model.load import Trained, load, load_trained
 from model.networks import build
+from model.training.policy import initialise
 from tests import ROOT
 from tests.main.runs import assert_same
 from tests.model.test_load import RECORDED, saved
 from tests.utils.tools.commands import Call
 from utils.checkpoint import archive
-from utils.config.schema import Config, ModelConfig, QuantConfig, QuantizerConfig
+from utils.config.schema import Config, ModelConfig, QuantConfig, QuantizerConfig, Rule
 from utils.data.transform import ImageTransform
 
 IMAGES = ImageTransform(size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -197,18 +198,28 @@ def test_a_restored_network_is_not_trained(
 
 
 def test_resnet18_takes_the_bytes_of_its_bits(tmp_path: Path) -> None:
-    """At 2 bits, with the first and the last layer in float32: what the arithmetic says."""
+    """At 2 bits, with 8 in the first and the last layer as an entry of a policy sets them: what the arithmetic says."""
     quant = QuantConfig(
         fm=QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True),
         wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4, quant_group=1),
+        first_last=True,
     )
     model = ModelConfig(name="resnet18", num_classes=1000, input_size=224, quant=quant)
     network = build.build_network(model).eval()
-    trained = Trained(
-        network=network, transform=IMAGES, classes=(), config=Config(model=model), source=Path("x")
+    policy = tuple(
+        Rule(section="init", number=1, name=name, tag="wt", values={"level_num": 256})
+        for name in ("conv1", "fc")
     )
-    packed.write(trained, tmp_path / "x")
-    quantized = sum(layer.weight.numel() for _, layer, _ in quantized_weights(network))
-    others = sum(value.numel() for value in network.state_dict().values()) - quantized
-    expected = quantized / 4 + 4 * others
-    assert expected < (tmp_path / "x").stat().st_size < 1.01 * expected
+    initialise(network, policy)
+    config = Config(model=model, policy=policy)
+    packed.write(
+        Trained(network=network, transform=IMAGES, classes=(), config=config, source=Path("x")),
+        tmp_path / "x",
+    )
+    layers = [
+        (layer.weight.numel(), packed.bits_of(one.levels)) for _, layer, one in quantized_weights(network)
+    ]
+    assert sorted({bits for _, bits in layers}) == [2, 8]
+    others = sum(value.numel() for value in network.state_dict().values()) - sum(count for count, _ in layers)
+    expected = sum(count * bits for count, bits in layers) / 8 + 4 * others
+    assert expected < (tmp_path / "x").stat().st_size < min(1.02 * expected, 3.3 * 2**20)

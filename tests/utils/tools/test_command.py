@@ -92,7 +92,8 @@ def test_a_file_with_code_is_refused(call: Call, tmp_path: Path) -> None:
     assert err.startswith(f"tools.py: error: {path}: refused, because it holds pathlib.")
 
 
-READS = sorted(name for name, word in tools.WORDS.items() if "old" in word.needs)
+# import reads a packed file, which cannot hold code.
+READS = sorted(name for name, word in tools.WORDS.items() if "old" in word.needs and name != "import")
 
 
 @pytest.mark.parametrize("word", READS)

@@ -20,6 +20,19 @@ for (const div of all("[data-figure]")) {
   show(div, data, layout);
 }
 
+// A click on a cell of a confusion matrix shows some of its images.
+for (const div of all("[data-examples]")) {
+  const examples = DATA.examples[Number(div.dataset.examples)], place = div.parentNode.querySelector(".examples");
+  div.on("plotly_click", ({points: [point]}) => {
+    const found = examples[`${point.y},${point.x}`] ?? [];
+    const note = document.createElement("span");
+    note.innerHTML = `${point.customdata} `;
+    place.replaceChildren(note, ...found.map((picture) => Object.assign(new Image(96), {
+      src: `data:image/png;base64,${picture}`, alt: note.textContent,
+    })));
+  });
+}
+
 // Tables ---------------------------------------------------------------------------------------------
 
 function sortBy(head) {

@@ -15,6 +15,7 @@ from plotly import graph_objects
 from plotly.offline import get_plotlyjs
 
 from utils.config.schema import TAGS
+from utils.report.confusion import Confusion
 from utils.report.run_files import Run
 
 FOLDER = Path(__file__).resolve().parent
@@ -24,6 +25,7 @@ COLOURS = (
     "#b46ea0", "#007800", "#00646e", "#f0aaaa", "#9678fa", "#28d2b4", "#968200", "#faaa00", "#aaaa78", "#78506e",
 )  # fmt: skip
 GREY, LINES = "#7d8590", "rgba(128, 128, 128, 0.22)"  # visible on light and on dark backgrounds
+MOST_CLASSES = 100  # of a confusion matrix that is drawn
 SHOWN_EPOCHS = 12  # epochs whose histograms are on the page
 CURVES = (  # heading, column of the training, column of the validation
     ("Loss", "train_loss", "val_loss"),
@@ -44,9 +46,14 @@ def render(runs: Sequence[Run]) -> str:
     curves = list(figures)
     if any(run.layers for run in runs):
         figures["operations"] = _operations(runs)
+    evaluated = [run for run in runs if run.confusion is not None]
+    for i, run in enumerate(evaluated):
+        if run.confusion is not None and len(run.confusion.classes) <= MOST_CLASSES:
+            figures[f"confusion{i}"] = _confusion(run.confusion)
     data = {
         "figures": {name: json.loads(str(figure.to_json())) for name, figure in figures.items()},
         "runs": [_explored(run, colour(i)) for i, run in enumerate(runs)],
+        "examples": [run.confusion.examples for run in evaluated if run.confusion is not None],
     }
     return environment.get_template("page.html").render(
         runs=runs,
@@ -54,6 +61,8 @@ def render(runs: Sequence[Run]) -> str:
         overview=_overview(runs),
         curves=curves,
         fields=_fields(runs),
+        evaluated=evaluated,
+        most_classes=MOST_CLASSES,
         quantized=[run for run in runs if run.quantizers],
         tags=TAGS,
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
@@ -201,6 +210,31 @@ def _operations(runs: Sequence[Run]) -> graph_objects.Figure:
                 name=_plain(run.label), marker={"color": colour(i)},
                 hovertemplate=f"{_plain(run.label)}<br>%{{x}}: %{{y:,}}<extra></extra>",
             )  # fmt: skip
+    return figure
+
+
+def _confusion(confusion: Confusion) -> graph_objects.Figure:
+    """The confusion matrix; the first class is on top."""
+    names = [_plain(name) for name in confusion.classes]
+    places = list(range(len(names)))
+    shares = [[100 * cell / max(sum(row), 1) for cell in row] for row in confusion.matrix]
+    axis = {"tickvals": places, "ticktext": names, "showgrid": False, "zeroline": False}
+    figure = _figure(
+        "Confusion matrix, images",
+        0,
+        xaxis={"title": {"text": "called", "standoff": 4}, **axis},
+        yaxis={"title": {"text": "class"}, "autorange": "reversed", **axis},
+    )
+    figure.update_layout(height=160 + 24 * max(10, min(len(names), 40)))
+    hover = [
+        [f"{row} called {column}: {cell}" for column, cell in zip(names, cells, strict=True)]
+        for row, cells in zip(names, confusion.matrix, strict=True)
+    ]
+    figure.add_heatmap(
+        x=places, y=places, z=shares, text=confusion.matrix, customdata=hover, colorscale="Blues", zmin=0, zmax=100,
+        texttemplate="%{text}" if len(names) <= 20 else None, hovertemplate="%{customdata}<extra></extra>",
+        colorbar={"title": {"text": "% of row"}},
+    )  # fmt: skip
     return figure
 
 

@@ -16,6 +16,7 @@ from utils.report.html import page
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.remote.webdriver import WebDriver  # noqa: E402
 from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
@@ -43,8 +44,9 @@ LINES = {
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page about three real runs."""
     folder = done_in(
-        tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items())
-    )
+        tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items()),
+        "-e --case two --pretrained weights/resnet20/two-checkpoint.pth.tar",
+    )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page.render(run_files.read([folder / "exp" / case for case in LINES])), encoding="utf-8")
     return path
@@ -106,9 +108,11 @@ def titles(browser: WebDriver, parent: str) -> list[str]:
 def test_every_figure_is_drawn(browser: WebDriver) -> None:
     """With lines or bars in it, as wide as its place and nothing beside it."""
     figures = find(browser, ".figure")
-    assert len(figures) == 3 + 1 + 2 + 2 + 1  # curves, size, levels, over epochs, operations
+    assert len(figures) == 3 + 1 + 2 + 2 + 1 + 1  # curves, size, levels, over epochs, confusion, operations
     for figure in figures:
-        assert figure.find_elements("css selector", ".scatterlayer .trace, .barlayer .trace")
+        assert figure.find_elements(
+            "css selector", ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image"
+        )
         assert figure.size["height"] > 200
     width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     inner, outer = browser.execute_script(width)
@@ -227,3 +231,22 @@ def test_the_contents_lead_to_the_sections(browser: WebDriver) -> None:
         assert find(browser, f"section#{target}")
     click(browser, link)
     assert browser.current_url.endswith("#configuration")
+
+
+def test_a_cell_of_the_confusion_matrix_shows_its_images(browser: WebDriver) -> None:
+    (figure,), (plot,) = find(browser, "#classes .figure"), find(browser, "#classes .nsewdrag")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
+    for cell, pictures in browser.execute_script("return DATA.examples[0]").items():
+        true, called = map(int, cell.split(","))
+        place = browser.execute_script(
+            "const {xaxis, yaxis} = arguments[0]._fullLayout, [x, y] = arguments[1];"
+            "return [xaxis.l2p(x) - xaxis._length / 2, yaxis.l2p(y) - yaxis._length / 2]",
+            figure,
+            [called, true],
+        )
+        ActionChains(browser).move_to_element_with_offset(plot, *map(round, place)).pause(
+            0.3
+        ).click().perform()
+        text = f"{true} called {called}: "
+        until(browser, lambda _, text=text: text in find(browser, "#classes .examples")[0].text)
+        assert len(find(browser, "#classes .examples img")) == len(pictures) > 0

@@ -393,3 +393,57 @@ def test_the_command(
     for wrong in ("two", "nowhere/page.html"):
         assert tools.main(["--keyword", "report", "two", "--output", wrong]) == 2
         assert f"--output {wrong}: name a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_classes_are_those_of_the_evaluation(
+    finished: Path, two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-e` writes accuracy, precision and the confusion matrix; the page shows them with images of the cells."""
+    monkeypatch.chdir(two.parent)
+    checkpoint = finished.parent / "weights" / "resnet20" / "two-checkpoint.pth.tar"
+    line = f"-e --case two --log_dir . --pretrained {checkpoint}"
+    assert "classes" not in page.render(run_files.read([two])).split("<nav", 1)[1].split("</nav>")[0]
+    assert main.main(line.split()) == 0
+    top1 = float(capsys.readouterr().out.rpartition("top-1 ")[2].partition(",")[0])
+    (run,) = run_files.read([two])
+    assert run.confusion is not None
+    matrix = np.array(run.confusion.matrix)
+    assert matrix.sum() == 8 and run.confusion.classes == list("0123456789")
+    assert top1 == pytest.approx(100 * np.trace(matrix) / 8, abs=0.01)
+    for i, row in enumerate(run.confusion.rows):
+        images, called = matrix[i].sum(), matrix[:, i].sum()
+        assert row["class"] == str(i) and row["images"] == images
+        assert row["accuracy"] == (pytest.approx(100 * matrix[i, i] / images, abs=0.01) if images else None)
+        assert row["precision"] == (pytest.approx(100 * matrix[i, i] / called, abs=0.01) if called else None)
+    counts = {name: len(cell) for name, cell in run.confusion.examples.items()}
+    assert counts == {f"{i},{j}": min(matrix[i, j], 3) for i, j in zip(*matrix.nonzero(), strict=True)}
+    text = page.render(run_files.read([finished / "full", two]))
+    (heat,) = data_of(text)["figures"]["confusion0"]["data"]
+    assert heat["text"] == matrix.tolist() and data_of(text)["examples"] == [run.confusion.examples]
+    assert [line[:2] for line in cells(text, "classes")] == [
+        [str(i), str(matrix[i].sum())] for i in range(10)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("confusion.csv", "class,a,b\na,1,x\nb,2,3\n"),
+        ("confusion.csv", "class,a\na,1\nb,2\n"),
+        ("classes.csv", "class,images\na,1\nb,1\n"),
+        ("examples.json", '{"0,0": ["<script>"]}'),
+        ("examples.json", '{"7,0": []}'),
+        ("examples.json", "[]"),
+    ],
+)
+def test_damaged_files_of_an_evaluation(two: Path, name: str, text: str) -> None:
+    files = {
+        "confusion.csv": "class,a,b\na,1,1\nb,2,3\n",
+        "classes.csv": "class,images,accuracy,precision\na,2,50.0,\nb,5,,1\n",
+    }
+    for known, content in files.items():
+        (two / known).write_text(content)
+    assert page.render(run_files.read([two]))
+    (two / name).write_text(text)
+    with pytest.raises(UserError, match=r"two: confusion.csv, classes.csv or examples.json is damaged"):
+        run_files.read([two])
