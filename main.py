@@ -30,6 +30,7 @@ from utils.errors import LostError, TrainingError, UserError
 from utils.processes import launch, start
 from utils.processes.interrupt import SAVED, Stop
 from utils.step import schedule
+from utils.text import epochs_done
 
 if TYPE_CHECKING:
     from logging import Logger
@@ -95,7 +96,7 @@ def answer(argv: Sequence[str] | None) -> int:
 
 def run(config: Config) -> int:
     """One run, from the configuration to the last epoch; returns the exit status."""
-    check_options(config)
+    start.check_options(config)
     from model.training.assemble import assemble  # imports torch; the checks above need not wait for it
     from model.training.starting_point import find_origin, find_surroundings
     from utils.checkpoint import earlier_runs
@@ -127,15 +128,6 @@ def run(config: Config) -> int:
             return 0 if recorder is None else finish(here, assembled, training, progress, recorder)
 
 
-def check_options(config: Config) -> None:
-    """Run the checks of options that do not need torch."""
-    settings = config.run
-    schedule.check_schedule(config.schedule, config.optim.lr)
-    start.check_folder(settings.log_dir / settings.case, "log_dir")
-    if not settings.evaluate:
-        start.check_folder(settings.weights_dir / config.model.name, "weights_dir")
-
-
 def describe(here: Surroundings, origin: Origin, assembled: Assembled) -> int:
     """Print the planned training (`--dry_run`), or the learning rates (the keyword `lr-test`)."""
     from model.training import planned
@@ -153,7 +145,7 @@ def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: L
     from utils.report import run_report
 
     config, found, progress, model = here.config, origin.found, assembled.progress, assembled.model
-    for warning in (*assembled.warnings, *found.passed_over, *progress.differences):
+    for warning in assembled.warnings:
         logger.warning("warning: %s", warning)
     options = [(name, quantizer.config) for name, quantizer in quantizers(model) if quantizer.enabled]
     run_report.announce(
@@ -169,11 +161,9 @@ def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: L
             logger.info("%s", change)
     else:
         part = f" and {progress.position} images of the next" if progress.position else ""
-        logger.info("resumed %s: %d epochs%s are done", found.path, progress.epoch, part)
+        logger.info("resumed %s: %s", found.path, epochs_done(progress.epoch, part))
     if config.run.resume and found.path is None:
         logger.info("--resume: no checkpoint of the case %s yet, starting anew", config.run.case)
-    if config.run.evaluate and assembled.loaded is None and found.path is None:
-        logger.warning("warning: no checkpoint is given, so this evaluates random weights")
 
 
 def evaluate(training: TrainingState, loaders: Loaders) -> int:

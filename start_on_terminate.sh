@@ -39,6 +39,16 @@ log() {
   printf '%s %s\n' "$(date '+%F %T')" "$1"
 }
 
+# Prints words as a shell reads them.
+quoted() {
+  local word text=''
+  for word; do
+    [[ $word =~ ^[[:alnum:]_./,:=@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    text+=" $word"
+  done
+  printf '%s\n' "${text# }"
+}
+
 # Prints a number of seconds as hours:minutes:seconds.
 duration() {
   printf '%d:%02d:%02d\n' "$(($1 / 3600))" "$(($1 / 60 % 60))" "$(($1 % 60))"
@@ -180,6 +190,10 @@ configs=() retries=() words=() first=() count=()
 while [[ $# -gt 0 ]]; do
   [[ ! $1 =~ ^[0-9]+$ ]] || fail "no config before the number '$1'; write PID CONFIG [RETRIES]"
   [[ $1 != -- ]] || fail "no config before --; write PID CONFIG [RETRIES] [-- OPTIONS... --]"
+  [[ $1 != -* || ${#configs[@]} -eq 0 ]] ||
+    fail "'$1' stands where the config belongs; write the options of a run behind --: ${configs[-1]}$(
+      [[ ${count[-1]} -gt 1 ]] || printf ' --'
+    ) $(quoted "$@")"
   bash "$here/train.sh" --check "$1"
   first+=("${#words[@]}")
   words+=("$1")
@@ -195,6 +209,7 @@ while [[ $# -gt 0 ]]; do
     shift
     [[ $# -gt 0 && $1 != -- ]] || fail "no options after --; write CONFIG [RETRIES] -- OPTIONS... --, or leave -- out"
     while [[ $# -gt 0 && $1 != -- ]]; do
+      [[ -n $1 ]] || fail "an option of ${words[*]:${first[-1]}:1} is empty; leave it out, or write none for a value"
       [[ $1 != config/config.* && $1 != */config/config.* ]] || fail "the config '$1' is among the options; write -- before it"
       words+=("$1")
       shift
@@ -202,7 +217,10 @@ while [[ $# -gt 0 ]]; do
     [[ $# -eq 0 ]] || shift
   fi
   count+=("$((${#words[@]} - ${first[-1]}))")
-  configs+=("${words[*]:${first[-1]}}")
+  configs+=("$(quoted "${words[@]:${first[-1]}}")")
+  # What this prints before its last line are warnings, which the run repeats.
+  mistake=$(bash "$here/train.sh" --check-options "${words[@]:${first[-1]}}" 2>&1 >/dev/null) ||
+    fail "${configs[-1]}: ${mistake##*$'\n'}"
 done
 
 child='' stopped_by='' signals=0 status=0 result=0

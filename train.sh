@@ -4,13 +4,15 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-Usage: bash train.sh [--print | --check] CONFIG [SCRIPT] [options...]
+Usage: bash train.sh [--print | --check | --check-options] CONFIG [SCRIPT] [options...]
 
 Starts main.py (or SCRIPT, such as tools.py) with the settings of the shell file CONFIG,
 then the options given here, which win. Runs in the repository's folder.
 
   --print     print the command, quoted for the shell, instead of running it
   --check     only check that CONFIG can be read and is spelt right; nothing of it is executed
+  --check-options
+              execute CONFIG, and only check the options that main.py would get
   -h, --help  print this
 
 CONFIG may set: dataset root model base epochs train_batch val_batch case keyword pretrained
@@ -253,7 +255,7 @@ case ${1-} in
     usage
     exit 0
     ;;
-  --print | --check)
+  --print | --check | --check-options)
     launcher_mode=${1#--}
     shift
     ;;
@@ -268,7 +270,7 @@ cd -- "$repository"
 config_file=$(locate "$1")
 shift
 for word; do
-  [[ $word != --check && $word != --print ]] ||
+  [[ $word != --check && $word != --print && $word != --check-options ]] ||
     fail "$word comes before the config; write: bash train.sh $word $config_file"
 done
 check_shell_file "$config_file"
@@ -359,6 +361,11 @@ devices=$(count_devices "${arguments[@]}")
 [[ $devices -eq 0 || $devices -eq ${processes:-$devices} ]] ||
   fail "$processes processes but $devices device(s) in -g; set NPROC=$devices or change -g"
 [[ $devices -eq 0 ]] || processes=$devices
+
+if [[ $launcher_mode == check-options ]]; then
+  [[ $script == main.py ]] || exit 0
+  exec "$python" -m utils.processes.start "${arguments[@]}"
+fi
 
 launch=("$python")
 if [[ ${#torchrun_words[@]} -gt 0 ]]; then

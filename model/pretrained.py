@@ -17,12 +17,12 @@ from model.networks.torchvision_resnet import from_torchvision
 from model.quantizers.fixed import FixedWeight
 from model.quantizers.frame import Quantizer
 from model.quantizers.integers import QuantizedTensor
+from model.trained import check_as_trained, levels_of
 from utils.checkpoint import archive, weights
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
 from utils.processes import distributed
-from utils.text import some_names
 
 
 def load_pretrained(model: nn.Module, path: Path | str, config: Config) -> LoadReport:
@@ -68,10 +68,12 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
         for theirs, ours in quantizer.published.items():
             if f"{name}.{theirs}" in state:
                 state[f"{name}.{ours}"] = state.pop(f"{name}.{theirs}")
+    if config.run.evaluate:
+        check_as_trained(payload, state, model, config, str(path))
     held = set(state)
     for name, quantizer in own.items():
         levels = state.get(f"{name}.level_num")
-        trained = None if levels is None else _levels(levels, path)
+        trained = None if levels is None else levels_of(levels, str(path))
         own_counters = {f"{name}.level_num": quantizer.level_num}
         if not config.run.evaluate:
             own_counters[f"{name}.iteration"] = quantizer.iteration
@@ -82,11 +84,6 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        if config.run.evaluate and trained is not None and trained != quantizer.levels:
-            raise UserError(
-                f"{path}: {name} was trained with {trained} levels, the options say {quantizer.levels}: "
-                f"give --{quantizer.config.tag}_level {trained} or the bits that mean it"
-            )
         if trained is not None and trained != quantizer.levels:
             prefix = f"{name}."
             theirs = {
@@ -108,9 +105,7 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
     )
     if not config.run.evaluate:  # an evaluation names the layer where it shows
         loaded = model.state_dict()
-        bad = weights.nonfinite((name, loaded[name]) for name in report.loaded)
-        if bad:
-            raise UserError(f"--pretrained {path}: {some_names(bad)} is not finite; give another checkpoint")
+        weights.check_finite(((name, loaded[name]) for name in report.loaded), f"--pretrained {path}")
     head = _last_layer(model, config.model.num_classes)
     return dataclasses.replace(
         report,
@@ -120,6 +115,20 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
         missing=tuple(name for name in report.missing if name not in held),
         classes=() if head and head <= set(report.skipped) else weights.class_names_of(payload),
         max_value=weights.max_value_of(payload),
+        warning=_unknown_norm(payload, config.model, str(path)),
+    )
+
+
+def _unknown_norm(payload: Mapping[str, Any], config: ModelConfig, source: str) -> str:
+    """A warning where nothing says whether weights for `reverse-bn` were trained with it; empty otherwise."""
+    recorded = payload.get("config")
+    if config.norm != "reverse" or (
+        isinstance(recorded, Mapping) and isinstance(recorded.get("model"), Mapping)
+    ):
+        return ""
+    return (
+        f"{source} does not say with which norm it was trained: with reverse-bn weights of a plain batch norm compute "
+        "something else; leave reverse-bn out unless it was trained with it"
     )
 
 
@@ -196,10 +205,3 @@ def _averaged(payload: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]
     if not average:
         raise UserError(f"--ema_weights: {path} has none; it was trained without --ema_decay")
     return dict(average["weights"])
-
-
-def _levels(value: torch.Tensor, path: Path) -> int:
-    """A `level_num` of a checkpoint."""
-    if value.numel() != 1 or not 2 <= float(value) <= 2**16:
-        raise UserError(f"{path} is damaged: a level_num is {value.tolist()}; use another file")
-    return int(value)

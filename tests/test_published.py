@@ -143,7 +143,7 @@ def test_it_evaluates_and_trains_on(published: Path, capsys: pytest.CaptureFixtu
         (lambda w: w, ("--width_alpha", "0.25"), "of another shape (conv1.weight: [8, 3, 3, 3] in the file"),
         (lambda w: {**w, "extra.weight": torch.ones(2)}, (), "1 unused (extra.weight [2])"),
         (lambda w: {k: v for k, v in w.items() if k != "fc.bias"}, (), "1 missing (fc.bias [10])"),
-        (lambda w: w, ("-e", "--fm_bit", "3"), "was trained with 4 levels, the options say 8"),
+        (lambda w: w, ("-e", "--fm_bit", "3"), "at 4 levels, and the options say 8: write --bits"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

@@ -30,6 +30,12 @@ runs = log.read_text().split().count(options.case)
 statuses = [int(status) for status in options.statuses.split(",")]
 sys.exit(statuses[min(runs, len(statuses)) - 1])
 """
+# In place of the check of main.py's options, which the stub does not have.
+CHECK_STUB = """\
+import sys
+if "--misspelt" in sys.argv:
+    sys.exit("train.sh: warning: before\\nmain.py: error: unknown option --misspelt")
+"""
 # A run that goes on until a signal arrives, then ends in its own way, with status 7.
 BLOCKING_STUB = """\
 import os, pathlib, signal, sys
@@ -75,6 +81,8 @@ class Queue:
             shutil.copy(ROOT / name, folder)
         (folder / "main.py").write_text(STUB)
         (folder / "blocking.py").write_text(BLOCKING_STUB)
+        (folder / "utils" / "processes").mkdir(parents=True)
+        (folder / "utils" / "processes" / "start.py").write_text(CHECK_STUB)
 
     def config(self, case: str, statuses: str = "0", script: str = "main.py") -> str:
         """Writes the config of one run and returns its path."""
@@ -347,6 +355,31 @@ def test_options_of_each_run(queue: Queue) -> None:
     assert (status, errors) == (7, "") and "not started: b --case s3\n" in output
 
 
+def test_options_are_logged_as_a_shell_reads_them(queue: Queue) -> None:
+    status, output, _ = queue.run(NOT_A_PID, queue.config("a"), "--", "--case", "layer1.* fc")
+    assert (status, queue.runs) == (0, ["layer1.*", "fc"])
+    assert "start a --case 'layer1.* fc' (run 1 of at most 1)" in output
+
+
+def test_options_of_all_runs_are_checked_before_the_waiting(queue: Queue) -> None:
+    """Those of the command line and those in configs, by the program's own check, with its own message."""
+    shutil.rmtree(queue.folder / "utils")
+    (queue.folder / "utils").symlink_to(ROOT / "utils")
+    (queue.folder / "a").write_text("case=a\nkeyword=cifar10,cbas,lsq\noptions='--bits 2'\n")
+    (queue.folder / "b").write_text("case=b\noptions='--epochz 3'\n")
+    for arguments, message in (
+        (["a", "b"], "b: main.py: error: unknown option --epochz: did you mean --epochs"),
+        (["a", "a", "--", "--bits", "two"], "a --bits two: main.py: error: --bits two: write a number"),
+        (
+            ["a", "--", "--lr_policy", "fixx", "--", "a"],
+            "a --lr_policy fixx: main.py: error: --lr_policy fixx",
+        ),
+    ):
+        status, output, errors = queue.run(NOT_A_PID, *arguments)
+        assert (status, output, queue.runs, errors.count("\n")) == (2, "", [], 1)
+        assert errors.startswith(f"start_on_terminate.sh: error: {message}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_waiting(queue: Queue, number: signal.Signals) -> None:
     before = queue.predecessor(*WAITING)
@@ -384,6 +417,11 @@ def test_signal_while_running(queue: Queue, number: signal.Signals) -> None:
         (["1", "god"], {}, "no config 'god'"),
         (["1", "good", "god"], {}, "no config 'god'"),
         (["1", "good", "-1"], {}, "'-1' stands where the config belongs"),
+        (["1", "--bits", "2"], {}, "'--bits' stands where the config belongs"),
+        (["1", "good", "--bits", "2"], {}, "write the options of a run behind --: good -- --bits 2"),
+        (["1", "good", "3", "--case", "a b"], {}, "behind --: good -- --case 'a b'"),
+        (["1", "good", "--", "--lr", ""], {}, "an option of good is empty; leave it out"),
+        (["1", "good", "--", "--misspelt"], {}, "good --misspelt: main.py: error: unknown option --misspelt"),
         (["1", "good", "1", "broken"], {}, "not valid shell, correct it: broken: line"),
         (["1", "."], {}, "'.' is a directory"),
         (["1", ""], {}, "no config given"),

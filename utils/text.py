@@ -26,6 +26,11 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'s' * (number != 1)}"
 
 
+def epochs_done(epochs: int, part: str = "") -> str:
+    """How far a run is: `1 epoch is done`; `part` says more that is done."""
+    return f"{counted(epochs, 'epoch')}{part} {'is' if epochs == 1 and not part else 'are'} done"
+
+
 def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Suggest the known words closest to `word`, as the end of a message; empty when none is close.
 

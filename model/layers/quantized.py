@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
 from utils.config.checks import shown
-from utils.config.schema import QuantConfig, QuantizerConfig
+from utils.config.schema import QuantConfig, QuantizerConfig, Rule
 from utils.errors import UserError
 
 
@@ -299,6 +300,18 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             yield name, module
+
+
+def selected(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
+    """The quantizers that a policy's rule selects, with their names; none where it selects nothing."""
+    tags = {"activation": "fm", "weight": "wt", "output": "ot"}
+    return [
+        (f"{name}.{part}", quantizer)
+        for number, (name, layer) in enumerate(quantized_layers(model))
+        if (not rule.index or number in rule.index) and fnmatchcase(name, rule.name)
+        for part, quantizer in layer.quantizers()
+        if rule.tag in ("", tags[part.removeprefix("quant_")])
+    ]
 
 
 def check_one_copy(model: nn.Module) -> None:

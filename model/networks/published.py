@@ -17,6 +17,7 @@ from torch import Tensor
 from model.networks import library
 from utils.checkpoint import archive
 from utils.config.schema import ModelConfig
+from utils.data.download import patient
 from utils.errors import UserError
 
 # Of a failed download: no network, a server's answer, a wrong digest.
@@ -54,7 +55,8 @@ def _of_torchvision(name: str, config: ModelConfig) -> dict[str, Any]:
         digest = path.stem.rpartition("-")[2]  # the file's name ends with the first digits of its SHA-256
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), digest, progress=False)
+            with patient():
+                torch.hub.download_url_to_file(url, str(path), digest, progress=False)
         except _FAILED as error:
             raise UserError(
                 f"--pretrained torchvision: cannot fetch {url} ({_reason(error)}); download it where there is a "

@@ -14,6 +14,7 @@ from model import audit, calibrate
 from model.layers import norms, sync_norm
 from model.networks import build
 from model.pretrained import load_pretrained
+from model.trained import check_as_trained, network_changed
 from model.training.policy import Change, PolicyScheduler, initialise
 from model.training.starting_point import Origin, Surroundings
 from model.training.teacher import Teacher
@@ -32,6 +33,7 @@ from utils.checkpoint.weights import (
     check_max_value,
     class_names_of,
     max_value_of,
+    state_dict_of,
 )
 from utils.config.schema import Config
 from utils.data.loaders import Loaders
@@ -45,6 +47,7 @@ from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
 
+RANDOM = "no checkpoint is given, so this evaluates random weights"
 SEEN_IMAGES = 8  # of a batch, whose inputs of layers are looked at before training
 
 
@@ -171,7 +174,9 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,
-            *loaders.warnings, *_unchecked(here, origin, loaded),
+            *loaders.warnings, *_unchecked(here, origin, loaded), *found.passed_over, *progress.differences,
+            *([loaded.warning] if loaded is not None and loaded.warning else []),
+            *(() if found.path or loaded or not config.run.evaluate else [RANDOM]),
         ),
     )  # fmt: skip
 
@@ -269,6 +274,9 @@ def _resume(
     config, steps_per_epoch = here.config, policy.rates.steps_per_epoch
     progress, warnings = RunState(), ()
     if found.path is not None:
+        if config.run.evaluate:
+            state = state_dict_of(found.payload, source=str(found.path))
+            check_as_trained(found.payload, state, model, config, str(found.path))
         progress = run_state.restore(found.payload, found.path, model, optimizer_, config)
         classes, max_value = class_names_of(found.payload), max_value_of(found.payload)
         _check_same_data(config, loaders, classes, max_value, str(found.path))
@@ -279,6 +287,8 @@ def _resume(
     with run_state.believing(found.path):
         step = run_state.next_step(progress, config, steps_per_epoch, len(loaders.train))
         policy.load_state_dict(progress.policy, step)
+        if network_changed(found.payload, model, config):  # accuracies before and after do not compare
+            progress = dataclasses.replace(progress, best_acc=-math.inf)
     return progress, warnings
 
 

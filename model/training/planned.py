@@ -12,9 +12,10 @@ from model.training.starting_point import Origin, Surroundings
 from utils.checkpoint import run_state
 from utils.config.image_size import sides
 from utils.data.loader import Loader
+from utils.data.loaders import Loaders
 from utils.report.dry_run import Plan, duration
 from utils.step import optimizer
-from utils.text import counted
+from utils.text import counted, epochs_done, some_names
 
 ENOUGH = 0.25  # seconds that a pass must take to be measured
 LONG = 2.0  # seconds of a pass that needs no other
@@ -38,6 +39,7 @@ def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
         step_images=_step_images(here, assembled),
         time=spent,
         measured=not failure,
+        classes=_classes(here, loaders),
         rates=assembled.policy.planned_rates,
         policy=assembled.policy.describe(assembled.initial),
         groups=optimizer.groups_table(assembled.groups),
@@ -51,16 +53,27 @@ def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
     """The weights that the run starts from, in words."""
     quant, found = here.config.model.quant, origin.found
     if found.path is not None:
-        return f"{found.path}, {_done(assembled.progress.epoch)}"
+        return f"{found.path}, {epochs_done(assembled.progress.epoch)}"
     start = "random weights"
     if assembled.loaded is not None:
         start = f"{assembled.loaded.source}: {assembled.loaded.summary()}"
+    if here.config.run.resume:
+        start += f" (--resume: no checkpoint of the case {here.config.run.case} yet)"
     searched = quant.enabled and quant.re_init and not here.config.run.evaluate
     return f"{start}; clip values from the weights and a batch (--re_init)" if searched else start
 
 
-def _done(epochs: int) -> str:
-    return f"{counted(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} done"
+def _classes(here: Surroundings, loaders: Loaders) -> str:
+    """How classes of different sizes are evened out, in words; empty where they are not."""
+    data = here.config.data
+    said = []
+    if data.balanced and loaders.training is not None:
+        said.append("drawn equally often (--balanced_sampler)")
+    if loaders.class_weights:
+        pairs = zip(loaders.classes, loaders.class_weights, strict=True)
+        weights = some_names(f"{name} {weight:.4g}" for name, weight in pairs)
+        said.append(f"weights in the loss: {weights} (--class_weights {data.class_weights})")
+    return "; ".join(said)
 
 
 def _step_images(here: Surroundings, assembled: Assembled) -> int:

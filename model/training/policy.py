@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from model.layers.quantized import keep_full_precision, quantized_layers, quantizers
+from model.convert import full_precision
+from model.layers.quantized import keep_full_precision, quantized_layers, quantizers, selected
 from model.quantizers.frame import Quantizer
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
@@ -24,6 +25,7 @@ from utils.config.schema import READ_ETA_MIN, RECORDED, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
 from utils.step.schedule import Schedule
+from utils.text import closest, some_names
 
 OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 
@@ -66,25 +68,29 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
     Raises:
         UserError: there is none, or an index has no layer.
     """
-    found, layers = [], list(quantized_layers(model))
-    tags = {"activation": "fm", "weight": "wt", "output": "ot"}
+    layers = list(quantized_layers(model))
     for number in rule.index:
         if number >= len(layers):
             raise UserError(
                 f"{rule}: index {number} has no layer, the last quantized one is {len(layers) - 1}"
             )
-    for number, (name, layer) in enumerate(layers):
-        if (rule.index and number not in rule.index) or not fnmatchcase(name, rule.name):
-            continue
-        found += [
-            (f"{name}.{part}", quantizer)
-            for part, quantizer in layer.quantizers()
-            if rule.tag in ("", tags[part.removeprefix("quant_")])
-        ]
+    found = selected(rule, model)
     if not found:
-        names = ", ".join(name for name, _ in layers[:3])
-        raise UserError(f"{rule}: selects no quantizer; layers are {names or 'all in full precision'} ...")
+        raise UserError(f"{rule}: selects no quantizer; {_meant(rule, model, dict(layers))}")
     return found
+
+
+def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+    """What a rule that selects nothing may have meant."""
+    full = [name for name in full_precision(model) if fnmatchcase(name, rule.name)]
+    if full and not rule.index and not rule.tag:
+        return (
+            f"{some_names(full)} {'is' if len(full) == 1 else 'are'} in full precision anyway: leave it out"
+        )
+    parts = [name.split(".") for name in layers]
+    groups = {".".join(part[:i]) + ".*" for part in parts for i in range(1, len(part))}
+    close = closest(rule.name, {*layers, *groups}).removeprefix("; ")
+    return close or f"layers are {', '.join([*layers][:3]) or 'all in full precision'} ..."
 
 
 def _get(quantizer: Quantizer, name: str) -> Any:

@@ -15,7 +15,7 @@ from model.training.teacher import find_teacher
 from utils.checkpoint import case_files
 from utils.checkpoint.case_files import CheckpointFiles, Found
 from utils.config.schema import Config
-from utils.data.sources import check_data
+from utils.data.sources import check_data, class_weights_of_file
 from utils.errors import UserError
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
@@ -82,9 +82,12 @@ def find_surroundings(config: Config) -> Surroundings:
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill
     teacher = None if distill is None else find_teacher(distill, settings.weights_dir)
+    checked = check_data(config.data)
+    values = class_weights_of_file(config.data, checked)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_weight_values=values))
     return Surroundings(
         config=config, place=place, device=device, folder=settings.log_dir / settings.case, files=files,
-        teacher=teacher, checked_data=check_data(config.data), warnings=warnings,
+        teacher=teacher, checked_data=checked, warnings=warnings,
     )  # fmt: skip
 
 

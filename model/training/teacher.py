@@ -14,7 +14,6 @@ from model.pretrained import network_state
 from utils.checkpoint import archive, case_files, weights
 from utils.config.schema import DistillConfig
 from utils.errors import UserError
-from utils.text import some_names
 
 
 class Teacher:
@@ -48,11 +47,8 @@ class Teacher:
             weights.load_weights(self.network, state, allow_missing=lambda name: False, source=str(path))
         except UserError as error:
             raise UserError(f"--distill_pretrained: {error}") from error
-        bad = weights.nonfinite(self.network.state_dict().items())
-        if bad:
-            raise UserError(
-                f"--distill_pretrained {path}: {some_names(bad)} of the teacher is not finite; give another checkpoint"
-            )
+        own = self.network.state_dict().items()
+        weights.check_finite(own, f"--distill_pretrained {path}", " of the teacher")
         self.network.eval().requires_grad_(False)
 
     def to(self, device: torch.device, layout: torch.memory_format) -> Teacher:

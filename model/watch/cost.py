@@ -14,7 +14,7 @@ from model.observe import ParameterProducts, Product, observing, within
 from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
 from utils.config.schema import QuantizerConfig
-from utils.report.cost_record import FULL_BITS, Cost, LayerCost, stored_bits
+from utils.report.cost_record import FULL_BITS, TERNARY, Cost, LayerCost, stored_bits
 
 
 def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
@@ -22,7 +22,8 @@ def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
     if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
         return "", FULL_BITS
     bits = stored_bits(quantizer.levels)
-    return f"{quantizer.config.method} {bits} bit, {quantizer.levels} levels, {quantizer.groups} gr.", bits
+    width = "ternary" if quantizer.levels == TERNARY else f"{bits} bit"
+    return f"{quantizer.config.method} {width}, {quantizer.levels} levels, {quantizer.groups} gr.", bits
 
 
 def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> Cost:
@@ -36,6 +37,8 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
     called: dict[str, LayerCost] = {}
     # Before most of them are switched off for the run.
     described = {quantizer: describe_quantizer(quantizer) for _, quantizer in quantizers(model)}
+
+    levels: dict[nn.Module, int] = {one: one.levels for one in described if one.enabled}
 
     def describe(quantizer: nn.Module | None) -> tuple[str, int]:
         return described[quantizer] if isinstance(quantizer, Quantizer) else describe_quantizer(quantizer)
@@ -58,6 +61,8 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
             weight_bits=weight_bits,
             activation_bits=bits,
             result=result,
+            weight_levels=levels.get(module.quant_weight) if quantized else None,
+            activation_levels=levels.get(module.quant_activation) if quantized else None,
         )
 
     parameter = next(model.parameters())

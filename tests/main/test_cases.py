@@ -10,6 +10,7 @@ import torch
 
 from tests.main.runs import FP, LSQ, assert_same, call, checkpoint, done_in, log_of, metrics, summary
 from utils.checkpoint.archive import read as read_checkpoint
+from utils.checkpoint.archive import save as save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_evaluating_at_other_bits_is_an_error(
     """The network was trained for others."""
     assert call(f"{LSQ} -e {source} {four_bit}") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "16" in error and "4" in error and "level" in error
+    assert error.count("\n") == 1 and "at 16 levels, and the options say 4: write --bits 4" in error
     assert not any(tmp_path.iterdir())
 
 
@@ -160,3 +161,21 @@ def test_fixed_statistics_come_from_batch_norms(
         capsys.readouterr()
         done_in(tmp_path, f"{FP},{word} --dry_run {options}")
         assert (UNTRAINED in capsys.readouterr().out) is warns
+
+
+def test_layers_in_full_precision_are_those_of_the_training(
+    tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an evaluation; a training may resume with others, and then looks for the best one anew."""
+    shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
+    path = "weights/resnet20/lsq-checkpoint.pth.tar"
+    payload = checkpoint(tmp_path, "lsq")
+    save_checkpoint(tmp_path / path, {**payload, "best_acc": 99.0})
+    for source in (f"--pretrained {path}", f"--resume_file {path}", "-r --case lsq"):
+        assert call(f"{LSQ} -e {source} --full_precision layer3.*") == 2
+        assert "layer3.0.conv1.0, " in (error := capsys.readouterr().err)
+        assert error.endswith(": leave --full_precision out\n") and error.count("\n") == 1
+    assert call(f"{LSQ} --case lsq --epochs 3 --re_init -r --full_precision layer3.*") == 0
+    assert "--full_precision was none and is layer3.* now" in log_of(tmp_path, "lsq")
+    assert checkpoint(tmp_path, "lsq")["best_acc"] < 99
+    assert call(f"{LSQ} -e -r --case lsq --full_precision layer3.*") == 0

@@ -27,8 +27,8 @@ def test_runs_on_grey_images_and_on_colours(lsq: Path, capsys: pytest.CaptureFix
     assert "1 summed over the colours (conv1.weight)" in log_of(Path(), "begun")
 
     for line, message in (
-        (f"{LSQ} -r --case grey --epochs 2", "cannot be continued: model.channels was 1 and is 3 now"),
-        (f"{LSQ} -e -r --case grey", "cannot be continued: model.channels was 1 and is 3 now"),
+        (f"{LSQ} -r --case grey --epochs 2", "cannot be continued: --channels was 1 and is 3 now"),
+        (f"{LSQ} -e -r --case grey", "cannot be continued: --channels was 1 and is 3 now"),
         (
             f"{LSQ} --pretrained grey-checkpoint.pth.tar",
             "does not fit a network of --channels 3: write --channels 1, or --unresume_scope conv1 to train that layer",

@@ -12,6 +12,8 @@ import pytest
 
 from tests.main.runs import assert_same_run, call, done_in, metrics, summary
 from tests.utils.data.helpers import CLASSES, write_folder
+from utils.report.run_files import read
+from utils.tools.comparison import grouped
 
 NETWORK = "--model resnet20 --width_alpha 0.125 --keyword imagenet,cbas,origin --input_size 32"
 FOLDER = f"{NETWORK} --dataset imagenet --root images --num_classes 3 -b 4 -j 0"
@@ -109,3 +111,19 @@ def test_class_weights_act_on_the_labels_and_are_logged(
     assert call(f"{line} --case other --class_weights other.csv") == 2
     assert "--class_weights other.csv: there is no class 'dog'" in capsys.readouterr().err
     assert not Path("exp/other").exists()
+    # The file's values count, wherever it lies: for a resumed run and for a comparison.
+    again = f"{line} --case equal --epochs 2 -r --class_weights"
+    shutil.copy("equal.csv", "moved.csv")
+    done_in(tmp_path, f"{again} moved.csv --dry_run")
+    assert "class_weights" not in capsys.readouterr().out.partition("warning: ")[2]
+    (tmp_path / "equal.csv").write_text("class,weight\nant,3\nbee,3\ncat,9\n", encoding="utf-8")
+    done_in(tmp_path, f"{again} equal.csv --dry_run", f"{line} --case edited --class_weights equal.csv")
+    said = capsys.readouterr().out
+    assert "warning: --class_weights: the file has other weights now" in said
+    assert (
+        "classes   weights in the loss: ant 0.8182, bee 0.8182, cat 2.455 (--class_weights equal.csv)" in said
+    )
+    rows = grouped(read([tmp_path / "exp" / case for case in ("equal", "edited")]))
+    assert [row["differs"] for row in rows] == [
+        {"data.class_weight_values": value} for value in ("[3.0, 3.0, 3.0]", "[3.0, 3.0, 9.0]")
+    ]

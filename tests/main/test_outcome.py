@@ -264,6 +264,22 @@ def test_dry_run_of_an_evaluation(lsq: Path, capsys: pytest.CaptureFixture[str])
     assert lines[2].startswith("from      weights/resnet20/lsq-checkpoint.pth.tar: 248 loaded")
     assert re.match(r"time      estimated .+ for 8 images on \w+, without reading images", lines[5])
     assert lines[6] == "writes    exp/other"
+    assert call(f"{LSQ} -e --dry_run") == 0
+    assert "\nwarning: no checkpoint is given, so this evaluates random weights\n" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_resumed_run(lsq: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has the warnings that the run has, and says how classes are evened out."""
+    changed = "--case lsq -r --epochs 3 --balanced_sampler --full_precision layer3.*"
+    with contextlib.chdir(lsq):
+        assert call(f"{LSQ} --re_init {changed} --dry_run") == 0
+    said = capsys.readouterr().out
+    for option in ("balanced_sampler was off", "full_precision was none", "epochs was 2"):
+        assert f"\nwarning: --{option} and is " in said
+    assert "\nclasses   drawn equally often (--balanced_sampler)\n" in said and "\npolicy " not in said
+    assert "lsq-checkpoint.pth.tar, 2 epochs are done\n" in said
+    assert call(f"{LSQ} --case new -r --dry_run") == 0
+    assert "random weights (--resume: no checkpoint of the case new yet)\n" in capsys.readouterr().out
 
 
 def test_dry_run_with_all_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,8 +462,14 @@ def test_chosen_layers_in_full_precision(
 def test_a_pattern_of_no_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.chdir(tmp_path):
         assert call(f"{LSQ} --full_precision layer9.*") == 2
+        assert call(f"{LSQ} --full_precision layr3.*") == 2
+        assert call(f"{LSQ} --full_precision zzz") == 2
+        assert call(f"{LSQ} --full_precision fc") == 2
         assert call(f"{FP} --full_precision layer1.*") == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and all("selects no quantizer; layers are" in each for each in said)
-    assert "--full_precision layer9.*: " in said[0]
+    assert len(said) == 5 and all("selects no quantizer; " in each for each in said)
+    assert "--full_precision layer9.*: " in said[0] and "did you mean layer3.*, " in said[1]
+    assert "layers are layer1.0.conv1.0, " in said[2]
+    assert said[3].endswith("; fc is in full precision anyway: leave it out")
+    assert said[4].endswith("... are in full precision anyway: leave it out")
     assert not any(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import torch
 from model.networks.build import build_network
 from model.pretrained import load_pretrained
 from utils.config.resolve import read
+from utils.config.schema import to_dict
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,15 @@ def test_class_names_count_unless_the_whole_last_layer_is_skipped(
     report = load_pretrained(network, tmp_path / "a.pth", config)
     assert any(value.shape[0] == 64 for value in network.layer1.parameters())
     assert list(report.classes) == (classes if named else [])
+
+
+@pytest.mark.parametrize(("words", "warned"), [("reverse-bn", True), ("ReLU", False)])
+def test_weights_of_an_unknown_norm(words: str, warned: bool, tmp_path: Path) -> None:
+    """A file of another program may be of `reverse-bn` or not; one of this project says which."""
+    config = read(f"--dataset fake --width_alpha 0.125 --keyword cifar10,cbas,origin,{words}".split())
+    network = build_network(config.model)
+    payload = {"state_dict": network.state_dict()}
+    for kept, said in ((payload, warned), ({**payload, "config": to_dict(config)}, False)):
+        torch.save(kept, tmp_path / "a.pth")
+        report = load_pretrained(network, tmp_path / "a.pth", config)
+        assert ("does not say with which norm it was trained" in report.warning) == said

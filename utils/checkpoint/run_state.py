@@ -16,6 +16,7 @@ from torch import nn
 from utils.checkpoint import archive, random_state, weights
 from utils.checkpoint.case_files import CheckpointFiles
 from utils.config.schema import Config, to_dict
+from utils.config.spelling import changed
 from utils.errors import TrainingError, UserError
 from utils.processes import distributed
 from utils.step import meters
@@ -63,11 +64,10 @@ def restore(
 ) -> RunState:
     """Restore network, optimizer and progress from a checkpoint; `set_random` restores the random numbers."""
     _check_kinds(payload, path)
-    changed = differences(payload.get("config", {}), to_dict(config))
-    for line in changed:
-        field = line.split(" ", 1)[0]
-        network = field.startswith("model.") and field.rpartition(".")[2] not in CHANGEABLE
-        if network or field == "optim.name":
+    different = differences(payload.get("config", {}), to_dict(config))
+    for name, line in different.items():
+        network = name.startswith("model.") and name.rpartition(".")[2] not in CHANGEABLE
+        if network or name == "optim.name":
             raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
     state = weights.state_dict_of(payload, source=str(path))
     weights.load_weights(model, state, allow_missing=lambda name: False, source=str(path))
@@ -104,7 +104,7 @@ def restore(
         amp=payload.get("amp", {}),
         policy=payload.get("policy", {}),
         methods=_wanted(payload.get("methods", {}), config),
-        differences=changed,
+        differences=tuple(dict.fromkeys(different.values())),
     )
 
 
@@ -253,18 +253,20 @@ _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "de
               "devices.world_size", "devices.rank", "run"}  # fmt: skip
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """The fields of the configuration that changed, of those that affect the training."""
-    found: list[str] = []
-    for name in before.keys() & now.keys():
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields of the configuration that changed, of those that affect the training, and how in a user's words."""
+    found: dict[str, str] = {}
+    # Of two files of class weights the values count, not the paths.
+    files = all(side.get("class_weight_values") for side in (before, now))
+    for name in sorted(before.keys() & now.keys()):
         old, new, field = before[name], now[name], f"{prefix}{name}"
-        if field in _ELSEWHERE:
+        if field in _ELSEWHERE or name == ("class_weights" if files else "class_weight_values"):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{field}.")
+            found |= differences(old, new, f"{field}.")
         elif old != new:
-            found.append(printable(f"{field} was {old} and is {new} now"))
-    return tuple(sorted(found))
+            found[field] = printable(changed(field, old, new))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

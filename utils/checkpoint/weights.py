@@ -193,6 +193,7 @@ class LoadReport:
     source: str = ""  # the file
     classes: tuple[str, ...] = ()  # names of the file's, where the layer that tells them apart was loaded
     max_value: int | None = None  # the file's, of 16-bit images
+    warning: str = ""  # what the file does not say and the network needs
 
     def summary(self) -> str:
         """One line: how many names of each kind, all that were skipped and the first few of the others."""
@@ -348,6 +349,13 @@ def _meant(word: str, names: Iterable[str]) -> str:
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """The names of the tensors with a value that is NaN or infinite. Waits for the device."""
     return [name for name, tensor in tensors if not bool(tensor.isfinite().all())]
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str, what: str = "") -> None:
+    """Raise `UserError` where weights of the option and file `source` are not finite; `what` says whose they are."""
+    bad = nonfinite(tensors)
+    if bad:
+        raise UserError(f"{source}: {some_names(bad)}{what} is not finite; give another checkpoint")
 
 
 def _channels(mismatched: Iterable[Mismatch]) -> tuple[int, int] | None:

@@ -9,16 +9,61 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from utils.config.image_size import input_size
-from utils.config.option import Option, floats, integer, integers, words
+from utils.config.option import Option, floats, integer, integers, keywords, words
 from utils.config.options import GROUPS, OPTIONS
 from utils.errors import UserError
+from utils.text import closest
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse whose errors are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(_in_words(message))
+
+
+def _in_words(message: str) -> str:
+    """A message of argparse with what to write instead."""
+    match = re.fullmatch(r"argument (\S+): (.*)", message)
+    option = OPTIONS.get(match[1].rpartition("--")[2]) if match else None
+    if match is None or option is None:
+        return message
+    name, said = f"--{option.name}", match[2]
+    if said.startswith("expected "):
+        return f"{name} needs a value: {option.help}"
+    if said.startswith("ignored explicit argument"):
+        return f"{name} takes no value: write {name} alone, or leave it out"
+    value = re.match(r"invalid (?:\w+ value|choice): (['\"])(.*?)\1", said)
+    if value is None:
+        return f"{name}: {said}"
+    if option.choices:
+        close = closest(value[2], option.choices) or f"; write one of {', '.join(option.choices)}"
+        return f"{name} {value[2]} is not known{close}"
+    kind = {int: "a whole number", integer: "a whole number", float: "a number"}.get(
+        option.kind, "another value"
+    )
+    return f"{name} {value[2]}: write {kind}: {option.help}"
+
+
+def _stray(word: str, argv: Sequence[str]) -> str:
+    """What a word that belongs to no option may have been meant for."""
+    spellings = {spelling: one for one in OPTIONS.values() for spelling in (*one.aliases, f"--{one.name}")}
+    option, values = None, list[str]()
+    for each in argv:
+        found = spellings.get(each.partition("=")[0])
+        takes = option is not None and not (option.kind is bool or option.undoes)
+        if found is None and each == word and len(values) >= takes:
+            break
+        values = [*values, each] if found is None else ["="] * ("=" in each)
+        option = found or option
+    if option is None:
+        return "python main.py --help lists the options"
+    name = f"--{option.name}"
+    if option.kind is bool or option.undoes:
+        return f"{name} takes no value, leave {word} out"
+    if option.kind is input_size:
+        return f"{name} takes one value, write {name} {'x'.join([*values, word])}"
+    return f"{name} takes one value, with commas and without spaces where it is a list"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +106,7 @@ def _metavar(option: Option) -> str:
         input_size: "N|HxW",
         float: "X",
         words: "WORDS",
+        keywords: "WORDS",
         integers: "N,N",
         floats: "X,X",
     }
@@ -163,6 +209,8 @@ def parse(argv: Sequence[str]) -> Given:
     if unknown:
         spellings = [f"--{name}" for name in OPTIONS] + [a for o in OPTIONS.values() for a in o.aliases]
         first = unknown[0].partition("=")[0]
+        if not first.startswith("-"):
+            raise UserError(f"{unknown[0]!r} is no option: {_stray(unknown[0], list(map(_canonical, argv)))}")
         close = difflib.get_close_matches(first, spellings, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "python main.py --help lists the options"
         if re.match("--.*(warm|wake)", first):  # never --warmup_epoch, which is the closest and takes no step

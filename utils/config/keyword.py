@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils.config.option import FOLDER
 from utils.config.options import OPTIONS
 from utils.errors import UserError
 
@@ -68,6 +69,8 @@ def register(keyword: Keyword) -> None:
     """
     if keyword.name in _REGISTRY:
         raise UserError(f"the keyword {keyword.name!r} is declared already; choose another name")
+    if keyword.name == FOLDER:
+        raise UserError(f"{FOLDER!r} is a second name of the keyword imagenet; choose another name")
     if not keyword.name or any(c in keyword.name for c in ", \t\n"):
         raise UserError(f"{keyword.name!r} cannot be a keyword: no commas and no spaces")
     _REGISTRY[keyword.name] = keyword

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+FOLDER = "folder"
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -47,7 +48,12 @@ def loss_type(text: str) -> str:
 
 def dataset(text: str) -> str:
     """A data set; folder is a second name of imagenet, any folder of images by class."""
-    return "imagenet" if text == "folder" else text
+    return "imagenet" if text == FOLDER else text
+
+
+def keywords(text: str) -> tuple[str, ...]:
+    """Comma-separated keywords; folder is a second name of imagenet, as for the data set."""
+    return tuple("imagenet" if word == FOLDER else word for word in words(text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ torch is loaded. Options with several words may be written with `_` or `-`.
 from __future__ import annotations
 
 from utils.config.image_size import input_size
-from utils.config.option import Option, dataset, floats, integer, integers, loss_type, option, words
+from utils.config.option import Option, dataset, floats, integer, integers, keywords, loss_type, option, words
 from utils.config.schema import (
     ADAPTIVE,
     CUSTOM_SCALES,
@@ -220,7 +220,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("distill_teacher", str, None, "distillation: the teacher, as --model, or none", unset=("",)),
         option(
             "distill_keyword",
-            words,
+            keywords,
             None,
             "the teacher's keywords; default: the network's without quantizers",
         ),
@@ -336,13 +336,13 @@ def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
 MODEL: dict[str, tuple[Option, ...]] = {
     "model": (
         option("model", str, "resnet20", "network", aliases=("-m", "--arch")),
-        option("keyword", words, (), "comma-separated keywords, see --list_keywords"),
+        option("keyword", keywords, (), "comma-separated keywords, see --list_keywords"),
         option(
             "bits",
             str,
             None,
             "quantize weights and activations to these bits: 2, ternary, or weights/activations like 2/4; 32: full "
-            "precision; for xx_enable, xx_bit and xx_level together",
+            "precision, also behind a config with other bits; for xx_enable, xx_bit and xx_level together",
         ),
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
@@ -399,7 +399,9 @@ MODEL: dict[str, tuple[Option, ...]] = {
             "full_precision",
             words,
             (),
-            "layers whose quantizers are switched off: patterns of whole names with commas between, like layer3.2.*",
+            "layers whose quantizers are switched off: patterns of whole names with commas, like layer3.2.*; "
+            "or none",
+            unset=(("none",),),
         ),
         option(
             "proxquant_step",

@@ -7,7 +7,6 @@ import fcntl
 import http.client
 import os
 import pickle
-import socket
 import tarfile
 import urllib.error
 import zlib
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from utils.config.schema import DataConfig
 from utils.data.augment import crop_flip
+from utils.data.download import patient
 from utils.data.loaders import Loaders, check_classes, tensor_loaders
 from utils.errors import UserError
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
-_PATIENCE = 30.0  # seconds that a server may be silent
 _CIFAR_ERRORS = (
     OSError,
     RuntimeError,
@@ -54,17 +53,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _patient() -> Iterator[None]:
-    """Wait for a silent server no longer than `_PATIENCE`; torchvision has no option for it."""
-    former = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(former)
 
 
 @dataclass(frozen=True)
@@ -117,7 +105,7 @@ class Cifar:
             with _alone(root):
                 missing = not all((folder / name).is_file() for name in names)
                 if missing:
-                    with _patient():
+                    with patient():
                         files(root, download=True)
             data = files(root, train=train)
         except _CIFAR_ERRORS as error:

@@ -35,7 +35,9 @@ def read_weights(path: Path, names: Sequence[str]) -> tuple[float, ...]:
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}; write balanced, or the path of a CSV file") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where} is no CSV file in UTF-8 ({error})") from error
+        raise UserError(
+            f"{where} is no CSV file in UTF-8; write balanced, or the path of a file with lines class,weight"
+        ) from error
     if not rows or [cell.strip() for cell in rows[0]] != _HEAD:
         raise UserError(f"{where}: the first line must be class,weight, then a line for every class")
     weights: dict[str, float] = {}

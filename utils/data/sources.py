@@ -106,9 +106,23 @@ def check_data(config: DataConfig) -> Any:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; check --root and its permissions"
         ) from error
-    if config.class_weights not in (None, class_weights.BALANCED):
-        class_weights.read_weights(Path(config.class_weights), _names(config, checked))
+    class_weights_of_file(config, checked)
     return checked
+
+
+def class_weights_of_file(config: DataConfig, checked: Any) -> tuple[float, ...]:
+    """The values of a file of class weights, in the order of the classes; empty where no file is given.
+
+    Args:
+        config: the data set.
+        checked: what `check_data` returned for this configuration.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    if config.class_weights in (None, class_weights.BALANCED):
+        return ()
+    return class_weights.read_weights(Path(config.class_weights), _names(config, checked))
 
 
 _PUBLISHED = {

@@ -1,15 +1,20 @@
-"""Preparations for a run: one process per GPU, and checks that folders can be written."""
+"""Preparations for a run: one process per GPU, and the checks of options that need no torch.
+
+`python -m utils.processes.start OPTIONS` makes these checks alone, with main.py's message and exit status.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.config.schema import DeviceConfig
+from utils.config.resolve import read
+from utils.config.schema import Config, DeviceConfig
 from utils.errors import UserError
 from utils.processes import launch
+from utils.step import schedule
 
 
 def process_per_gpu(config: DeviceConfig, arguments: list[str] | None) -> None:
@@ -45,6 +50,15 @@ def with_project(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def check_options(config: Config) -> None:
+    """Raise `UserError` for options that the configuration takes and the run does not."""
+    settings = config.run
+    schedule.check_schedule(config.schedule, config.optim.lr)
+    check_folder(settings.log_dir / settings.case, "log_dir")
+    if not settings.evaluate:
+        check_folder(settings.weights_dir / config.model.name, "weights_dir")
+
+
 def check_folder(folder: Path, option: str) -> None:
     """Raise `UserError` for a folder that cannot be made or written."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -52,3 +66,17 @@ def check_folder(folder: Path, option: str) -> None:
         raise UserError(f"--{option}: {there} is not a folder; choose another --{option}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"--{option}: {there} cannot be written; choose another --{option}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check a command line of main.py; returns the exit status: 0, or 2 for a user's mistake."""
+    try:
+        check_options(read(arguments))
+    except UserError as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

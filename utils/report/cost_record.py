@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from utils.text import format_table
 
 FULL_BITS = 32  # of a value in full precision
+TERNARY = 3  # levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class LayerCost:
         result: how its output is quantized; empty in full precision.
         weight_bits: bits of a stored weight.
         activation_bits: bits of an input value.
+        weight_levels: levels of the weight; None in full precision.
+        activation_levels: the same of the input.
     """
 
     name: str
@@ -37,6 +40,8 @@ class LayerCost:
     weight_bits: int
     activation_bits: int
     result: str = ""
+    weight_levels: int | None = None
+    activation_levels: int | None = None
 
     @property
     def bit_operations(self) -> int:
@@ -80,13 +85,20 @@ class Cost:
 
     @property
     def bits(self) -> str:
-        """The quantized layers' weight and activation bits, such as 2/2; 32/32 in full precision."""
+        """The quantized layers' weight and activation bits, such as 2/2 or ternary/4; 32/32 in full precision."""
         low = [layer for layer in self.layers if layer.weight or layer.activation or layer.result]
         if not low:
             return f"{FULL_BITS}/{FULL_BITS}"
-        weight = sorted({layer.weight_bits for layer in low})
-        activation = sorted({layer.activation_bits for layer in low})
-        return "/".join("-".join(map(str, bits)) for bits in (weight, activation))
+        weight = {(layer.weight_bits, layer.weight_levels == TERNARY) for layer in low}
+        activation = {(layer.activation_bits, layer.activation_levels == TERNARY) for layer in low}
+        words = [
+            [
+                "ternary" if ternary else str(bits)
+                for bits, ternary in sorted(found, key=lambda one: (one[0], not one[1]))
+            ]
+            for found in (weight, activation)
+        ]
+        return "/".join(map("-".join, words))
 
     def table(self) -> str:
         """The layers as text, a line each, and a line of totals."""

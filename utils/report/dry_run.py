@@ -14,6 +14,7 @@ from utils.config.image_size import size_text
 from utils.config.schema import Config, to_dict
 from utils.report import curves
 from utils.report.cost_record import Cost
+from utils.report.run_report import dataset_name
 from utils.step.schedule import Schedule
 from utils.text import counted, some_names
 
@@ -32,6 +33,7 @@ class Plan:
         start: the weights that it starts from, in words.
         step_images: images that a process has in a step; 0 in an evaluation.
         time: the duration of a step and of the run, in words.
+        classes: how classes of different sizes are evened out, in words; empty where they are not.
         measured: whether the pass that `time` is estimated from succeeded, where there was one.
         rates: the learning rates.
         policy: the changes of a policy, a line each; empty without one.
@@ -48,6 +50,7 @@ class Plan:
     start: str
     step_images: int
     time: str
+    classes: str
     measured: bool
     rates: Schedule
     policy: str
@@ -94,7 +97,7 @@ def _screen(plan: Plan) -> str:
     config, cost = plan.config, plan.cost
     data, model, evaluate = config.data, config.model, config.run.evaluate
     train, val = plan.images
-    dataset = "a folder of images" if data.dataset == "imagenet" else data.dataset
+    dataset = dataset_name(config)
     where = "" if data.root is None else f" in {data.root}"
     processes = f" for each of {data.world_size} processes" if data.world_size > 1 else ""
     steps = plan.rates.steps_per_epoch
@@ -109,6 +112,7 @@ def _screen(plan: Plan) -> str:
             "on",
             f"{dataset}{where}: {counted(train, 'image')}, {val:,} for validation{'' if evaluate else batches}",
         ),
+        *([("classes", plan.classes)] if plan.classes else []),
         ("from", plan.start),
         *([("taught by", config.loss.distill.teacher.name)] if config.loss.distill and not evaluate else []),
         ("bits", _bits(plan)),
@@ -118,13 +122,22 @@ def _screen(plan: Plan) -> str:
             f"{cost.macs:,} MACs an image",
         ),
         *([] if evaluate else [("schedule", _schedule(plan))]),
-        *([("policy", f"{plan.policy.count(chr(10)) + 1} changes on the way")] if plan.policy else []),
+        *([("policy", _changes(plan))] if _changes(plan) else []),
         ("time", plan.time),
         ("writes", f"{plan.folder}" if evaluate else f"{plan.folder}, {plan.checkpoints}"),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name.ljust(width)}  {said}" for name, said in rows]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
+
+
+def _changes(plan: Plan) -> str:
+    """How many changes a policy makes before and during training; those of `--full_precision` are seen in the bits."""
+    lines = plan.policy.splitlines()
+    later = sum(not line.startswith("policy, init: ") for line in lines)
+    first = len(lines) - later if any(rule.number for rule in plan.config.policy) else 0
+    counts = ((first, "before training"), (later, "on the way"))
+    return ", ".join(f"{counted(count, 'change')} {when}" for count, when in counts if count)
 
 
 def _bits(plan: Plan) -> str:

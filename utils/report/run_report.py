@@ -30,6 +30,12 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
+def dataset_name(config: Config) -> str:
+    """The data set in words; that of images of the user's own is called imagenet, whichever they are."""
+    name = config.data.dataset
+    return "a folder of images" if name == "imagenet" else name
+
+
 def announce(
     config: Config, cost: Cost, device: torch.device, groups: Sequence[ParamGroup],
     quantizers: Iterable[tuple[str, QuantizerConfig]], full_precision: Sequence[str], logger: Logger,
@@ -45,7 +51,7 @@ def announce(
         full_precision: names of the layers without quantizers.
         logger: takes the lines.
     """
-    logger.info("%s, %s, keywords %s", config.model.name, config.data.dataset, ",".join(config.keywords))
+    logger.info("%s, %s, keywords %s", config.model.name, dataset_name(config), ",".join(config.keywords))
     if config.data.world_size > 1:
         logger.info("%d processes, this one on %s", config.data.world_size, device)
     logger.info("%s", cost.totals())

@@ -55,10 +55,13 @@ def grouped(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _learned(run: Run) -> dict[str, str]:
     """The fields of a configuration that a result may depend on, without the seed."""
+    # Of a file of class weights the values count, not the path.
+    files = run.config.get("data.class_weight_values", "[]") != "[]"
+    aside = {f"data.class_weight{'s' if files else '_values'}", *_ASIDE}
     return {
         name: value
         for name, value in run.config.items()
-        if name in _LEARNED or not (name in _ASIDE or name.startswith(("run.", "probe.")))
+        if name in _LEARNED or not (name in aside or name.startswith(("run.", "probe.")))
     }
 
 

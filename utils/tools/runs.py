@@ -59,6 +59,8 @@ def report(options: Options) -> int:
 
     folders = _trained(options.runs or ())
     path = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if path.suffix.lower() not in (".html", ".htm") and not path.is_dir():
+        raise UserError(f"--output {path}: the report is a page, write {path.with_suffix('.html')}")
     _check_output(options, path)
     archive.write_atomic(path, page.render(run_files.read(folders)).encode())
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -143,6 +144,19 @@ def test_what_cannot_be_had_is_one_line(options: str, source: str, texts: list[s
     assert "\n" not in str(error.value)
     for text in texts:
         assert text.format(tmp_path) in str(error.value)
+
+
+def test_a_server_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default of sockets, the weights of torchvision would be waited for forever."""
+    monkeypatch.setattr("utils.data.download.PATIENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(UserError, match=r"cannot fetch https://download.pytorch.org/.*timed out"):
+            pretrained.load_pretrained(
+                nn.Identity(),
+                "torchvision",
+                config_of("--model torchvision:resnet18 --pretrained torchvision"),
+            )
 
 
 def test_an_unknown_tag_names_close_ones() -> None:

@@ -100,7 +100,7 @@ def test_an_average_that_is_not_continued_is_left(capsys: pytest.CaptureFixture[
     first, second = rows("ema")
     assert first["ema_loss"] == first["ema_loss"] and second["ema_loss"] != second["ema_loss"]  # nan
     assert payload("ema")["methods"]["average"] == {}
-    assert "weights.ema_decay was 0.9 and is 0.0 now" in capsys.readouterr().out
+    assert "--ema_decay was 0.9 and is 0.0 now" in capsys.readouterr().out
 
 
 def test_averaging_changes_no_training() -> None:

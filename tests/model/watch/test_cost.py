@@ -73,7 +73,7 @@ def test_small_network_by_hand() -> None:
     # Convolution with bias; norm; convolution with clip values of its input and of 8 channels; linear layer
     # with bias and clip values of its input and of 5 outputs.
     assert result.parameters == (108 + 4) + 8 + (144 + 1 + 8) + (40 + 5 + 1 + 5)
-    assert result.bits == "2/2"
+    assert result.bits == "ternary/2"
 
 
 def test_table_and_totals() -> None:
@@ -81,7 +81,7 @@ def test_table_and_totals() -> None:
     lines = result.table().splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["first", "second", "last"]
     assert lines[2].count("full precision") == 2
-    assert "lsq 2 bit, 3 levels, 8 gr." in lines[3]
+    assert "lsq ternary, 3 levels, 8 gr." in lines[3]
     assert "lsq 2 bit, 4 levels, 1 gr." in lines[3]
     assert "2,304" in lines[3]
     assert lines[-1] == result.totals()
@@ -97,6 +97,8 @@ def test_table_and_totals() -> None:
         (("--fm_enable", "--fm_bit", "8"), "32/8", (144 + 40) * 4),
         (("--fm_enable", "--wt_enable", "--fm_bit", "4", "--wt_bit", "1"), "1/4", (144 + 40) // 8),
         (("--wt_enable", "--wt_level", "5"), "3/32", (144 + 40) * 3 // 8),
+        (("--wt_enable", "--wt_level", "3"), "ternary/32", (144 + 40) // 4),
+        (("--fm_enable", "--fm_level", "3", "--wt_enable", "--wt_bit", "2"), "2/ternary", (144 + 40) // 4),
     ],
 )
 def test_bits_and_weight_bytes(options: tuple[str, ...], bits: str, weight_bytes: int) -> None:
@@ -114,7 +116,10 @@ def test_weight_bytes_are_rounded_up_per_layer() -> None:
 def test_mixed_bits_are_listed() -> None:
     net = Small(quant(*LOW))
     net.last.build_quantizers(quant("--fm_enable", "--wt_enable", "--wt_bit", "4"), "last")
-    assert network_cost(net, 8).bits == "2-4/2-8"
+    assert network_cost(net, 8).bits == "ternary-4/2-8"
+    net.last.build_quantizers(quant("--fm_enable", "--wt_enable", "--wt_bit", "2", "--fm_level", "3"), "last")
+    assert network_cost(net, 8).bits == "ternary-2/ternary-2"
+    assert "ternary, 3 levels, 1 gr." in network_cost(net, 8).table()
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_quantized_resnet18(weight: tuple[str, ...], bits: int) -> None:
     inner = 11_689_512 - 9_600 - 1_000 - outer  # without the norms' 2 * 4,800 and the bias of `fc`
     assert result.float_weight_bytes == 4 * (outer + inner)
     assert result.weight_bytes == 4 * outer + inner * bits // 8
-    assert result.bits == f"{bits}/2"
+    assert result.bits == ("ternary/2" if "3" in weight else f"{bits}/2")
 
 
 def test_branches_multiply_the_blocks() -> None:

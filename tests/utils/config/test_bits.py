@@ -60,10 +60,21 @@ def test_the_last_one_counts() -> None:
         ("--bits ternary --wt_bit 3", "--bits 3/ternary"),
         ("--bits 2/32 --fm_enable --fm_bit 4", "--bits 2/4"),
         ("--wt_bit 3 --bits 2 --wt_bit 4", "--bits 4/2"),
+        ("--fm_enable --wt_enable --fm_bit 2 --wt_bit 2 --bits 32", ""),
+        ("--fm_enable --wt_level 3 --bits 32/32", ""),
+        ("--bits 2 --bits 32", ""),
+        ("--bits 32 --wt_enable --wt_bit 2", "--bits 2/32"),
+        ("--bits Ternary/4", "--bits ternary/4"),
     ],
 )
 def test_what_comes_later_wins(line: str, same: str) -> None:
     assert read(f"{LSQ} {line}".split()).model == read(f"{LSQ} {same}".split()).model
+
+
+def test_full_precision_that_is_asked_for_is_no_surprise() -> None:
+    """A keyword that names a method, without bits, gives a warning."""
+    assert not read(f"{LSQ} --fm_enable --fm_bit 2 --bits 32".split()).warnings
+    assert read(LSQ.split()).warnings
 
 
 @pytest.mark.parametrize(
@@ -76,8 +87,6 @@ def test_what_comes_later_wins(line: str, same: str) -> None:
             )
             for word in ("0", "17", "-2", "1.58", "2/4/8", "2/", "two", "2,4", "\N{SUPERSCRIPT TWO}")
         ),
-        (f"{LSQ} --bits 32", "--bits 32: that is full precision: leave it out"),
-        (f"{LSQ} --bits 32/32", "--bits 32/32: that is full precision: leave it out"),
         ("--keyword cifar10,cbas --bits 2", "--bits: which quantizer? Add one of the keywords lsq, pact,"),
         ("--keyword cifar10,cbas,xnor --bits 2", "the keyword xnor is binary: give --bits 1, not 4 levels"),
         (

@@ -13,6 +13,7 @@ from tests import ROOT
 from utils.config.command_line import parse
 from utils.config.option import Option
 from utils.config.options import OPTIONS
+from utils.config.resolve import read
 from utils.errors import UserError
 
 
@@ -83,7 +84,7 @@ def test_a_dash_in_a_value_is_kept() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--opt_level O5", r"--opt_level: invalid choice: 'O5'"),
+        ("--opt_level O5", r"--opt_level O5 is not known; write one of O0, O1, O2, O3"),
         ("--epoch 3", r"unknown option --epoch: did you mean .*--epochs"),
         ("--fm-bits 3", r"unknown option --fm_bits: did you mean .*--fm_bit"),
         ("--fm_bits=3", r"unknown option --fm_bits=3: did you mean .*--fm_bit"),
@@ -101,11 +102,25 @@ def test_a_dash_in_a_value_is_kept() -> None:
             )
         ),
         ("--zzzz", r"unknown option --zzzz: .*--help"),
-        ("resnet18", r"unknown option resnet18"),
-        ("--fm_bit two", r"--fm_bit: invalid integer value: 'two'"),
-        ("--lr", r"--lr.*expected one argument"),
+        ("resnet18", r"'resnet18' is no option: .*--help"),
+        ("--fm_bit two", r"--fm_bit two: write a whole number: bits of the activation quantizer"),
+        ("--max_value 12bit", r"--max_value 12bit: write a whole number: value of 16-bit"),
+        ("--lr", r"--lr needs a value: base learning rate"),
+        ("--bits", r"--bits needs a value: .* 2, ternary, or weights/activations like 2/4"),
+        ("--full_precision", r"--full_precision needs a value: .* patterns .* like layer3\.2\.\*"),
+        ("--dry-run=true", r"--dry_run takes no value: write --dry_run alone, or leave it out"),
+        (
+            "--epochs 1 --balanced_sampler 1",
+            r"'1' is no option: --balanced_sampler takes no value, leave 1 out",
+        ),
+        (
+            "-b 64 --input_size 48 64",
+            r"'64' is no option: --input_size takes one value, write --input_size 48x64",
+        ),
+        ("--lr_custom_step 2 3", r"'3' is no option: --lr_custom_step takes one value, with commas"),
+        ("--case=a b", r"'b' is no option: --case takes one value"),
         ("--lr_custom_step 30,x", r"--lr_custom_step: .*'30,x'"),
-        ("--dataset mnist", r"--dataset: invalid choice: 'mnist'.*digits"),
+        ("--dataset mnist", r"--dataset mnist is not known; write one of digits,"),
         ("--evaluate=1", r"--evaluate"),
         ("-g zero", r"--device_ids"),
         (
@@ -148,3 +163,11 @@ print(text.getvalue())
         spellings = [*option.aliases, f"--{option.name}"]
         (entry,) = [entry for entry in entries if re.match(rf"{spellings[0]}\b", entry)]
         assert all(re.search(rf"(^|[ ,]){spelling}\b", entry) for spelling in spellings)
+
+
+@pytest.mark.parametrize("name", ["unresume_scope", "full_precision"])
+def test_none_takes_names_back_and_stands_alone(name: str) -> None:
+    line = f"--keyword cifar10,cbas,lsq --bits 2 --pretrained a.pth --{name} fc,layer1.*"
+    assert parse(f"{line} --{name} none".split())[name] == ()
+    with pytest.raises(UserError, match=f"--{name} none,fc: none stands alone"):
+        read(f"{line} --{name} none,fc".split())

@@ -327,6 +327,16 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
 MODEL_FILES = sorted((ROOT / "model").rglob("*.py"))
 
 
+def test_folder_is_a_second_name_of_imagenet() -> None:
+    """As it is of the data set; nobody's own keyword takes it."""
+    for line in ("--dataset folder --keyword {},cbas,origin", "--keyword {},cbas --distill_teacher resnet20 "
+                 "--distill_pretrained a.pth --distill_keyword {},cbas"):  # fmt: skip
+        one, two = (read(line.format(word, word).split()) for word in ("folder", "imagenet"))
+        assert one == two and "imagenet" in one.keywords
+    with pytest.raises(UserError, match="second name of the keyword imagenet"):
+        keyword.register(keyword.Keyword(name="folder", group="mine", help="mine"))
+
+
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_networks_see_no_keywords(path: Path) -> None:
     """`model/` reads typed fields: none of its identifiers names keywords, and no word is looked for."""

@@ -197,7 +197,7 @@ def test_what_changes_what_is_learned_is_listed(tmp_path: Path) -> None:
     ):
         twelve.save(tmp_path / name, **more)
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")
     *lines, last = (line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines())
     most = int(np.asarray(twelve).max())
     alpha = "alpha: training drops transparency, and shows the colours behind it"
@@ -222,7 +222,7 @@ def test_hidden_images_are_listed(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")
     assert [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()] == [
         "train/.Trash: hidden: a folder of 1 images, left out of training",
         "train/a/._0.jpg: hidden: an image by its name, left out of training",
@@ -232,15 +232,18 @@ def test_hidden_images_are_listed(tmp_path: Path) -> None:
     assert run("--keyword", "verify-image", "--root", tmp_path).stdout == "2 images, 0 bad\n"
 
 
-@pytest.mark.parametrize(("there", "missing"), [("train", "val"), ("val", "train")])
-def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path, there: str, missing: str) -> None:
-    (tmp_path / there / "a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / there / "a" / "0.png")
+def test_a_missing_half_of_a_data_set_is_listed(tmp_path: Path) -> None:
+    """Validation images are needed by a training; an evaluation needs nothing else."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "a" / "0.png")
     done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
     assert (done.returncode, done.stderr) == (1, "")
     line, last = done.stdout.splitlines()
-    assert line.startswith(f"{tmp_path}: class folders: {tmp_path / missing} is missing")
+    assert line.startswith(f"{tmp_path}: class folders: {tmp_path / 'val'} is missing")
     assert last == "1 images: 1 class folders"
+    (tmp_path / "train").rename(tmp_path / "val")
+    done = run("--keyword", "verify-data", "--root", tmp_path, "-j", "1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 images: nothing found\n", "")
 
 
 def test_damage_that_pillow_passes_over_is_listed(tmp_path: Path) -> None:

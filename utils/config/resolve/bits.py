@@ -23,14 +23,12 @@ def spread_bits(given: Given) -> Given:
     text = given["bits"]
     if text is None:
         return given
-    parts = [part.strip() for part in text.split("/")]
+    parts = _parts(text)
     if len(parts) > 2 or not all(map(_is_width, parts)):
         raise UserError(
             f"--bits {text}: write a number from 1 to {MOST_BITS} or {TERNARY}, or weights/activations like 2/4, where "
             f"{FULL} is full precision"
         )
-    if set(parts) == {FULL}:
-        raise UserError(f"--bits {text}: that is full precision: leave it out")
     order = list(given.explicit)
     later = set(order[order.index("bits") :])
     values: dict[str, Any] = {}
@@ -54,7 +52,7 @@ def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:
         given: the options, `--bits` among them.
         fitting: the number of levels that a tag takes, closest to a number; 3 or a power of two.
     """
-    parts = [part.strip() for part in given["bits"].split("/")]
+    parts = _parts(given["bits"])
     words: list[str] = []
     for tag, word in (("wt", parts[0]), ("fm", parts[-1])):
         if word != FULL and f"{tag}_bit" in given.through:
@@ -62,6 +60,15 @@ def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:
             word = TERNARY if levels == 3 else str(levels.bit_length() - 1)
         words.append(word)
     return "/".join(dict.fromkeys(words))
+
+
+def is_full_precision(given: Given) -> bool:
+    """Whether `--bits` asks for full precision."""
+    return given["bits"] is not None and set(_parts(given["bits"])) == {FULL}
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip().lower() for part in text.split("/")]
 
 
 def _is_width(word: str) -> bool:

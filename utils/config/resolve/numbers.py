@@ -44,6 +44,9 @@ def check_numbers(given: Given) -> None:
     )  # fmt: skip
     _share(given, "momentum", "label_smooth", "ema_decay")
     _check_methods(given)
+    for name in ("unresume_scope", "full_precision"):
+        if "none" in given[name]:
+            raise UserError(f"--{name} {','.join(given[name])}: none stands alone: leave it or the names out")
     size = given["input_size"]
     if size is not None and min(sides(size)) < 1:
         raise UserError(

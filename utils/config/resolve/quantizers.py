@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, readers, record_of
-from utils.config.resolve.bits import fitting_bits
+from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.families import family_of
 from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
@@ -51,7 +51,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
                 warnings.append(
                     f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable"
                 )
-        if any(part.method != "none" for part in parts.values()):
+        if any(part.method != "none" for part in parts.values()) and not is_full_precision(given):
             warnings.append(
                 "the network stays in full precision: add --bits 2, or --fm_enable and --wt_enable, to quantize it"
             )

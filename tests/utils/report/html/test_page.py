@@ -390,6 +390,9 @@ def test_the_command(
     assert tools.main(["--keyword", "report", "two", str(finished / "full")]) == 0
     assert "report.html: 2 runs" in capsys.readouterr().out
     assert (two.parent / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert tools.main(["--keyword", "report", "two", "--output", "o.pdf"]) == 2
+    assert "--output o.pdf: the report is a page, write o.html" in capsys.readouterr().err
+    assert not (two.parent / "o.pdf").exists()
     for wrong in ("two", "nowhere/page.html"):
         assert tools.main(["--keyword", "report", "two", "--output", wrong]) == 2
         assert f"--output {wrong}: name a file in a folder that exists" in capsys.readouterr().err
