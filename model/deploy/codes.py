@@ -209,7 +209,7 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
         return ActivationCodes(name=name, levels=levels, reason="its levels are uneven")
     if quantizer.levels_per_sample() or found.deviation is not None:
         return ActivationCodes(name=name, levels=levels, reason="each image has its own scale")
-    scale = found.scale if found.gamma is None else found.scale * found.gamma
+    scale = (found.scale if found.gamma is None else found.scale * found.gamma).detach()
     if scale.numel() > 1:
         return ActivationCodes(name=name, levels=levels, reason="its channels have scales of their own")
     if float(scale) <= 0:

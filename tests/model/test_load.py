@@ -117,8 +117,11 @@ def test_options_replace_single_values(trained: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ("--fm_bit 4", "was trained with 8 levels, the options say 16: give --fm_level 8"),
-        ("--bits 3", "was trained with 4 levels, the options say 8"),
+        (
+            "--fm_bit 4",
+            "at 8 levels, and the options say 16: write --bits 2 with the --policy that it was trained with",
+        ),
+        ("--bits 3", "at 4 levels, and the options say 8: write --bits 2 with the --policy"),
         ("--width_alpha 0.25", "does not fit the network"),
         ("--channels 1", "was trained with --channels 3 and does not fit a network of --channels 1"),
         ("--num_classes 7", "does not fit the network"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import partial
@@ -102,8 +103,26 @@ def widths() -> list[tuple[Case, Case]]:
     ] + [(Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False))]
 
 
+def options() -> list[tuple[Case, ...]]:
+    """What comes on top of a method: a learned scale, normalisation, groups, another place of the padding."""
+    fm, wt = Case("lsq", "fm", 4, True), Case("lsq", "wt", 4, False)
+    restored = {"adaptive": "var-mean", "adaptive_restore": True}
+    return [
+        (fm.with_fields(gamma=True), wt.with_fields(gamma=True)),
+        (fm.with_fields(adaptive="var-mean"), wt.with_fields(adaptive="var-mean")),
+        (fm.with_fields(**restored), wt),
+        (fm, wt.with_fields(**restored)),
+        (dataclasses.replace(fm, quant_group=2), dataclasses.replace(wt, quant_group=2)),
+        (Case("lq", "fm", 4, True, 2), Case("lq", "wt", 4, True).with_fields(gamma=True)),
+        (fm, wt, Case("lsq", "ot", 4, True)),
+        (fm,),
+        (wt,),
+    ]
+
+
 @functools.cache
 def exported(kind: str) -> tuple[Parallel, DeployGraph]:
-    """A network of `pairs` or `widths`, and its graph; made once, since torch's exporter takes seconds."""
-    network = Parallel(pairs(), 1) if kind == "methods" else Parallel(widths(), 2)
+    """A network of `pairs`, `widths` or `options`, and its graph; made once, since torch's exporter takes seconds."""
+    found = {"methods": pairs, "widths": widths, "options": options}[kind]()
+    network = Parallel(found, 2 if kind == "widths" else 1)
     return network.eval(), deploy_graph(network, (3, 6, 6))

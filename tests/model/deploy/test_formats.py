@@ -28,12 +28,14 @@ RUNS = (
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
 )
-# What is computed with integers, of 18 and 20 layers: all but the stem, layers with uneven levels on a side, with a
+# What is computed with integers, of 19, 20 and 11 layers: all but the stem, layers with uneven levels on a side, with a
 # scale for each image, or with 8 bits on both sides. onnxruntime needs a quantizer behind a layer, too.
 INTEGER = {
     ("methods", "onnxruntime"): 0,
     ("methods", "openvino"): 13,
     ("widths", "onnxruntime"): 4,
+    ("options", "onnxruntime"): 1,
+    ("options", "openvino"): 4,
     ("widths", "openvino"): 13,
 }
 
@@ -53,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["methods", "widths"])
+@pytest.mark.parametrize("kind", ["methods", "widths", "options"])
 @pytest.mark.parametrize(("name", "engine"), RUNS, ids=str)
 def test_levels_and_logits_are_those_of_torch(
     kind: str, name: str, engine: Engine, written: Callable[[str, str], Path]

@@ -107,6 +107,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(call: Call, tmp_path: Path,
         part for name in tools.WORDS[word].needs if name in given for part in (f"--{name}", given[name])
     ]
     arguments += [mf] * ("images" in tools.WORDS[word].needs)
+    arguments += [tmp_path / "network.xml"] * ("files" in tools.WORDS[word].needs)
     status, out, err = call("--keyword", word, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert f"{path}: refused, because it holds " in err
@@ -171,4 +172,4 @@ def test_the_examples_of_the_documentation(
             left_over = r"\(\d+ bytes not processed\)"
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
     # the others are of runs, see test_runs.py and report/html/test_page.py, and of networks, see tests/model/deploy
-    assert words == set(tools.WORDS) - {"compare", "report", "export", "import", "predict"}
+    assert words == set(tools.WORDS) - {"compare", "report", "export", "import", "predict", "verify"}
