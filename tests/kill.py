@@ -408,7 +408,9 @@ def load_everything() -> None:
         "model.audit", "model.networks.build", "model.calibrate", "model.convert", "model.watch.health",
         "model.layers.sync_norm", "utils.data.sources", "utils.processes.distributed", "utils.report.log",
         "utils.step.optimizer", "utils.step.precision", "utils.report.run_report",
-        "utils.checkpoint.run_state", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker",
+        "utils.checkpoint.run_state", "utils.data.image_folder", "matplotlib.figure",
+        "matplotlib.backends.backend_agg", "matplotlib.ticker",
+        "torch._dynamo",  # imported by the first step of an optimizer
     ):  # fmt: skip
         importlib.import_module(name)
 
