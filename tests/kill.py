@@ -116,6 +116,7 @@ TIMES = ("seconds", "images_per_second", "data_wait")
 MOVEMENT = ("changed", "update")
 LIMIT = 8192  # bytes that a file may have on a full disk: a line of the log, but no checkpoint
 MOST = 6  # ends of one training
+LONGEST = 400  # seconds that a training gets, also on a machine that has much other work
 PATIENCE = 30  # seconds that a process gets when another one of its run has ended, as torchrun gives it
 
 
@@ -272,8 +273,13 @@ def damage(path: Path, chance: random.Random) -> None:
 
 
 def wait(pids: list[int], until: Callable[[], bool]) -> None:
-    """Wait until something is so, or all processes have ended."""
+    """Wait until something is so, or all processes have ended; kill those that do not for `LONGEST` seconds."""
+    deadline = time.monotonic() + LONGEST
     while not until() and not all(map(ended, pids)):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            raise SystemExit("a training does not end")
         time.sleep(0.001)
 
 
@@ -408,7 +414,9 @@ def load_everything() -> None:
         "model.audit", "model.networks.build", "model.calibrate", "model.convert", "model.watch.health",
         "model.layers.sync_norm", "utils.data.sources", "utils.processes.distributed", "utils.report.log",
         "utils.step.optimizer", "utils.step.precision", "utils.report.run_report",
-        "utils.checkpoint.run_state", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.ticker",
+        "utils.checkpoint.run_state", "utils.data.image_folder", "matplotlib.figure",
+        "matplotlib.backends.backend_agg", "matplotlib.ticker",
+        "torch._dynamo",  # imported by the first step of an optimizer
     ):  # fmt: skip
         importlib.import_module(name)
 

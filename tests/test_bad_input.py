@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from tests import ROOT
 from tests.main.runs import done_in
+from tests.starter import Run, starter
 
 MAIN, TOOLS = ROOT / "main.py", ROOT / "tools.py"
 TRAIN, NEXT = ROOT / "train.sh", ROOT / "start_on_terminate.sh"
@@ -26,32 +26,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-
-# Starts programs as processes of their own that find torch loaded, and leave without taking it down: these
-# two are what takes the time. A line of input is a JSON list: the program, its arguments; the answer is its
-# exit status. Its output goes to two files.
-STARTER = """
-import json, os, runpy, sys
-sys.path.insert(0, sys.argv[1])
-out, err = sys.argv[2:]
-import model.audit, model.networks.build, model.calibrate, utils.data.sources, utils.report.log, utils.step.optimizer
-for line in sys.stdin:
-    process = os.fork()
-    if process == 0:
-        for path, number in ((out, 1), (err, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = json.loads(line)
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-Run = Callable[
-    [Path, str], subprocess.CompletedProcess[str]
-]  # a program and its arguments, in the folder of `world`
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --lr 0.05 --epochs 1"
 FP = f"{TINY} --keyword cifar10,cbas,origin"
@@ -98,21 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def started(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """Runs Python programs from a process that has loaded torch."""
-    out, err = (tmp_path_factory.mktemp("output") / name for name in ("out", "err"))
-    command = [sys.executable, "-W", "error", "-c", STARTER, str(ROOT), str(out), str(err)]
-    with subprocess.Popen(
-        command, cwd=world, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as server:
-        assert server.stdin is not None and server.stdout is not None
-        talk, answers = server.stdin, server.stdout
-
-        def run(program: Path, line: str) -> subprocess.CompletedProcess[str]:
-            arguments = [str(program), *line.split()]
-            print(json.dumps(arguments), file=talk, flush=True)
-            status = int(answers.readline())
-            return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
-
+    """Runs Python programs in it from a process that has loaded torch."""
+    with starter(world, tmp_path_factory.mktemp("output"), ENVIRONMENT) as run:
         yield run
 
 

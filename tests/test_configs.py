@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main
 import tools
@@ -69,11 +70,21 @@ def config_of(name: str) -> Config:
     return read((*argv(name), *(["--dataset", "fake"] if ".dali." in name else [])))
 
 
-@functools.cache
+NETWORKS: dict[str, nn.Module] = {}
+
+
+def network_of(name: str) -> nn.Module:
+    """A config's network without values; many configs have the same."""
+    model = config_of(name).model
+    if repr(model) not in NETWORKS:
+        with torch.device("meta"):
+            NETWORKS[repr(model)] = build.build_network(model)
+    return NETWORKS[repr(model)]
+
+
 def shapes(name: str, quantized: bool) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a config's checkpoints, with or without what belongs to quantizers."""
-    with torch.device("meta"):
-        network = build.build_network(config_of(name).model)
+    network = network_of(name)
     prefixes = tuple(f"{prefix}." for prefix, _ in quantizers(network))
     return {
         entry: tuple(value.shape)
@@ -89,7 +100,7 @@ def imitate_data(name: str) -> list[str]:
         small += ["--distill_teacher", "none"]
     dataset = name.split(".")[3]
     if dataset in ("imagenet", "folder", "dali"):
-        small += ["--input_size", "64"]
+        small += ["--input_size", "32"]
     return small if dataset in ("digits", "fake") else [*small, "--dataset", "fake"]
 
 
@@ -141,6 +152,13 @@ def test_name_says_what_is_in_it(name: str) -> None:
     assert config.run.evaluate == (phase == "eval")
     assert (config.run.pretrained == "none") == (phase == "train-scratch")
     assert config.warnings == ()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.split(".")[4] not in POLICIES])
+def test_bits_of_a_name_are_those_of_its_quantizers(name: str) -> None:
+    """A policy sets others; its dry run shows them."""
+    found = {(quantizer.config.method, quantizer.levels) for _, quantizer in quantizers(network_of(name))}
+    assert found == {(method, levels) for method, _, levels in expected_bits(name)}
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if ".1bit." in name])
@@ -199,7 +217,17 @@ def test_pretrained_weights_are_those_of_another_config(name: str) -> None:
     assert shapes(name, quantized=evaluated) == shapes(sources[0], quantized=evaluated)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def of_each_kind() -> list[str]:
+    """One config of each method with each network, way of training or policy; their data are imitated anyway."""
+    found: dict[object, str] = {}
+    for name in sorted(CONFIGS, key=lambda name: ".fp." in name):  # rather one that quantizes
+        _, method, _, _, precision, network = name.split(".")
+        way = precision if precision in POLICIES else precision.partition("-")[2]
+        found.setdefault((method, network, way), name)
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("name", of_each_kind())
 def test_dry_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,21 +240,23 @@ def test_dry_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CONFIGS if ".folder." in name])
-def test_one_for_a_folder_of_images_learns_them(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_those_for_a_folder_of_images_learn_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it stands, on computed photographs of four classes; smaller and shorter, for the time that it takes."""
+    """As they stand, on computed photographs of four classes; smaller and shorter, for the time that it takes."""
     made = f"--keyword make-fake-imagenet --root {tmp_path / 'photos'} --num_classes 4 --fake_size 240"
     assert tools.main([*made.split(), "--image_size", "96x80"]) == 0
     monkeypatch.setenv("PHOTOS", str(tmp_path / "photos"))
-    _, _, *options = shlex.split(bash("--print", f"config/{name}").stdout)
+    configs = {name: 5 if ".xnor." in name else 8 for name in CONFIGS if ".folder." in name}
+    lines = {name: shlex.split(bash("--print", f"config/{name}").stdout)[2:] for name in configs}
+    assert len(configs) == 2
     monkeypatch.chdir(tmp_path)
-    small = "--input_size 64 --width_alpha 0.25 --epochs 8 -v 60 -j 0"
-    assert main.main([*options, *small.split()]) == 0, capsys.readouterr().err
-    (summary,) = (json.loads(path.read_text()) for path in (tmp_path / "exp").glob("*/summary.json"))
-    assert summary["audit"].startswith("passed") and summary["bits"] == "1/1"
-    assert summary["last_top1"] > 50  # 25 by chance
+    for name, epochs in configs.items():
+        small = f"--input_size 64 --width_alpha 0.25 --epochs {epochs} -v 60 -j 0 --case {name}"
+        assert main.main([*lines[name], *small.split()]) == 0, capsys.readouterr().err
+        summary = json.loads((tmp_path / "exp" / name / "summary.json").read_text())
+        assert summary["audit"].startswith("passed") and summary["bits"] == "1/1"
+        assert summary["last_top1"] > 50, name  # 25 by chance
 
 
 @pytest.mark.parametrize(

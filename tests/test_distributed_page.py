@@ -1,4 +1,8 @@
-"""The examples of docs/distributed.md, as they are written but for names and sizes, each as a dry run."""
+"""The examples of docs/distributed.md, as they are written but for names and sizes, as dry runs.
+
+Of two of them train.sh prints the commands, which test_train_sh.py shows to be those that it runs: another example runs
+the same ones.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +47,14 @@ def blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
 
 
-def runs(block: str) -> int:
-    """How many runs a block starts: the lines that begin one, or one of which each line is a part."""
-    parts = re.search(r"--node_rank|--rank|srun", block)
-    return 1 if parts else len(block.splitlines())
+PRINTED = {  # the block: what the commands of train.sh have beside the options
+    0: ["main.py", "-m utils.processes.launch --standalone --nproc_per_node 2 main.py"],
+    2: [
+        f"-m utils.processes.launch --nproc_per_node 1 --nnodes 2 --node_rank {rank} --master_addr 127.0.0.1 "
+        "--master_port {port} main.py"
+        for rank in range(2)
+    ],
+}
 
 
 def test_every_way_of_starting_is_there() -> None:
@@ -86,13 +94,13 @@ def test_an_example(tmp_path: Path, number: int) -> None:
         *([] if torch.cuda.device_count() > 2 else [(r"-g 0 1 2\b", "-g 0")]),
     ):
         text = re.sub(written, instead, text)
-    if "--node_rank" in text and "srun" not in text:  # a line for each machine
-        text = text.replace("\n", " &\n")
+    if number in PRINTED:
+        text = text.replace("train.sh ", "train.sh --print ")
     inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SLURM_", "MASTER_"))
-        and name not in ("NPROC", "TORCHRUN", "WORLD_SIZE", "RANK")
+        and name not in ("NPROC", "TORCHRUN", "WORLD_SIZE", "RANK", "PYTHONDONTWRITEBYTECODE")
     }
     done = subprocess.run(
         ["bash", "-e", "-c", f"{text}\nwait"],
@@ -114,5 +122,9 @@ def test_an_example(tmp_path: Path, number: int) -> None:
     assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
     # Lines of c10d ([W...] and the frames below them) come from launchers that leave one after the other.
     assert not re.search(r"^\S+: (error|failed): |^Traceback", done.stderr, re.MULTILINE), done.stderr
-    assert done.stdout.count("dry run: everything checked, nothing trained") == runs(block)
-    assert re.search(r"^  world_size: 2$", done.stdout, flags=re.MULTILINE)
+    for line, expected in zip(block.splitlines(), PRINTED.get(number, []), strict=False):
+        assert "train.sh" in line
+        assert f"{sys.executable} {expected.format(port=port)} --dataset fake" in done.stdout, done.stdout
+    count = {0: 2, 2: 0}.get(number, 1)  # lines that begin a run; each line of the others is a part of one
+    assert done.stdout.count("dry run: everything checked, nothing trained") == count
+    assert count == 0 or re.search(r"^  world_size: 2$", done.stdout, flags=re.MULTILINE)

@@ -36,7 +36,9 @@ def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
     inherited = {
-        name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("NPROC", "TORCHRUN", "FASTDIR", "PYTHONDONTWRITEBYTECODE")
     }
     environment = {
         **inherited,

@@ -41,6 +41,7 @@ def run(
         wait(pids, lambda: all(ended(pids[rank]) for rank in whom))
         for pid in pids:
             os.kill(pid, Signals.SIGKILL)
+    wait(pids, lambda: False)
     statuses = [status_of(pid) for pid in pids]
     return {"status": statuses, "said": said(Path.cwd(), world)}
 

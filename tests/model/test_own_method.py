@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests import ROOT
+from tests.starter import starter
 
 PAGE = ROOT / "docs" / "architecture.md"
 BLOCKS = re.findall(
@@ -23,14 +22,22 @@ LINE = (
 )
 
 
-def run(folder: Path, options: str, method: str) -> tuple[int, str, str]:
-    """Status, output and errors of a run with a method."""
-    (folder / "words.py").write_text(method, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *LINE.split(), *options.split()],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+Start = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """A run with a method: status, output and errors."""
+    folder = tmp_path_factory.mktemp("own")
+    with starter(folder, tmp_path_factory.mktemp("output")) as program:
+
+        def run(options: str, method: str, line: str = LINE, policy: str = "") -> tuple[int, str, str]:
+            (folder / "words.py").write_text(method, encoding="utf-8")
+            (folder / "policy.yaml").write_text(policy, encoding="utf-8")
+            done = program(ROOT / "main.py", f"{line} {options}")
+            return done.returncode, done.stdout, done.stderr
+
+        yield run
 
 
 def warnings_of(output: str) -> list[str]:
@@ -38,41 +45,39 @@ def warnings_of(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("warning: ")]
 
 
-def test_of_a_method_without_a_record_nothing_is_claimed(tmp_path: Path) -> None:
+def test_of_a_method_without_a_record_nothing_is_claimed(start: Start) -> None:
     """Whatever it reads, no option is said to be without effect; `proxquant` and `--re_init` are taken."""
     options = (
         "--fm_boundary 2 --wt_boundary 3 --fm_scale 0.3 --fm_ratio 0.5 --fm_half_range --fm_grad_scale paper "
         "--wt_quant_group 1 --wt_grad_type STE-scale --re_init --re_init_range mse --dry_run"
     )
-    status, output, errors = run(tmp_path, options, WITHOUT)
+    status, output, errors = start(options, WITHOUT)
     assert (status, errors) == (0, "")
     assert warnings_of(output) == []
-    status, output, errors = run(
-        tmp_path, "--keyword cifar10,origin,cbsa,fixed,proxquant,fm_lsq --dry_run", WITHOUT
-    )
+    status, output, errors = start("--keyword cifar10,origin,cbsa,fixed,proxquant,fm_lsq --dry_run", WITHOUT)
     assert (status, errors, warnings_of(output)) == (0, "", [])
     assert "lsq 3 bit, 8 levels" in output and "fixed 3 bit, 8 levels" in output
 
 
-def test_a_record_says_what_has_no_effect(tmp_path: Path) -> None:
+def test_a_record_says_what_has_no_effect(start: Start) -> None:
     """The same words as of the project's methods."""
     options = "--fm_boundary 2 --fm_half_range --fm_ratio 0.5 --wt_grad_scale paper --re_init --dry_run"
-    status, output, errors = run(tmp_path, options, WITH)
+    status, output, errors = start(options, WITH)
     assert (status, errors) == (0, "")
     assert warnings_of(output) == [
         "warning: --wt_grad_scale has no effect with fixed",
         "warning: --re_init has no effect: no quantizer of this network reads it",
         "warning: --fm_ratio has no effect with fixed",
     ]
-    status, _, errors = run(tmp_path, "--wt_grad_type STE-scale --dry_run", WITH)
+    status, _, errors = start("--wt_grad_type STE-scale --dry_run", WITH)
     assert status == 2 and "--wt_grad_type STE-scale does not go with fixed; write none or STE" in errors
 
 
-def test_it_is_trained_under_a_policy_and_audited(tmp_path: Path) -> None:
+def test_it_is_trained_under_a_policy_and_audited(start: Start) -> None:
     """With other levels and another range on the way, and blended in."""
-    (tmp_path / "policy.yaml").write_text("iteration: [{at: [1], tag: fm, half_range: false, bit: 2}]")
+    policy = "iteration: [{at: [1], tag: fm, half_range: false, bit: 2}]"
     options = "--policy policy.yaml --keyword cifar10,origin,cbsa,fixed,proxquant --proxquant_step 1 --audit"
-    status, output, errors = run(tmp_path, options, WITH)
+    status, output, errors = start(options, WITH, policy=policy)
     assert (status, errors) == (0, "")
     assert "audit: passed: 40 quantizers within their levels" in output
     assert "quant_activation: half_range True -> False" in output
@@ -107,18 +112,18 @@ def test_it_is_trained_under_a_policy_and_audited(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mistake_in_it_is_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
-    status, output, errors = run(tmp_path, "--dry_run", METHOD.replace(old, new))
+def test_a_mistake_in_it_is_one_line(start: Start, old: str, new: str, said: str) -> None:
+    status, output, errors = start("--dry_run", METHOD.replace(old, new))
     assert (status, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("main.py: error: --keyword_file words.py: ") and said in errors, errors
 
 
-def test_messages_propose_it(tmp_path: Path) -> None:
+def test_messages_propose_it(start: Start) -> None:
     """Where the project's own methods are listed."""
-    status, _, errors = run(tmp_path, "--keyword cifar10,origin,cbsa", WITH)
+    status, _, errors = start("--keyword cifar10,origin,cbsa", WITH)
     assert status == 2 and "non-uniform, xnor or fixed to --keyword" in errors, errors
     line = "--keyword cifar10,origin,cbsa,dorefa --quant_loss 1"
-    status, _, errors = run(tmp_path, line, WITH)
+    status, _, errors = start(line, WITH)
     assert status == 2 and "are of another scale than the weights; use lsq, lq, xnor or fixed" in errors, (
         errors
     )
@@ -128,19 +133,15 @@ def test_messages_propose_it(tmp_path: Path) -> None:
     ("text", "options"),
     [(NORM, "--keyword cifar10,cbas,quick-bn"), (NETWORK, "--model tiny --keyword cifar10")],
 )
-def test_the_other_examples_of_the_page_run(tmp_path: Path, text: str, options: str) -> None:
-    (tmp_path / "words.py").write_text(text, encoding="utf-8")
-    line = f"--keyword_file words.py --dataset fake --input_size 32 {options} --dry_run"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *line.split()],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "") and "nothing trained" in done.stdout
+def test_the_other_examples_of_the_page_run(start: Start, text: str, options: str) -> None:
+    line = "--keyword_file words.py --dataset fake --input_size 32 --dry_run"
+    status, output, errors = start(options, text, line)
+    assert (status, errors) == (0, "") and "nothing trained" in output
 
 
-def test_a_fault_of_its_own_is_not_blamed_on_the_size_of_images(tmp_path: Path) -> None:
+def test_a_fault_of_its_own_is_not_blamed_on_the_size_of_images(start: Start) -> None:
     method = WITH.replace("return ClipSTE.apply(x, *self._levels(x))", "return x[:1, :1]")
-    status, _, errors = run(tmp_path, "--dry_run", method)
+    status, _, errors = start("--dry_run", method)
     assert (
         status == 2 and "through the network's or the method's own fault or because of --input_size" in errors
     ), errors

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -83,7 +84,14 @@ def _start_server(context: ForkServerContext, preload: str) -> None:
     context.set_forkserver_preload([preload])
     # The server inherits the mask; signals that come meanwhile wait.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # Python 3.11 does not give it `sys.path`: in another folder than the program's it would preload nothing.
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
         forkserver.ensure_running()
     finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
         signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -44,6 +44,14 @@ def one_of_each_class() -> list[Case]:
     return list(found.values())
 
 
+def one_of_each_method() -> list[Case]:
+    """A case for each class of quantizers, of whatever range."""
+    found: dict[object, Case] = {}
+    for case in cases():
+        found.setdefault((methods()[case.method.method, case.tag], case.tag), case)
+    return list(found.values())
+
+
 def test_one_of_each_class_leaves_no_range_out() -> None:
     """A range that is never compiled may be compiled into another function unnoticed."""
 
@@ -59,7 +67,7 @@ def layer_config(case: Case) -> QuantConfig:
 
 LAYERS = [
     *one_of_each_class(),
-    *(case.with_fields(adaptive="mean-var", stable=1) for case in one_of_each_class()),
+    *(case.with_fields(adaptive="mean-var", stable=1) for case in one_of_each_method()),
     *(
         next(case for case in cases(tags=(tag,)) if case.name == name).with_fields(**fields)
         for name, tag, fields in EXTRAS
@@ -96,11 +104,10 @@ def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "aot_eager", forwards=3 if case.config.stable else 1)
 
 
+# Each class of quantizers is compiled above; here three kinds are together: with a blend, with a table, with signs.
 BLOCKS = {
     "dorefa,lsq,proxquant": "--fm_bit 2 --wt_bit 2 --ot_bit 4 --wt_grid midtread",
-    "pact,wt_gamma,ot_gamma": "--fm_bit 2 --wt_bit 2 --ot_bit 4 --stable 1",
     "lq": "--fm_bit 2 --wt_bit 2 --ot_bit 2 --wt_adaptive mean-var",
-    "dorefa,non-uniform,closed_form": "--fm_bit 2 --wt_level 3 --ot_level 3",
     "xnor,gamma": "--fm_grad_type Triangle --fm_custom channel",
 }
 

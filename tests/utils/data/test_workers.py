@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests import ROOT
 from tests.utils.data.helpers import read, same, validation
 from utils.config.schema import DataConfig
 from utils.data.sources import open_data
@@ -59,3 +64,29 @@ def test_a_lack_of_shared_memory_says_what_to_write(imagenet: DataConfig) -> Non
     loader = open_data(replace(imagenet, workers=1, input_size=10**7)).train
     with pytest.raises(UserError, match=r"1 workers need \d+ MiB of shared memory .* write fewer --workers"):
         next(iter(loader))
+
+
+PRELOADED = """
+import os, sys
+PID = os.getpid()
+def pids():
+    return PID, os.getppid()
+if __name__ == "__main__":
+    from utils.data import workers
+    import preloaded
+    with workers.pool(1, preload="preloaded") as pool:
+        imported, server = pool.submit(preloaded.pids).result(60)
+    sys.exit(imported != server)
+"""
+
+
+def test_what_workers_need_is_imported_once_wherever_the_program_is_run(tmp_path: Path) -> None:
+    """In the process that they are forked from."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "preloaded.py").write_text(PRELOADED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program" / "preloaded.py")],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -85,14 +85,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "half": {"world": 2, "line": f"{LINE} -b 8 --case half --epochs 1 --fp16 --opt_level O2 --amp_dtype float16"},
 }  # fmt: skip
 FILE_RUNS: dict[str, dict[str, Any]] = {
-    f"{name}-{what}": {"world": 1, "line": f"{FILES} --dataset {name} --case {name}-{what} -b 8 -j 1"} | change
+    f"{name}-{what}": {"world": 1, "line": f"{FILES} --dataset {name} --case {name}-{what} -b 8 -j 0"} | change
     for name in SOURCES
     for what, change in {
         "one": {},
         "two": {"world": 2, "line": f"{FILES} --dataset {name} --case {name}-two -b 4 -j 0"},
-        "ended": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 1 --save_every 1 --delay 0.3",
+        "ended": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 0 --save_every 1 --delay 0.3",
                   "signal": "SIGTERM", "whom": [0], "when": f"{WEIGHTS}/{name}-ended-backup1-checkpoint.pth.tar"},
-        "continued": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 2 -r"},
+        "continued": {"line": f"{FILES} --dataset {name} --case {name}-ended -b 8 -j 1 -r"},
     }.items()
 }  # fmt: skip
 
