@@ -72,11 +72,13 @@ class Runner(Protocol):
     """A loaded file.
 
     Attributes:
+        path: the file.
         tensors: the names of the quantized tensors that a run returns beside the logits.
         integer: how many convolutions and linear layers compute with integers; None where the engine does not say.
         layers: how many there are.
     """
 
+    path: Path
     tensors: tuple[str, ...]
     integer: int | None
     layers: int
@@ -175,6 +177,7 @@ class _Onnxruntime:
         import onnxruntime
         from onnx import helper, numpy_helper
 
+        self.path = path
         model = read_onnx(path)
         levels = onnxruntime.GraphOptimizationLevel
         options = onnxruntime.SessionOptions()
@@ -222,6 +225,7 @@ class _Openvino:
     def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
         import openvino
 
+        self.path = path
         core = openvino.Core()
         model = core.read_model(path)
         self._pixels = Pixels.of(path) if model.input().get_element_type() == openvino.Type.u8 else None
@@ -269,6 +273,7 @@ class _Qonnx:
         from qonnx.core.modelwrapper import ModelWrapper
         from qonnx.transformation.infer_shapes import InferShapes
 
+        self.path = path
         self._model = ModelWrapper(str(path)).transform(InferShapes())
         nodes = self._model.graph.node
         self.layers = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in nodes)

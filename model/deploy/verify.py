@@ -210,7 +210,7 @@ def _run(
                 images = np.ascontiguousarray(batch.numpy())
                 first = images if seen == 0 else first
                 for runner, watching, logits, shares in zip(runners, watched, found, apart, strict=True):
-                    logits.append(runner(images)["logits"])
+                    logits.append(_logits(runner, images, wanted[-1]))
                     if seen >= WATCHED:
                         continue
                     tensors = watching(images[: WATCHED - seen])
@@ -228,6 +228,24 @@ def _run(
         [np.concatenate(parts) for parts in found],
         means,
     )
+
+
+def _logits(runner: Runner, images: Array, wanted: Array) -> Array:
+    """The logits of a file, or a `UserError` where it is of another network."""
+    from model.deploy.engines import reason
+
+    try:
+        found = runner(images)["logits"]
+    except UserError:
+        raise
+    except Exception as error:  # each engine has exceptions of its own
+        raise UserError(f"{runner.path} does not run on the checkpoint's images: {reason(error)}") from error
+    if found.shape != wanted.shape:
+        raise UserError(
+            f"{runner.path} gives {'x'.join(map(str, found.shape))} logits where the checkpoint gives "
+            f"{'x'.join(map(str, wanted.shape))}; name files that were exported from --old"
+        )
+    return found
 
 
 def _apart(value: Array, wanted: Array) -> float:

@@ -19,6 +19,7 @@ from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import openvino_model
 from model.deploy.verify import Comparison, compare
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+from utils.errors import UserError
 
 SHAPE = (3, 6, 6)
 
@@ -61,6 +62,25 @@ def test_a_right_file_has_no_faults(tmp_path: Path) -> None:
         assert (item.images, item.layers, item.bytes) == (64, 2, path.stat().st_size)
         assert item.milliseconds > 0 and item.float_milliseconds > 0
     assert found["openvino, default"].integer == 1
+
+
+@pytest.mark.parametrize(
+    ("operator", "message"),
+    [("Relu", "gives 40x3x6x6 logits"), ("Add", "does not run on the checkpoint's images")],
+)
+def test_a_file_of_another_network_is_refused(operator: str, message: str, tmp_path: Path) -> None:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, list("nchw")) for name in ("input", "logits")
+    ]
+    other = helper.make_tensor("other", TensorProto.FLOAT, [7], [0.0] * 7)
+    inputs = ["input", "other"] if operator == "Add" else ["input"]
+    graph = helper.make_graph(
+        [helper.make_node(operator, inputs, ["logits"])], "other", ends[:1], ends[1:], [other]
+    )
+    path = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=7), path)
+    with pytest.raises(UserError, match=message):
+        compared(path, 15)
 
 
 def test_bytes_are_normalised_inside(tmp_path: Path) -> None:
