@@ -77,15 +77,19 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Tensor]]:
     return run
 
 
-@pytest.mark.parametrize("averaged", [False, True], ids=["last", "averaged"])
-@pytest.mark.parametrize("case", [*CASES, "recorded/lsq", "recorded/lq"])
+@pytest.mark.parametrize(
+    ("case", "averaged"),
+    [
+        *((case, False) for case in (*CASES, "recorded/lsq", "recorded/lq")),
+        ("policy", True),
+        ("recorded/lsq", True),
+    ],
+)
 def test_it_is_what_is_evaluated(
     trained: Path, case: str, averaged: bool, logits: Callable[[str], list[Tensor]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """From the file alone, without an option."""
-    if averaged and case not in ("policy", "recorded/lsq"):
-        pytest.skip("it has no averaged weights")
     monkeypatch.chdir(tmp_path)
     path = RECORDED / f"{case.partition('/')[2]}.pth.tar" if "/" in case else file_of(trained, case)
     found = logits(f"-e --pretrained {path} {'--ema_weights' if averaged else ''}")
