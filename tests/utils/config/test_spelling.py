@@ -18,6 +18,7 @@ from utils.config.spelling import changed
 # Those that have no word: derived from others, or values that no keyword sets.
 WORDLESS = {
     "data.train",
+    "data.classes",
     "data.class_weight_values",
     "model.norm",
     "model.block.skip",
