@@ -39,7 +39,7 @@ def steady_bias(
         >>> np.array_equal(np.round(sums * 0.5 + 0.53).clip(0, 3), np.round(sums * 0.5 + bias).clip(0, 3))
         True
         >>> bias / 0.125, stretch, lost
-        (array([3.], dtype=float32), array([1.], dtype=float32), 0)
+        (array([5.], dtype=float32), array([1.], dtype=float32), 0)
     """
     assert codes.step is not None
     edges = (np.arange(codes.lowest + 1, codes.highest + 1) - 0.5) * codes.step
