@@ -14,6 +14,7 @@ SETUP := .venv/complete
 SCRIPTS := train.sh start_on_terminate.sh .ci/run
 QUICK := tests/test_house.py tests/utils/config tests/model/quantizers/test_registry.py
 RUNS := digits-fp-resnet20 digits-lsq-2bit-resnet20
+TRAINED := weights/resnet20/digits-lsq-2bit-resnet20-checkpoint.pth.tar
 unexport PYTHON # train.sh would take it instead of .venv's
 
 help: ## list the targets
@@ -42,10 +43,13 @@ $(SETUP): requirement.txt requirement-engines.txt requirement.lock
 	fi; \
 	mv .venv/incomplete $@
 
-quickstart: $(SETUP) ## train a small network, then its 2-bit version, and compare them
+quickstart: $(SETUP) ## train a small network, then its 2-bit version, compare them, and export it
 	bash train.sh config/config.dorefa.train-scratch.digits.fp.resnet20
 	bash train.sh config/config.lsq.finetune.digits.2bit.resnet20
 	$(BIN)/python tools.py --keyword compare $(RUNS:%=exp/%)
+	$(BIN)/python tools.py --keyword export_onnx --old $(TRAINED) --new exp/digits.onnx --force
+	$(BIN)/python tools.py --keyword export_packed --old $(TRAINED) --new exp/digits.safetensors --force
+	$(BIN)/python tools.py --keyword verify --old $(TRAINED) exp/digits.onnx
 
 test: $(SETUP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -39,6 +39,7 @@ class Comparison:
     Attributes:
         file: the exported file.
         engine: the engine and its optimisation.
+        bits: of weights and of activations, as in the training's summary.
         images: how many were compared.
         codes: share of different codes of each quantizer, by its name.
         logits: largest difference of a logit, over the largest logit.
@@ -52,6 +53,7 @@ class Comparison:
 
     file: str
     engine: str
+    bits: str
     images: int
     codes: dict[str, float]
     logits: float
@@ -127,11 +129,13 @@ def compare(
     import numpy as np
 
     from model.deploy.engines import read_metadata
+    from model.watch.cost import network_cost
 
     order = [(file, engine) for file, several in engines.items() for engine in several]
     runners = [engine.open(file) for file, engine in order]
     watched = [engine.open(file, tensors=True) for file, engine in order]
     images, target, wanted, found, differing = _run(network, batches, runners, watched)
+    bits = network_cost(network, (shape[1], shape[2]), shape[0]).bits
     reference = 100 * float((wanted.argmax(1) == target).mean())
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +164,7 @@ def compare(
             own, other = _latency(file, plain, engine, images[:1], threads)
             results.append(
                 Comparison(
-                    file=str(file), engine=str(engine), images=len(target), codes=codes,
+                    file=str(file), engine=str(engine), bits=bits, images=len(target), codes=codes,
                     logits=float(np.abs(logits - wanted).max() / np.abs(wanted).max()),
                     same=float((logits.argmax(1) == wanted.argmax(1)).mean()), top1=top1, reference=reference,
                     bytes=_size(file), integer=runner.integer, layers=runner.layers, milliseconds=own,
@@ -307,7 +311,7 @@ def cpu() -> str:
 
 def as_text(found: Sequence[Comparison]) -> str:
     """The comparisons as a table, and the processor."""
-    head = ("file", "engine", "codes", "logits", "same", "top-1", "KiB", "integer", "ms", "float")
+    head = ("file", "engine", "bits w/a", "codes", "logits", "same", "top-1", "KiB", "integer", "ms", "float")
     rows: list[tuple[Any, ...]] = []
     for item in found:
         worst = max(item.codes.values(), default=0.0)
@@ -315,6 +319,7 @@ def as_text(found: Sequence[Comparison]) -> str:
             (
                 printable(Path(item.file).name),
                 item.engine,
+                item.bits,
                 f"{100 * worst:.3f} %",
                 f"{item.logits:.1e}",
                 f"{100 * item.same:.2f} %",
