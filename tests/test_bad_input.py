@@ -122,7 +122,7 @@ def check(world: Path, run: Run, program: Path, line: str, words: str, speaker: 
 BEFORE_ANYTHING_IS_LOADED = [
     ("--epoch 3", "--epoch --epochs"),
     ("resnet20", "resnet20 --help"),
-    ("--fm_bit", "--fm_bit argument"),
+    ("--fm_bit", "--fm_bit needs a value"),
     ("--fm_bit two", "--fm_bit two"),
     ("--dataset mnist", "--dataset mnist digits"),
     ("--rank 1", "--rank --distributed"),
@@ -232,11 +232,11 @@ WITH_NETWORK_AND_DATA = [
     ),
     (f"{FP} --pretrained lsq-checkpoint.pth.tar", "lsq-checkpoint.pth.tar unused quant_weight"),
     (f"{FP} --pretrained fp-checkpoint.pth.tar --unresume_scope fcc", "--unresume_scope fcc fc"),
-    (f"{LSQ} -e --fm_bit 2 --wt_bit 2 --pretrained lsq-checkpoint.pth.tar", "16 4 levels --fm_level"),
+    (f"{LSQ} -e --fm_bit 2 --wt_bit 2 --pretrained lsq-checkpoint.pth.tar", "16 4 levels write --bits 4"),
     (f"{FP} --resume_file evil.pth.tar", "evil.pth.tar refused"),
     (f"{FP} --resume_file bare.pth.tar", "bare.pth.tar epoch --pretrained"),
     (f"{FP} --case lsq -r", "lsq-checkpoint.pth.tar cannot continued"),
-    (f"{FP} --case fp -r --optimizer ADAM", "optim.name SGD ADAM"),
+    (f"{FP} --case fp -r --optimizer ADAM", "--optimizer SGD ADAM"),
     (f"{FP} --case none -e -r", "--resume none checkpoint"),
 ]
 

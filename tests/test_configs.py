@@ -105,9 +105,10 @@ def imitate_data(name: str) -> list[str]:
 
 
 def printed_bits(text: str) -> set[tuple[str, int, int]]:
-    """Method, bits and levels of the quantizers in a dry run's table."""
+    """Method, bits and levels of the quantizers in a dry run's table; three levels take two bits."""
     return {
-        (m, int(bits), int(levels)) for m, bits, levels in re.findall(r"(\w+) (\d+) bit, (\d+) levels", text)
+        (method, 2 if width == "ternary" else int(width.removesuffix(" bit")), int(levels))
+        for method, width, levels in re.findall(r"(\w+) (ternary|\d+ bit), (\d+) levels", text)
     }
 
 

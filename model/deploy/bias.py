@@ -32,6 +32,7 @@ def steady_bias(
 
     Example:
         >>> import numpy as np
+        >>> from model.deploy.bias import steady_bias
         >>> from model.deploy.codes import ActivationCodes
         >>> codes = ActivationCodes(name="relu", levels=4, highest=3, step=1.0)
         >>> bias, stretch, lost = steady_bias(np.array([0.53]), np.array([0.5]), np.array([9]), 4, codes)

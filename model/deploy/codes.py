@@ -289,6 +289,7 @@ def digits_per_word(base: int) -> tuple[int, int]:
     """How many digits of a base share a word, and the word's bytes: 1 or 4, whichever holds more a byte.
 
     Example:
+        >>> from model.deploy.codes import digits_per_word
         >>> [digits_per_word(base) for base in (2, 3, 4, 8, 16, 256, 257)]
         [(8, 1), (5, 1), (4, 1), (10, 4), (2, 1), (1, 1), (3, 4)]
     """

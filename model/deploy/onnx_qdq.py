@@ -256,6 +256,7 @@ def packed_words(digits: Array, base: int) -> Array:
 
     Example:
         >>> import numpy as np
+        >>> from model.deploy.onnx_qdq import packed_words
         >>> packed_words(np.array([1, 0, 2, 2, 1, 1]), 3)  # 1 + 2 * 9 + 2 * 27 + 1 * 81, and 1
         array([154,   1], dtype=uint8)
     """

@@ -45,6 +45,7 @@ def quant_bits(lowest: int, highest: int) -> tuple[int, bool, bool]:
     """The bits of a `Quant` that holds the codes, whether it is signed, and whether it is narrow.
 
     Example:
+        >>> from model.deploy.qonnx_quant import quant_bits
         >>> [quant_bits(*ends) for ends in ((0, 3), (0, 2), (-1, 1), (-2, 1), (-3, 3))]
         [(2, False, False), (2, False, False), (2, True, True), (2, True, False), (3, True, True)]
     """

@@ -61,6 +61,7 @@ def eight_bits(name: str, low: float, high: float) -> ActivationCodes:
     """256 levels over a range, with zero among them and an even zero point.
 
     Example:
+        >>> from model.deploy.sums import eight_bits
         >>> codes = eight_bits("x", -1.0, 3.0)
         >>> codes.lowest, codes.highest, round(codes.scale, 4)
         (-64, 191, 0.0157)
