@@ -149,6 +149,7 @@ def test_what_cannot_be_had_is_one_line(options: str, source: str, texts: list[s
 def test_a_server_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the default of sockets, the weights of torchvision would be waited for forever."""
     monkeypatch.setattr("utils.data.download.PATIENCE", 0.1)
+    monkeypatch.setattr("urllib.request._opener", None)  # it has read the proxy already
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(UserError, match=r"cannot fetch https://download.pytorch.org/.*timed out"):
