@@ -6,7 +6,6 @@ torch and engines are imported where they are used, so that `--help` and mistake
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.deploy.packages import needed
+from model.deploy.web import is_page
 from utils.errors import UserError
 from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
@@ -42,7 +42,7 @@ def _graph(trained: Trained, options: Options) -> DeployGraph:
         trained.network,
         (trained.transform.channels, *sides(trained.transform.size)),
         metadata={
-            "classes": json.dumps(trained.labels, ensure_ascii=False),
+            "classes": json.dumps(trained.labels),
             "images": json.dumps(trained.transform.to_dict()),
         },
     )
@@ -146,6 +146,10 @@ def export(options: Options) -> int:
             raise UserError(
                 f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
             )
+    if name != "web" or not is_page(new):
+        refuse_folders(new)
+    if name == "web" and new.is_file():
+        raise UserError(f"--new {new} is a file; name a folder, which is made")
     refuse_existing(options, new)
     check_folder_of(new)
     needed(*PACKAGES.get(name, ()))
@@ -159,6 +163,7 @@ def export(options: Options) -> int:
 def import_(options: Options) -> int:
     """Write the packed network of --old to --new, a checkpoint that is evaluated like the one it was exported from."""
     new = given_path(options.new)
+    refuse_folders(new)
     refuse_existing(options, new)
     check_folder_of(new)
     from model.deploy import packed
@@ -170,6 +175,13 @@ def import_(options: Options) -> int:
     return 0
 
 
+def refuse_folders(*paths: Path) -> None:
+    """Refuse to write a file, or another folder, over a folder: --force does not remove what may be the user's."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, which --force does not replace; choose another name")
+
+
 def check_folder_of(path: Path) -> None:
     """Refuse, before any work, a file in a folder that is not there."""
     if not path.parent.is_dir():
@@ -179,10 +191,11 @@ def check_folder_of(path: Path) -> None:
 def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> None:
     """Let `write` make a file or a folder, with more files beside it if it likes, and move all of it to `new`.
 
-    It writes into a temporary folder, so that a failure leaves everything as it was.
+    It writes into a temporary folder, so that a failure leaves everything as it was. A folder is replaced by a page
+    alone, if it is one itself (`is_page`).
 
     Raises:
-        UserError: one of the other files exists, without --force; or the disk refuses.
+        UserError: one of the other files exists, without --force, or is a folder; or the disk refuses.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{new.name}.", dir=new.parent) as folder:
@@ -190,14 +203,28 @@ def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> 
             made = sorted(
                 Path(folder).iterdir(), key=lambda path: path.name == new.name
             )  # the named one last
+            refuse_folders(
+                *(new.parent / path.name for path in made if not (is_page(path) and is_page(new))),
+            )
             refuse_existing(options, *(new.parent / path.name for path in made))
             for path in made:
-                target = new.parent / path.name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.move(target, Path(folder) / f"{path.name}.old")
-                os.replace(path, target)
+                _move(path, new.parent / path.name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
             f"{new}: cannot be written ({reason}); choose another folder or free some space"
         ) from error
+
+
+def _move(path: Path, target: Path) -> None:
+    """Put a file or a folder in the place of another of its kind, which stays if that fails."""
+    if not target.is_dir():
+        os.replace(path, target)
+        return
+    former = path.with_name(f"{path.name}.old")  # removed with the temporary folder
+    os.replace(target, former)
+    try:
+        os.replace(path, target)
+    except BaseException:
+        os.replace(former, target)
+        raise
