@@ -16,7 +16,7 @@ from model.deploy.packages import needed
 from model.deploy.web import is_page
 from utils.errors import UserError
 from utils.text import closest, printable
-from utils.tools.options import Options, given_path, refuse_existing
+from utils.tools.options import Options, given_path, refuse_existing, refuse_root
 
 if TYPE_CHECKING:
     from model.deploy.codes import Array
@@ -123,10 +123,11 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
 PACKAGES = {
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "packed": ("safetensors",),
     "qonnx": ("onnx", "onnxscript"),
     "web": ("onnx", "onnxscript"),
 }
-"""What writes a format."""
+"""What writes a format; `--int8_sums` needs onnxruntime besides."""
 
 TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
 """Options that change the graph around the network, and the formats that they are for."""
@@ -146,14 +147,19 @@ def export(options: Options) -> int:
             raise UserError(
                 f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
             )
+    if options.root is not None and not options.int8_sums:
+        raise UserError(
+            f"--root {options.root} has no effect without --int8_sums: add --int8_sums, or leave --root out"
+        )
     if name != "web" or not is_page(new):
         refuse_folders(new)
     if name == "web" and new.is_file():
         raise UserError(f"--new {new} is a file; name a folder, which is made")
     refuse_existing(options, new)
     check_folder_of(new)
-    needed(*PACKAGES.get(name, ()))
+    needed(*PACKAGES.get(name, ()), *(("onnxruntime",) if options.int8_sums else ()))
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
+    refuse_root(options, trained.config.data.dataset)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))
@@ -166,6 +172,7 @@ def import_(options: Options) -> int:
     refuse_folders(new)
     refuse_existing(options, new)
     check_folder_of(new)
+    needed("safetensors")
     from model.deploy import packed
     from utils.checkpoint import archive
 
