@@ -147,7 +147,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         allow_abbrev=False,
     )
     parser.add_argument("--keyword", required=True, metavar="WORD[,raw]", help="what to do; see below")
-    parser.add_argument("--old", type=Path, metavar="FILE", help="the checkpoint to read")
+    parser.add_argument(
+        "--old",
+        type=Path,
+        metavar="FILE",
+        help="the checkpoint to read; predict: or an exported file or page",
+    )
     parser.add_argument("--new", type=Path, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--mf", type=Path, metavar="FILE", help="mapping file: names to map from")
     parser.add_argument("--mt", type=Path, metavar="FILE", help="mapping file: names to map to")

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,8 +101,13 @@ def load_trained(
     path: str | os.PathLike[str], *, ema_weights: bool = False, own_file: str | None = None
 ) -> Trained:
     """As `load`, with the configuration of the training."""
-    path = Path(path)
-    payload = archive.read(path)
+    return trained_from(archive.read(Path(path)), Path(path), ema_weights=ema_weights, own_file=own_file)
+
+
+def trained_from(
+    payload: dict[str, Any], path: Path, *, ema_weights: bool = False, own_file: str | None = None
+) -> Trained:
+    """As `load_trained`, of a file that was read already."""
     config = config_of(payload, str(path), own_file)
     run = dataclasses.replace(config.run, evaluate=True, ema_weights=ema_weights, unresume_scope=())
     config = dataclasses.replace(config, run=run)

@@ -6,7 +6,6 @@ torch and engines are imported where they are used, so that `--help` and mistake
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.deploy.packages import needed
+from model.deploy.web import is_page
 from utils.errors import UserError
 from utils.text import closest, printable
-from utils.tools.options import Options, given_path, refuse_existing
+from utils.tools.options import Options, given_path, refuse_existing, refuse_root
 
 if TYPE_CHECKING:
     from model.deploy.codes import Array
@@ -42,7 +42,7 @@ def _graph(trained: Trained, options: Options) -> DeployGraph:
         trained.network,
         (trained.transform.channels, *sides(trained.transform.size)),
         metadata={
-            "classes": json.dumps(trained.labels, ensure_ascii=False),
+            "classes": json.dumps(trained.labels),
             "images": json.dumps(trained.transform.to_dict()),
         },
     )
@@ -123,10 +123,11 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
 PACKAGES = {
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "packed": ("safetensors",),
     "qonnx": ("onnx", "onnxscript"),
     "web": ("onnx", "onnxscript"),
 }
-"""What writes a format."""
+"""What writes a format; `--int8_sums` needs onnxruntime besides."""
 
 TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
 """Options that change the graph around the network, and the formats that they are for."""
@@ -146,10 +147,19 @@ def export(options: Options) -> int:
             raise UserError(
                 f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
             )
+    if options.root is not None and not options.int8_sums:
+        raise UserError(
+            f"--root {options.root} has no effect without --int8_sums: add --int8_sums, or leave --root out"
+        )
+    if name != "web" or not is_page(new):
+        refuse_folders(new)
+    if name == "web" and new.is_file():
+        raise UserError(f"--new {new} is a file; name a folder, which is made")
     refuse_existing(options, new)
     check_folder_of(new)
-    needed(*PACKAGES.get(name, ()))
+    needed(*PACKAGES.get(name, ()), *(("onnxruntime",) if options.int8_sums else ()))
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
+    refuse_root(options, trained.config.data.dataset)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))
@@ -159,8 +169,10 @@ def export(options: Options) -> int:
 def import_(options: Options) -> int:
     """Write the packed network of --old to --new, a checkpoint that is evaluated like the one it was exported from."""
     new = given_path(options.new)
+    refuse_folders(new)
     refuse_existing(options, new)
     check_folder_of(new)
+    needed("safetensors")
     from model.deploy import packed
     from utils.checkpoint import archive
 
@@ -168,6 +180,13 @@ def import_(options: Options) -> int:
     archive.save(new, payload)
     print(printable(f"{new}: {len(payload['state_dict'])} entries, {new.stat().st_size:,} bytes"))
     return 0
+
+
+def refuse_folders(*paths: Path) -> None:
+    """Refuse to write a file, or another folder, over a folder: --force does not remove what may be the user's."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, which --force does not replace; choose another name")
 
 
 def check_folder_of(path: Path) -> None:
@@ -179,10 +198,11 @@ def check_folder_of(path: Path) -> None:
 def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> None:
     """Let `write` make a file or a folder, with more files beside it if it likes, and move all of it to `new`.
 
-    It writes into a temporary folder, so that a failure leaves everything as it was.
+    It writes into a temporary folder, so that a failure leaves everything as it was. A folder is replaced by a page
+    alone, if it is one itself (`is_page`).
 
     Raises:
-        UserError: one of the other files exists, without --force; or the disk refuses.
+        UserError: one of the other files exists, without --force, or is a folder; or the disk refuses.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=f".{new.name}.", dir=new.parent) as folder:
@@ -190,14 +210,28 @@ def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> 
             made = sorted(
                 Path(folder).iterdir(), key=lambda path: path.name == new.name
             )  # the named one last
+            refuse_folders(
+                *(new.parent / path.name for path in made if not (is_page(path) and is_page(new))),
+            )
             refuse_existing(options, *(new.parent / path.name for path in made))
             for path in made:
-                target = new.parent / path.name
-                if target.is_dir() and not target.is_symlink():
-                    shutil.move(target, Path(folder) / f"{path.name}.old")
-                os.replace(path, target)
+                _move(path, new.parent / path.name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
             f"{new}: cannot be written ({reason}); choose another folder or free some space"
         ) from error
+
+
+def _move(path: Path, target: Path) -> None:
+    """Put a file or a folder in the place of another of its kind, which stays if that fails."""
+    if not target.is_dir():
+        os.replace(path, target)
+        return
+    former = path.with_name(f"{path.name}.old")  # removed with the temporary folder
+    os.replace(target, former)
+    try:
+        os.replace(path, target)
+    except BaseException:
+        os.replace(former, target)
+        raise

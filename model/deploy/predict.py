@@ -1,4 +1,4 @@
-"""The word predict of tools.py: classes of images, by a network from its checkpoint or, later, by an engine.
+"""The word predict of tools.py: classes of images, by the network of a checkpoint or of an exported file.
 
 torch is imported where it is used, so that `--help` and mistakes answer at once.
 """
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.deploy.packages import needed
+from model.deploy.web import NETWORK
 from utils.errors import UserError
 from utils.text import format_table, printable
 from utils.tools.options import Options, given_path, refuse_existing
@@ -51,33 +53,96 @@ def open_checkpoint(options: Options) -> Predictor:
     return Predictor(logits=trained.network, transform=trained.transform, classes=trained.labels)
 
 
-def open_exported(options: Options) -> Predictor:
-    """An exported file in the first engine that reads it."""
-    import json
+def open_packed(options: Options) -> Predictor:
+    """The network of a packed file."""
+    needed("safetensors")
+    from model.deploy.packed import read_checkpoint
+    from model.load import trained_from
 
+    path = given_path(options.old)
+    trained = trained_from(read_checkpoint(path), path)
+    return Predictor(logits=trained.network, transform=trained.transform, classes=trained.labels)
+
+
+def open_program(options: Options) -> Predictor:
+    """A program of `torch.export`."""
+    from model.deploy import program
+
+    path = given_path(options.old)
+    network, texts = program.read(path)
+    return _exported(path, "torch", network, texts)
+
+
+def open_for_engine(options: Options) -> Predictor:
+    """A file, or the file of a page's folder, in the first engine that reads it."""
     import torch
 
     from model.deploy.engines import engines_of, read_metadata
-    from utils.data.transform import ImageTransform
 
     path = given_path(options.old)
-    runner = engines_of(path)[0].open(path)
+    if path.is_dir():
+        path /= NETWORK
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent} is a folder without {NETWORK}; name a checkpoint, an exported file or a folder that "
+                "export --to web has written"
+            )
+    engine = engines_of(path)[0]
+    runner = engine.open(path)
+    return _exported(
+        path,
+        engine.name,
+        lambda images: torch.from_numpy(runner(images.contiguous().numpy())["logits"]),
+        read_metadata(path),
+    )
+
+
+def _exported(
+    path: Path, engine: str, run: Callable[[Tensor], Tensor], texts: Mapping[str, str]
+) -> Predictor:
+    """What predicts by an engine, with the texts of a file, `classes` and `images`."""
+    from model.deploy.engines import reason
+    from utils.data.transform import ImageTransform
+
     try:
-        found = read_metadata(path)
-        classes, images = (json.loads(found[name]) for name in ("classes", "images"))
+        classes, images = (json.loads(texts[name]) for name in ("classes", "images"))
+        if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+            raise ValueError("no list of names")
     except (KeyError, ValueError):
         raise UserError(
             f"{path} does not say what its classes and images are; export it anew from its checkpoint"
         ) from None
+
+    def logits(images: Tensor) -> Tensor:
+        try:
+            return run(images)
+        except Exception as error:  # each engine has exceptions of its own
+            raise UserError(
+                f"{path}: {engine} does not take images of {' x '.join(map(str, images.shape[1:]))}, which the file "
+                f"asks for ({reason(error)}); export it anew from its checkpoint"
+            ) from error
+
     return Predictor(
-        logits=lambda images: torch.from_numpy(runner(images.contiguous().numpy())["logits"]),
-        transform=ImageTransform.from_dict(images, str(path)),
-        classes=tuple(map(str, classes)),
+        logits=logits, transform=ImageTransform.from_dict(images, str(path)), classes=tuple(classes)
     )
 
 
-OPENERS: dict[str, Callable[[Options], Predictor]] = {".onnx": open_exported, ".xml": open_exported}
-"""Ending of an exported file -> what opens it; all other files are checkpoints."""
+OPENERS: dict[str, Callable[[Options], Predictor]] = {
+    ".onnx": open_for_engine,
+    ".xml": open_for_engine,
+    ".safetensors": open_packed,
+    ".pt2": open_program,
+}
+"""Ending of an exported file -> what opens it; folders are pages, and all other files checkpoints."""
+
+
+def open_network(options: Options) -> Predictor:
+    """What predicts with --old, by its ending."""
+    path = given_path(options.old)
+    opener = open_for_engine if path.is_dir() else OPENERS.get(path.suffix, open_checkpoint)
+    if options.ema_weights and opener is not open_checkpoint:
+        raise UserError(f"--ema_weights: {path} has one set of weights; leave it out, or give it to export")
+    return opener(options)
 
 
 def predict(options: Options) -> int:
@@ -90,7 +155,7 @@ def predict(options: Options) -> int:
             raise UserError(f"--output {output}: name a file in a folder that exists")
         refuse_existing(options, output)
     paths = image_paths(options.images or ())
-    predictor = OPENERS.get(given_path(options.old).suffix, open_checkpoint)(options)
+    predictor = open_network(options)
     unreadable: list[str] = []
     rows = list(
         predictions(predictor, paths, options.topk or 5, options.batch_size or BATCH, unreadable.append)
@@ -155,6 +220,11 @@ def predictions(
         while batch := list(itertools.islice(images, batch_size)):
             with torch.no_grad():
                 logits = predictor.logits(torch.stack([image for _, image in batch])).float()
+            if logits.shape != (len(batch), len(predictor.classes)):
+                raise UserError(
+                    f"the network puts out values of shape {tuple(logits.shape)} for {len(batch)} images, and its "
+                    f"file names {len(predictor.classes)} classes; export it anew from its checkpoint"
+                )
             if not logits.isfinite().all():
                 raise UserError(
                     f"the network puts out values that are not finite, of {batch[0][0]} for example"

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from model.deploy.web.runtime import VERSION
+from model.deploy.web.runtime import NAMES, VERSION
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from model.load import Trained
 
 NETWORK = "network.onnx"
+PAGE = "index.html"
+OWN = ("page.js", "page.css")
 _HERE = Path(__file__).parent
 
 
@@ -42,8 +44,19 @@ def write(trained: Trained, model: ModelProto, engine: Mapping[str, bytes], fold
         "images": trained.transform.to_dict(),
     }
     # In a script element only "</" and "<!--" mean something to a browser.
-    text = json.dumps(described, ensure_ascii=False).replace("<", "\\u003c")
+    text = json.dumps(described).replace("<", "\\u003c")
     page = Template((_HERE / "page.html").read_text(encoding="utf-8"))
-    (folder / "index.html").write_text(page.substitute(network=text, version=VERSION), encoding="utf-8")
-    for name in ("page.js", "page.css"):
+    (folder / PAGE).write_text(page.substitute(network=text, version=VERSION), encoding="utf-8")
+    for name in OWN:
         (folder / name).write_bytes((_HERE / name).read_bytes())
+
+
+def is_page(folder: Path) -> bool:
+    """Whether a folder, and no link to one, has the files that `write` makes and no others."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        files = {entry.name: entry.is_file() for entry in folder.iterdir()}
+    except OSError:
+        return False
+    return {NETWORK, PAGE, "page.js"} <= set(files) <= {NETWORK, PAGE, *OWN, *NAMES} and all(files.values())

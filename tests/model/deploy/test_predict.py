@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from PIL import Image
 
 import tools
@@ -122,3 +124,96 @@ def test_mistakes(
         tools.main(["--keyword", "predict", "--old", "x.pth", "a.png", "--output", "there.csv", "--force"])
         == 0
     )
+
+
+@pytest.mark.slow
+def test_every_exported_file_predicts(call: Call, images: Path, tmp_path: Path) -> None:
+    """As the checkpoint does, through the words export and predict; names of classes may be any bytes."""
+    old = saved(tmp_path / "x.pth", classes=["caf\udce9", *"123456789"])
+    files = {
+        "onnx": tmp_path / "x.onnx",
+        "openvino": tmp_path / "x.xml",
+        "packed": tmp_path / "x.safetensors",
+        "program": tmp_path / "x.pt2",
+    }
+    for to, new in files.items():
+        assert call("--keyword", f"export_{to}", "--old", old, "--new", new)[0] == 0
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "network.onnx").write_bytes(files["onnx"].read_bytes())
+    rows = {}
+    for network in (old, *files.values(), tmp_path / "page"):
+        output = tmp_path / "rows.jsonl"
+        status, _, err = call(
+            "--keyword", "predict", images, "--old", network, "--output", output, "--force", "--topk", "10"
+        )
+        assert status == 0, err
+        rows[network.name] = [json.loads(line) for line in output.read_text().splitlines()]
+        for one, expected in zip(rows[network.name], rows["x.pth"], strict=True):
+            found = dict(zip(one["classes"], one["probabilities"], strict=True))
+            wanted = dict(zip(expected["classes"], expected["probabilities"], strict=True))
+            assert found == pytest.approx(wanted, rel=1e-3), network.name
+        if network != old:
+            status, _, err = call("--keyword", "predict", images, "--old", network, "--ema_weights")
+            assert (status, err.count("\n")) == (2, 1) and "has one set of weights" in err
+
+
+def linear(path: Path, **texts: object) -> Path:
+    """An ONNX file of 3 x 4 x 4 pixels and 3 classes, with texts in its metadata."""
+    weight = numpy_helper.from_array(np.ones((48, 3), np.float32), "w")
+    nodes = [
+        onnx.helper.make_node("Flatten", ["input"], ["flat"]),
+        onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+    ]
+    shapes = {"input": ["n", 3, 4, 4], "logits": ["n", 3]}
+    values = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=7)
+    onnx.helper.set_model_props(model, {name: json.dumps(text) for name, text in texts.items()})
+    onnx.save(model, path)
+    return path
+
+
+COLOURS = ImageTransform(size=4, mean=(0.5,) * 3, std=(0.5,) * 3).to_dict()
+GREY = ImageTransform(size=4, mean=(0.5,), std=(0.5,)).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"classes": ["a", "b"], "images": COLOURS}, "(4, 3) for 4 images, and its file names 2 classes"),
+        ({"classes": [*"abcdefgh"], "images": COLOURS}, "(4, 3) for 4 images, and its file names 8 classes"),
+        ({"classes": [*"abc"], "images": GREY}, "onnxruntime does not take images of 1 x 4 x 4"),
+        ({"classes": "abc", "images": COLOURS}, "does not say what its classes and images are"),
+        ({"classes": 3, "images": COLOURS}, "does not say what its classes and images are"),
+        ({"classes": [1, 2, 3], "images": COLOURS}, "does not say what its classes and images are"),
+        ({"classes": [*"abc"]}, "does not say what its classes and images are"),
+        ({"classes": [*"abc"], "images": [COLOURS]}, "its images are described as"),
+    ],
+)
+def test_files_that_do_not_fit(
+    call: Call, images: Path, tmp_path: Path, texts: dict[str, object], message: str
+) -> None:
+    path = linear(tmp_path / "x.onnx", **texts)
+    status, out, err = call("--keyword", "predict", images, "--old", path, "--topk", "7")
+    assert (status, out) == (2, "") and err.splitlines()[-1].startswith("tools.py: error: ")
+    assert message in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.pt2", b"no zip", "damaged, cut short or no program of torch.export"),
+        ("x.safetensors", b"no header", "damaged, cut short or no packed network"),
+        ("gone.pt2", None, "gone.pt2: cannot be read (No such file or directory)"),
+        ("gone.safetensors", None, "gone.safetensors: cannot be read (No such file or directory"),
+        ("photos", None, "photos is a folder without network.onnx"),
+    ],
+)
+def test_damaged_and_foreign_files(
+    call: Call, images: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = images.parent / name
+    if content is not None:
+        path.write_bytes(content)
+    status, out, err = call("--keyword", "predict", images, "--old", path)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err

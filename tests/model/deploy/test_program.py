@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from model.deploy import program
 from model.load import load
 from tests.model.deploy.test_packed import IMAGES, network_of
 from tests.model.test_load import saved
 from tests.utils.tools.commands import Call
+from utils.errors import UserError
 
 ALONE = """
 import json, sys, torch
@@ -56,9 +59,24 @@ def test_programs_run_with_torch_alone(tmp_path: Path) -> None:
             assert torch.equal(single, trained.network(images[:1])), name
 
 
+class Changing(nn.Module):
+    """A network that looks at its values, which torch.export does not take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+
+def test_a_network_that_torch_refuses_is_one_line(tmp_path: Path) -> None:
+    trained = replace(network_of("lsq", 4), network=Changing())
+    with pytest.raises(UserError, match=r"^x: torch.export does not take the network nin \("):
+        program.write(trained, tmp_path / "x.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_word(call: Call, tmp_path: Path) -> None:
     old, new = saved(tmp_path / "x.pth"), tmp_path / "x.pt2"
     assert call("--keyword", "export_program", "--old", old, "--new", new)[0] == 0
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(torch.export.load(new).module()(images), load(old)[0](images))
+    assert not torch.export.load(new).module()(images).requires_grad  # it cannot be trained

@@ -65,21 +65,46 @@ def test_an_onnx_file_is_verified_and_predicts(tmp_path: Path, capsys: pytest.Ca
         (("--to", "openvino", "--new", "x.onnx"), "end the name of this format's files in .xml"),
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
         (("--to", "onyx", "--new", "x.onnx"), "did you mean onnx"),
+        (("--to", "onnx", "--new", "x.onnx", "--root", "x"), "--root x has no effect without --int8_sums"),
+        (("--to", "packed", "--new", "x", "--root", "x"), "--root x has no effect without --int8_sums"),
+        (
+            ("--to", "onnx", "--new", "x.onnx", "--root", "x", "--int8_sums"),
+            "--root x has no effect with the data set digits, which needs no files",
+        ),
     ],
 )
 def test_mistakes_in_exports(
-    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert words("--keyword", "export", "--old", CHECKPOINT, *arguments) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_engine_is_named_with_its_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("to", "more", "packages"),
+    [
+        ("openvino", (), "onnx onnxscript openvino"),
+        ("onnx", ("--int8_sums",), "onnx onnxscript onnxruntime"),
+        ("packed", (), "safetensors"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(
+    to: str,
+    more: tuple[str, ...],
+    packages: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert export("openvino", tmp_path / "x.xml") == 2
-    assert "pip install onnx onnxscript openvino" in capsys.readouterr().err
+    assert export(to, tmp_path / "x.xml" if to == "openvino" else tmp_path / f"x.{to}", *more) == 2
+    assert f"pip install {packages}\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from utils.config.command_line import Given
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER, OPTIONS
 from utils.config.resolve.data_and_run import resume_file
-from utils.config.schema import READ_ETA_MIN, TAGS
+from utils.config.schema import READ_ETA_MIN, TAGS, WITHOUT_FILES
 from utils.errors import UserError
 
 # Options that name what a run shall use: option -> the option that decides whether it does, and what to write.
@@ -90,7 +90,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         ),
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (
-            dataset in ("digits", "glyphs") or (dataset == "fake" and "dataset" not in given.replaced),
+            dataset in WITHOUT_FILES and (dataset != "fake" or "dataset" not in given.replaced),
             f"with the data set {dataset}, which needs no files",
         ),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
