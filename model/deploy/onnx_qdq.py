@@ -148,7 +148,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
 
 def _spread(weight: WeightCodes) -> int:
     """The factor on stored codes: engines round the bias to multiples of the product of both scales."""
-    return 1 << (MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
+    return 1 << max(1, MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
 def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool) -> str:
