@@ -30,6 +30,7 @@ NAMING = {
     "freeze_momentum": ("freeze_threshold", "add --freeze_threshold"),
     "proxquant_step": ("keyword", "add the keyword proxquant"),
 }
+WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that read no --root
 FULL_PRECISION = 32  # bits; configs write them for a tag that is not quantized
 
 
@@ -90,7 +91,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         ),
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (
-            dataset in ("digits", "glyphs") or (dataset == "fake" and "dataset" not in given.replaced),
+            dataset in WITHOUT_FILES and (dataset != "fake" or "dataset" not in given.replaced),
             f"with the data set {dataset}, which needs no files",
         ),
         **{f"{tag}_correlate": (not calibrates, "without --stable") for tag in TAGS},
