@@ -17,8 +17,10 @@ from model.pretrained import load_payload
 from model.training.policy import initialise
 from utils.checkpoint import archive, weights
 from utils.checkpoint.recorded import config_of
+from utils.config.resolve.effects import WITHOUT_FILES
 from utils.config.schema import Config
-from utils.data.sources import transform_by_name
+from utils.data.loaders import Loaders
+from utils.data.sources import open_data, transform_by_name
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 from utils.step.precision import memory_format
@@ -136,3 +138,30 @@ def trained_from(
     layout = memory_format(network, config.precision, torch.device("cpu"))
     network = network.to(memory_format=layout).eval()  # pyright: ignore[reportCallIssue]
     return Trained(network=network, transform=transform, classes=classes, config=config, source=path)
+
+
+def data_of(trained: Trained, root: Path | None = None, *, train: bool = False) -> Loaders:
+    """The images of a training, as its checkpoint's network takes them.
+
+    Args:
+        trained: the network; its classes, normalisation and range of 16-bit images are those of the images.
+        root: the folder of images; None: that of the training.
+        train: open the training images too.
+
+    Raises:
+        UserError: the images have other classes, or another order of them, than the checkpoint; a root that the data
+            set does not read; or as `open_data`.
+    """
+    config, images = trained.config.data, trained.transform
+    if root is not None and config.dataset in WITHOUT_FILES:
+        raise UserError(
+            f"--root {root} has no effect with the data set {config.dataset} of {trained.source}, which needs no "
+            "files: leave --root out"
+        )
+    config = dataclasses.replace(
+        config, train=train, rank=0, world_size=1, root=root or config.root, classes=trained.classes,
+        mean=images.mean, std=images.std, max_value=images.max_value,
+    )  # fmt: skip
+    loaders = open_data(config)
+    weights.check_class_names(trained.classes, loaders.classes, str(trained.source))
+    return loaders

@@ -83,9 +83,32 @@ class Runner(Protocol):
     integer: int | None
     layers: int
 
-    def __call__(self, images: Array) -> dict[str, Array]:
-        """Images [N, channels, height, width] to `logits` [N, classes] and the quantized tensors, float32."""
+    def prepared(self, images: Array) -> Array:
+        """Normalised images as the file's input takes them: bytes, where it normalises them itself."""
         ...
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """Prepared images to `logits` [N, classes] and the quantized tensors, float32."""
+        ...
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Images, float32 [N, channels, height, width] and normalised, to what `run` gives."""
+        ...
+
+
+class _Runner:
+    """What runners share."""
+
+    _pixels: Pixels | None = None
+
+    def prepared(self, images: Array) -> Array:
+        return images if self._pixels is None else self._pixels(images)
+
+    def run(self, images: Array) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        return self.run(self.prepared(images))
 
 
 @dataclass(frozen=True)
@@ -169,7 +192,7 @@ def _quantized(name: str) -> bool:
     return name.endswith(QUANTIZERS)
 
 
-class _Onnxruntime:
+class _Onnxruntime(_Runner):
     """A session on the CPU. Integer codes are read in front of their DequantizeLinear, which engines move."""
 
     def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
@@ -210,8 +233,7 @@ class _Onnxruntime:
         self._names = [output.name for output in self._session.get_outputs()]
         self._pixels = Pixels.of(path) if self._input.type == "tensor(uint8)" else None
 
-    def __call__(self, images: Array) -> dict[str, Array]:
-        images = images if self._pixels is None else self._pixels(images)
+    def run(self, images: Array) -> dict[str, Array]:
         outputs = self._session.run(None, {self._input.name: images})
         found = {name: np.asarray(value) for name, value in zip(self._names, outputs, strict=True)}
         for source, (name, scale, zero) in self._decoding.items():
@@ -219,7 +241,7 @@ class _Onnxruntime:
         return found
 
 
-class _Openvino:
+class _Openvino(_Runner):
     """A compiled network on the CPU, in float32 where it is not integer."""
 
     def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
@@ -252,8 +274,7 @@ class _Openvino:
         self.layers = len(counted)
         self.integer = sum(precision in ("u8", "i8", "u1") for precision in counted)
 
-    def __call__(self, images: Array) -> dict[str, Array]:
-        images = images if self._pixels is None else self._pixels(images)
+    def run(self, images: Array) -> dict[str, Array]:
         size = self._batch or len(images)
         parts = []
         for start in range(0, len(images), size):
@@ -264,7 +285,7 @@ class _Openvino:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class _Qonnx:
+class _Qonnx(_Runner):
     """qonnx's executor, a node at a time."""
 
     integer = None
@@ -280,7 +301,7 @@ class _Qonnx:
         names = [node.output[0] for node in nodes]
         self.tensors = tuple(name for name in names if _quantized(name)) if tensors else ()
 
-    def __call__(self, images: Array) -> dict[str, Array]:
+    def run(self, images: Array) -> dict[str, Array]:
         from qonnx.core.onnx_exec import execute_onnx
 
         with warnings.catch_warnings():

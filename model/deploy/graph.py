@@ -118,7 +118,12 @@ def _inputs(network: nn.Module, example: Tensor) -> dict[str, Tensor]:
     """What each quantizer gets when the network runs."""
     found: dict[str, Tensor] = {}
 
-    def keep(key: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def keep(key: str, quantizer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if key in found and quantizer.enabled:
+            raise UserError(
+                f"{key}: the network uses this layer more than once, and files name each quantizer once; give each "
+                "place a layer of its own, or export --to program"
+            )
         found[key] = arguments[0].detach().float()
 
     hooks = [
@@ -279,7 +284,9 @@ def _fold_norms(model: ModelProto, weights: dict[str, WeightCodes]) -> dict[str,
         gamma, beta, mean, variance = (np.asarray(value, np.float64) for value in statistics)
         epsilon = next((item.f for item in norm.attribute if item.name == "epsilon"), 1e-5)
         factor = gamma / np.sqrt(variance + epsilon)
-        old = constants.get(conv.input[2], 0.0) if len(conv.input) > 2 else 0.0
+        old = constants.get(conv.input[2]) if len(conv.input) > 2 else np.zeros(1)
+        if old is None:
+            continue  # a bias that is computed
         bias = (old - mean) * factor + beta
         folded[key] = folded[key].times(factor)
         name = f"{key.removesuffix('.quant_weight')}.folded_bias"

@@ -92,6 +92,21 @@ def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) 
     return found
 
 
+def integer_layers(graph: DeployGraph) -> int:
+    """How many convolutions and linear layers have integers on both sides that engines may multiply."""
+    made = {node.output[0]: node for node in graph.model.graph.node}
+    reach = reach_of_weights(graph.model, graph)
+    weights = [
+        (made.get(node.input[1]), reach.get(node.input[1]))
+        for node in graph.model.graph.node
+        if node.op_type in PRODUCTS
+    ]
+    return sum(
+        node is not None and node.op_type == "Weight" and integer_weight(graph.weights[node_key(node)], most)
+        for node, most in weights
+    )
+
+
 def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     """The largest uint8 code that meets each weight, by the weight's tensor; those without are multiplied in float."""
     made = {node.output[0]: node for node in model.graph.node}
@@ -148,7 +163,7 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
 
 def _spread(weight: WeightCodes) -> int:
     """The factor on stored codes: engines round the bias to multiples of the product of both scales."""
-    return 1 << (MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
+    return 1 << max(1, MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
 def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool) -> str:

@@ -87,6 +87,9 @@ def _weight(weight: WeightCodes, integer: bool) -> Any:
     from openvino import Type, opset13
 
     bits = next(bits for bits in (1, 2, 3, 4, 6, 8, 16) if 2**bits >= weight.base)
+    if weight.scaled and integer and bits == 8:  # in 8 bits digits would stay float, codes do not
+        codes = opset13.constant(weight.codes.astype(np.int8), dtype=Type.i8)
+        return opset13.multiply(opset13.convert(codes, "f32"), weight.scale)
     digits = opset13.constant(
         weight.digits.astype(np.uint16 if bits == 16 else np.uint8), dtype=getattr(Type, f"u{bits}")
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import main
-from model.load import load, load_trained
+from model.load import data_of, load, load_trained
 from model.networks import build
 from tests import ROOT
 from tests.main.runs import FP, LSQ, call, done_in
@@ -214,3 +215,39 @@ def test_a_file_of_ones_own_must_be_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert call(f"-e --pretrained {path}") == 2
     Path("other.py").write_text("")
     assert load(path, own_file="other.py")[0](torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+
+
+def test_images_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    """Its normalisation, and its classes: a part of them keeps its numbers, other names and orders are refused."""
+    classes = [f"class{i}" for i in range(10)]
+    config = Config()
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, width_alpha=0.125),
+        data=dataclasses.replace(config.data, dataset="imagenet", mean=None, workers=0),
+    )
+    folder = load_trained(saved(tmp_path / "x.pth", config=to_dict(config), classes=classes))
+
+    def images(names: list[str]) -> Path:
+        root = tmp_path / "-".join(names[:2])
+        for name in names:
+            (root / "val" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), "white").save(root / "val" / name / "x.png")
+        return root
+
+    val = data_of(folder, images(classes[3:5])).val
+    assert val is not None
+    ((found, target),) = list(val)
+    assert target.tolist() == [3, 4] and found.unique().tolist() == pytest.approx([1.0])  # (1 - 0.5) / 0.5
+    for names, message in (
+        (
+            [f"a{name}" for name in classes],
+            "trained with other classes: class 0 was 'class0' and is 'aclass0'",
+        ),
+        ([*classes[:2], "other"], "has classes that the checkpoint was not trained with: other"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_of(folder, images(names))
+    digits = load_trained(saved(tmp_path / "digits.pth"))
+    with pytest.raises(UserError, match="--root photos has no effect with the data set digits"):
+        data_of(digits, Path("photos"))

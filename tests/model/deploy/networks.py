@@ -100,7 +100,11 @@ def widths() -> list[tuple[Case, Case]]:
             (255, True),
             (256, False),
         )
-    ] + [(Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False))]
+    ] + [
+        (Case("lsq", "fm", 256, True), Case("lsq-midtread", "wt", 256, False)),
+        (Case("lsq", "fm", 4, True), Case("lsq", "wt", 128, False)),
+        (Case("lsq", "fm", 4, True), Case("lsq-midtread", "wt", 256, False)),
+    ]
 
 
 def options() -> list[tuple[Case, ...]]:

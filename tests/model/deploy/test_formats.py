@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from torch import nn
 
 from model.deploy.engines import Engine
-from model.deploy.graph import DeployGraph
+from model.deploy.graph import DeployGraph, deploy_graph
 from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import write_openvino
 from model.deploy.qonnx_quant import qonnx_model
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.networks import exported, images, torch_values
+from utils.errors import UserError
 
 FORMATS: dict[str, Callable[[DeployGraph, Path], None]] = {
     "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
@@ -28,15 +31,16 @@ RUNS = (
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
 )
-# What is computed with integers, of 19, 20 and 11 layers: all but the stem, layers with uneven levels on a side, with a
-# scale for each image, or with 8 bits on both sides. onnxruntime needs a quantizer behind a layer, too.
+# What is computed with integers, of 19, 24 and 11 layers: all but the stem, layers with uneven levels on a side, with a
+# scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer
+# behind a layer, too.
 INTEGER = {
     ("methods", "onnxruntime"): 0,
     ("methods", "openvino"): 13,
-    ("widths", "onnxruntime"): 4,
+    ("widths", "onnxruntime"): 5,
     ("options", "onnxruntime"): 1,
     ("options", "openvino"): 4,
-    ("widths", "openvino"): 13,
+    ("widths", "openvino"): 15,
 }
 
 
@@ -71,3 +75,13 @@ def test_levels_and_logits_are_those_of_torch(
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
     if engine.optimised and engine.name != "qonnx":
         assert runner.integer == INTEGER[kind, engine.name]
+
+
+def test_a_layer_in_two_places_is_refused() -> None:
+    layer = QuantConv2d(8, 8, 3)
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in ("fm", "wt")}
+    layer.build_quantizers(QuantConfig(**parts), "0")
+    with pytest.raises(
+        UserError, match=r"0.quant_(activation|weight): the network uses this layer more than once"
+    ):
+        deploy_graph(nn.Sequential(layer, nn.ReLU(), layer).eval(), (8, 6, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -10,25 +11,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from model.deploy.engines import engines_of
+from model.deploy.engines import Engine, engines_of
 from model.deploy.graph import DeployGraph, deploy_graph, with_byte_input
 from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import openvino_model
-from model.deploy.verify import Comparison, compare
+from model.deploy.verify import Comparison, as_text, compare
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from utils.errors import UserError
 
 SHAPE = (3, 6, 6)
 
 
-@functools.cache
-def small(levels: int) -> tuple[nn.Module, DeployGraph, list[tuple[Tensor, Tensor]]]:
-    """A network, its graph, and images with the classes that it gives them."""
-    torch.manual_seed(0)
-    layer = QuantConv2d(8, 10, 3)
+def quantized(channels: int, levels: int) -> QuantConv2d:
+    layer = QuantConv2d(8, channels, 3)
     parts = {
         tag: QuantizerConfig(
             tag=tag, enable=True, method="lsq", levels=levels, half_range=tag == "fm", boundary=1.0
@@ -37,6 +35,14 @@ def small(levels: int) -> tuple[nn.Module, DeployGraph, list[tuple[Tensor, Tenso
     }
     layer.build_quantizers(QuantConfig(**parts), "2")
     nn.init.normal_(layer.weight, std=0.5)
+    return layer
+
+
+@functools.cache
+def small(levels: int) -> tuple[nn.Module, DeployGraph, list[tuple[Tensor, Tensor]]]:
+    """A network, its graph, and images with the classes that it gives them."""
+    torch.manual_seed(0)
+    layer = quantized(10, levels)
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), layer, nn.AvgPool2d(4), nn.Flatten()).eval()
     images = torch.randn(64, *SHAPE)
     with torch.no_grad():
@@ -116,7 +122,7 @@ def test_openvinos_fifteen_levels_are_found(tmp_path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
     found = compared(path, 15)["openvino, default"]
     assert found.codes["2.quant_activation"] > 0.1
-    assert len(found.faults) == 1 and "2.quant_activation are others" in found.faults[0]
+    assert len(found.faults) == 1 and "2.quant_activation are others, and none before it" in found.faults[0]
 
 
 @pytest.mark.slow
@@ -139,3 +145,87 @@ def test_onnxruntimes_missing_relu_is_found(tmp_path: Path) -> None:
     found = compared(path, 8)
     assert found["onnxruntime, basic"].faults == found["openvino, default"].faults == ()
     assert any("optimiser changes the class" in fault for fault in found["onnxruntime, default"].faults)
+
+
+@functools.cache
+def deep() -> tuple[nn.Module, DeployGraph, list[tuple[Tensor, Tensor]]]:
+    """A network with two quantizers of activations, its graph, and images."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 1), nn.ReLU(), quantized(8, 8), nn.ReLU(), quantized(10, 8)
+    network = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten()).eval()
+    images = torch.randn(64, *SHAPE)
+    with torch.no_grad():
+        batches = [(images, network(images).argmax(1))]
+    return network, deploy_graph(network, SHAPE), batches
+
+
+def changed(constants: dict[str, float], names: dict[str, str], path: Path) -> Comparison:
+    """The file of `deep` with factors on constants and other names of tensors, compared in onnxruntime."""
+    network, graph, batches = deep()
+    model = qdq_model(graph)
+    for tensor in model.graph.initializer:
+        if tensor.name in constants:
+            value = numpy_helper.to_array(tensor) * np.float32(constants[tensor.name])
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+    for node in model.graph.node:
+        for places in (node.input, node.output):
+            for i, name in enumerate(places):
+                places[i] = names.get(name, name)
+    onnx.save(model, path)
+    (found,) = compare(network, SHAPE, batches, {path: [Engine("onnxruntime")]})
+    return found
+
+
+@pytest.mark.slow
+def test_a_tie_hides_no_later_layer(tmp_path: Path) -> None:
+    """A few codes of the first quantizer are others, as by rounding, and many of the second."""
+    first = {"2.quant_activation.step": 1.002}
+    found = changed(first, {}, tmp_path / "x.onnx")
+    assert 0 < found.codes["2.quant_activation"] < 0.005 and found.faults == ()
+    found = changed(first | {"4.quant_activation.step": 1.5}, {}, tmp_path / "x.onnx")
+    assert found.codes["4.quant_activation"] > 0.1
+    assert any("of the codes of 4.quant_activation are others" in fault for fault in found.faults)
+
+
+@pytest.mark.slow
+def test_a_quantizer_that_a_file_has_not_is_a_fault(tmp_path: Path) -> None:
+    names = {f"{number}.quant_activation": f"other{number}" for number in (2, 4)}
+    found = changed({}, names, tmp_path / "x.onnx")
+    assert found.codes == {} and [fault[:10] for fault in found.faults] == ["it has no "] * 2
+    assert as_text([found]).splitlines()[2].split()[4] == "-"
+
+
+@pytest.mark.slow
+def test_logits_of_zero_have_no_relative_difference(tmp_path: Path) -> None:
+    """JSON has no word for NaN."""
+    network, _, batches = small(15)
+    zero = copy.deepcopy(network)
+    nn.init.zeros_(zero[2].weight)
+    nn.init.zeros_(zero[2].bias)
+    path = tmp_path / "x.onnx"
+    onnx.save(qdq_model(deploy_graph(zero, SHAPE)), path)
+    (found,) = compare(zero, SHAPE, batches, {path: [Engine("onnxruntime")]})
+    assert found.logits is None and as_text([found]).splitlines()[2].split()[6] == "-"
+
+
+@pytest.mark.slow
+def test_layers_that_are_slow_without_need_are_a_fault(tmp_path: Path) -> None:
+    """Weights that are no integers, which OpenVINO multiplies in float."""
+    network, graph, batches = small(15)
+    path = tmp_path / "x.onnx"
+    model = qdq_model(graph)
+    (weight,) = [node for node in model.graph.node if node.output[0] == "2.quant_weight"]
+    weight.op_type = "Mul"
+    cast, scale = (weight.input[i] for i in (0, 1))
+    del weight.attribute[:], weight.input[:]
+    (made,) = [node for node in model.graph.node if node.output[0] == cast]
+    made.attribute[0].i = TensorProto.FLOAT
+    weight.input.extend([cast, scale])
+    for tensor in model.graph.initializer:
+        if tensor.name == scale:
+            tensor.dims.extend([1] * (4 - len(tensor.dims)))
+    onnx.save(model, path)
+    (found,) = compare(network, SHAPE, batches, {path: [Engine("openvino")]})
+    assert found.integer == 0 and found.faults == (
+        "0 layers are computed with integers, and 1 could be: it is slow",
+    )
