@@ -17,8 +17,7 @@ from model.pretrained import load_payload
 from model.training.policy import initialise
 from utils.checkpoint import archive, weights
 from utils.checkpoint.recorded import config_of
-from utils.config.resolve.effects import WITHOUT_FILES
-from utils.config.schema import Config
+from utils.config.schema import WITHOUT_FILES, Config
 from utils.data.loaders import Loaders
 from utils.data.sources import open_data, transform_by_name
 from utils.data.transform import ImageTransform

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +56,10 @@ def _graph(trained: Trained, options: Options) -> DeployGraph:
 
 def _batch(trained: Trained, options: Options) -> Array:
     """A batch of training images, normalised, float32 [N, channels, height, width]."""
-    from utils.data.sources import open_data
+    from model.load import data_of
 
-    root = options.root or trained.config.data.root
-    loader = open_data(replace(trained.config.data, train=True, rank=0, world_size=1, root=root)).train
+    loader = data_of(trained, options.root, train=True).train
+    assert loader is not None
     loader.set_epoch(0)
     images, _ = next(iter(loader))
     return images.contiguous().numpy()

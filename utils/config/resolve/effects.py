@@ -30,7 +30,6 @@ NAMING = {
     "freeze_momentum": ("freeze_threshold", "add --freeze_threshold"),
     "proxquant_step": ("keyword", "add the keyword proxquant"),
 }
-WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that read no --root
 FULL_PRECISION = 32  # bits; configs write them for a tag that is not quantized
 
 
