@@ -32,7 +32,7 @@ from model.deploy.engines import Engine, versions  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
 from model.deploy.sums import with_integer_sums  # noqa: E402
-from model.deploy.verify import cpu  # noqa: E402
+from model.deploy.verify import bytes_of, cpu  # noqa: E402
 from model.networks.build import build_network  # noqa: E402
 from utils.config.resolve import read  # noqa: E402
 from utils.text import format_table  # noqa: E402
@@ -62,9 +62,8 @@ def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, P
 
 
 def size_of(path: Path) -> float:
-    """MiB of a file, and of OpenVINO's weights beside it."""
-    beside = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(file.stat().st_size for file in beside) / 2**20
+    """MiB of an exported file."""
+    return bytes_of(path) / 2**20
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -17,9 +17,9 @@ from model.pretrained import load_payload
 from model.training.policy import initialise
 from utils.checkpoint import archive, weights
 from utils.checkpoint.recorded import config_of
-from utils.config.schema import WITHOUT_FILES, Config
+from utils.config.schema import Config
 from utils.data.loaders import Loaders
-from utils.data.sources import open_data, transform_by_name
+from utils.data.sources import open_data, refuse_root, transform_by_name
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 from utils.step.precision import memory_format
@@ -152,11 +152,7 @@ def data_of(trained: Trained, root: Path | None = None, *, train: bool = False) 
             set does not read; or as `open_data`.
     """
     config, images = trained.config.data, trained.transform
-    if root is not None and config.dataset in WITHOUT_FILES:
-        raise UserError(
-            f"--root {root} has no effect with the data set {config.dataset} of {trained.source}, which needs no "
-            "files: leave --root out"
-        )
+    refuse_root(root, config.dataset)
     config = dataclasses.replace(
         config, train=train, rank=0, world_size=1, root=root or config.root, classes=trained.classes,
         mean=images.mean, std=images.std, max_value=images.max_value,

@@ -15,7 +15,7 @@ from model.deploy.packages import needed
 from model.deploy.web import is_page
 from utils.errors import UserError
 from utils.text import closest, printable
-from utils.tools.options import Options, given_path, refuse_existing, refuse_root
+from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
     from model.deploy.codes import Array
@@ -135,6 +135,7 @@ TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", 
 def export(options: Options) -> int:
     """Write the network of --old to --new, in the format that --to names."""
     from model.load import load_trained
+    from utils.data.sources import refuse_root
 
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
@@ -158,7 +159,7 @@ def export(options: Options) -> int:
     check_folder_of(new)
     needed(*PACKAGES.get(name, ()), *(("onnxruntime",) if options.int8_sums else ()))
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
-    refuse_root(options, trained.config.data.dataset)
+    refuse_root(options.root, trained.config.data.dataset)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
     size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))

@@ -6,7 +6,7 @@ Each form is one that onnxruntime and OpenVINO both compute with integers, and r
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,23 +56,36 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
     """
     model = copy.deepcopy(graph.model)
     weights = _steady_biases(model, graph)
-    renamed: dict[str, str] = {}
-    builder = Builder()
     reach = reach_of_weights(model, graph)
     beside_float = _beside_float(model, graph, reach)
+
+    def activation(builder: Builder, node: NodeProto) -> str:
+        integer = node.output[0] not in beside_float
+        return _activation(builder, graph.activations[node_key(node)], node.input[0], integer)
+
+    def weight(builder: Builder, node: NodeProto) -> str:
+        return _weight(builder, weights[node_key(node)], reach.get(node.output[0]))
+
+    return finished(model, expanded(model, activation, weight), graph.metadata)
+
+
+Expand = Callable[[Builder, "NodeProto"], str]
+"""Adds what stands for a node of the own domain to a builder; returns the name of its output."""
+
+
+def expanded(model: ModelProto, activation: Expand, weight: Expand) -> Builder:
+    """All nodes of a skeleton, those of the own domain replaced by what `activation` and `weight` add."""
+    builder = Builder()
+    renamed: dict[str, str] = {}
     for node in model.graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
         if node.domain != DOMAIN:
             builder.nodes.append(node)
-        elif node.op_type == "Activation":
-            codes = graph.activations[node_key(node)]
-            integer = node.output[0] not in beside_float
-            renamed[node.output[0]] = _activation(builder, codes, node.input[0], integer)
         else:
-            weight = weights[node_key(node)]
-            renamed[node.output[0]] = _weight(builder, weight, reach.get(node.output[0]))
-    return finished(model, builder, graph.metadata)
+            expand = activation if node.op_type == "Activation" else weight
+            renamed[node.output[0]] = expand(builder, node)
+    return builder
 
 
 def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, WeightCodes
-from model.deploy.graph import DOMAIN, DeployGraph, node_key
-from model.deploy.onnx_qdq import Builder, finished
+from model.deploy.graph import DeployGraph, node_key
+from model.deploy.onnx_qdq import Builder, expanded, finished
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -24,17 +24,11 @@ def qonnx_model(graph: DeployGraph) -> ModelProto:
     odd codes, and takes a bit more. A batch is one image, since qonnx takes fixed shapes alone.
     """
     model = copy.deepcopy(graph.model)
-    renamed: dict[str, str] = {}
-    builder = Builder()
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-        if node.domain != DOMAIN:
-            builder.nodes.append(node)
-        elif node.op_type == "Activation":
-            renamed[node.output[0]] = _activation(builder, graph.activations[node_key(node)], node.input[0])
-        else:
-            renamed[node.output[0]] = _weight(builder, graph.weights[node_key(node)])
+    builder = expanded(
+        model,
+        lambda builder, node: _activation(builder, graph.activations[node_key(node)], node.input[0]),
+        lambda builder, node: _weight(builder, graph.weights[node_key(node)]),
+    )
     made = finished(model, builder, graph.metadata)
     for value in (*made.graph.input, *made.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1

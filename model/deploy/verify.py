@@ -167,7 +167,7 @@ def compare(
                     file=str(file), engine=str(engine), bits=bits, images=len(target), codes=codes,
                     logits=_relative(np.abs(logits - wanted).max(), np.abs(wanted).max()),
                     same=float((logits.argmax(1) == wanted.argmax(1)).mean()), top1=top1, reference=reference,
-                    bytes=_size(file), integer=runner.integer, layers=runner.layers, milliseconds=own,
+                    bytes=bytes_of(file), integer=runner.integer, layers=runner.layers, milliseconds=own,
                     float_milliseconds=other, threads=threads, faults=tuple(faults),
                 )
             )  # fmt: skip
@@ -324,7 +324,7 @@ def _latency(file: Path, plain: Path, engine: Engine, image: Array, threads: int
     return float(np.median(times[0])), float(np.median(times[1]))
 
 
-def _size(file: Path) -> int:
+def bytes_of(file: Path) -> int:
     """Bytes of a file, and of OpenVINO's weights beside it."""
     beside = [file, *([file.with_suffix(".bin")] if file.suffix == ".xml" else [])]
     return sum(path.stat().st_size for path in beside)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from utils.config.image_size import RESIZE_RATIO
-from utils.config.schema import DataConfig
+from utils.config.schema import WITHOUT_FILES, DataConfig
 from utils.data import class_weights, workers
 from utils.data.cifar import CIFAR10_SET, CIFAR100_SET
 from utils.data.folder_sets import (
@@ -64,6 +64,18 @@ FOLDER_SETS = ("imagenet", "dali")  # with a folder per class, which has its nam
 
 # Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.
 _FARTHEST = 1e6
+
+
+def refuse_root(root: Path | None, dataset: str) -> None:
+    """Refuse --root for a data set that reads no files.
+
+    Raises:
+        UserError: both are given.
+    """
+    if root is not None and dataset in WITHOUT_FILES:
+        raise UserError(
+            f"--root {root} has no effect with the data set {dataset}, which needs no files: leave --root out"
+        )
 
 
 def check_data(config: DataConfig) -> Any:

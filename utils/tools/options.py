@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config.schema import WITHOUT_FILES
 from utils.errors import UserError
 
 
@@ -53,11 +52,3 @@ def refuse_existing(options: Options, *paths: Path | None) -> None:
     for path in paths:
         if path is not None and os.path.lexists(path) and not options.force:
             raise UserError(f"{path} exists; --force writes over it")
-
-
-def refuse_root(options: Options, dataset: str) -> None:
-    """Refuse --root for a data set that reads no files, as main.py does."""
-    if options.root is not None and dataset in WITHOUT_FILES:
-        raise UserError(
-            f"--root {options.root} has no effect with the data set {dataset}, which needs no files: leave --root out"
-        )

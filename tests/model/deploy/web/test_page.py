@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -23,17 +22,11 @@ from model.deploy.graph import deploy_graph
 from model.deploy.onnx_qdq import qdq_model
 from model.deploy.web import runtime
 from model.load import Trained, load_trained
+from tests.browser import browser, needs_browser
 from tests.main.runs import LSQ, done_in
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="no chromium with its driver is installed"
-)
-OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-           "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
 ANSWER = """
 const [address, name, done] = arguments;
 fetch(address).then((answer) => answer.blob()).then((blob) => classifyFile(new File([blob], name))).then(done);
@@ -107,18 +100,10 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options, Service(str(DRIVER)))
-    started.set_script_timeout(60)
-    yield started
-    started.quit()
+    pytest.importorskip("selenium.webdriver")
+    with browser(tmp_path_factory.mktemp("profile")) as started:
+        started.set_script_timeout(60)
+        yield started
 
 
 def opened(driver: Any, address: str) -> None:
