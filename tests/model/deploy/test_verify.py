@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.deploy.engines import Engine, engines_of
 from model.deploy.graph import DeployGraph, deploy_graph, with_byte_input
 from model.deploy.onnx_qdq import qdq_model
-from model.deploy.openvino_ir import openvino_model
+from model.deploy.openvino_ir import openvino_model, write_openvino
 from model.deploy.verify import Comparison, as_text, compare
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from utils.errors import UserError
@@ -25,8 +25,8 @@ from utils.errors import UserError
 SHAPE = (3, 6, 6)
 
 
-def quantized(channels: int, levels: int) -> QuantConv2d:
-    layer = QuantConv2d(8, channels, 3)
+def quantized(channels: int, levels: int, kernel: int = 3, stride: int = 1) -> QuantConv2d:
+    layer = QuantConv2d(8, channels, kernel, stride)
     parts = {
         tag: QuantizerConfig(
             tag=tag, enable=True, method="lsq", levels=levels, half_range=tag == "fm", boundary=1.0
@@ -229,3 +229,20 @@ def test_layers_that_are_slow_without_need_are_a_fault(tmp_path: Path) -> None:
     assert found.integer == 0 and found.faults == (
         "0 layers are computed with integers, and 1 could be: it is slow",
     )
+
+
+@pytest.mark.slow
+def test_a_shortcut_that_openvino_computes_in_float_is_no_fault_of_an_onnx_file(tmp_path: Path) -> None:
+    """A 1x1 convolution with a stride; OpenVINO's own file has it with integers, and is judged by that."""
+    torch.manual_seed(0)
+    shortcut = quantized(10, 4, kernel=1, stride=2)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), shortcut, nn.AvgPool2d(3), nn.Flatten()).eval()
+    graph = deploy_graph(network, SHAPE)
+    onnx.save(qdq_model(graph), tmp_path / "x.onnx")
+    write_openvino(graph, tmp_path / "x.xml")
+    images = torch.randn(32, *SHAPE)
+    with torch.no_grad():
+        batches = [(images, network(images).argmax(1))]
+    engines = {path: [Engine("openvino")] for path in (tmp_path / "x.onnx", tmp_path / "x.xml")}
+    plain, own = compare(network, SHAPE, batches, engines)
+    assert (plain.integer, plain.faults) == (0, ()) and (own.integer, own.faults) == (1, ())
