@@ -248,7 +248,7 @@ def went_on(folder: Path, case: str, reached: tuple[int, int], *, training: bool
         training: it came as far as to say where it goes on.
     """
     text = said(folder, 1)[0]
-    line = re.search(r"resumed .*: (\d+) epochs?(?: and (\d+) images? of the next)? are done", text)
+    line = re.search(r"resumed .*: (\d+) epochs?(?: and (\d+) images? of the next)? (?:is|are) done", text)
     begun = (int(line[1]), int(line[2] or 0)) if line else (-1, 0)
     if (line or training or "starting anew" in text) and begun != reached:
         raise SystemExit(f"{case} was at {reached} and goes on from {begun}: {text[:3000]}")
