@@ -1,4 +1,7 @@
-"""The first part of docs/classification.md, command by command as it is written."""
+"""Parts of docs/classification.md: the first, command by command as it is written, and those for weights and one bit.
+
+The latter train for an epoch on small images.
+"""
 
 from __future__ import annotations
 
@@ -11,57 +14,61 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 from tests import ROOT
+from tests.utils.data.helpers import CLASSES, write_folder
 
 NEEDED = ("main.py", "tools.py", "train.sh", "config", "model", "utils")
 
 
-def steps() -> list[tuple[str, str]]:
-    """Each block of the part: the file that it is to be saved as, or none for commands, and its text."""
+def steps(number: int) -> list[tuple[str, str]]:
+    """Each block of a part: the file that it is to be saved as, or none for commands, and its text."""
     page = (ROOT / "docs" / "classification.md").read_text(encoding="utf-8")
-    part = page[page.index("## 1. ") : page.index("## 2. ")]
+    part = page[page.index(f"## {number}. ") :].partition("\n## ")[0]
     found, end = [], 0
-    for block in re.finditer(r"^```sh\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL):
-        said = re.findall(r"Save this as `([^`]+)`", part[end : block.start()])
+    for block in re.finditer(r"^```(?:ba)?sh\n(.*?)^```$", part, flags=re.MULTILINE | re.DOTALL):
+        said = re.findall(r"[Ss]ave this as `([^`]+)`", part[end : block.start()])
         found.append((said[-1] if said else "", block[1]))
         end = block.end()
     return found
 
 
-@pytest.mark.slow
-def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
-    """Every command ends well, and 2 bits are about as good as full precision in the end."""
+def copy_project(folder: Path) -> dict[str, str]:
+    """Copy the project into a folder; returns the environment of commands there."""
     for name in NEEDED:
         source = ROOT / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("NPROC", "TORCHRUN", "FASTDIR", "PYTHONDONTWRITEBYTECODE")
-    }
-    environment = {
-        **inherited,
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
+    left_out = ("NPROC", "TORCHRUN", "FASTDIR", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if name not in left_out} | {
         "PYTHON": sys.executable,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
-    blocks = steps()
+
+
+def shell(text: str, folder: Path, environment: dict[str, str]) -> str:
+    """Run commands, which must end well; returns what they say."""
+    done = subprocess.run(
+        ["bash", "-e", "-c", text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
+    """Every command ends well, and 2 bits are about as good as full precision in the end."""
+    environment = copy_project(tmp_path)
+    blocks = steps(1)
     assert [name for name, _ in blocks if name] == ["config/config.photos.fp", "config/config.photos.2bit"]
     for name, text in blocks:
         if name:
             (tmp_path / name).write_text(text, encoding="utf-8")
-            continue
-        done = subprocess.run(
-            ["bash", "-e", "-c", text],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-        assert "Traceback" not in done.stderr
+        else:
+            shell(text, tmp_path, environment)
     summaries = {
         case: json.loads((tmp_path / "exp" / case / "summary.json").read_text(encoding="utf-8"))
         for case in ("photos-fp", "photos-lsq-2bit", "photos-mse", "photos-taught", "photos-4bit")
@@ -70,3 +77,47 @@ def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
     for case, summary in summaries.items():
         assert summary["last_top1"] > summaries["photos-fp"]["last_top1"] - 15, case
         assert summary["audit"].startswith(("passed", "full precision")), case
+
+
+def small(text: str) -> str:
+    """Commands whose trainings are short ones of small images; a dry run is one already."""
+    return re.sub(
+        r"(bash train\.sh \S+)",
+        r"\1 --epochs 1 --wakeup_epoch 0 -b 8 -j 0 --input_size 32 --width_alpha 0.25",
+        text,
+    )
+
+
+@pytest.mark.slow
+def test_one_bit(tmp_path: Path) -> None:
+    environment = copy_project(tmp_path)
+    write_folder(tmp_path / "data" / "photos", 4, 2)
+    [(_, text)] = steps(12)
+    shell(small(text.replace("/my/photos", "data/photos")), tmp_path, environment)
+    for case in ("folder-lsq-1bit-resnet18", "folder-xnor-1bit-resnet18"):
+        summary = json.loads((tmp_path / "exp" / case / "summary.json").read_text(encoding="utf-8"))
+        assert summary["audit"].startswith("passed"), case
+
+
+@pytest.mark.slow
+def test_from_imagenet_weights(tmp_path: Path) -> None:
+    """The libraries' weights are in the cache, as after a download."""
+    environment = copy_project(tmp_path) | {"TORCH_HOME": str(tmp_path / "torch")}
+    write_folder(tmp_path / "data" / "pets", 4, 2)
+    for number in range(len(CLASSES), 8):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / "pets" / split
+            shutil.copytree(folder / CLASSES[0], folder / f"pet{number}")
+    weights = tmp_path / "torch" / "hub" / "checkpoints"
+    weights.mkdir(parents=True)
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, weights / Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name)
+    said = ""
+    for name, text in steps(13):
+        if name:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        else:
+            said += shell(small(text).replace(" --width_alpha 0.25", ""), tmp_path, environment)
+    assert "120 loaded, 2 skipped (fc.weight, fc.bias)" in said
+    summary = json.loads((tmp_path / "exp" / "pets-lsq-2bit" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["audit"].startswith("passed")
