@@ -102,6 +102,7 @@ def run(config: Config) -> int:
     from utils.checkpoint import earlier_runs
     from utils.processes import distributed
     from utils.report import log
+    from utils.step.compiled import compiling
 
     here = find_surroundings(config)
     with distributed.joined(here.place, here.device):
@@ -116,6 +117,7 @@ def run(config: Config) -> int:
                 here.folder, here.files, origin.found, config.run.resume_file, writes=writes
             ),
             log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger,
+            compiling(config.precision.compile),
         ):
             announce(here, origin, assembled, logger)
             training = assembled.training_state(here, logger)

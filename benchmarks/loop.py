@@ -115,7 +115,7 @@ def run(rounds: int, iterations: int, line: list[str]) -> None:
     optimizer, groups = build_optimizer(network, settings.optim)
     rates = schedule.Schedule(settings.schedule, settings.optim.lr, len(batches))
     training = TrainingState(
-        network, network, optimizer, precision.Precision(network, optimizer, settings.precision, cpu),
+        network, network, network, optimizer, precision.Precision(network, optimizer, settings.precision, cpu),
         policy.PolicyScheduler((), network, optimizer, groups, settings.optim, rates),
         training_methods.build_training_methods(settings, network, None, rates.total_steps), cpu, layout, settings,
         logging.getLogger("nobody listens"),

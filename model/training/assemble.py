@@ -43,6 +43,7 @@ from utils.processes import distributed
 from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
 from utils.step import optimizer, precision
+from utils.step.compiled import compiled
 from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
@@ -94,9 +95,11 @@ class Assembled:
         if self.loaders.class_weights:
             pairs = zip(self.loaders.classes, self.loaders.class_weights, strict=True)
             logger.info("class weights: %s", ", ".join(f"{name} {weight:.4g}" for name, weight in pairs))
+        network = compiled(self.model, here.config.precision.compile)
         return TrainingState(
             model=self.model,
-            network=distributed.parallel(self.model, here.device, may_skip=self.policy.disables),
+            compiled=network,
+            network=distributed.parallel(network, here.device, may_skip=self.policy.disables),
             optimizer=self.optimizer,
             precision=self.precision,
             policy=self.policy,

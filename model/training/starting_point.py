@@ -21,6 +21,7 @@ from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
 from utils.processes.distributed import Place
 from utils.step import optimizer, precision
+from utils.step.compiled import check_compiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,7 @@ def find_surroundings(config: Config) -> Surroundings:
     config = dataclasses.replace(config, data=shard)
     device, warnings = distributed.device_of(place, config.devices)
     warnings += precision.check_precision(config.precision, device)
+    check_compiler(config.precision.compile, device)
     files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill

@@ -23,7 +23,8 @@ class TrainingState:
 
     Attributes:
         model: the network.
-        network: the same, wrapped for training: gradients are averaged over several processes.
+        compiled: the same, compiled if asked for.
+        network: that, wrapped for training: gradients are averaged over several processes.
         optimizer: of the network's parameters, or of its master weights.
         precision: the floating types they compute in.
         policy: the policy file's changes, and through it the learning rates and the optimizer's options.
@@ -39,6 +40,7 @@ class TrainingState:
     """
 
     model: nn.Module
+    compiled: nn.Module
     network: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision

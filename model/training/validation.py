@@ -83,7 +83,7 @@ def validate(
             if stop.asked:
                 break
             target = target.to(training.device, non_blocking=True)
-            output = training.model(training.images(images)).float()
+            output = training.compiled(training.images(images)).float()
             if outcome is not None:
                 outcome.update(images, target, output)
             totals.update(functional.cross_entropy(output, target), output, target)

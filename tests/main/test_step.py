@@ -55,7 +55,7 @@ def epoch_of(line: str) -> tuple[Linear, dict[str, float], Config]:
         config.schedule, config.optim.lr, math.ceil(len(loader) / config.optim.iter_size)
     )
     parts = TrainingState(
-        model, model, optimizer, precision.Precision(model, optimizer, config.precision, torch.device("cpu")),
+        model, model, model, optimizer, precision.Precision(model, optimizer, config.precision, torch.device("cpu")),
         policy.PolicyScheduler((), model, optimizer, groups, config.optim, rates),
         training_methods.build_training_methods(config, model, None, rates.total_steps),
         torch.device("cpu"), torch.channels_last, config, logging.getLogger("nobody listens"),
@@ -180,7 +180,7 @@ def test_nothing_waits_for_the_device_between_reports(monkeypatch: pytest.Monkey
     optimizer, groups = build_optimizer(model, config.optim)
     rates = schedule.Schedule(config.schedule, 0.1, 6)
     parts = TrainingState(
-        model, model, optimizer, precision.Precision(model, optimizer, config.precision, cpu),
+        model, model, model, optimizer, precision.Precision(model, optimizer, config.precision, cpu),
         policy.PolicyScheduler((), model, optimizer, groups, config.optim, rates),
         training_methods.build_training_methods(config, model, None, rates.total_steps), cpu,
         torch.channels_last, config,

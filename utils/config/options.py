@@ -10,6 +10,7 @@ from utils.config.image_size import input_size
 from utils.config.option import Option, dataset, floats, integer, integers, keywords, loss_type, option, words
 from utils.config.schema import (
     ADAPTIVE,
+    COMPILES,
     CUSTOM_SCALES,
     GRAD_SCALES,
     GRAD_TYPES,
@@ -128,6 +129,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "order of an image's numbers in memory",
             choices=("channels_last", "contiguous"),
         ),
+        option("compile", str, "none", "mode of torch.compile; first steps take minutes", choices=COMPILES),
     ),
     "devices": (
         option(

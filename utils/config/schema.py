@@ -23,6 +23,7 @@ TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
 # Limits of boundary and scale; no clip value is below, and their quotients stay finite.
 LEAST, MOST = 1e-6, 1e6
 MAX_LEVELS = 2**16
+COMPILES = ("none", "default", "reduce-overhead", "max-autotune")  # modes of torch.compile
 GRIDS = ("midrise", "midtread")
 ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
 GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
@@ -329,10 +330,12 @@ class PrecisionConfig:
     dtype: str = "bfloat16"  # or float16
     tf32: bool = False
     channels_last: bool = True
+    compile: str = "none"  # or a mode of torch.compile
 
     def __post_init__(self) -> None:
         """Refuse values that nothing knows."""
         Checks(self).choice("level", ("O0", "O1", "O2", "O3"))
+        Checks(self).choice("compile", COMPILES)
         Checks(self).choice("dtype", ("bfloat16", "float16"))
 
 

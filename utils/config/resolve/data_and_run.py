@@ -149,8 +149,11 @@ def probe_config(given: Given, fields: Mapping[str, Any]) -> ProbeConfig:
     if not given["probe_index"]:
         raise UserError("--probe_index: name at least one image of the batch, like 0")
     chosen = {"probe_list", "probe_index", "probe_iteration"} & given.explicit
+    enable = bool(fields.get("probe.enable", False)) or bool(chosen)
+    if enable and given["compile"] != "none":
+        raise UserError("a probe sees no tensors inside a compiled network: leave --compile or the probe out")
     return ProbeConfig(
-        enable=bool(fields.get("probe.enable", False)) or bool(chosen),
+        enable=enable,
         layers=given["probe_list"],
         images=given["probe_index"],
         iterations=given["probe_iteration"],

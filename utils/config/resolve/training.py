@@ -186,4 +186,5 @@ def precision_config(given: Given) -> PrecisionConfig:
         dtype=given["amp_dtype"] or "bfloat16",
         tf32=bool(given["tf32"]),
         channels_last=given["memory_format"] == "channels_last",
+        compile=given["compile"],
     )

@@ -1,0 +1,70 @@
+"""Runs with `--compile`: they go on bit by bit where they were stopped, and mistakes are one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.kill import COMMON, NETWORK
+from tests.main.runs import assert_same
+from utils.checkpoint import archive
+from utils.config.resolve import read
+from utils.errors import UserError
+
+BRANCHING = """
+import torch
+from torch import nn
+from model.networks.build import register_model
+
+class Branching(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+register_model("branching", lambda config: Branching(nn.Flatten(), nn.Linear(192, config.num_classes)))
+"""
+
+
+def run(folder: Path, line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *line.replace("--delay 0.01", "").split()], cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    """Also with dropout and a last batch of its own shape; evaluation has the loss that it has uncompiled."""
+    (tmp_path / "network.py").write_text(NETWORK)
+    line = f"{COMMON} --compile default --fake_size 92 --lr_policy fix --epochs"
+    for options in ("2 --case whole", "1 --case parts", "2 --case parts -r"):
+        done = run(tmp_path, f"{line} {options}")
+        assert done.returncode == 0, done.stderr
+    whole, parts = (
+        archive.read(tmp_path / "weights" / "tiny" / f"{case}-checkpoint.pth.tar")
+        for case in ("whole", "parts")
+    )
+    assert_same(whole["state_dict"], parts["state_dict"])
+    losses = []
+    for options in ("", "--compile default"):
+        done = run(tmp_path, f"{COMMON} -e --pretrained whole-checkpoint.pth.tar {options}")
+        assert done.returncode == 0, done.stderr
+        losses.append(float(done.stdout.split("loss ")[-1].split()[0]))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "network.py").write_text(NETWORK)
+    done = run(tmp_path, f"{COMMON} --compile default", CXX="no-such-compiler", PATH="/nonexistent")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "install g++" in done.stderr, done.stderr
+    with pytest.raises(UserError, match="leave --compile or the probe out"):
+        read(["--compile", "default", "--probe_list", "conv1"])
+    (tmp_path / "network.py").write_text(BRANCHING)
+    line = "--model branching --keyword_file network.py --dataset fake --keyword cifar10 --input_size 8 -b 8"
+    done = run(tmp_path, f"{line} --fake_size 16 --epochs 1 --compile default")
+    assert done.returncode == 1 and "cannot compile this network as one graph" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
