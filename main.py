@@ -397,8 +397,8 @@ def train_one_epoch(
         if not group_ends:
             continue
         policy.rates.apply(training.optimizer, step)
-        norm = precision.gradient_norm(policy.optim.grad_clip)
-        if check_now and not precision.scaling:
+        norm = precision.gradient_norm(policy.optim.grad_clip, wanted=check_now)
+        if check_now and norm is not None and not precision.scaling:
             finite.check_gradients(training, norm, where)
         update = not policy.rates.skip_update(step)
         skipped = precision.step(update=update)

@@ -125,15 +125,18 @@ class Precision:
         """Add the gradients of a loss, scaled, to those of the parameters."""
         self._scaler.scale(loss).backward()
 
-    def gradient_norm(self, limit: float | None) -> Tensor:
+    def gradient_norm(self, limit: float | None, *, wanted: bool = True) -> Tensor | None:
         """Unscale the gradients and clip them to `limit`; returns their norm before clipping, float32 [].
 
-        The norm is not finite when a gradient is not. Waits for the device only with `scaling`.
+        None where it is neither `wanted` nor needed to clip them. The norm is not finite when a gradient is not. Waits
+        for the device only with `scaling`.
         """
         for half, master in self._masters.values():
             master.grad = None if half.grad is None else half.grad.float()
             half.grad = None
         self._scaler.unscale_(self._optimizer)
+        if limit is None and not wanted:
+            return None
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = utils.get_total_norm([gradient.float() for gradient in gradients])
         if limit is not None:
