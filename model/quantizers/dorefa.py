@@ -129,7 +129,7 @@ class SignTimesMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sign(x) * mean_magnitude(x)
+        return sign(x).mul_(mean_magnitude(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.quantizers.frame import Quantizer, snapshot
+from model.quantizers.frame import Quantizer
 from model.quantizers.grid import FLOOR, PositiveClip
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.sign import mean_magnitude
 from model.quantizers.site import LayerSite
+from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 

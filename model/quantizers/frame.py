@@ -6,7 +6,6 @@ Formulas of the methods and of the options: docs/quantizers.md.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,23 +16,9 @@ from model.quantizers import adaptive
 from model.quantizers.grid import Grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.site import LayerSite, group_count, undivided
+from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
-
-
-# Named after the module: the repository and the installed package may be imported in one process.
-@torch.library.custom_op(f"lowbit::snapshot_{__name__.replace('.', '_')}", mutates_args=())
-def snapshot(value: Tensor) -> Tensor:
-    """A copy that a compiled graph keeps for its backward pass.
-
-    Without it the compiler would read the buffer again in the backward pass, when forward has already changed it.
-    """
-    return value.clone()
-
-
-@snapshot.register_fake
-def _(value: Tensor) -> Tensor:
-    return torch.empty_like(value)
 
 
 class Quantizer(nn.Module):
@@ -75,6 +60,9 @@ class Quantizer(nn.Module):
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
+    keeps_output: bool = (
+        False  # whether `quantize` may keep its result for the backward pass: no copy of its own
+    )
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
@@ -158,6 +146,13 @@ class Quantizer(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
+        # A layer keeps its input and weight for the backward pass anyway, but in half precision a copy of them; what
+        # comes behind an output may change it in place.
+        kind = x.device.type
+        mixed = x.dtype != torch.float32 or (
+            torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        )
+        self.keeps_output = self.config.tag != "ot" and not mixed
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
             if self.training and not self._repeats():
@@ -413,26 +408,6 @@ class Quantizer(nn.Module):
     def current_range(self) -> Tensor:
         """The present clip value (`range_shape`); the configured boundary where the method has none."""
         return torch.full(self.range_shape(), self.config.boundary, device=self.iteration.device)
-
-    def elements(self, x: Tensor) -> float:
-        """The number of elements of `x` in one group."""
-        return x.numel() / self.groups
-
-    def gradient_factor(self, x: Tensor, qp: float) -> float:
-        """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
-
-        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does. The paper multiplies the gradient
-        of s by 1 / sqrt(N * Qp), with N elements of a weight or of the activation of one sample. dL/dc is dL/ds / Qp,
-        and a change of c changes s by 1 / Qp of it; the factor for c is hence Qp^2 / sqrt(N * Qp).
-        """
-        kind, scale = self.config.grad_scale, self.config.scale
-        if kind == "none":
-            return 1.0
-        if kind == "paper":
-            samples = 1 if self.config.tag == "wt" else x.shape[0]
-            return qp**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * qp)
-        count = self.site.fan if "fan" in kind else self.elements(x)
-        return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 
     def extra_repr(self) -> str:
         """The text in the brackets when a network is printed."""
