@@ -130,7 +130,7 @@ class _FATNN(Quantizer):
 
     def gathers(self) -> bool:
         """True for the running scale and the range of a warm-up, which are those of all ranks."""
-        return (self.config.closed_form and self.enabled) or self.calibrates
+        return (self.config.closed_form and self.enabled) or self.calibrating
 
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,10 @@ class Quantizer(nn.Module):
         self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))
         self.stable = config.stable  # training forwards of the warm-up; `set_stable` knows the epochs' length
         self.calibrates = config.stable > 0 or config.stable_epoch > 0
+        self.calibrating, self.blending = (
+            self.calibrates,
+            config.proxquant_step > 0,
+        )  # False when over, see `settle`
         if self.calibrates:
             self.register_buffer("range_mean", torch.zeros(self.range_shape()))
         if config.gamma:
@@ -156,21 +160,42 @@ class Quantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
             if self.training and not self._repeats():
+                if self.iteration.device.type == "cpu" and not torch.compiler.is_compiling():
+                    self.settle()
                 self.iteration.add_(1)
-                if self.calibrates:
+                if self.calibrating:
                     self._collect_range(full)
             if not self.enabled:
                 return x
             result = self._transform(full)
-            if self.calibrates:
+            if self.calibrating:
                 result = torch.where(self.warming_up(), full, result)
             return result.to(x.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `nn.Module`; then `settle`, since nothing waits for the counter in a pass."""
+        self.settle()
+        return super().train(mode)
+
+    def settle(self) -> None:
+        """Note whether warm-up and blending are over, after which they cost nothing; waits for the device.
+
+        On a CPU each training pass does it, elsewhere and in a compiled graph each call of `train` and `eval`. Until
+        then they are computed and have no effect. A counter without a value (torch's fake tensors) changes nothing.
+        """
+        steps = self.config.proxquant_step
+        if not (self.calibrates or steps) or type(self.iteration) is not Tensor:
+            return
+        if self.iteration.device.type != "meta":
+            count = int(self.iteration)
+            self.calibrating = self.calibrates and count < self.stable
+            self.blending = steps > 0 and count < self.stable + steps
 
     def _repeats(self) -> bool:
         """Whether a backward pass is running, in which `torch.utils.checkpoint` calls a forward pass again."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return False
-        if self.gathers() or self.config.proxquant_step > 0:
+        if self.gathers() or self.blending:
             raise RuntimeError(
                 f"{self.site.name}: {self.config.method} with these options changes with each training pass, so that "
                 "torch.utils.checkpoint would compute another one; leave this layer out of what it recomputes"
@@ -196,7 +221,7 @@ class Quantizer(nn.Module):
         result = self.quantize(normed)
         if self.config.adaptive_restore and taken is not None:
             result = adaptive.restored(result, taken)
-        if self.training and self.config.proxquant_step > 0:
+        if self.training and self.blending:
             blended = snapshot(self.iteration) - self.stable
             share = (1 - blended / self.config.proxquant_step).clamp(0, 1)
             result = share * (x if self.config.adaptive_restore else normed) + (1 - share) * result
@@ -228,6 +253,7 @@ class Quantizer(nn.Module):
     def set_stable(self, steps_per_epoch: int) -> None:
         """Fix the length of the warm-up: the longer of `stable` and `stable_epoch` epochs."""
         self.stable = max(self.config.stable, self.config.stable_epoch * steps_per_epoch)
+        self.settle()
 
     def set_levels(self, levels: int, *, keep_step: bool = False) -> tuple[nn.Parameter, ...]:
         """Change the number of levels; the range stays.
@@ -283,10 +309,12 @@ class Quantizer(nn.Module):
         if not 2 <= found <= 2**16:
             raise ValueError(f"a level_num is {self.level_num.tolist()}")
         self.set_levels(int(found))
+        self.settle()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.levels = int(self.level_num)
+        self.settle()
 
     # Groups ------------------------------------------------------------------------------------
 
@@ -378,7 +406,7 @@ class Quantizer(nn.Module):
 
     def gathers(self) -> bool:
         """Whether a training forward reduces statistics over all ranks, so that these wait for each other."""
-        return self.calibrates
+        return self.calibrating
 
     def mean_over_ranks(self, statistic: Tensor) -> Tensor:
         """The mean of a statistic over all ranks, whose tensors have the same size; see `over_ranks`."""

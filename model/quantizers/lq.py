@@ -129,7 +129,7 @@ class LQ(Quantizer):
 
     def gathers(self) -> bool:
         """True for the least squares and the range of a warm-up, which are those of all ranks."""
-        return self.enabled or self.calibrates
+        return self.enabled or self.calibrating
 
     def _update(self, rows: Tensor, numbers: Tensor) -> None:
         """Move the basis towards the least-squares one of these codes."""
@@ -141,7 +141,7 @@ class LQ(Quantizer):
             else:
                 moved = self.basis * KEEP + best * (1 - KEEP)
             # A warm-up sets the range, and nothing is quantized yet.
-            self.basis.copy_(torch.where(self.warming_up(), self.basis, moved) if self.calibrates else moved)
+            self.basis.copy_(torch.where(self.warming_up(), self.basis, moved) if self.calibrating else moved)
 
     def least_squares(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """The basis [bits, g] that best rebuilds rows [g, n] from codes of these numbers [g, n].
