@@ -350,6 +350,10 @@ class Quantizer(nn.Module):
             return x.reshape(1, -1)
         return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
 
+    def elements(self, x: Tensor) -> float:
+        """The number of elements of `x` in one group."""
+        return x.numel() / self.groups
+
     def levels_per_sample(self) -> bool:
         """Whether each sample of a tensor has its own levels: it is normalised by sample and restored."""
         return self.config.tag != "wt" and self.config.adaptive != "none" and self.config.adaptive_restore

@@ -92,17 +92,21 @@ class Grid:
         return numbers.div_(self.steps / 2).sub_(1)
 
     def bounded(self, x: Tensor, clip: Tensor) -> tuple[Tensor, float, float]:
-        """A tensor to compare with the ends of the range, and these: x / c, or x where c is known to Python.
-
-        Only one clip value on a CPU is read: on another device that would wait for it, and a compiled graph computes
-        x / c in passing.
-        """
-        known = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and clip.numel() == 1
-        if self.midtread or not known or torch.compiler.is_compiling():
+        """A tensor to compare with the ends of the range, and these: x / c, or x where c is known to Python."""
+        if self.midtread or not known(clip, x):
             low = self.bottom / self.top
             return x / clip, (low * SPLIT) - (low * SPLIT - low), 1.0
         top = clip.item()
         return x, 0.0 if self.half_range else -top, top
+
+
+def known(value: Tensor, x: Tensor) -> bool:
+    """Whether `value`, to compare `x` with, is one number that Python can read without waiting for it.
+
+    It is on a CPU. Torch's fake tensors have no values, and a compiled graph computes with tensors.
+    """
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and value.numel() == 1
+    return plain and not torch.compiler.is_compiling()
 
 
 class ClipSTE(torch.autograd.Function):
@@ -149,7 +153,7 @@ class ClipSTE(torch.autograd.Function):
         x, clip, *kept = ctx.saved_tensors
         grid: Grid = ctx.grid
         measured, low, high = grid.bounded(x, clip)
-        passed = between(grad, measured, low, high * OUTWARD)
+        passed = between(grad, measured, low, next_up(high))
         grad_clip = None
         if ctx.needs_input_grad[1]:
             result = kept[0] if kept else grid.ratios(grid.numbers_(x / clip)).mul_(clip)
@@ -161,21 +165,24 @@ class ClipSTE(torch.autograd.Function):
                 grad_clip = (result / clip).mul_(grad).addcmul_(passed, ratio, value=-1)
                 grad_clip = grad_clip.sum_to_size(clip.shape)
         if ctx.balance:
-            passed = passed * balance_factor(between(torch.ones_like(grad), measured, low, high * OUTWARD))
+            passed = passed * balance_factor(between(torch.ones_like(grad), measured, low, next_up(high)))
         return passed, grad_clip, None, None, None
 
 
-SPLIT = (
-    2.0**29 + 1
-)  # v * SPLIT - (v * SPLIT - v) is v rounded to float32, in arithmetic that a compiler can trace
-# A float32 value times this, rounded, is the next one away from zero; times the other, the next one towards zero.
-OUTWARD, INWARD = 1 + 1.01 * 2.0**-24, 1 - 0.6 * 2.0**-23
+# v * SPLIT - (v * SPLIT - v) is v rounded to float32, in arithmetic that a compiler can trace.
+SPLIT = 2.0**29 + 1
+
+
+def next_up(value: float) -> float:
+    """A number that rounds to the float32 behind `value`, a float32 that is neither huge nor subnormal."""
+    if value == 0:
+        return 2.0**-149
+    return value * (1 + 1.01 * 2.0**-24 if value > 0 else 1 - 0.6 * 2.0**-23)
 
 
 def between(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """`grad` where low <= x < high, 0 elsewhere, float32: one pass, of a fraction of the time of `where` on a CPU."""
-    below = low * OUTWARD if low else -(2.0**-149)
-    return torch.ops.aten.hardtanh_backward(grad, x, below, high)
+    return torch.ops.aten.hardtanh_backward(grad, x, -next_up(-low), high)
 
 
 def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
@@ -194,7 +201,7 @@ def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
 
 def balance_factor(inside: Tensor) -> Tensor:
     """sqrt(elements / elements inside), the factor of `STE-scale`, from ones inside; at least one element counts."""
-    return (inside.numel() / inside.count_nonzero().clamp_min(1)).sqrt()
+    return (inside.numel() / inside.sum(dtype=torch.float64).clamp_min(1).float()).sqrt()
 
 
 def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:

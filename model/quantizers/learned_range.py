@@ -76,10 +76,6 @@ class LearnedRange(Quantizer):
             return clip
         return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
 
-    def elements(self, x: Tensor) -> float:
-        """The number of elements of `x` in one group."""
-        return x.numel() / self.groups
-
     def gradient_factor(self, x: Tensor, qp: float) -> float:
         """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
 

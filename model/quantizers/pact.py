@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers.dorefa import DoReFaWeight
-from model.quantizers.grid import INWARD, ClipSTE, balance_factor, between
+from model.quantizers.grid import ClipSTE, balance_factor, between, next_up
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
 
@@ -26,7 +26,7 @@ class ClippedRound(ClipSTE):
         grad_x = between(grad, x, low, high)
         if ctx.balance:
             grad_x = grad_x * balance_factor(between(torch.ones_like(grad), x, low, high))
-        above = torch.ops.aten.threshold_backward(grad, x, high * INWARD)
+        above = torch.ops.aten.threshold_backward(grad, x, -next_up(-high))
         return grad_x, above.sum_to_size(clip.shape), None, None, None
 
 

@@ -49,7 +49,7 @@ def learned(case: Case) -> bool:
     return case.method.range_name == "clip_val"
 
 
-@over([case for case in cases(tags=("ot",)) if case.name != "lq"])
+@over(cases(tags=("ot",)))
 def test_an_output_may_be_changed_in_place(case: Case) -> None:
     """As by the activation that comes next."""
     plain, changed = make(case), make(case)
