@@ -76,10 +76,8 @@ class Quantizer(nn.Module):
         self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))
         self.stable = config.stable  # training forwards of the warm-up; `set_stable` knows the epochs' length
         self.calibrates = config.stable > 0 or config.stable_epoch > 0
-        self.calibrating, self.blending = (
-            self.calibrates,
-            config.proxquant_step > 0,
-        )  # False when over, see `settle`
+        # False when they are over, see `settle`.
+        self.calibrating, self.blending = self.calibrates, config.proxquant_step > 0
         if self.calibrates:
             self.register_buffer("range_mean", torch.zeros(self.range_shape()))
         if config.gamma:
@@ -133,6 +131,10 @@ class Quantizer(nn.Module):
         """The integer codes of a float32 tensor whose dequantized values equal `quantize(x)` exactly."""
         raise NotImplementedError
 
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid] | None:
+        """The arguments of `encode_on_grid` with which `encode` calls it, if it does."""
+        return None
+
     def set_range(self, value: Tensor) -> None:
         """Take `value` (float32, `range_shape`) as the clip value; methods without one ignore it."""
 
@@ -150,8 +152,7 @@ class Quantizer(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
-        # A layer keeps its input and weight for the backward pass anyway, but in half precision a copy of them; what
-        # comes behind an output may change it in place.
+        # A layer keeps its input and weight anyway, but in half precision a copy; an output may be changed in place.
         kind = x.device.type
         mixed = x.dtype != torch.float32 or (
             torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -208,7 +209,7 @@ class Quantizer(nn.Module):
         Dequantizing gives exactly the float32 tensor that `forward` returns in evaluation mode after the warm-up.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            normed, taken = self._normalised(x.float())
+            normed, taken = self.normalised(x.float())
             extra: dict[str, Tensor] = {}
             if self.config.adaptive_restore and taken is not None:
                 extra = {"mean": taken.mean, "deviation": taken.deviation}
@@ -217,7 +218,7 @@ class Quantizer(nn.Module):
             return dataclasses.replace(self.encode(normed), **extra)
 
     def _transform(self, x: Tensor) -> Tensor:
-        normed, taken = self._normalised(x)
+        normed, taken = self.normalised(x)
         result = self.quantize(normed)
         if self.config.adaptive_restore and taken is not None:
             result = adaptive.restored(result, taken)
@@ -229,9 +230,9 @@ class Quantizer(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Float32 `x` normalised by `adaptive`, as `quantize` gets it."""
-        return self._normalised(x)[0]
+        return self.normalised(x)[0]
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Moments | None]:
+    def normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Moments | None]:
         """The normalised tensor, and its moments where it was normalised."""
         if self.config.adaptive == "none":
             return x, None

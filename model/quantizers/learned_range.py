@@ -92,9 +92,13 @@ class LearnedRange(Quantizer):
         count = self.site.fan if "fan" in kind else self.elements(x)
         return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid]:
+        """See `Quantizer`."""
+        return x, self.clip(x), self.grid()
+
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes and scale of `x`; mid-rise grids have odd codes."""
-        return encode_on_grid(x, self.clip(x), self.grid())
+        return encode_on_grid(*self.on_grid(x))
 
     def set_range(self, value: Tensor) -> None:
         """Set the clip value."""
