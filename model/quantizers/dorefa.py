@@ -66,9 +66,13 @@ class DoReFaActivation(Quantizer):
         """Float32 of any shape to the nearest level."""
         return ClipSTE.apply(x, self.positive_clip(), self.grid(), self.config.grad_type == "STE-scale")
 
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid]:
+        """See `Quantizer`."""
+        return x, self.positive_clip(), self.grid()
+
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes and scale of `x`."""
-        return encode_on_grid(x, self.positive_clip(), self.grid())
+        return encode_on_grid(*self.on_grid(x))
 
     def set_range(self, value: Tensor) -> None:
         """Set the clip value."""
@@ -106,11 +110,16 @@ class DoReFaWeight(Quantizer):
         if self.config.binary_scale and levels != 2:
             raise UserError(f"{self.site.name}: the keyword wt_bin has 2 levels, not {levels}")
 
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid] | None:
+        """See `Quantizer`; None for binary weights."""
+        if self.config.binary_scale:
+            return None
+        return self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False)
+
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes and scale of `x`; an even count of levels has odd codes."""
-        if self.config.binary_scale:
-            return binary(x, mean_magnitude(x.detach()))
-        return encode_on_grid(self._squashed(x), x.new_ones(1), Grid.of(self.levels, half_range=False))
+        placed = self.on_grid(x)
+        return binary(x, mean_magnitude(x.detach())) if placed is None else encode_on_grid(*placed)
 
     def normalise(self, x: Tensor) -> Tensor:
         """See `Quantizer`; then map to [-1, 1], where the levels are, unless the weights are binary."""
@@ -129,7 +138,7 @@ class SignTimesMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sign(x) * mean_magnitude(x)
+        return sign(x).mul_(mean_magnitude(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

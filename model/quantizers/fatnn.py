@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.quantizers.frame import Quantizer, snapshot
-from model.quantizers.grid import FLOOR, PositiveClip
+from model.quantizers.frame import Quantizer
+from model.quantizers.grid import FLOOR, PositiveClip, between, next_up
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.sign import mean_magnitude
 from model.quantizers.site import LayerSite
+from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
@@ -37,7 +38,7 @@ class RoundedRamps(torch.autograd.Function):
         ctx.lows = lows
         result = torch.zeros_like(x)
         for slope, shift, low in zip(slopes, shifts, lows, strict=True):
-            result.add_(((x - shift) * slope).clamp_(low, low + 1).round_())
+            result.add_((x - shift).mul_(slope).clamp_(low, low + 1).round_())
         return result
 
     @staticmethod
@@ -47,12 +48,10 @@ class RoundedRamps(torch.autograd.Function):
         grad_slopes, grad_shifts = [], []
         for slope, shift, low in zip(slopes, shifts, ctx.lows, strict=True):
             distance = x - shift
-            position = distance * slope
-            arriving = torch.where((position >= low) & (position <= low + 1), grad, 0.0)
-            part = arriving * slope
-            grad_x += part
-            grad_slopes.append((arriving * distance).sum_to_size(slope.shape))
-            grad_shifts.append(-part.sum_to_size(shift.shape))
+            arriving = between(grad, distance * slope, low, next_up(low + 1))
+            grad_x.addcmul_(arriving, slope)
+            grad_shifts.append(-slope * arriving.sum_to_size(shift.shape))
+            grad_slopes.append(distance.mul_(arriving).sum_to_size(slope.shape))
         return grad_x, torch.stack(grad_slopes), torch.stack(grad_shifts), None
 
 
@@ -129,7 +128,7 @@ class _FATNN(Quantizer):
 
     def gathers(self) -> bool:
         """True for the running scale and the range of a warm-up, which are those of all ranks."""
-        return (self.config.closed_form and self.enabled) or self.calibrates
+        return (self.config.closed_form and self.enabled) or self.calibrating
 
     def _update_scale(self, x: Tensor, codes: Tensor) -> None:
         """Running mean of the scale s that minimises |x - s * codes|^2, per group."""

@@ -6,9 +6,8 @@ Formulas of the methods and of the options: docs/quantizers.md.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +16,9 @@ from model.quantizers import adaptive
 from model.quantizers.grid import Grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.site import LayerSite, group_count, undivided
+from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
-
-
-# Named after the module: the repository and the installed package may be imported in one process.
-@torch.library.custom_op(f"lowbit::snapshot_{__name__.replace('.', '_')}", mutates_args=())
-def snapshot(value: Tensor) -> Tensor:
-    """A copy that a compiled graph keeps for its backward pass.
-
-    Without it the compiler would read the buffer again in the backward pass, when forward has already changed it.
-    """
-    return value.clone()
-
-
-@snapshot.register_fake
-def _(value: Tensor) -> Tensor:
-    return torch.empty_like(value)
 
 
 class Quantizer(nn.Module):
@@ -75,6 +60,9 @@ class Quantizer(nn.Module):
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
+    keeps_output: bool = (
+        False  # whether `quantize` may keep its result for the backward pass: no copy of its own
+    )
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
@@ -88,6 +76,8 @@ class Quantizer(nn.Module):
         self.register_buffer("level_num", torch.full((1,), self.levels, dtype=torch.int64))
         self.stable = config.stable  # training forwards of the warm-up; `set_stable` knows the epochs' length
         self.calibrates = config.stable > 0 or config.stable_epoch > 0
+        # False when they are over, see `settle`.
+        self.calibrating, self.blending = self.calibrates, config.proxquant_step > 0
         if self.calibrates:
             self.register_buffer("range_mean", torch.zeros(self.range_shape()))
         if config.gamma:
@@ -141,6 +131,10 @@ class Quantizer(nn.Module):
         """The integer codes of a float32 tensor whose dequantized values equal `quantize(x)` exactly."""
         raise NotImplementedError
 
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid] | None:
+        """The arguments of `encode_on_grid` with which `encode` calls it, if it does."""
+        return None
+
     def set_range(self, value: Tensor) -> None:
         """Take `value` (float32, `range_shape`) as the clip value; methods without one ignore it."""
 
@@ -158,24 +152,51 @@ class Quantizer(nn.Module):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
+        # A layer keeps its input and weight anyway, but in half precision a copy; an output may be changed in place.
+        kind = x.device.type
+        mixed = x.dtype != torch.float32 or (
+            torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        )
+        self.keeps_output = self.config.tag != "ot" and not mixed
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
             if self.training and not self._repeats():
+                if self.iteration.device.type == "cpu" and not torch.compiler.is_compiling():
+                    self.settle()
                 self.iteration.add_(1)
-                if self.calibrates:
+                if self.calibrating:
                     self._collect_range(full)
             if not self.enabled:
                 return x
             result = self._transform(full)
-            if self.calibrates:
+            if self.calibrating:
                 result = torch.where(self.warming_up(), full, result)
             return result.to(x.dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `nn.Module`; then `settle`, since nothing waits for the counter in a pass."""
+        self.settle()
+        return super().train(mode)
+
+    def settle(self) -> None:
+        """Note whether warm-up and blending are over, after which they cost nothing; waits for the device.
+
+        On a CPU each training pass does it, elsewhere and in a compiled graph each call of `train` and `eval`. Until
+        then they are computed and have no effect. A counter without a value (torch's fake tensors) changes nothing.
+        """
+        steps = self.config.proxquant_step
+        if not (self.calibrates or steps) or type(self.iteration) is not Tensor:
+            return
+        if self.iteration.device.type != "meta":
+            count = int(self.iteration)
+            self.calibrating = self.calibrates and count < self.stable
+            self.blending = steps > 0 and count < self.stable + steps
 
     def _repeats(self) -> bool:
         """Whether a backward pass is running, in which `torch.utils.checkpoint` calls a forward pass again."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return False
-        if self.gathers() or self.config.proxquant_step > 0:
+        if self.gathers() or self.blending:
             raise RuntimeError(
                 f"{self.site.name}: {self.config.method} with these options changes with each training pass, so that "
                 "torch.utils.checkpoint would compute another one; leave this layer out of what it recomputes"
@@ -188,7 +209,7 @@ class Quantizer(nn.Module):
         Dequantizing gives exactly the float32 tensor that `forward` returns in evaluation mode after the warm-up.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            normed, taken = self._normalised(x.float())
+            normed, taken = self.normalised(x.float())
             extra: dict[str, Tensor] = {}
             if self.config.adaptive_restore and taken is not None:
                 extra = {"mean": taken.mean, "deviation": taken.deviation}
@@ -197,11 +218,11 @@ class Quantizer(nn.Module):
             return dataclasses.replace(self.encode(normed), **extra)
 
     def _transform(self, x: Tensor) -> Tensor:
-        normed, taken = self._normalised(x)
+        normed, taken = self.normalised(x)
         result = self.quantize(normed)
         if self.config.adaptive_restore and taken is not None:
             result = adaptive.restored(result, taken)
-        if self.training and self.config.proxquant_step > 0:
+        if self.training and self.blending:
             blended = snapshot(self.iteration) - self.stable
             share = (1 - blended / self.config.proxquant_step).clamp(0, 1)
             result = share * (x if self.config.adaptive_restore else normed) + (1 - share) * result
@@ -209,9 +230,9 @@ class Quantizer(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Float32 `x` normalised by `adaptive`, as `quantize` gets it."""
-        return self._normalised(x)[0]
+        return self.normalised(x)[0]
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Moments | None]:
+    def normalised(self, x: Tensor) -> tuple[Tensor, adaptive.Moments | None]:
         """The normalised tensor, and its moments where it was normalised."""
         if self.config.adaptive == "none":
             return x, None
@@ -233,6 +254,7 @@ class Quantizer(nn.Module):
     def set_stable(self, steps_per_epoch: int) -> None:
         """Fix the length of the warm-up: the longer of `stable` and `stable_epoch` epochs."""
         self.stable = max(self.config.stable, self.config.stable_epoch * steps_per_epoch)
+        self.settle()
 
     def set_levels(self, levels: int, *, keep_step: bool = False) -> tuple[nn.Parameter, ...]:
         """Change the number of levels; the range stays.
@@ -288,10 +310,12 @@ class Quantizer(nn.Module):
         if not 2 <= found <= 2**16:
             raise ValueError(f"a level_num is {self.level_num.tolist()}")
         self.set_levels(int(found))
+        self.settle()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.levels = int(self.level_num)
+        self.settle()
 
     # Groups ------------------------------------------------------------------------------------
 
@@ -326,6 +350,10 @@ class Quantizer(nn.Module):
         if self.groups == 1:
             return x.reshape(1, -1)
         return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
+
+    def elements(self, x: Tensor) -> float:
+        """The number of elements of `x` in one group."""
+        return x.numel() / self.groups
 
     def levels_per_sample(self) -> bool:
         """Whether each sample of a tensor has its own levels: it is normalised by sample and restored."""
@@ -383,7 +411,7 @@ class Quantizer(nn.Module):
 
     def gathers(self) -> bool:
         """Whether a training forward reduces statistics over all ranks, so that these wait for each other."""
-        return self.calibrates
+        return self.calibrating
 
     def mean_over_ranks(self, statistic: Tensor) -> Tensor:
         """The mean of a statistic over all ranks, whose tensors have the same size; see `over_ranks`."""
@@ -413,26 +441,6 @@ class Quantizer(nn.Module):
     def current_range(self) -> Tensor:
         """The present clip value (`range_shape`); the configured boundary where the method has none."""
         return torch.full(self.range_shape(), self.config.boundary, device=self.iteration.device)
-
-    def elements(self, x: Tensor) -> float:
-        """The number of elements of `x` in one group."""
-        return x.numel() / self.groups
-
-    def gradient_factor(self, x: Tensor, qp: float) -> float:
-        """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
-
-        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does. The paper multiplies the gradient
-        of s by 1 / sqrt(N * Qp), with N elements of a weight or of the activation of one sample. dL/dc is dL/ds / Qp,
-        and a change of c changes s by 1 / Qp of it; the factor for c is hence Qp^2 / sqrt(N * Qp).
-        """
-        kind, scale = self.config.grad_scale, self.config.scale
-        if kind == "none":
-            return 1.0
-        if kind == "paper":
-            samples = 1 if self.config.tag == "wt" else x.shape[0]
-            return qp**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * qp)
-        count = self.site.fan if "fan" in kind else self.elements(x)
-        return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
 
     def extra_repr(self) -> str:
         """The text in the brackets when a network is printed."""

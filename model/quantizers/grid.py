@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.quantizers.integers import QuantizedTensor
 
@@ -73,11 +73,15 @@ class Grid:
         the formulas of the papers step by step. Values on a threshold, such as those near zero on a mid-rise grid,
         therefore go to the same side as in published code.
         """
+        return self.numbers_(ratio.clone())
+
+    def numbers_(self, ratio: Tensor) -> Tensor:
+        """`numbers`, computed in place. Factors of two are taken together, which changes no bit."""
         if self.half_range:
-            return ratio.clamp(0, 1).mul_(self.steps).round_()
+            return ratio.clamp_(0, 1).mul_(self.steps).round_()
         if self.midtread:
-            return (ratio * self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
-        return ratio.clamp(-1, 1).add_(1).div_(2).mul_(self.steps).round_()
+            return ratio.mul_(self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
+        return ratio.clamp_(-1, 1).add_(1).mul_(self.steps / 2).round_()
 
     def ratios(self, numbers: Tensor) -> Tensor:
         """The levels by their numbers, divided by c, float32; computed in place."""
@@ -85,11 +89,24 @@ class Grid:
             return numbers.div_(self.steps)
         if self.midtread:
             return numbers.add_(self.bottom).div_(self.top)
-        return numbers.div_(self.steps).mul_(2).sub_(1)
+        return numbers.div_(self.steps / 2).sub_(1)
 
-    def inside(self, ratio: Tensor) -> Tensor:
-        """Whether x / c lies within the range, ends included; bool."""
-        return ratio.clamp(self.bottom / self.top, 1) == ratio
+    def bounded(self, x: Tensor, clip: Tensor) -> tuple[Tensor, float, float]:
+        """A tensor to compare with the ends of the range, and these: x / c, or x where c is known to Python."""
+        if self.midtread or not known(clip, x):
+            low = self.bottom / self.top
+            return x / clip, (low * SPLIT) - (low * SPLIT - low), 1.0
+        top = clip.item()
+        return x, 0.0 if self.half_range else -top, top
+
+
+def known(value: Tensor, x: Tensor) -> bool:
+    """Whether `value`, to compare `x` with, is one number that Python can read without waiting for it.
+
+    It is on a CPU. Torch's fake tensors have no values, and a compiled graph computes with tensors.
+    """
+    plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and value.numel() == 1
+    return plain and not torch.compiler.is_compiling()
 
 
 class ClipSTE(torch.autograd.Function):
@@ -104,6 +121,7 @@ class ClipSTE(torch.autograd.Function):
         clip: float32, positive, broadcastable to x.
         grid: the levels.
         balance: multiply the gradient of x by sqrt(elements / elements inside) (`STE-scale`).
+        keep: keep the result for the gradient to c instead of computing it again; then nothing may change it in place.
 
     Returns:
         float32, the shape of x.
@@ -122,26 +140,49 @@ class ClipSTE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False) -> Tensor:
-        ratio = x / clip
-        ctx.save_for_backward(ratio, clip)
+    def forward(
+        ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False, keep: bool = False
+    ) -> Tensor:
+        result = grid.ratios(grid.numbers_(x / clip)).mul_(clip)
+        ctx.save_for_backward(x, clip, *([result] if keep else []))
         ctx.grid, ctx.balance = grid, balance
-        return grid.ratios(grid.numbers(ratio)).mul_(clip)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, clip = ctx.saved_tensors
-        inside = ctx.grid.inside(ratio)
-        grad_x = grad_clip = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.where(inside, grad, 0.0)
-            if ctx.balance:
-                grad_x = grad_x * balance_factor(inside)
+        x, clip, *kept = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        measured, low, high = grid.bounded(x, clip)
+        passed = between(grad, measured, low, next_up(high))
+        grad_clip = None
         if ctx.needs_input_grad[1]:
-            slope = ctx.grid.ratios(ctx.grid.numbers(ratio))  # cheaper to compute again than to keep
-            slope.sub_(torch.where(inside, ratio, 0.0))
-            grad_clip = slope.mul_(grad).sum_to_size(clip.shape)
-        return grad_x, grad_clip, None, None
+            result = kept[0] if kept else grid.ratios(grid.numbers_(x / clip)).mul_(clip)
+            # The sum of grad * (q - x) inside and of grad * q outside, over c.
+            if measured is x:
+                grad_clip = (grad * result).addcmul_(passed, x, value=-1).sum_to_size(clip.shape) / clip
+            if grad_clip is None or not grad_clip.isfinite():  # 0 * inf
+                ratio = (x / clip).clamp(grid.bottom / grid.top, 1)
+                grad_clip = (result / clip).mul_(grad).addcmul_(passed, ratio, value=-1)
+                grad_clip = grad_clip.sum_to_size(clip.shape)
+        if ctx.balance:
+            passed = passed * balance_factor(between(torch.ones_like(grad), measured, low, next_up(high)))
+        return passed, grad_clip, None, None, None
+
+
+# v * SPLIT - (v * SPLIT - v) is v rounded to float32, in arithmetic that a compiler can trace.
+SPLIT = 2.0**29 + 1
+
+
+def next_up(value: float) -> float:
+    """A number that rounds to the float32 behind `value`, a float32 that is neither huge nor subnormal."""
+    if value == 0:
+        return 2.0**-149
+    return value * (1 + 1.01 * 2.0**-24 if value > 0 else 1 - 0.6 * 2.0**-23)
+
+
+def between(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where low <= x < high, 0 elsewhere, float32: one pass, of a fraction of the time of `where` on a CPU."""
+    return torch.ops.aten.hardtanh_backward(grad, x, -next_up(-low), high)
 
 
 def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
@@ -159,8 +200,8 @@ def initial_clip(mean: Tensor, grid: Grid) -> Tensor:
 
 
 def balance_factor(inside: Tensor) -> Tensor:
-    """sqrt(elements / elements inside), the factor of `STE-scale`; at least one element counts."""
-    return (inside.numel() / inside.sum().clamp_min(1)).sqrt()
+    """sqrt(elements / elements inside), the factor of `STE-scale`, from ones inside; at least one element counts."""
+    return (inside.numel() / inside.sum(dtype=torch.float64).clamp_min(1).float()).sqrt()
 
 
 def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:

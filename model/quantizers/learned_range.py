@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -74,9 +76,29 @@ class LearnedRange(Quantizer):
             return clip
         return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
 
+    def gradient_factor(self, x: Tensor, qp: float) -> float:
+        """The factor on the gradient of the learned clip value c (`xx_grad_scale`).
+
+        `paper` moves the step s = c / Qp as arXiv 1902.08153, section 2.2, does. The paper multiplies the gradient
+        of s by 1 / sqrt(N * Qp), with N elements of a weight or of the activation of one sample. dL/dc is dL/ds / Qp,
+        and a change of c changes s by 1 / Qp of it; the factor for c is hence Qp^2 / sqrt(N * Qp).
+        """
+        kind, scale = self.config.grad_scale, self.config.scale
+        if kind == "none":
+            return 1.0
+        if kind == "paper":
+            samples = 1 if self.config.tag == "wt" else x.shape[0]
+            return qp**2 / math.sqrt(max(self.elements(x) / samples, 1.0) * qp)
+        count = self.site.fan if "fan" in kind else self.elements(x)
+        return math.sqrt(count) * scale if kind.endswith("-scale") else scale / math.sqrt(count)
+
+    def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid]:
+        """See `Quantizer`."""
+        return x, self.clip(x), self.grid()
+
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes and scale of `x`; mid-rise grids have odd codes."""
-        return encode_on_grid(x, self.clip(x), self.grid())
+        return encode_on_grid(*self.on_grid(x))
 
     def set_range(self, value: Tensor) -> None:
         """Set the clip value."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.grid import known
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.site import LayerSite
@@ -16,23 +18,29 @@ from utils.errors import UserError
 
 KEEP = 0.9  # share of the old basis in each update (paper, section 3.3)
 SINGULAR = 1e-12  # smallest ratio of two pivots of a system that is solved
+FEW = 16  # up to so many levels comparing with each threshold is faster than searching
 REFINEMENTS = 20  # passes of initialise_from
 
 
 class BelowTop(torch.autograd.Function):
     """The quantized value, with the gradient straight-through to x where x < top and zero elsewhere.
 
-    `top` None passes the gradient everywhere (weights).
+    `top` None passes the gradient everywhere (weights). `copy` makes a result that may be changed in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: Tensor, top: Tensor | None) -> Tensor:
-        ctx.passes = None if top is None else x < top
-        return quantized.view_as(quantized)
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, top: Tensor | None, copy: bool) -> Tensor:
+        if top is not None:
+            ctx.save_for_backward(x, top)
+        return quantized.clone() if copy else quantized.view_as(quantized)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad if ctx.passes is None else torch.where(ctx.passes, grad, 0.0), None, None
+        if not ctx.saved_tensors:
+            return grad, None, None, None
+        x, top = ctx.saved_tensors
+        x, end = (x, top.item()) if known(top, x) else (x - top, 0.0)
+        return torch.ops.aten.hardtanh_backward(grad, x, -math.inf, end), None, None, None
 
 
 class LQ(Quantizer):
@@ -102,23 +110,69 @@ class LQ(Quantizer):
         """Levels [g, levels] in ascending order, and the number of the code of each, int64."""
         return torch.sort((self.codes.float() @ self.basis.float()).T.contiguous(), dim=1, stable=True)
 
+    def thresholds(self, levels: Tensor) -> Tensor:
+        """Thresholds between sorted levels [g, levels]: [g, levels - 1], ascending."""
+        scale = self.config.scale
+        return (levels[:, :-1] * (1 - scale) + levels[:, 1:] * scale).cummax(dim=1).values
+
     def assign(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Assign rows [g, n] to levels: the positions, int64 [g, n], the sorted levels and their codes."""
         levels, order = self.sorted_levels()
-        scale = self.config.scale
-        thresholds = levels[:, :-1] * (1 - scale) + levels[:, 1:] * scale
-        return torch.searchsorted(thresholds.contiguous(), rows.contiguous(), right=True), levels, order
+        thresholds = self.thresholds(levels).contiguous()
+        return torch.searchsorted(thresholds, rows.contiguous(), right=True), levels, order
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the levels of the basis."""
-        rows = self.grouped(x.detach())
-        positions, levels, order = self.assign(rows)
-        quantized = self.ungrouped(levels.gather(1, positions), x)
-        quantized = torch.where(x.isnan(), x.detach(), quantized)  # NaN stays NaN, so that it is noticed
+        fixed = x.detach()
+        if self.levels <= FEW:
+            levels, order = self.sorted_levels()
+            quantized, counts, sums = self.compare(fixed, levels, self.training)
+            equations = self.equations_of_levels(counts, sums, order) if self.training else None
+        else:
+            rows = self.grouped(fixed)
+            positions, levels, order = self.assign(rows)
+            quantized = self.ungrouped(levels.gather(1, positions), x) + fixed.clamp(0, 0)  # NaN stays NaN
+            equations = self.normal_equations(rows, order.gather(1, positions)) if self.training else None
         top = self.per_channel(levels[:, -1].reshape(self.range_shape())) if self.config.tag != "wt" else None
-        if self.training:
-            self._update(rows, order.gather(1, positions))
-        return BelowTop.apply(x, quantized, top)
+        if equations is not None:
+            self._update(*equations)
+        return BelowTop.apply(x, quantized, top, self.config.tag == "ot")
+
+    def compare(self, x: Tensor, levels: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare `x` with each threshold between the sorted levels [g, levels], in passes that a CPU vectorises.
+
+        Returns:
+            The level of each element, and with `count` the number and the sum of the elements at each level, both
+            float64 [g, levels].
+        """
+
+        def each(value: Tensor) -> Tensor:
+            return self.per_channel(value.reshape(self.range_shape()))
+
+        quantized = x.clamp(0, 0).add_(each(levels[:, 0]))  # NaN stays NaN, so that it is noticed
+        reached = torch.empty_like(x)  # 0 and 1
+        counts, sums = [levels.new_full((len(levels),), self.elements(x)).double()], [self.group_sums(x)]
+        for number, threshold in enumerate(self.thresholds(levels).unbind(1), 1):
+            torch.ge(x, each(threshold), out=reached)
+            quantized.lerp_(each(levels[:, number]), reached)  # exact at 0 and 1
+            if count:
+                counts.append(self.group_sums(reached, torch.float32))  # exact: whole numbers
+                sums.append(self.group_sums(reached.mul_(x)))
+        if not count:
+            return quantized, counts[0], sums[0]
+
+        def parts(reaching: list[Tensor]) -> Tensor:
+            """What is at each level, from what is at it or above."""
+            return -torch.diff(torch.stack(reaching, 1), append=torch.zeros_like(reaching[0]).unsqueeze(1))
+
+        return quantized, parts(counts), parts(sums)
+
+    def group_sums(self, x: Tensor, partial: torch.dtype = torch.float64) -> Tensor:
+        """The sums of the groups, float64 [g]; in `partial` over a channel, or a sample where there is one group."""
+        kept = 0 if self.groups == 1 else self.site.channel_dim % x.ndim
+        others = [dim for dim in range(x.ndim) if dim != kept]
+        parts = x.sum(dim=others, dtype=partial) if others else x
+        return parts.double().reshape(self.groups, -1).sum(dim=1)
 
     def ungrouped(self, rows: Tensor, like: Tensor) -> Tensor:
         """Undo `grouped`: rows [g, n] as a tensor of the shape of `like`."""
@@ -129,26 +183,25 @@ class LQ(Quantizer):
 
     def gathers(self) -> bool:
         """True for the least squares and the range of a warm-up, which are those of all ranks."""
-        return self.enabled or self.calibrates
+        return self.enabled or self.calibrating
 
-    def _update(self, rows: Tensor, numbers: Tensor) -> None:
-        """Move the basis towards the least-squares one of these codes."""
+    def _update(self, gram: Tensor, target: Tensor) -> None:
+        """Move the basis towards the least-squares one, from the normal equations of this tensor."""
         with torch.no_grad():
-            best = self.least_squares(rows, numbers)
+            best = self.least_squares(gram, target)
             if self.config.custom_update:
                 # The mean begins behind a warm-up, with the first basis that was found.
                 moved = self.basis + (best - self.basis) / (self.iteration - self.stable).clamp_min(1)
             else:
                 moved = self.basis * KEEP + best * (1 - KEEP)
             # A warm-up sets the range, and nothing is quantized yet.
-            self.basis.copy_(torch.where(self.warming_up(), self.basis, moved) if self.calibrates else moved)
+            self.basis.copy_(torch.where(self.warming_up(), self.basis, moved) if self.calibrating else moved)
 
-    def least_squares(self, rows: Tensor, numbers: Tensor) -> Tensor:
-        """The basis [bits, g] that best rebuilds rows [g, n] from codes of these numbers [g, n].
+    def least_squares(self, gram: Tensor, target: Tensor) -> Tensor:
+        """The basis [bits, g] that solves the normal equations B^T B [g, bits, bits] and B^T x [g, bits, 1].
 
         Solved in float64; groups whose system is singular keep their basis.
         """
-        gram, target = self.normal_equations(rows, numbers)
         gram = self.over_ranks(gram, torch.distributed.ReduceOp.SUM)
         target = self.over_ranks(target, torch.distributed.ReduceOp.SUM)
         gram, target = self.regularised(gram, target)
@@ -159,6 +212,17 @@ class LQ(Quantizer):
         solution = solution.squeeze(2).T
         good = regular & solution.isfinite().all(dim=0)
         return torch.where(good, solution.float(), self.basis.float())
+
+    def equations_of_levels(self, counts: Tensor, sums: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """`normal_equations` from the number and the sum of the elements at each level, float64 [g, levels].
+
+        Args:
+            counts: of elements.
+            sums: of elements.
+            order: the number of the code of each level, int64 [g, levels].
+        """
+        codes = self.codes.double()[order]  # [g, levels, bits]
+        return (codes * counts.unsqueeze(2)).mT @ codes, codes.mT @ sums.unsqueeze(2)
 
     def normal_equations(self, rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """B^T B [g, bits, bits] and B^T x [g, bits, 1], float64, for codes B of these numbers.
@@ -220,7 +284,7 @@ class LQ(Quantizer):
             self.set_range(start.reshape(self.range_shape()))
             for _ in range(REFINEMENTS):
                 positions, _, order = self.assign(rows)
-                best = self.least_squares(rows, order.gather(1, positions))
+                best = self.least_squares(*self.normal_equations(rows, order.gather(1, positions)))
                 self.basis.copy_(torch.where(alive, best, self.basis))
 
     def safe_divisor(self, value: Tensor) -> Tensor:

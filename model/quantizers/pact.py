@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers.dorefa import DoReFaWeight
-from model.quantizers.grid import ClipSTE, balance_factor
+from model.quantizers.grid import ClipSTE, balance_factor, between, next_up
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
 
@@ -21,13 +21,13 @@ class ClippedRound(ClipSTE):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, clip = ctx.saved_tensors
-        above = ratio >= 1
-        inside = ctx.grid.inside(ratio) & ~above
-        grad_x = torch.where(inside, grad, 0.0)
+        x, clip = ctx.saved_tensors
+        x, low, high = ctx.grid.bounded(x, clip)
+        grad_x = between(grad, x, low, high)
         if ctx.balance:
-            grad_x = grad_x * balance_factor(inside)
-        return grad_x, torch.where(above, grad, 0.0).sum_to_size(clip.shape), None, None
+            grad_x = grad_x * balance_factor(between(torch.ones_like(grad), x, low, high))
+        above = torch.ops.aten.threshold_backward(grad, x, -next_up(-high))
+        return grad_x, above.sum_to_size(clip.shape), None, None, None
 
 
 @register("pact", "fm", "ot")

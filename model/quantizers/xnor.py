@@ -25,15 +25,15 @@ class ScaledSign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.mask = mask
-        return sign(x) * scale
+        return sign(x).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.mask == "STE":
-            grad = torch.where(x.abs() < 1, grad, 0.0)
+            grad = torch.ops.aten.hardtanh_backward(grad, x, -1.0, 1.0)
         elif ctx.mask == "Triangle":
-            grad = grad * (2 - 2 * x.abs()).clamp_min(0)
+            grad = x.abs().mul_(-2).add_(2).clamp_min_(0) * grad
         return grad, None, None
 
 

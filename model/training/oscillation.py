@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.quantized import quantized_layers, quantized_weights
+from model.quantizers.numbered import numbered
 from utils.errors import UserError
 
 
@@ -27,10 +28,10 @@ def dampening(model: nn.Module) -> Tensor:
     total = None
     for _, layer, quantizer in quantized_weights(model):
         weight = layer.weight.float()
-        found = quantizer.integers(weight)
-        level = found.unscaled(found.numbers)
+        numbers, level_of = numbered(quantizer, weight)
+        level = level_of(numbers)
         last = quantizer.levels - 1
-        clipped = ((found.numbers == last) & (weight > level)) | ((found.numbers == 0) & (weight < level))
+        clipped = ((numbers == last) & (weight > level)) | ((numbers == 0) & (weight < level))
         part = (weight - level).masked_fill(clipped, 0.0).square().sum() * quantizer.warmed_up().squeeze()
         total = part if total is None else total + part
     return torch.zeros(()) if total is None else total
@@ -90,8 +91,8 @@ class Freezing:
             del self._tracked[name]
         for name, layer, quantizer in layers:
             weight = weights[f"{name}.weight"]
-            found = quantizer.integers(weight)
-            numbers = found.numbers.to(torch.int32)
+            numbers, level_of = numbered(quantizer, weight)
+            numbers = numbers.to(torch.int32)
             grid = [quantizer.levels, int(quantizer.config.half_range)]
             state = self._tracked.get(name)
             if state is None or state["grid"].tolist() != grid:
@@ -108,7 +109,7 @@ class Freezing:
             state["kept"].copy_(kept)
             state["frozen"] |= newly
             state["numbers"].copy_(torch.where(state["frozen"], kept, numbers))
-            weight.copy_(torch.where(state["frozen"], found.unscaled(kept.long()), weight))
+            weight.copy_(torch.where(state["frozen"], level_of(kept), weight))
             if layer.weight.data_ptr() != weight.data_ptr():  # the network computes with a half copy
                 layer.weight.copy_(weight)
 

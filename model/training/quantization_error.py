@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.quantized import quantized_weights
+from model.quantizers.numbered import numbered
 
 
 def quantization_error(model: nn.Module) -> Tensor:
@@ -21,8 +22,8 @@ def quantization_error(model: nn.Module) -> Tensor:
         weight = layer.weight.float()
         fixed = weight.detach()
         size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-        found = quantizer.integers(fixed)
-        error = (weight - found.unscaled(found.numbers)).square().sum()
+        numbers, level_of = numbered(quantizer, fixed)
+        error = (weight - level_of(numbers)).square().sum()
         learned = quantizer.range_error(fixed)
         if learned is not None:
             error = error + learned

@@ -314,11 +314,13 @@ def test_a_recomputed_pass_is_the_same_or_refused(case: Case, reentrant: bool) -
     expected = plain(x)
     expected.sum().backward()
     found = checkpoint(again, other, use_reentrant=reentrant)
-    if again.gathers() and reentrant:
+    if again.gathers() and (
+        reentrant or case.tag != "wt"
+    ):  # LQ-Nets' weight keeps no tensor, so that it needs none
         with pytest.raises(RuntimeError, match=r"changes with each training pass.*checkpoint"):
             found.sum().backward()
         return
-    found.sum().backward()  # LQ-Nets keep no tensor for it, so that nothing is computed again without `reentrant`
+    found.sum().backward()
     assert torch.equal(found, expected) and torch.equal(other.grad, x.grad)
     assert int(again.iteration) == 1
     for (name, one), two in zip(plain.state_dict().items(), again.state_dict().values(), strict=True):

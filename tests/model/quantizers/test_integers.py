@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from model.quantizers.integers import QuantizedTensor
+from model.quantizers.lsq import LSQ
+from model.quantizers.numbered import numbered
 from tests.model.quantizers.cases import Case, cases, each_level, make, over, row_counts, tensor
 
 ROUNDING = 2.0**-22  # of the top level: how far an engine's code times scale may be from what training sees
@@ -57,3 +61,31 @@ def test_integers_change_nothing(case: Case) -> None:
     before = copy.deepcopy(quantizer.state_dict())
     quantizer.integers(tensor(case))
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("fields", [{}, {"adaptive": "var-mean", "adaptive_restore": True}, {"gamma": True}])
+@over(each_level(cases(groups=(None, 2))))
+def test_numbers_alone_are_those_of_the_integers(case: Case, fields: dict[str, Any]) -> None:
+    """And so are the levels of any numbers."""
+    quantizer = make(case.with_fields(**fields)).eval()
+    found = quantizer.integers(tensor(case))
+    numbers, level_of = numbered(quantizer, tensor(case))
+    assert torch.equal(numbers.long(), found.numbers)
+    assert torch.equal(level_of(numbers), found.unscaled(found.numbers))
+    others = case.levels - 1 - found.numbers
+    assert torch.equal(level_of(others.int()), found.unscaled(others))
+    even = case.method.method in ("dorefa", "pact", "lsq") and not case.config.binary_scale
+    assert numbers.is_floating_point() == even  # without the codes
+
+
+def test_a_method_that_encodes_in_its_own_way_is_asked_for_its_integers() -> None:
+    quantizer = make(Case("lsq", "wt", 4, half_range=False))
+
+    class Reversed(LSQ):
+        def encode(self, x: Tensor) -> QuantizedTensor:
+            return super().encode(-x)
+
+    quantizer.__class__ = Reversed
+    x = tensor(Case("lsq", "wt", 4, half_range=False))
+    numbers, _ = numbered(quantizer, x)
+    assert torch.equal(numbers, quantizer.integers(x).numbers)

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from model.quantizers.frame import Quantizer
 from tests.model.quantizers.cases import SHAPES, Case, backward, cases, make, over, row_counts, sample, tensor
 from tests.oracle import Groups
 
@@ -136,3 +139,51 @@ def test_proxquant_begins_after_the_warm_up() -> None:
     plain.load_state_dict({"clip_val": quantizer.get_parameter("clip_val")}, strict=False)
     torch.testing.assert_close(quantizer(x), 0.5 * x + 0.5 * plain(x))
     assert torch.equal(quantizer(x), plain(x))
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_local_scalar_dense" not in func.name():  # reading the counter
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def operators(case: Case, quantizer: Quantizer) -> list[str]:
+    quantizer.zero_grad()
+    with Operators() as seen:
+        backward(quantizer, tensor(case))
+    return seen.names
+
+
+@pytest.mark.parametrize("device", ["the CPU", "another"])
+@pytest.mark.parametrize("fields", [{"stable": 2}, {"proxquant_step": 2}, {"stable": 1, "proxquant_step": 1}])
+@over(cases(where=lambda method: method.calibrates and not method.fields))
+def test_afterwards_it_costs_nothing(case: Case, fields: dict[str, int], device: str) -> None:
+    """The same operators run as without; where reading the counter would wait, from the next call of `train` on."""
+    plain, quantizer = make(case), make(case.with_fields(**fields))
+    if device == "another":
+        quantizer.settle = lambda: None
+    first = operators(case, quantizer)
+    for _ in range(2):
+        quantizer(tensor(case))
+    if device == "another":
+        assert len(operators(case, quantizer)) > len(operators(case, plain))
+        del quantizer.settle
+        quantizer.train()
+        quantizer.settle = lambda: None
+    assert operators(case, quantizer) == operators(case, plain)
+    if case.method.method != "lq":
+        assert not quantizer.gathers()
+        checkpoint(quantizer, tensor(case).requires_grad_(), use_reentrant=False).sum().backward()
+    quantizer.eval()
+    assert operators(case, quantizer) == operators(case, plain.eval())
+    fresh = make(case.with_fields(**fields)).state_dict()
+    vars(quantizer).pop("settle", None)
+    quantizer.load_state_dict(fresh)  # which begins anew
+    assert operators(case, quantizer.train()) == first
