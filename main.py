@@ -117,7 +117,7 @@ def run(config: Config) -> int:
                 here.folder, here.files, origin.found, config.run.resume_file, writes=writes
             ),
             log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger,
-            compiling(config.precision.compile),
+            compiling(config.precision),
         ):
             announce(here, origin, assembled, logger)
             training = assembled.training_state(here, logger)

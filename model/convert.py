@@ -24,7 +24,8 @@ from model.layers.quantized import (
     keep_full_precision,
 )
 from model.observe import ParameterProducts, first_input, observing, within
-from model.quantizers.frame import MIN_DIVISOR, Quantizer
+from model.quantizers.adaptive import MIN_DIVISOR
+from model.quantizers.frame import Quantizer
 from model.quantizers.registry import method_class
 from model.selection import Left, Report, Selection, all_names, matches
 from utils.config.checks import shown, unlike

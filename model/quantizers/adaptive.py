@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
+MIN_DIVISOR = 1e-5  # of divisors
 HUGE, UNIT = 2.0**40, 2.0**-80  # values above the first are multiplied by the second before they are summed
 
 

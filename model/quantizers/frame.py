@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.quantizers import adaptive
 from model.quantizers.grid import Grid
 from model.quantizers.integers import QuantizedTensor
+from model.quantizers.kernels import generated, in_processes, kernels_fit
 from model.quantizers.site import LayerSite, group_count, undivided
 from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
@@ -60,9 +61,8 @@ class Quantizer(nn.Module):
     level_limit: ClassVar[int | None] = None  # the most levels the method is defined for
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
-    keeps_output: bool = (
-        False  # whether `quantize` may keep its result for the backward pass: no copy of its own
-    )
+    keeps_output: bool = False  # whether `quantize` may keep its result for the backward pass, without a copy
+    generated: bool = False  # whether kernels that `torch.compile` generates compute it, see `--kernels`
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
@@ -157,12 +157,19 @@ class Quantizer(nn.Module):
         mixed = x.dtype != torch.float32 or (
             torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         )
-        self.keeps_output = self.config.tag != "ot" and not mixed
+        self.keeps_output = self.config.tag != "ot" and not mixed and not self.generated
+        counts = self.training and not self._repeats()
+        compiling = torch.compiler.is_compiling()
+        if counts and self.iteration.device.type == "cpu" and not compiling:
+            self.settle()
+        kernels = self.generated and not compiling and kernels_fit(gathers=self.gathers())
+        return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
+
+    def _compute(self, x: Tensor, counts: bool) -> Tensor:
+        """`forward` of a tensor that is not empty; `counts`: it is a training pass."""
         with torch.autocast(x.device.type, enabled=False):
             full = x.float()
-            if self.training and not self._repeats():
-                if self.iteration.device.type == "cpu" and not torch.compiler.is_compiling():
-                    self.settle()
+            if counts:
                 self.iteration.add_(1)
                 if self.calibrating:
                     self._collect_range(full)
@@ -388,7 +395,7 @@ class Quantizer(nn.Module):
 
     def safe_divisor(self, value: Tensor) -> Tensor:
         """A statistic as a divisor that is not near zero."""
-        return torch.where(value.abs() < MIN_DIVISOR, MIN_DIVISOR, value)
+        return torch.where(value.abs() < adaptive.MIN_DIVISOR, adaptive.MIN_DIVISOR, value)
 
     # Calibration -------------------------------------------------------------------------------
 
@@ -415,18 +422,13 @@ class Quantizer(nn.Module):
 
     def mean_over_ranks(self, statistic: Tensor) -> Tensor:
         """The mean of a statistic over all ranks, whose tensors have the same size; see `over_ranks`."""
-        total = self.over_ranks(
-            torch.stack([statistic, torch.ones_like(statistic)]), torch.distributed.ReduceOp.SUM
-        )
+        both = torch.stack([statistic, torch.ones_like(statistic)])
+        total = self.over_ranks(both, torch.distributed.ReduceOp.SUM)
         return total[0] / total[1]
 
     def over_ranks(self, statistic: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
         """A statistic of a tensor, reduced over all ranks; weights are the same on each rank, so theirs is returned."""
-        if (
-            self.config.tag != "wt"
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-        ):
+        if self.config.tag != "wt" and in_processes():
             statistic = statistic.contiguous()
             torch.distributed.all_reduce(statistic, op=operation)
         return statistic
@@ -445,6 +447,3 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         """The text in the brackets when a network is printed."""
         return f"{self.config.tag}, {self.config.method}, levels={self.levels}, groups={self.groups}"
-
-
-MIN_DIVISOR = 1e-5

@@ -12,6 +12,7 @@ from torch import nn
 
 from model import audit, calibrate
 from model.layers import norms, sync_norm
+from model.layers.quantized import quantizers
 from model.networks import build
 from model.pretrained import load_pretrained
 from model.trained import check_as_trained, network_changed
@@ -43,7 +44,7 @@ from utils.processes import distributed
 from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
 from utils.step import optimizer, precision
-from utils.step.compiled import compiled
+from utils.step.compiled import allow_many_graphs, compiled, generates
 from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
@@ -96,6 +97,11 @@ class Assembled:
             pairs = zip(self.loaders.classes, self.loaders.class_weights, strict=True)
             logger.info("class weights: %s", ", ".join(f"{name} {weight:.4g}" for name, weight in pairs))
         network = compiled(self.model, here.config.precision.compile)
+        if generates(here.config.precision, here.device):
+            allow_many_graphs()
+            for _, quantizer in quantizers(self.model):
+                quantizer.generated = True
+            logger.info("quantizers run in kernels that torch.compile makes; the first steps take longer")
         return TrainingState(
             model=self.model,
             compiled=network,

@@ -79,7 +79,7 @@ def find_surroundings(config: Config) -> Surroundings:
     config = dataclasses.replace(config, data=shard)
     device, warnings = distributed.device_of(place, config.devices)
     warnings += precision.check_precision(config.precision, device)
-    check_compiler(config.precision.compile, device)
+    check_compiler(config.precision, device)
     files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill

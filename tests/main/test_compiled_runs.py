@@ -1,4 +1,4 @@
-"""Runs with `--compile`: they go on bit by bit where they were stopped, and mistakes are one line."""
+"""Runs with `--compile` or `--kernels compiled`: they go on bit by bit where they stopped; mistakes are one line."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def run(folder: Path, line: str, **environment: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["--compile default", "--kernels compiled"])
+def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path) -> None:
     """Also with dropout and a last batch of its own shape; evaluation has the loss that it has uncompiled."""
     (tmp_path / "network.py").write_text(NETWORK)
-    line = f"{COMMON} --compile default --fake_size 92 --lr_policy fix --epochs"
+    line = f"{COMMON} {how} --fake_size 92 --lr_policy fix --epochs"
     for options in ("2 --case whole", "1 --case parts", "2 --case parts -r"):
         done = run(tmp_path, f"{line} {options}")
         assert done.returncode == 0, done.stderr
@@ -50,7 +51,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
     )
     assert_same(whole["state_dict"], parts["state_dict"])
     losses = []
-    for options in ("", "--compile default"):
+    for options in ("", how):
         done = run(tmp_path, f"{COMMON} -e --pretrained whole-checkpoint.pth.tar {options}")
         assert done.returncode == 0, done.stderr
         losses.append(float(done.stdout.split("loss ")[-1].split()[0]))

@@ -15,6 +15,7 @@ from utils.config.schema import (
     GRAD_SCALES,
     GRAD_TYPES,
     GRIDS,
+    KERNELS,
     RANGE_SEARCHES,
     TAGS,
 )  # fmt: skip
@@ -130,6 +131,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             choices=("channels_last", "contiguous"),
         ),
         option("compile", str, "none", "mode of torch.compile; first steps take minutes", choices=COMPILES),
+        option("kernels", str, "auto", "of quantizers; auto: compiled on a GPU, else eager", choices=KERNELS),
     ),
     "devices": (
         option(

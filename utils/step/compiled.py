@@ -1,4 +1,4 @@
-"""A network compiled by `torch.compile`, one graph forwards and one backwards (`--compile`)."""
+"""Kernels of `torch.compile`: of the whole network (`--compile`), or of its quantizers alone (`--kernels`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,35 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.utils._triton
 from torch import nn
 
+from utils.config.schema import PrecisionConfig
 from utils.errors import TrainingError, UserError
 
 MOST_GRAPHS = 512  # a policy's change of bits, a last batch and evaluation each need one more
 
 
-def check_compiler(mode: str, device: torch.device) -> None:
-    """Raise `UserError` where the mode needs a compiler that this machine lacks."""
-    if mode == "none" or device.type != "cpu":  # torch for CUDA brings Triton, which compiles
+def generates(config: PrecisionConfig, device: torch.device) -> bool:
+    """Whether quantizers run in kernels of their own that the compiler makes.
+
+    `auto` has them on a GPU. On a CPU they save little and take a minute to make (docs/speed.md).
+    """
+    if config.compile != "none" or config.kernels == "eager":
+        return False
+    return config.kernels == "compiled" or (device.type == "cuda" and torch.utils._triton.has_triton())
+
+
+def check_compiler(config: PrecisionConfig, device: torch.device) -> None:
+    """Raise `UserError` where the options need a compiler that this machine lacks."""
+    if config.compile == "none" and config.kernels != "compiled":
+        return
+    option = f"--kernels {config.kernels}" if config.compile == "none" else f"--compile {config.compile}"
+    if device.type == "cuda":
+        if not torch.utils._triton.has_triton():
+            raise UserError(
+                f"{option} needs the package triton on a GPU: install it, or leave the option out"
+            )
         return
     from torch._inductor import cpp_builder, exc
 
@@ -23,7 +42,7 @@ def check_compiler(mode: str, device: torch.device) -> None:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler as error:
         raise UserError(
-            f"--compile {mode} needs a C++ compiler on a CPU: install g++ (or name one in CXX), or leave --compile out"
+            f"{option} needs a C++ compiler on a CPU: install g++ (or name one in CXX), or leave the option out"
         ) from error
 
 
@@ -35,24 +54,30 @@ def compiled(model: nn.Module, mode: str) -> nn.Module:
     """
     if mode == "none":
         return model
-    config = torch._dynamo.config
-    config.recompile_limit = config.accumulated_recompile_limit = MOST_GRAPHS
-    config.fail_on_recompile_limit_hit = True  # otherwise it would go on uncompiled
+    allow_many_graphs()
     found = torch.compile(model, fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
     assert isinstance(found, nn.Module)
     return found
 
 
+def allow_many_graphs() -> None:
+    """Let a policy, or a network of many kinds of layers, have as many graphs as it needs; beyond these is an error."""
+    config = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = MOST_GRAPHS
+    config.fail_on_recompile_limit_hit = True  # otherwise it would go on uncompiled
+
+
 @contextlib.contextmanager
-def compiling(mode: str) -> Iterator[None]:
+def compiling(config: PrecisionConfig) -> Iterator[None]:
     """Turn errors of the compiler into a `TrainingError` of one line."""
     try:
         yield
     except Exception as error:
-        if mode == "none" or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        one = "the quantizers" if config.compile == "none" else "this network as one graph"
+        option = "write --kernels eager" if config.compile == "none" else "leave --compile out"
         raise TrainingError(
-            f"--compile {mode}: torch cannot compile this network as one graph ({lines[0] if lines else error!r}); "
-            "leave --compile out"
+            f"torch cannot compile {one} ({lines[0] if lines else error!r}); {option}"
         ) from error

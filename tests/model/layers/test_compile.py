@@ -13,6 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from model.networks import build
+from model.quantizers import frame
+from model.quantizers.frame import Quantizer
 from model.quantizers.pact import PACT
 from model.quantizers.registry import methods
 from tests.model.layers.convolution import conv, image
@@ -105,6 +107,27 @@ def compiled_equals_eager(config: QuantConfig, backend: str, forwards: int) -> N
 @over(LAYERS)
 def test_compiles_into_one_graph(case: Case, fresh_compiler: None) -> None:
     compiled_equals_eager(layer_config(case), "aot_eager", forwards=3 if case.config.stable else 1)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@over([*one_of_each_method(), *LAYERS[-3:]])
+def test_generated_kernels_compute_the_same(
+    case: Case, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two shapes, of which the second needs no graph of its own."""
+    made = torch.compile(Quantizer._compute, fullgraph=True, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(frame, "generated", lambda _: made)
+    layer = conv(layer_config(case), (8, 8), padding=1)
+    reference = copy.deepcopy(layer)
+    for _, quantizer in layer.quantizers():
+        quantizer.generated = True
+    for step, size in enumerate((5, 7)):
+        x = image(2, 8, size, size) + step
+        for found, expected in zip(backward(layer, x), backward(reference, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.state_dict(), reference.state_dict())
+    for mine, other in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 # Each class of quantizers is compiled above; here three kinds are together: with a blend, with a table, with signs.

@@ -180,6 +180,8 @@ def precision_config(given: Given) -> PrecisionConfig:
         raise UserError(
             "--amp_backend apex: NVIDIA removed amp from apex in 2025; leave --amp_backend out, torch has its own"
         )
+    if given["compile"] != "none" and given["kernels"] != "auto":
+        raise UserError("--compile compiles the quantizers too: leave --kernels out")
     level = (given["opt_level"] or "O1") if given["fp16"] else "O0"
     return PrecisionConfig(
         level=level,
@@ -187,4 +189,5 @@ def precision_config(given: Given) -> PrecisionConfig:
         tf32=bool(given["tf32"]),
         channels_last=given["memory_format"] == "channels_last",
         compile=given["compile"],
+        kernels=given["kernels"],
     )
