@@ -49,7 +49,11 @@ NETWORK = {  # small images or a narrow network in the full tables, so that they
     "glyphs-quick": "--model resnet20 --width_alpha 0.125",
     "glyphs-all": "--model resnet20 --width_alpha 0.125 --input_size 16",
 }
-NETWORK |= {f"{dataset}-starts": NETWORK[f"{dataset}-all"] for dataset in ("digits", "glyphs")}
+NETWORK |= {
+    f"{dataset}-{rows}": NETWORK[f"{dataset}-all"]
+    for dataset in ("digits", "glyphs")
+    for rows in ("starts", "agreement")
+}
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
 

@@ -1,11 +1,12 @@
 """Measures exported networks in engines: bytes on disk, and the time of one image beside the float network.
 
-    python benchmarks/engines.py                         # ResNet-18 at 224 pixels, 1, 2, 3, 4 and 8 bits
+    python benchmarks/engines.py                         # ResNet-18 at 224 pixels, 1, 2, 3, 4 and 8 bits, and binary
     python benchmarks/engines.py --bits 2 --size 64      # one bit width, smaller images
 
-The weights are random: they decide neither size nor speed. First and last layer have the bits of all others. Each
-network takes turns with the float network in the same engine, on one thread; printed are the median ratio of neighbours
-and its quartiles, so that a machine that is busy at times shows in the spread, and the layers that are integer.
+The weights are random: they decide neither size nor speed. First and last layer have the bits of all others, and are in
+float in `binary`. Each network takes turns with the float network of the same block in the same engine, on one thread;
+printed are the median ratio of neighbours and its quartiles, so that a machine that is busy at times shows in the
+spread, and the layers that are integer.
 """
 
 from __future__ import annotations
@@ -39,23 +40,36 @@ from utils.text import format_table  # noqa: E402
 
 FLOAT = "--keyword imagenet,origin,cbsa,fix"
 QUANTIZED = "--keyword imagenet,origin,cbsa,fix,dorefa,lsq,first-last --fm_first_signed --bits"
+# Bi-Real Net's block, whose convolutions are signs by signs; zeros as padding, which BinaryConvolution has.
+SIGNS = "--keyword imagenet,NReLU,cbsa,fix_pooling,singleconv,real_skip"
+BINARY = (
+    f"{SIGNS},xnor{{}} --fm_enable --wt_enable --fm_bit 1 --wt_bit 1 --fm_grad_type STE --padding_after_quant"
+)
+NETWORKS = {  # of bits without a number, and of the float network beside them
+    "float": FLOAT,
+    "binary float": SIGNS,
+    "binary": BINARY.format(""),
+    "binary, first and last": BINARY.format(",first-last"),
+}
+BITS = ["1", "ternary", "2", "3", "4", "8", "binary", "binary, first and last"]
 WARM_UP = 3
 
 
 def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, Path]:
-    """The files of a network by how they are run; `bits` is a number, `ternary` or `float`."""
-    options = FLOAT if bits == "float" else f"{QUANTIZED} {bits}"
+    """The files of a network by how they are run; `bits` is a number, `ternary` or of `NETWORKS`."""
+    options = NETWORKS.get(bits, f"{QUANTIZED} {bits}")
     torch.manual_seed(0)
     size = image.shape[-1]
     config = read(f"--model {model} --num_classes 1000 --input_size {size} {options}".split()).model
     network = build_network(config)
-    if bits != "float":
+    quantized = not bits.endswith("float")
+    if quantized:
         initialise_ranges(network, torch.from_numpy(image))
     graph = deploy_graph(network, image.shape[1:])
     paths = {"onnxruntime": folder / f"{bits}.onnx", "openvino": folder / f"{bits}.xml"}
     onnx.save(qdq_model(graph), paths["onnxruntime"])
     openvino_ir.write_openvino(graph, paths["openvino"])
-    if bits != "float":
+    if quantized:
         paths["onnxruntime, 8-bit sums"] = folder / f"{bits}-sums.onnx"
         onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnxruntime, 8-bit sums"])
     return paths
@@ -85,18 +99,21 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Measures exported networks in engines.")
     parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--bits", nargs="+", default=["1", "ternary", "2", "3", "4", "8"])
+    parser.add_argument("--bits", nargs="+", default=BITS)
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
     torch.set_num_threads(1)
     image = np.random.default_rng(0).standard_normal((1, 3, options.size, options.size)).astype(np.float32)
-    rows = []
+    rows, floats = [], {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plain = write(folder, options.model, "float", image)
-        whole = size_of(plain["onnxruntime"])
         for bits in options.bits:
+            beside = "binary float" if bits.startswith("binary") else "float"
+            if beside not in floats:
+                floats[beside] = write(folder, options.model, beside, image)
+            plain = floats[beside]
+            whole = size_of(plain["onnxruntime"])
             for way, path in write(folder, options.model, bits, image).items():
                 engine = way.partition(",")[0]
                 runner, other = (Engine(engine).open(file, threads=1) for file in (path, plain[engine]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array
 
-STRETCHES = np.linspace(-2, 2, 81)  # tried on the scale, in units of a sum's largest magnitude
+STRETCHES = np.linspace(-1, 1, 81)  # tried on the scale, over the outermost thresholds' distance in sums
 
 
 def steady_bias(
@@ -47,10 +47,10 @@ def steady_bias(
     found, stretches, lost = np.array(bias, np.float64), np.ones(len(bias)), 0
     for channel, (old, unit, largest) in enumerate(zip(found, quantum.astype(np.float64), most, strict=True)):
         before = (edges - old) / unit
-        used = np.abs(before) <= largest + 1
-        thresholds, before = edges[used], np.floor(before[used])
-        for tried in (np.zeros(1), STRETCHES / max(int(largest), 1)):
-            best = _nearest(old, unit * (1 + tried), thresholds, before, parts)
+        used = before[np.abs(before) <= largest + 1]
+        distance = max(1.0, float(np.ptp(used))) if used.size else 1.0
+        for tried in (np.zeros(1), STRETCHES / distance):
+            best = _nearest(old, unit * (1 + tried), edges, _last_below(before, largest), int(largest), parts)
             if best is not None:
                 found[channel], stretches[channel] = best[0], best[1] / unit
                 break
@@ -59,19 +59,23 @@ def steady_bias(
     return found.astype(np.float32), stretches.astype(np.float32), lost
 
 
+def _last_below(places: Array, largest: int) -> Array:
+    """The last sum, of -largest .. largest, below each threshold; -largest - 1 where all are above."""
+    return np.clip(np.floor(places), -largest - 1, largest)
+
+
 def _nearest(
-    old: float, units: Array, thresholds: Array, before: Array, parts: int
+    old: float, units: Array, thresholds: Array, before: Array, largest: int, parts: int
 ) -> tuple[float, float] | None:
     """The bias and the unit that change no code, the safest near the old ones; None where there are none."""
     steps = np.round(old / units * parts)[:, None] + np.arange(-parts, parts + 1)  # [units, tried]
     tried = steps * units[:, None] / parts
     after = (thresholds - tried[..., None]) / units[:, None, None]  # [units, tried, thresholds]
-    same = (np.floor(after) == before).all(axis=2)
+    same = (_last_below(after, largest) == before).all(axis=2)
     if not same.any():
         return None
-    margin = np.abs(after - np.round(after)).min(
-        axis=2, initial=0.5
-    )  # to the sum at which a code would change
+    to_sum = np.where(np.abs(after) <= largest + 1, np.abs(after - np.round(after)), 0.5)
+    margin = to_sum.min(axis=2, initial=0.5)  # to the sum at which a code would change
     score = np.minimum(margin, 0.25 / parts) - 1e-6 * np.abs(tried - old) / units[:, None]
     at = np.unravel_index(np.where(same, score, -1.0).argmax(), same.shape)
     return float(tried[at]), float(units[at[0]])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.deploy.packages import needed
+from model.deploy.verify import bytes_of
 from model.deploy.web import is_page
 from utils.errors import UserError
 from utils.text import closest, printable
@@ -161,7 +162,7 @@ def export(options: Options) -> int:
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
     refuse_root(options.root, trained.config.data.dataset)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)
-    size = sum(file.stat().st_size for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
+    size = sum(bytes_of(file) for file in ([new] if new.is_file() else new.rglob("*")) if file.is_file())
     print(printable(f"{new}: {name}, {size:,} bytes"))
     return 0
 

@@ -154,12 +154,13 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     mark = partial(_mark, "Activation", codes.name)
     if codes.integer and codes.step is not None:
         return lambda x: mark(quantizer.normalise(x))
-    if codes.integer:
+    if codes.integer and not codes.signs:
         return lambda x: mark(quantizer.integers(x).codes.float())
     found = quantizer.integers(example)
-    if found.scale is not None:
+    if found.scale is not None and not codes.signs:
         return lambda x: mark(_value(quantizer, x))
     places, levels = thresholds(quantizer, quantizer.normalise(example))
+    levels = levels.sign() if codes.signs else levels
 
     def compare(x: Tensor) -> Tensor:
         x = quantizer.normalise(x)

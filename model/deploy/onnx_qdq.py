@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 OLDEST_OPSET = 13  # the first with scales for each channel
 YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
-MOST_CODE = 64  # of weights that 16-bit sums of two products with uint8 activations cannot overflow
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 MOST_STEADY = 64  # levels behind a sum; a code of more levels changes little
-SATURATION = 2**15 - 1
+MOST_CODE = 127  # of an int8, and of its negative
+SATURATION = 2**15 - 1  # of 16-bit sums of two products
 
 
 class Builder:
@@ -162,15 +162,13 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
         source = made.get(node.input[1]) if node.op_type == "Conv" and len(node.input) == 3 else None
         if source is None or source.op_type != "Weight" or len(readers[node.input[2]]) != 1:
             continue
-        weight = graph.weights[node_key(source)]
+        weight, met = graph.weights[node_key(source)], reach.get(node.input[1])
         behind = readers.get(node.output[0], [])
         if len(behind) == 1 and behind[0].op_type == "Relu":
             behind = readers.get(behind[0].output[0], [])
-        if (
-            len(behind) != 1
-            or behind[0].op_type != "Activation"
-            or not integer_weight(weight, reach.get(node.input[1]))
-        ):
+        if len(behind) != 1 or behind[0].op_type != "Activation":
+            continue
+        if met is None or not integer_weight(weight, met):
             continue
         codes = graph.activations[node_key(behind[0])]
         if not codes.integer or codes.step is None or codes.levels > MOST_STEADY:
@@ -180,15 +178,16 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
         most = np.abs(weight.codes).reshape(len(weight.codes), -1).sum(axis=1) * largest
         quantum = np.broadcast_to(weight.scale.reshape(-1) * given.scale, most.shape)
         bias = numpy_helper.to_array(constants[node.input[2]])
-        steady, stretch, _ = steady_bias(bias, quantum, most, _spread(weight), codes)
+        steady, stretch, _ = steady_bias(bias, quantum, most, _spread(weight, met), codes)
         weights[node_key(source)] = weight.times(stretch)
         constants[node.input[2]].CopyFrom(numpy_helper.from_array(steady, node.input[2]))
     return weights
 
 
-def _spread(weight: WeightCodes) -> int:
+def _spread(weight: WeightCodes, reach: int) -> int:
     """The factor on stored codes: engines round the bias to multiples of the product of both scales."""
-    return 1 << max(1, MOST_CODE // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
+    most = min(MOST_CODE, SATURATION // max(1, 2 * reach))
+    return 1 << max(1, most // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
 def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool) -> str:
@@ -225,7 +224,7 @@ def integer_weight(weight: WeightCodes, reach: int | None) -> bool:
     multiplied in float, and so are weights of activations that are no integers.
     """
     most = int(np.abs(weight.codes).max())
-    return weight.scaled and reach is not None and most <= 127 and 2 * reach * most <= SATURATION
+    return weight.scaled and reach is not None and most <= MOST_CODE and 2 * reach * most <= SATURATION
 
 
 def _weight(builder: Builder, weight: WeightCodes, reach: int | None) -> str:
@@ -233,7 +232,7 @@ def _weight(builder: Builder, weight: WeightCodes, reach: int | None) -> str:
     name = weight.name
     if weight.table is not None:
         return _looked_up(builder, weight)
-    if not integer_weight(weight, reach):
+    if reach is None or not integer_weight(weight, reach):
         codes = _unpacked(builder, weight, 1)
         value = builder.add("Cast", [codes], f"{name}.float", to=1)
         ends = {"scale": weight.scale} | ({} if weight.offset is None else {"offset": weight.offset})
@@ -242,7 +241,7 @@ def _weight(builder: Builder, weight: WeightCodes, reach: int | None) -> str:
             constant = builder.constant(f"{name}.{part}", constant, np.float32)
             value = builder.add(operator, [value, constant], name if last else f"{name}.{part}d")
         return value
-    factor = _spread(weight)
+    factor = _spread(weight, reach)
     codes = builder.add("Cast", [_unpacked(builder, weight, factor)], f"{name}.codes", to=3)
     scale = (weight.scale / np.float32(factor)).astype(np.float32)
     if scale.size == 1:

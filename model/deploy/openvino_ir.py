@@ -126,7 +126,8 @@ def _binary_convolutions(model: Model, graph: DeployGraph) -> int:
         node.input_value(0).get_tensor().set_names(set())
         signs = opset13.multiply(clamp.input_value(0), scale)
         signs.output(0).get_tensor().set_names({activation.name})
-        bits = opset13.fake_quantize(signs, zero, scale, zero, one, 2)
+        # Its ends of the input are equal: only then are bits written, which else a slow copy makes.
+        bits = opset13.fake_quantize(signs, zero, zero, zero, one, 2)
         attributes = {name: node.get_attributes()[name] for name in CONVOLUTION_ATTRIBUTES}
         packed = opset13.constant(low_bit_first(weight.digits), dtype=Type.u1)
         sums = opset13.binary_convolution(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
 from model.deploy.engines import Engine
@@ -85,3 +86,27 @@ def test_a_layer_in_two_places_is_refused() -> None:
         UserError, match=r"0.quant_(activation|weight): the network uses this layer more than once"
     ):
         deploy_graph(nn.Sequential(layer, nn.ReLU(), layer).eval(), (8, 6, 6))
+
+
+def test_openvino_writes_signs_as_bits_without_a_copy(tmp_path: Path) -> None:
+    """A copy of floats to bits takes as long as the convolution; zero has the sign +."""
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    layer = QuantConv2d(8, 8, 3)
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="xnor", levels=2) for tag in ("fm", "wt")}
+    layer.build_quantizers(QuantConfig(**parts), "1")
+    network = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), layer, nn.Flatten()).eval()
+    with torch.no_grad():
+        network[0].weight[:4] = 0
+    path = tmp_path / "x.xml"
+    write_openvino(deploy_graph(network, (3, 6, 6)), path)
+    compiled = openvino.Core().compile_model(path, "CPU")
+    operators = {op.get_friendly_name(): op for op in compiled.get_runtime_model().get_ordered_ops()}
+    kinds = {name: op.get_rt_info()["layerType"].astype(str) for name, op in operators.items()}
+    (binary,) = [operators[name] for name, kind in kinds.items() if kind == "BinaryConvolution"]
+    assert kinds[binary.input_value(0).get_node().get_friendly_name()] == "FakeQuantize"
+    assert "Convert" not in kinds.values()
+    x = images(1)
+    with torch.no_grad():
+        expected = network(x).numpy()
+    np.testing.assert_allclose(Engine("openvino").open(path)(x.numpy())["logits"], expected, rtol=1e-5)

@@ -124,3 +124,11 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert words("--keyword", "verify", "--old", CHECKPOINT, path) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_bytes_are_those_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """OpenVINO's weights lie beside its .xml."""
+    assert export("openvino", tmp_path / "x.xml") == 0
+    written = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert f"{written:,} bytes" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2

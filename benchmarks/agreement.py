@@ -1,0 +1,264 @@
+"""Compares exported files with torch for every method and number of bits, on the digits and the glyphs.
+
+    python benchmarks/agreement.py                                    # all, an hour; the table of docs/deploy.md
+    python benchmarks/agreement.py --dataset digits --only "LSQ 2/2" PACT --print
+
+Each network is trained for a few epochs by `benchmarks/digits.py`'s recipe, from a network in full precision, then
+exported and run on all images, those of the training included. Finished trainings are not repeated, except with
+`--fresh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import digits
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project is no package
+
+import onnx  # noqa: E402
+
+import main  # noqa: E402
+from model.deploy import packed  # noqa: E402
+from model.deploy.engines import Engine, versions  # noqa: E402
+from model.deploy.graph import deploy_graph  # noqa: E402
+from model.deploy.onnx_qdq import qdq_model  # noqa: E402
+from model.deploy.openvino_ir import write_openvino  # noqa: E402
+from model.deploy.sums import with_integer_sums  # noqa: E402
+from model.deploy.verify import bytes_of  # noqa: E402
+from model.load import Trained, data_of, load_trained, trained_from  # noqa: E402
+from utils.config.image_size import sides  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+
+PAGE = ROOT / "docs" / "deploy.md"
+RAW = ROOT / "docs" / "results" / "agreement.json"
+EPOCHS = {
+    "digits": (6, 2),
+    "glyphs": (10, 1),
+}  # in full precision, and with quantizers; of 1 bit three times as many
+BATCH = 256
+SUMS = "onnx, 8-bit sums"
+SAME, POINTS = 0.999, 0.1  # targets: share of images with the same class, and points of top-1
+CLIP = "--fm_boundary 3"
+
+Method = digits.Method
+METHODS = (
+    *(m for m in digits.ALL if "clip 1" not in m.name and m.most is not None),  # the others learn little
+    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", digits.bits(b), None) for b in (6, 8)),
+    Method("LSQ, mid-tread weights", "8/8", "dorefa,lsq", f"{digits.bits(8)} --wt_grid midtread", None),
+    Method("PACT", "8/8", "pact", digits.bits(8), None),
+    Method("DoReFa-Net, clip 3", "8/8", "dorefa", f"{digits.bits(8)} {CLIP}", None),
+    *(Method("LSQ, first and last layer too", f"{b}/{b}", "dorefa,lsq,first-last",
+             f"{digits.bits(b)} --fm_first_signed", None) for b in (2, 4)),
+    Method("LSQ, weights alone", "2/32", "dorefa,lsq", "--wt_enable --wt_bit 2", None),
+    Method("LSQ, normalised weights", "2/2", "dorefa,lsq", f"{digits.bits(2)} --wt_adaptive var-mean", None),
+    Method("XNOR-Net, K of each place", "1/1", "xnor", f"{digits.bits(1)} --fm_grad_type STE --fm_custom channel", None,
+           digits.BINARY_BLOCK),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """A file in an engine beside torch.
+
+    Attributes:
+        dataset: digits or glyphs.
+        method: its name.
+        bits: weights/activations.
+        file: `onnx`, `onnx, 8-bit sums`, `openvino` or `packed`.
+        engine: and its optimisation; torch for `packed`.
+        images: how many.
+        same: share of images with the same most probable class.
+        top1: percent; `reference` is that of torch.
+        bytes: of the file.
+    """
+
+    dataset: str
+    method: str
+    bits: str
+    file: str
+    engine: str
+    images: int
+    same: float
+    top1: float
+    reference: float
+    bytes: int
+
+    @property
+    def reached(self) -> bool:
+        """Whether both targets are reached."""
+        return self.same >= SAME and abs(self.top1 - self.reference) <= POINTS
+
+
+def run(case: str, argv: Sequence[str], fresh: bool) -> None:
+    """A training in this process, which spares most of its start; none where one of the same command is finished."""
+    stamp, text = ROOT / "exp" / case / "command.txt", shlex.join(argv[1:])
+    if not fresh and stamp.exists() and stamp.read_text() == text:
+        return
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
+        status = main.main(argv[2:])
+    if status != 0:
+        raise SystemExit(f"{text}\nfailed with status {status}")
+    stamp.write_text(text)
+
+
+def train(dataset: str, methods: Sequence[Method], seed: int, fresh: bool) -> Iterator[tuple[Method, Path]]:
+    """The checkpoint of each method; networks in full precision come first."""
+    setup, (whole, low) = f"{dataset}-agreement", EPOCHS[dataset]
+    starts = {}
+    for block in dict.fromkeys(m.block for m in methods):
+        starts[block] = (
+            f"agreement-{dataset}-{'binary-block' if block == digits.BINARY_BLOCK else 'fp'}-{seed}"
+        )
+        options = f"{digits.FULL} --epochs {whole}"
+        run(starts[block], digits.command(setup, starts[block], seed, block, "", options), fresh)
+    for m in methods:
+        case = f"agreement-{dataset}-{digits.slug(m.name)}-{digits.slug(m.bits)}-{seed}"
+        start = f"--pretrained {starts[m.block]}-checkpoint.pth.tar"
+        epochs = 3 * low if m.bits == "1/1" else low
+        options = f"{digits.TUNE} -b 64 --epochs {epochs} {start} {m.options}"
+        run(case, digits.command(setup, case, seed, m.block, m.keywords, options), fresh)
+        yield m, ROOT / "weights" / "resnet20" / f"{case}-checkpoint.pth.tar"
+
+
+def agreements(dataset: str, m: Method, trained: Trained) -> Iterator[Agreement]:
+    """Each file of a network in each of its engines."""
+    shape = (trained.transform.channels, *sides(trained.transform.size))
+    loaders = data_of(trained, train=True)
+    assert loaders.train is not None and loaders.val is not None
+    loaders.train.set_epoch(0)
+    batches = [*loaders.val, *loaders.train]
+    images = torch.cat([batch for batch, _ in batches]).contiguous()
+    target = torch.cat([classes for _, classes in batches]).numpy()
+    with torch.no_grad():
+        wanted = torch.cat([trained.network(part) for part in images.split(BATCH)]).numpy()
+
+    def agreement(file: str, engine: str, logits: np.ndarray, path: Path) -> Agreement:
+        return Agreement(
+            dataset=dataset, method=m.name, bits=m.bits, file=file, engine=engine, images=len(target),
+            same=float((logits.argmax(1) == wanted.argmax(1)).mean()),
+            top1=100 * float((logits.argmax(1) == target).mean()),
+            reference=100 * float((wanted.argmax(1) == target).mean()), bytes=bytes_of(path),
+        )  # fmt: skip
+
+    graph = deploy_graph(trained.network, shape)
+    runtime, openvino = Engine("onnxruntime"), Engine("openvino")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = {
+            "onnx": (folder / "plain.onnx", [runtime, Engine("onnxruntime", False), openvino]),
+            SUMS: (folder / "sums.onnx", [runtime]),
+            "openvino": (folder / "own.xml", [openvino]),
+        }
+        calibration = next(iter(loaders.train))[0].contiguous().numpy()
+        onnx.save(qdq_model(graph), files["onnx"][0])
+        try:
+            onnx.save(qdq_model(with_integer_sums(graph, calibration)), files[SUMS][0])
+        except UserError:  # behind uneven weights a norm stays, and no sum is one of convolutions
+            del files[SUMS]
+        write_openvino(graph, files["openvino"][0])
+        for file, (path, engines) in files.items():
+            for engine in engines:
+                runner = engine.open(path, threads=1)
+                parts = [
+                    runner(part)["logits"]
+                    for part in np.split(images.numpy(), range(BATCH, len(images), BATCH))
+                ]
+                yield agreement(file, str(engine), np.concatenate(parts), path)
+        path = folder / "packed.safetensors"
+        packed.write(trained, path)
+        restored = trained_from(packed.read_checkpoint(path), path).network
+        with torch.no_grad():
+            logits = torch.cat([restored(part) for part in images.split(BATCH)]).numpy()
+        yield agreement("packed", "torch", logits, path)
+
+
+def table(found: Sequence[Agreement]) -> list[str]:
+    """A row for each network in Markdown."""
+    lines = [
+        "| method | bits w/a | data | top-1 | same | points | reached | 8-bit sums: same | points "
+        "| KiB: `onnx` | `openvino` | `packed` |",
+        "|" + "---|" * 12,
+    ]
+    for key in dict.fromkeys((a.method, a.bits, a.dataset) for a in found):
+        mine = [a for a in found if (a.method, a.bits, a.dataset) == key]
+        plain = [a for a in mine if a.file != SUMS]
+        sizes = {a.file: f"{a.bytes / 1024:.0f}" for a in plain}
+        reached = "yes" if all(a.reached for a in plain) else "no"
+        lines.append(
+            f"| {' | '.join(key)} | {plain[0].reference:.2f} | {' | '.join(least(plain))} | {reached} | "
+            f"{' | '.join(least([a for a in mine if a.file == SUMS]))} | {' | '.join(sizes.values())} |"
+        )
+    return lines
+
+
+def least(several: Sequence[Agreement]) -> tuple[str, str]:
+    """The smallest share of images with the same class, and the largest difference of top-1."""
+    if not several:
+        return "-", "-"
+    points = max((a.top1 - a.reference for a in several), key=abs)
+    return f"{100 * min(a.same for a in several):.2f}", f"{points:+.2f}"
+
+
+def measure() -> int:
+    """Train, export, compare, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=tuple(EPOCHS), nargs="+", default=list(EPOCHS))
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="methods whose name and bits have one of these in them"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="repeat trainings that are finished already")
+    parser.add_argument("--print", action="store_true", help="print the table and write nothing to docs/")
+    options = parser.parse_args()
+
+    torch.set_num_threads(1)
+    methods = [m for m in METHODS if any(part in f"{m.name} {m.bits}" for part in options.only)]
+    found: list[Agreement] = []
+    for dataset in options.dataset:
+        for m, path in train(dataset, methods, options.seed, options.fresh):
+            found += agreements(dataset, m, load_trained(path))
+            print(
+                "\n".join(table([a for a in found if (a.method, a.bits) == (m.name, m.bits)])[2:]), flush=True
+            )
+    missed = [a for a in found if a.file != SUMS and not a.reached]
+    print("\n".join(table(found)))
+    for a in missed:
+        print(f"missed: {a}")
+    if not options.print:
+        write(found, options.seed)
+    return 1 if missed else 0
+
+
+def write(found: Sequence[Agreement], seed: int) -> None:
+    """The table into docs/deploy.md, each engine's figures into docs/results/."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    packages = ", ".join(
+        f"{name} {version}" for name, version in versions(("onnxruntime", "openvino")).items()
+    )
+    raw = {"commit": described.stdout.strip(), "packages": packages, "files": [asdict(a) for a in found]}
+    RAW.write_text(json.dumps(raw, indent=1) + "\n")
+    arguments = shlex.join(["python", "benchmarks/agreement.py", *sys.argv[1:]])
+    head = [f"`{arguments}`, commit {raw['commit']}, seed {seed}; {packages}.", ""]
+    PAGE.write_text(digits.section(PAGE.read_text("utf-8"), "agreement", [*head, *table(found)]), "utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(measure())
