@@ -66,6 +66,20 @@ class Comparison:
         return printable("/".join(path.parts[-2:]) if path.name == NETWORK else path.name)
 
     @property
+    def values(self) -> tuple[float | str, ...]:
+        """The numbers behind the cells from `codes` on, by which a page sorts them; empty text where there is none."""
+        return (
+            max(self.codes.values(), default=""),
+            "" if self.logits is None else self.logits,
+            self.same,
+            self.top1,
+            self.bytes,
+            "" if self.integer is None else self.integer,
+            self.milliseconds,
+            self.float_milliseconds,
+        )
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """The row of a table, see `HEAD`."""
         return (
