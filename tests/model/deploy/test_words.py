@@ -13,8 +13,10 @@ from PIL import Image
 import tools
 from model.deploy.packed import read_checkpoint
 from tests import ROOT
+from tests.main.runs import LSQ, done_in
 from utils.checkpoint import archive
 from utils.checkpoint.exported import NETWORK
+from utils.report import verified
 
 CHECKPOINT = ROOT / "tests" / "recorded" / "lsq.pth.tar"
 
@@ -187,3 +189,24 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert words("--keyword", "verify", "--old", CHECKPOINT, path) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_verification_is_kept_in_the_folder_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the checkpoint is one of that run; a copy elsewhere may be of another one."""
+    done_in(tmp_path, f"{LSQ} --case two --epochs 1")
+    monkeypatch.chdir(tmp_path)
+    own, copy = Path("weights/resnet20/two-checkpoint.pth.tar"), Path("copy.pth.tar")
+    copy.write_bytes(own.read_bytes())
+    assert words("--keyword", "export_packed", "--old", own, "--new", "x.safetensors") == 0
+    assert words("--keyword", "verify", "--old", copy, "x.safetensors") == 0
+    assert not Path("exp/two/verified.json").exists()
+    assert words("--keyword", "verify", "--old", own, "x.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "written: exp/two/verified.json, for tools.py --keyword report exp/two" in printed
+    found = verified.read(Path("exp/two"))
+    assert found is not None and found.as_text() in printed
+    assert words("--keyword", "report", "exp/two") == 0
+    assert "x.safetensors" in Path("exp/two/report.html").read_text()
