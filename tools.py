@@ -57,7 +57,7 @@ WORDS: dict[str, Word] = {
         ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
     ),
     "verify": Word(
-        verify.verify, ("files", "old"), ("root", "workers", "output", "ema_weights", "keyword_file", "force")
+        verify.verify, ("files", "old"), ("root", "threads", "output", "ema_weights", "keyword_file", "force")
     ),
     "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "root")),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
@@ -168,6 +168,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument("--image_size", type=_size, metavar="WxH", help="pixels; default: 500x375")
     parser.add_argument("--workers", "-j", type=_positive, metavar="N", help="default: one process per core")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="verify: of the engines when they are timed; default: 1",
+    )
     parser.add_argument("--to", metavar="FORMAT", help=f"export: {', '.join(export.FORMATS)}")
     parser.add_argument(
         "--topk", type=_positive, metavar="K", help="predict: classes of each image; default: 5"
@@ -196,7 +202,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json; "
-        "predict: FILE.csv or FILE.jsonl",
+        "predict: FILE.csv or FILE.jsonl; verify: FILE.json, by default in the folder of the checkpoint's run",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))

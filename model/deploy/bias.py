@@ -14,9 +14,9 @@ from model.deploy.codes import ActivationCodes, Array
 STRETCHES = np.linspace(-1, 1, 81)  # tried on the scale, over the outermost thresholds' distance in sums
 
 
-def steady_bias(
+def roundable_bias(
     bias: Array, quantum: Array, most: Array, parts: int, codes: ActivationCodes
-) -> tuple[Array, Array, int]:
+) -> tuple[Array, Array]:
     """Biases in multiples of `quantum * stretch / parts`, which give the same codes.
 
     Args:
@@ -27,24 +27,24 @@ def steady_bias(
         codes: the quantizer behind the sum, with or without ReLU in between.
 
     Returns:
-        The biases, float32 [out]; the stretch of the scales, float32 [out], 1 for nearly all; and the number of
-        channels for which there is neither, which keep what they have.
+        The biases, float32 [out], and the stretch of the scales, float32 [out], 1 for nearly all. Channels for which
+        there is neither keep what they have.
 
     Example:
         >>> import numpy as np
-        >>> from model.deploy.bias import steady_bias
+        >>> from model.deploy.bias import roundable_bias
         >>> from model.deploy.codes import ActivationCodes
         >>> codes = ActivationCodes(name="relu", levels=4, highest=3, step=1.0)
-        >>> bias, stretch, lost = steady_bias(np.array([0.53]), np.array([0.5]), np.array([9]), 4, codes)
+        >>> bias, stretch = roundable_bias(np.array([0.53]), np.array([0.5]), np.array([9]), 4, codes)
         >>> sums = np.arange(-9, 10)
         >>> np.array_equal(np.round(sums * 0.5 + 0.53).clip(0, 3), np.round(sums * 0.5 + bias).clip(0, 3))
         True
-        >>> bias / 0.125, stretch, lost
-        (array([5.], dtype=float32), array([1.], dtype=float32), 0)
+        >>> bias / 0.125, stretch
+        (array([5.], dtype=float32), array([1.], dtype=float32))
     """
     assert codes.step is not None
     edges = (np.arange(codes.lowest + 1, codes.highest + 1) - 0.5) * codes.step
-    found, stretches, lost = np.array(bias, np.float64), np.ones(len(bias)), 0
+    found, stretches = np.array(bias, np.float64), np.ones(len(bias))
     for channel, (old, unit, largest) in enumerate(zip(found, quantum.astype(np.float64), most, strict=True)):
         before = (edges - old) / unit
         used = before[np.abs(before) <= largest + 1]
@@ -54,9 +54,7 @@ def steady_bias(
             if best is not None:
                 found[channel], stretches[channel] = best[0], best[1] / unit
                 break
-        else:
-            lost += 1
-    return found.astype(np.float32), stretches.astype(np.float32), lost
+    return found.astype(np.float32), stretches.astype(np.float32)
 
 
 def _last_below(places: Array, largest: int) -> Array:

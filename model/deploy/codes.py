@@ -15,6 +15,7 @@ from utils.errors import UserError
 
 Array = np.ndarray
 MOST_COMPARISONS = 31  # of a value with thresholds; a quantizer with more of them is refused
+SPREAD = 2001  # values near thresholds, and as many far ones of each sign, with which these are checked
 SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divide
 
 
@@ -172,14 +173,21 @@ def _table(found: QuantizedTensor) -> Array:
 
 
 def integers(name: str, quantizer: Quantizer, x: Tensor) -> QuantizedTensor:
-    """`Quantizer.integers`, or a `UserError` that names the layer where the method has none."""
+    """`Quantizer.integers`, or a `UserError` that names the layer where the method has none, or wrong ones."""
     try:
-        return quantizer.integers(x)
+        found = quantizer.integers(x)
     except NotImplementedError:
         raise UserError(
             f"{name}: the method {quantizer.config.method} has no integer codes, so that it cannot be exported; give "
             "its class an encode"
         ) from None
+    with torch.no_grad():
+        if not torch.equal(found.dequantize(), quantizer(x)):
+            raise UserError(
+                f"{name}: the integers of {quantizer.config.method} are not the values that it trains; mend its "
+                "encode, or export --to program"
+            )
+    return found
 
 
 def array(value: Tensor) -> Array:
@@ -228,34 +236,72 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
     )  # fmt: skip
     if highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=levels, reason="its codes need more than 8 bits")
+    if made.step is not None:
+        _check_step(made, quantizer, quantizer.normalise(x))
     return made
 
 
-def thresholds(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
+def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> None:
+    """Compare round(x / step) with the quantizer in the middle half of each level, and beyond the outer ones."""
+    assert codes.step is not None
+    numbers = torch.arange(codes.lowest - 3, codes.highest + 4).reshape(-1, 1) + torch.tensor(
+        [-0.25, 0, 0.25]
+    )
+    numbers = torch.cat([numbers.flatten(), torch.tensor([-1e4, 1e4])])
+    x = (numbers * codes.step).reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *_one_place(quantizer, like))
+    wanted = _quantized(quantizer, x)
+    found = (x / codes.step).round().clamp(codes.lowest, codes.highest) * codes.scale
+    wrong = ((found - wanted).abs() > 1e-4 * abs(codes.scale) * max(1, codes.levels)).nonzero()
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        raise UserError(
+            f"{codes.name}: {quantizer.config.method} cannot be exported: it makes {float(wanted[at]):g} of "
+            f"{float(x[at]):g}, and its search_grid and its integers {float(found[at]):g}; mend these, or export --to "
+            "program"
+        )
+
+
+def _one_place(quantizer: Quantizer, like: Tensor) -> list[int]:
+    """The shape of one image of one place, with all channels, also where they are alike."""
+    dim = quantizer.site.channel_dim % like.ndim
+    return [like.shape[i] if i == dim else 1 for i in range(1, like.ndim)]
+
+
+def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """What the quantizer makes of an input that is normalised already."""
+    with torch.no_grad():
+        value = quantizer.quantize(x)
+        return value * quantizer.per_channel(quantizer.gamma.float()) if quantizer.config.gamma else value
+
+
+def thresholds(name: str, quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """Where an activation quantizer with static, increasing levels changes from a level to the next one.
 
-    Found by bisection over all float32 numbers, so that x >= threshold is exactly what the quantizer does.
+    Found by bisection over all float32 numbers, so that x >= threshold is exactly what the quantizer does. That is
+    compared on both sides of each threshold and on a spread of values.
 
     Args:
-        quantizer: of a method that is monotonic.
-        like: an input of it, float32; its first dimension holds images.
+        name: the quantizer's name in the network.
+        quantizer: of any method.
+        like: an input of it, normalised, float32; its first dimension holds images.
 
     Returns:
         Thresholds float32 [levels - 1, ...] and levels float32 [levels, ...], whose other dimensions broadcast
         against the input.
+
+    Raises:
+        UserError: the quantizer is not monotonic, or its integers are not what it quantizes.
     """
     dim = quantizer.site.channel_dim % like.ndim
     shape = [1] * like.ndim
     if quantizer.groups > 1:
         shape[dim] = like.shape[dim]
-    probe = [
-        like.shape[i] if i == dim else 1 for i in range(like.ndim)
-    ]  # all channels, also where they are alike
+    probe = _one_place(quantizer, like)
 
     def number(order: Tensor) -> Tensor:
         """The level numbers, int64 [levels - 1, channels or 1, ...], at floats in increasing order, int64."""
-        x = _float(order).expand(-1, *probe[1:])
-        found = quantizer.integers(x).numbers
+        x = _float(order).expand(-1, *probe)
+        found = _encoded(quantizer, x).numbers
         return found if quantizer.groups > 1 else found.narrow(dim, 0, 1)
 
     count = quantizer.levels - 1
@@ -269,8 +315,51 @@ def thresholds(quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
     places = _float(high)
     ends = torch.cat([torch.full_like(places[:1], torch.finfo(torch.float32).min), places])
-    found = quantizer.integers(ends.expand(-1, *probe[1:])).dequantize()
-    return places, found if quantizer.groups > 1 else found.narrow(dim, 0, 1)
+    levels = _encoded(quantizer, ends.expand(-1, *probe)).dequantize()
+    levels = levels if quantizer.groups > 1 else levels.narrow(dim, 0, 1)
+    spread = _spread_over(places).reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *probe)
+    sides = torch.cat([places, _float(high - 1)]).expand(-1, *probe)
+    for x in (sides, spread, like):
+        _check_thresholds(name, quantizer, x, places, levels)
+    return places, levels
+
+
+def by_thresholds(x: Tensor, places: Tensor, levels: Tensor) -> Tensor:
+    """The level of each value, see `thresholds`."""
+    value = levels[0]
+    for place, level in zip(places, levels[1:], strict=True):
+        value = torch.where(x >= place, level, value)
+    return value
+
+
+def _spread_over(places: Tensor) -> Tensor:
+    """Values around thresholds and far from them, float32 [n], in increasing order."""
+    low, high = float(places.min()), float(places.max())
+    near = torch.linspace(low - (high - low + 1), high + (high - low + 1), SPREAD)
+    far = torch.logspace(-9, 9, SPREAD)
+    return torch.cat([near, far, -far, torch.zeros(1)]).sort().values
+
+
+def _check_thresholds(name: str, quantizer: Quantizer, x: Tensor, places: Tensor, levels: Tensor) -> None:
+    wanted = _quantized(quantizer, x)
+    wrong = (by_thresholds(x, places, levels).expand_as(wanted) != wanted).nonzero()
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        found = float(by_thresholds(x, places, levels).expand_as(wanted)[at])
+        raise UserError(
+            f"{name}: {quantizer.config.method} cannot be exported by thresholds: it makes {float(wanted[at]):g} of "
+            f"{float(x[at]):g}, where {found:g} follows from where its levels begin; a larger value must never get a "
+            "lower level, and its encode must give what it quantizes; or export --to program"
+        )
+
+
+def _encoded(quantizer: Quantizer, x: Tensor) -> QuantizedTensor:
+    """`Quantizer.integers` of an input that is normalised already."""
+    with torch.no_grad():
+        found = quantizer.encode(x)
+        if not quantizer.config.gamma:
+            return found
+        return replace(found, gamma=quantizer.per_channel(quantizer.gamma.float()))
 
 
 def _order(x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ import numpy as np
 
 from model.deploy.codes import Array
 from model.deploy.packages import needed
+from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
+from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
-QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors that a quantizer makes
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
@@ -124,7 +125,9 @@ class Engine:
     optimised: bool = True
 
     def __str__(self) -> str:
-        return f"{self.name}, {'default' if self.optimised else 'basic'}"
+        return (
+            f"{self.name}, {'default' if self.optimised else 'basic'}" if self.name != "torch" else self.name
+        )
 
     def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
         """Load a file.
@@ -152,13 +155,19 @@ def engines_of(path: Path) -> list[Engine]:
     Raises:
         UserError: there is none, or the file is damaged.
     """
-    if path.suffix == ".xml":
-        return [Engine("openvino")]
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: no exported file; give a .onnx or an .xml of OpenVINO")
+    kind = kind_of(path)
+    if kind == "openvino":
+        return [Engine("openvino"), Engine("openvino", False)]
+    if kind in ("packed", "program"):
+        return [Engine("torch")]
+    if kind != "onnx":
+        raise UserError(
+            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2 "
+            "or the folder of a page"
+        )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
-    return [Engine("onnxruntime"), Engine("onnxruntime", False), Engine("openvino")]
+    return [Engine(name, optimised) for name in ("onnxruntime", "openvino") for optimised in (True, False)]
 
 
 def read_onnx(path: Path) -> Any:
@@ -257,6 +266,8 @@ class _Openvino(_Runner):
             self.tensors = tuple(dict.fromkeys(name for name in names if _quantized(name)))
             model.add_outputs(list(self.tensors))
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if not optimised:  # without low-precision transformations everything but BinaryConvolution is float
+            settings["LP_TRANSFORMS_MODE"] = False
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         size = model.input().get_partial_shape()[0]
@@ -313,7 +324,16 @@ class _Qonnx(_Runner):
         return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
 
 
-_RUNNERS: dict[str, Any] = {"onnxruntime": _Onnxruntime, "openvino": _Openvino, "qonnx": _Qonnx}
+def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> TorchRunner:
+    return open_torch(path, tensors)
+
+
+_RUNNERS: dict[str, Any] = {
+    "onnxruntime": _Onnxruntime,
+    "openvino": _Openvino,
+    "qonnx": _Qonnx,
+    "torch": _torch,
+}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

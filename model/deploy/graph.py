@@ -25,6 +25,7 @@ from model.deploy.codes import (
     Array,
     WeightCodes,
     activation_codes,
+    by_thresholds,
     thresholds,
     weight_codes,
 )
@@ -159,17 +160,9 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     found = quantizer.integers(example)
     if found.scale is not None and not codes.signs:
         return lambda x: mark(_value(quantizer, x))
-    places, levels = thresholds(quantizer, quantizer.normalise(example))
+    places, levels = thresholds(codes.name, quantizer, quantizer.normalise(example))
     levels = levels.sign() if codes.signs else levels
-
-    def compare(x: Tensor) -> Tensor:
-        x = quantizer.normalise(x)
-        value = levels[0]
-        for place, level in zip(places, levels[1:], strict=True):
-            value = torch.where(x >= place, level, value)
-        return mark(value)
-
-    return compare
+    return lambda x: mark(by_thresholds(quantizer.normalise(x), places, levels))
 
 
 def _value(quantizer: Quantizer, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.deploy.bias import steady_bias
+from model.deploy.bias import roundable_bias
 from model.deploy.codes import ActivationCodes, Array, WeightCodes, digits_per_word
 from model.deploy.graph import DOMAIN, DeployGraph, node_key, tensor_attributes
 
@@ -22,7 +22,7 @@ OLDEST_OPSET = 13  # the first with scales for each channel
 YOUNG_IR_VERSION = 8  # of later ones, up to 18
 IR_VERSION = 7  # of opset 13; onnx's own default is younger than the engines
 PRODUCTS = ("Conv", "Gemm", "MatMul")
-MOST_STEADY = 64  # levels behind a sum; a code of more levels changes little
+MOST_LEVELS_BEHIND = 64  # levels behind a sum; a code of more levels changes little
 MOST_CODE = 127  # of an int8, and of its negative
 SATURATION = 2**15 - 1  # of 16-bit sums of two products
 
@@ -55,18 +55,18 @@ def qdq_model(graph: DeployGraph) -> ModelProto:
         tensor `NAME.codes`, its values the tensor `NAME`, with the NAME of the quantizer.
     """
     model = copy.deepcopy(graph.model)
-    weights = _steady_biases(model, graph)
-    reach = reach_of_weights(model, graph)
-    beside_float = _beside_float(model, graph, reach)
+    weights = _roundable_biases(model, graph)
+    most_codes = largest_codes(model, graph)
+    beside_float = _beside_float(model, graph, most_codes)
 
     def activation(builder: Builder, node: NodeProto) -> str:
         integer = node.output[0] not in beside_float
         return _activation(builder, graph.activations[node_key(node)], node.input[0], integer)
 
     def weight(builder: Builder, node: NodeProto) -> str:
-        return _weight(builder, weights[node_key(node)], reach.get(node.output[0]))
+        return _weight(builder, weights[node_key(node)], most_codes.get(node.output[0]))
 
-    return finished(model, expanded(model, activation, weight), graph.metadata)
+    return complete_model(model, expanded(model, activation, weight), graph.metadata)
 
 
 Expand = Callable[[Builder, "NodeProto"], str]
@@ -88,7 +88,7 @@ def expanded(model: ModelProto, activation: Expand, weight: Expand) -> Builder:
     return builder
 
 
-def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) -> set[str]:
+def _beside_float(model: ModelProto, graph: DeployGraph, most_codes: dict[str, int]) -> set[str]:
     """The tensors that are multiplied by weights that are no integers."""
     made = {node.output[0]: node for node in model.graph.node}
     found = set()
@@ -99,7 +99,7 @@ def _beside_float(model: ModelProto, graph: DeployGraph, reach: dict[str, int]) 
         if (
             weight is None
             or weight.op_type != "Weight"
-            or not integer_weight(graph.weights[node_key(weight)], reach.get(node.input[1]))
+            or not integer_weight(graph.weights[node_key(weight)], most_codes.get(node.input[1]))
         ):
             found.update(node.input)
     return found
@@ -112,9 +112,9 @@ def integer_layers(graph: DeployGraph, *, strided_points: bool = True) -> int:
     where they come from ONNX (findings/openvino-strided-shortcut.sh), and with integers from its own files.
     """
     made = {node.output[0]: node for node in graph.model.graph.node}
-    reach = reach_of_weights(graph.model, graph)
+    most_codes = largest_codes(graph.model, graph)
     weights = [
-        (made.get(node.input[1]), reach.get(node.input[1]))
+        (made.get(node.input[1]), most_codes.get(node.input[1]))
         for node in graph.model.graph.node
         if node.op_type in PRODUCTS and (strided_points or not _strided_point(node, made, graph))
     ]
@@ -132,7 +132,7 @@ def _strided_point(node: NodeProto, made: dict[str, NodeProto], graph: DeployGra
     return max(kernel) == 1 and max(tensor_attributes(node).get("strides", [1])) > 1
 
 
-def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
+def largest_codes(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     """The largest uint8 code that meets each weight, by the weight's tensor; those without are multiplied in float."""
     made = {node.output[0]: node for node in model.graph.node}
     found: dict[str, int] = {}
@@ -147,11 +147,11 @@ def reach_of_weights(model: ModelProto, graph: DeployGraph) -> dict[str, int]:
     return found
 
 
-def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCodes]:
+def _roundable_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCodes]:
     """Change the biases that an engine rounds, those between integer weights and a quantizer; returns the weights."""
     from onnx import numpy_helper
 
-    reach, weights = reach_of_weights(model, graph), dict(graph.weights)
+    most_codes, weights = largest_codes(model, graph), dict(graph.weights)
     made = {node.output[0]: node for node in model.graph.node}
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
@@ -162,31 +162,31 @@ def _steady_biases(model: ModelProto, graph: DeployGraph) -> dict[str, WeightCod
         source = made.get(node.input[1]) if node.op_type == "Conv" and len(node.input) == 3 else None
         if source is None or source.op_type != "Weight" or len(readers[node.input[2]]) != 1:
             continue
-        weight, met = graph.weights[node_key(source)], reach.get(node.input[1])
+        weight, most_code = graph.weights[node_key(source)], most_codes.get(node.input[1])
         behind = readers.get(node.output[0], [])
         if len(behind) == 1 and behind[0].op_type == "Relu":
             behind = readers.get(behind[0].output[0], [])
         if len(behind) != 1 or behind[0].op_type != "Activation":
             continue
-        if met is None or not integer_weight(weight, met):
+        if most_code is None or not integer_weight(weight, most_code):
             continue
         codes = graph.activations[node_key(behind[0])]
-        if not codes.integer or codes.step is None or codes.levels > MOST_STEADY:
+        if not codes.integer or codes.step is None or codes.levels > MOST_LEVELS_BEHIND:
             continue
         given = graph.activations[node_key(made[node.input[0]])]
         largest = max(abs(given.lowest), abs(given.highest))
         most = np.abs(weight.codes).reshape(len(weight.codes), -1).sum(axis=1) * largest
         quantum = np.broadcast_to(weight.scale.reshape(-1) * given.scale, most.shape)
         bias = numpy_helper.to_array(constants[node.input[2]])
-        steady, stretch, _ = steady_bias(bias, quantum, most, _spread(weight, met), codes)
+        rounded, stretch = roundable_bias(bias, quantum, most, _code_factor(weight, most_code), codes)
         weights[node_key(source)] = weight.times(stretch)
-        constants[node.input[2]].CopyFrom(numpy_helper.from_array(steady, node.input[2]))
+        constants[node.input[2]].CopyFrom(numpy_helper.from_array(rounded, node.input[2]))
     return weights
 
 
-def _spread(weight: WeightCodes, reach: int) -> int:
+def _code_factor(weight: WeightCodes, largest_code: int) -> int:
     """The factor on stored codes: engines round the bias to multiples of the product of both scales."""
-    most = min(MOST_CODE, SATURATION // max(1, 2 * reach))
+    most = min(MOST_CODE, SATURATION // max(1, 2 * largest_code))
     return 1 << max(1, most // max(1, int(np.abs(weight.codes).max()))).bit_length() - 1
 
 
@@ -217,22 +217,23 @@ def _activation(builder: Builder, codes: ActivationCodes, x: str, integer: bool)
     return builder.add("Mul", [result, scale], name)
 
 
-def integer_weight(weight: WeightCodes, reach: int | None) -> bool:
-    """Whether a weight is multiplied as int8 by activations of at most the uint8 code `reach`.
+def integer_weight(weight: WeightCodes, largest_code: int | None) -> bool:
+    """Whether a weight is multiplied as int8 by activations of at most the uint8 code `largest_code`.
 
     CPUs without VNNI sum two products of a uint8 and an int8 in 16 bits. Weights whose sums could overflow there are
     multiplied in float, and so are weights of activations that are no integers.
     """
     most = int(np.abs(weight.codes).max())
-    return weight.scaled and reach is not None and most <= MOST_CODE and 2 * reach * most <= SATURATION
+    fits = largest_code is not None and most <= MOST_CODE and 2 * largest_code * most <= SATURATION
+    return weight.scaled and fits
 
 
-def _weight(builder: Builder, weight: WeightCodes, reach: int | None) -> str:
+def _weight(builder: Builder, weight: WeightCodes, largest_code: int | None) -> str:
     """Unpack the digits by arithmetic that engines compute once, when they load the file."""
     name = weight.name
     if weight.table is not None:
         return _looked_up(builder, weight)
-    if reach is None or not integer_weight(weight, reach):
+    if largest_code is None or not integer_weight(weight, largest_code):
         codes = _unpacked(builder, weight, 1)
         value = builder.add("Cast", [codes], f"{name}.float", to=1)
         ends = {"scale": weight.scale} | ({} if weight.offset is None else {"offset": weight.offset})
@@ -241,7 +242,7 @@ def _weight(builder: Builder, weight: WeightCodes, reach: int | None) -> str:
             constant = builder.constant(f"{name}.{part}", constant, np.float32)
             value = builder.add(operator, [value, constant], name if last else f"{name}.{part}d")
         return value
-    factor = _spread(weight, reach)
+    factor = _code_factor(weight, largest_code)
     codes = builder.add("Cast", [_unpacked(builder, weight, factor)], f"{name}.codes", to=3)
     scale = (weight.scale / np.float32(factor)).astype(np.float32)
     if scale.size == 1:
@@ -329,12 +330,12 @@ def used_levels(weight: WeightCodes) -> tuple[Array, Array | None]:
     return table.astype(np.float32), rows if len(table) > 1 else None
 
 
-def finished(model: ModelProto, builder: Builder, metadata: dict[str, str]) -> ModelProto:
+def complete_model(model: ModelProto, builder: Builder, metadata: dict[str, str]) -> ModelProto:
     """The model with the builder's nodes and constants, of the oldest opset that has its operators."""
     from onnx import helper, numpy_helper
 
     graph = model.graph
-    nodes = _used(builder.nodes, [output.name for output in graph.output])
+    nodes = _needed_nodes(builder.nodes, [output.name for output in graph.output])
     read = {name for node in nodes for name in node.input}
     constants = [tensor for tensor in graph.initializer if tensor.name in read]
     constants += [
@@ -348,10 +349,10 @@ def finished(model: ModelProto, builder: Builder, metadata: dict[str, str]) -> M
     for item in (*graph.node, *graph.input, *graph.output, graph):
         del item.metadata_props[:]
     model.producer_name, model.producer_version, model.doc_string = "lowbit", "", ""
-    return aged(model)
+    return in_oldest_opset(model)
 
 
-def _used(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
+def _needed_nodes(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     """The nodes that an output depends on, in their order."""
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
@@ -361,7 +362,7 @@ def _used(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def aged(model: ModelProto) -> ModelProto:
+def in_oldest_opset(model: ModelProto) -> ModelProto:
     """The model marked as of the oldest opset from 13 on that defines its operators as the present one does."""
     from onnx import checker, helper
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
 from model.deploy.graph import DOMAIN, DeployGraph, node_key
-from model.deploy.onnx_qdq import integer_weight, reach_of_weights, used_levels
+from model.deploy.onnx_qdq import integer_weight, largest_codes, used_levels
 from model.deploy.packages import needed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def openvino_model(graph: DeployGraph) -> Model:
         for names in (node.input, node.output):
             for i, name in enumerate(names):
                 names[i] = renamed.get(name, name)
-    reach = reach_of_weights(skeleton, graph)
+    most_codes = largest_codes(skeleton, graph)
 
     def activation(context: Any) -> list[Any]:
         codes = graph.activations[context.get_attribute("key")]
@@ -46,7 +46,7 @@ def openvino_model(graph: DeployGraph) -> Model:
 
     def weight(context: Any) -> list[Any]:
         codes = graph.weights[context.get_attribute("key")]
-        return [_weight(codes, integer_weight(codes, reach.get(codes.name))).output(0)]
+        return [_weight(codes, integer_weight(codes, most_codes.get(codes.name))).output(0)]
 
     core = openvino.Core()
     core.add_extension(ConversionExtension("Activation", DOMAIN, activation))

@@ -17,13 +17,13 @@ from model.load import Trained
 from model.pretrained import FIXED, stored_of
 from model.quantizers.integers import QuantizedTensor
 from utils.checkpoint import archive
+from utils.checkpoint.exported import KEY, exported_kind
 from utils.config.recorded import from_dict
 from utils.config.schema import to_dict
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 
 VERSION = 1
-KEY = "lowbit"  # of the metadata
 TERNARY = 5  # digits to base 3 in a byte
 _TENSORS = ("codebook", "factor", "scale", "rows", "deviation", "mean", "gamma")
 
@@ -190,6 +190,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     foreign = UserError(f"{path}: is no packed network; name a file that export --to packed has written")
+    if path.is_dir() or exported_kind(path) not in ("", "packed"):
+        raise foreign
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

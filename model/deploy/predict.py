@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.deploy.packages import needed
-from model.deploy.web import NETWORK
+from utils.checkpoint.exported import NETWORK, kind_of
 from utils.errors import UserError
 from utils.text import format_table, printable
 from utils.tools.options import Options, given_path, refuse_existing
@@ -128,18 +128,19 @@ def _exported(
 
 
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
-    ".onnx": open_for_engine,
-    ".xml": open_for_engine,
-    ".safetensors": open_packed,
-    ".pt2": open_program,
+    "onnx": open_for_engine,
+    "openvino": open_for_engine,
+    "packed": open_packed,
+    "program": open_program,
+    "web": open_for_engine,
 }
-"""Ending of an exported file -> what opens it; folders are pages, and all other files checkpoints."""
+"""Format of an exported file -> what opens it; all other files are checkpoints."""
 
 
 def open_network(options: Options) -> Predictor:
-    """What predicts with --old, by its ending."""
+    """What predicts with --old."""
     path = given_path(options.old)
-    opener = open_for_engine if path.is_dir() else OPENERS.get(path.suffix, open_checkpoint)
+    opener = OPENERS.get(kind_of(path), open_checkpoint)
     if options.ema_weights and opener is not open_checkpoint:
         raise UserError(f"--ema_weights: {path} has one set of weights; leave it out, or give it to export")
     return opener(options)

@@ -16,10 +16,9 @@ from torch.export import Dim
 
 from model.load import Trained
 from utils.checkpoint import archive
+from utils.checkpoint.exported import TEXTS
 from utils.config.image_size import sides
 from utils.errors import UserError
-
-TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside the program
 
 
 def write(trained: Trained, path: Path) -> None:
@@ -48,7 +47,8 @@ def write(trained: Trained, path: Path) -> None:
                 f"{trained.source}: torch.export does not take the network {trained.config.model.name} ({reason}); "
                 "write --to packed, or change its code"
             ) from error
-        extra = dict(zip(TEXTS, map(json.dumps, (trained.labels, trained.transform.to_dict())), strict=True))
+        texts = map(json.dumps, (trained.labels, trained.transform.to_dict()))
+        extra: dict[str, Any] = dict(zip(TEXTS, texts, strict=True))
         # A file object: torch refuses names that do not end in .pt2.
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files=extra)
@@ -69,7 +69,8 @@ def read(path: Path) -> tuple[nn.Module, dict[str, str]]:
         with zipfile.ZipFile(path) as file:  # torch looks at no checksum
             if file.testzip() is not None:
                 raise ValueError("a wrong checksum")
-        network = torch.export.load(path, extra_files=extra).module()
+        with path.open("rb") as file:  # torch warns of names that do not end in .pt2
+            network = torch.export.load(file, extra_files=extra).module()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({archive.reason_of(error)}); check the path") from error
     except Exception as error:  # torch has many, without a base

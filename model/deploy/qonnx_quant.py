@@ -9,7 +9,7 @@ import numpy as np
 
 from model.deploy.codes import ActivationCodes, WeightCodes
 from model.deploy.graph import DeployGraph, node_key
-from model.deploy.onnx_qdq import Builder, expanded, finished
+from model.deploy.onnx_qdq import Builder, complete_model, expanded
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,7 +29,7 @@ def qonnx_model(graph: DeployGraph) -> ModelProto:
         lambda builder, node: _activation(builder, graph.activations[node_key(node)], node.input[0]),
         lambda builder, node: _weight(builder, graph.weights[node_key(node)]),
     )
-    made = finished(model, builder, graph.metadata)
+    made = complete_model(model, builder, graph.metadata)
     for value in (*made.graph.input, *made.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     return made

@@ -14,6 +14,7 @@ from model.networks import library
 from model.training.teacher import find_teacher
 from utils.checkpoint import case_files
 from utils.checkpoint.case_files import CheckpointFiles, Found
+from utils.checkpoint.exported import what_instead
 from utils.config.schema import Config
 from utils.data.sources import check_data, class_weights_of_file
 from utils.errors import UserError
@@ -74,7 +75,9 @@ def find_surroundings(config: Config) -> Surroundings:
     settings = config.run
     place = distributed.place(config.devices, os.environ)
     if place.first and settings.resume_file is not None and not os.path.isfile(settings.resume_file):
-        raise UserError(f"--resume_file {settings.resume_file}: no such file; -r finds a case's newest")
+        instead = what_instead(settings.resume_file)
+        what = f" is {instead}" if instead else ": no such file; -r finds a case's newest"
+        raise UserError(f"--resume_file {settings.resume_file}{what}")
     shard = dataclasses.replace(config.data, rank=place.rank, world_size=place.world_size)
     config = dataclasses.replace(config, data=shard)
     device, warnings = distributed.device_of(place, config.devices)

@@ -111,6 +111,25 @@ def test_a_part_of_the_classes_is_evaluated(
     assert shown == pytest.approx(100 * sum(right) / len(right), abs=0.01)
 
 
+@pytest.mark.parametrize("how", ["-r --case old", "--resume_file {}"])
+def test_a_resumed_evaluation_takes_a_part_of_the_classes(
+    trained: Path,
+    tmp_path: Path,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `--pretrained` does; the first class is missing, so that the others keep their numbers."""
+    folders_of(trained, tmp_path, {"b": "b", "c": "c"})
+    monkeypatch.chdir(tmp_path)
+    file = "weights/resnet20/old-checkpoint.pth.tar"
+    shown = []
+    for line in (f"--pretrained {file}", how.format(file)):
+        assert call(f"{LINE} -e {line}") == 0
+        shown.append(capsys.readouterr().out.rpartition("top-1 ")[2].splitlines()[0])
+    assert shown[0] == shown[1]
+
+
 @pytest.mark.parametrize(
     ("names", "text"),
     [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint.archive import load_archive, read, write_atomic
+from utils.checkpoint.exported import what_instead
 from utils.errors import UserError
 from utils.text import SHOWN, some_names
 
@@ -31,6 +32,8 @@ def find_pretrained(value: str, weights_dir: Path, model: str, *, option: str = 
     for candidate in (folder / value, path) if bare else (path,):
         if os.path.isfile(candidate):
             return candidate
+        if instead := what_instead(candidate):
+            raise UserError(f"--{option} {value} is {instead}")
     try:
         names = sorted(os.listdir(folder))
     except OSError:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.checkpoint.exported import what_instead
+
 
 class NotPlainError(ValueError):
     """A file holds an object that is not plain data; the text names it."""
@@ -124,6 +126,8 @@ _STARTS = {
 
 def other_kind(path: Path) -> str:
     """What a file is that is certainly no checkpoint, and what to do, as the end of a line; empty for all others."""
+    if exported := what_instead(path):
+        return exported
     with path.open("rb") as file:
         head = file.read(512)
     for start, what in _STARTS.items():
@@ -133,8 +137,6 @@ def other_kind(path: Path) -> str:
         return "a web page, no PyTorch checkpoint; download the file that the page is about"
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it with tar -xf and name the file inside"
-    if path.suffix == ".onnx":
-        return "an ONNX file, no PyTorch checkpoint; name the checkpoint that it was exported from"
     if re.match(rb"\x80[\2-\5]", head) and not head.startswith(_LEGACY[: len(head)]):
         return f"a pickle of another program, not a PyTorch checkpoint; {_SAVE}"
     if not zipfile.is_zipfile(path):

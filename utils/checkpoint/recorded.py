@@ -78,8 +78,15 @@ def resolve(given: Given) -> Config:
     Raises:
         UserError: as `utils.config.resolve.resolve` and `config_of`.
     """
+    if not given["evaluate"]:
+        return resolve_options(given)
     name = given["pretrained"]
-    if not given["evaluate"] or given["resume"] or name is None or name in LIBRARIES:
+    if given["resume"] or given["resume_file"] is not None:
+        config = resolve_options(given)
+        classes = _classes_of_run(config)
+        if classes or name is None or name in LIBRARIES:
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes))
+    if name is None or name in LIBRARIES:
         return resolve_options(given)
     from utils.checkpoint import archive, case_files, weights
 
@@ -93,6 +100,18 @@ def resolve(given: Given) -> Config:
     else:
         config = _evaluation(spread_bits(given), payload, path)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes))
+
+
+def _classes_of_run(config: Config) -> tuple[str, ...]:
+    """The classes in the checkpoint that `-e` takes with `-r` or `--resume_file`; empty where none are known."""
+    from utils.checkpoint import archive, case_files, weights
+
+    run = config.run
+    if run.resume_file is not None:
+        payload = archive.load_archive(run.resume_file, mapped=True) if run.resume_file.is_file() else {}
+    else:
+        payload = case_files.CheckpointFiles(run.weights_dir, config.model.name, run.case).newest().payload
+    return weights.class_names_of(payload)
 
 
 def _evaluation(given: Given, payload: Mapping[str, Any], path: Path) -> Config:

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
-from utils.report import confusion
+from utils.report import confusion, verified
 from utils.report.confusion import Confusion
 from utils.report.epoch_files import MetricsFile, RecordsFile
+from utils.report.verified import Verified
 
 LARGEST = 1e300  # larger numbers count as damage
 NUMBER = (int, float, type(None))  # None: it was not finite, or there is none
@@ -48,6 +49,7 @@ class Run:
         epochs: the records of its quantizers, of `HealthRow.record`; empty in full precision.
         summary: the file `summary.json`; None as long as the run has not ended.
         confusion: what an evaluation of the same case has written; None without one.
+        verified: its exported files beside its checkpoint; None where `verify` has not compared any.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class Run:
     epochs: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
     confusion: Confusion | None = None
+    verified: Verified | None = None
 
     @property
     def done(self) -> int:
@@ -146,6 +149,7 @@ def _read(folder: Path, label: str) -> Run:
         epochs=epochs,
         summary=summary,
         confusion=confusion.read(folder),
+        verified=verified.read(folder),
     )
 
 

@@ -22,6 +22,7 @@ class Options:
     root: Path | None = None
     verbose_list: str | None = None
     workers: int | None = None
+    threads: int | None = None
     runs: tuple[Path, ...] | None = None
     images: tuple[Path, ...] | None = None
     files: tuple[Path, ...] | None = None

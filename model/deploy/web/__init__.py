@@ -12,13 +12,13 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from model.deploy.web.runtime import NAMES, VERSION
+from utils.checkpoint.exported import NETWORK
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from model.load import Trained
 
-NETWORK = "network.onnx"
 PAGE = "index.html"
 OWN = ("page.js", "page.css")
 _HERE = Path(__file__).parent

@@ -171,7 +171,7 @@ def test_mistakes(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "export_packed --old gone.pth --new y": "gone.pth: cannot be read (No such file or directory)",
         "export_packd --old x.pth --new y": "program, qonnx, web; did you mean packed?",
         "export --old x.pth --new y": "the word export needs --to",
-        "export_packed --old cut --new y": "cut: damaged, cut short or not a PyTorch checkpoint",
+        "export_packed --old cut --new y": "cut: is a packed network, no checkpoint: tools.py --keyword import makes",
         "import --old gone --new y": "gone: cannot be read (No such file or directory",
         "import --old x.safetensors --new x.pth": "x.pth exists; --force writes over it",
         "import --old x.pth --new y": "x.pth: damaged, cut short or no packed network",

@@ -11,7 +11,12 @@ import pytest
 from PIL import Image
 
 import tools
+from model.deploy.packed import read_checkpoint
 from tests import ROOT
+from tests.main.runs import LSQ, done_in
+from utils.checkpoint import archive
+from utils.checkpoint.exported import NETWORK
+from utils.report import verified
 
 CHECKPOINT = ROOT / "tests" / "recorded" / "lsq.pth.tar"
 
@@ -42,6 +47,7 @@ def test_an_onnx_file_is_verified_and_predicts(tmp_path: Path, capsys: pytest.Ca
         "onnxruntime, default",
         "onnxruntime, basic",
         "openvino, default",
+        "openvino, basic",
     ]
     for item in found:
         assert item["images"] == 360 and item["same"] > 0.995 and len(item["codes"]) == 20
@@ -56,6 +62,65 @@ def test_an_onnx_file_is_verified_and_predicts(tmp_path: Path, capsys: pytest.Ca
     first, second = predicted
     assert first["classes"] == second["classes"]
     assert first["probabilities"] == pytest.approx(second["probabilities"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_files_for_torch_and_pages_are_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed network to the last bit, a program with its codes, a page by the ONNX file in it."""
+    files = {"packed": tmp_path / "any.name", "program": tmp_path / "other.name", "onnx": tmp_path / "x.onnx"}
+    for to, path in files.items():
+        assert export(to, path) == 0
+    page = tmp_path / "page"
+    page.mkdir()
+    files["onnx"].rename(page / NETWORK)
+    report = tmp_path / "report.json"
+    given = (files["packed"], files["program"], page)
+    assert (
+        words("--keyword", "verify", "--old", CHECKPOINT, *given, "--output", report, "--threads", "2") == 0
+    )
+    printed = capsys.readouterr().out
+    assert "page/network.onnx: the ONNX file of a page, run here and not in a browser" in printed
+    assert "2 threads" in printed
+    packed, program, *others = json.loads(report.read_text())["comparisons"]
+    for item in (packed, program):
+        assert (item["engine"], item["logits"], item["same"], item["integer"]) == ("torch", 0.0, 1.0, 0)
+        assert len(item["codes"]) == 20 and set(item["codes"].values()) == {0.0}
+        assert item["layers"] == 22 and item["bytes"] > 0 and item["milliseconds"] > 0
+    assert {(item["engine"], item["file"]) for item in others} == {
+        (f"{name}, {how}", str(page / NETWORK))
+        for name in ("onnxruntime", "openvino")
+        for how in ("default", "basic")
+    }
+
+    # Another network's packed file: weights with one changed number.
+    payload = read_checkpoint(files["packed"])
+    name, weight = next(
+        (name, one) for name, one in payload["state_dict"].items() if name.endswith("bn1.0.bias")
+    )
+    payload["state_dict"][name] = weight + 1e-3
+    archive.save(tmp_path / "x.pth.tar", payload)
+    assert words("--keyword", "export_packed", "--old", tmp_path / "x.pth.tar", "--new", tmp_path / "x") == 0
+    assert words("--keyword", "verify", "--old", CHECKPOINT, tmp_path / "x") == 1
+    assert "its logits are not those of the checkpoint to the last bit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> None:
+    """Other codes than torch's are what the option does; the engine's integers must give those of the file.
+
+    The recorded network was trained for one epoch, so that its accuracy suffers, which is a fault.
+    """
+    path, report = tmp_path / "x.onnx", tmp_path / "report.json"
+    assert export("onnx", path, "--int8_sums") == 0
+    assert words("--keyword", "verify", "--old", CHECKPOINT, path, "--output", report) == 1
+    found = {item["engine"]: item for item in json.loads(report.read_text())["comparisons"]}
+    default = found["onnxruntime, default"]
+    assert default["integer"] == 20 and max(default["codes"].values()) > 0.01
+    assert len(default["optimiser"]) == 20 and max(default["optimiser"].values()) < 0.01
+    assert found["onnxruntime, basic"]["optimiser"] == {}
+    for engine in ("onnxruntime, default", "onnxruntime, basic"):
+        (fault,) = found[engine]["faults"]
+        assert fault.startswith("top-1 is ")
 
 
 @pytest.mark.parametrize(
@@ -132,3 +197,24 @@ def test_the_bytes_are_those_of_all_files(tmp_path: Path, capsys: pytest.Capture
     assert export("openvino", tmp_path / "x.xml") == 0
     written = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert f"{written:,} bytes" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_a_verification_is_kept_in_the_folder_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the checkpoint is one of that run; a copy elsewhere may be of another one."""
+    done_in(tmp_path, f"{LSQ} --case two --epochs 1")
+    monkeypatch.chdir(tmp_path)
+    own, copy = Path("weights/resnet20/two-checkpoint.pth.tar"), Path("copy.pth.tar")
+    copy.write_bytes(own.read_bytes())
+    assert words("--keyword", "export_packed", "--old", own, "--new", "x.safetensors") == 0
+    assert words("--keyword", "verify", "--old", copy, "x.safetensors") == 0
+    assert not Path("exp/two/verified.json").exists()
+    assert words("--keyword", "verify", "--old", own, "x.safetensors") == 0
+    printed = capsys.readouterr().out
+    assert "written: exp/two/verified.json, for tools.py --keyword report exp/two" in printed
+    found = verified.read(Path("exp/two"))
+    assert found is not None and found.as_text() in printed
+    assert words("--keyword", "report", "exp/two") == 0
+    assert "x.safetensors" in Path("exp/two/report.html").read_text()

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from tests.utils.checkpoint.helpers import message
 from utils.checkpoint import archive
+from utils.checkpoint.case_files import find_pretrained
 from utils.errors import UserError
 
 Make = Callable[[Path], object]
@@ -33,6 +35,14 @@ def exported(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(f"{path.stem}/archive_format", b"pt2")
         file.writestr(f"{path.stem}/models/model.json", b"{}")
+
+
+def program(path: Path) -> None:
+    """An archive with the entries of a program that export has written."""
+    exported(path)
+    with zipfile.ZipFile(path, "a") as file:
+        for name in ("classes.json", "images.json"):
+            file.writestr(f"{path.stem}/extra/{name}", b"[]")
 
 
 def tar(path: Path) -> None:
@@ -63,6 +73,22 @@ KINDS: dict[str, tuple[str, Make, str]] = {
     "zip": ("a.zip", zipped, "a zip archive with 'folder/a.pth' in it; unpack it"),
     "npz": ("a.npz", lambda path: np.savez(path, w=np.ones(2)), "an archive of NumPy arrays"),
     "npy": ("a.npy", lambda path: np.save(path, np.ones(2)), "a NumPy array"),
+    "program": ("any.name", program, "a program that export has written, no checkpoint; name the checkpoint"),
+    "packed": (
+        "any.name",
+        lambda path: save_file({"w": torch.ones(2)}, path, {"lowbit": "{}"}),
+        "a packed network, no checkpoint: tools.py --keyword import makes one of it",
+    ),
+    "OpenVINO": (
+        "a.xml",
+        lambda path: path.write_text("<net/>"),
+        "a file of OpenVINO, no PyTorch checkpoint; name",
+    ),
+    "page": (
+        "page",
+        lambda path: (path.mkdir(), (path / "network.onnx").touch()),
+        "a folder with a page, no checkpoint; name the checkpoint that it was exported from",
+    ),
     "ONNX": ("a.onnx", lambda path: path.write_bytes(b"\x08\x07"), "an ONNX file"),
 }
 
@@ -76,3 +102,11 @@ def test_a_line_says_what_a_file_is(tmp_path: Path, kind: str) -> None:
             archive.load_archive(tmp_path / name, mapped=mapped)
         assert message(error).startswith(f"{tmp_path / name}: is {text}")
         assert "download it again" not in message(error)
+
+
+def test_the_folder_of_a_page_is_no_missing_file(tmp_path: Path) -> None:
+    KINDS["page"][1](tmp_path / "page")
+    with pytest.raises(
+        UserError, match=r"^--pretrained .*page is a folder with a page, no checkpoint; name the"
+    ):
+        find_pretrained(str(tmp_path / "page"), tmp_path, "resnet20")

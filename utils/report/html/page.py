@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from utils.config.schema import TAGS
 from utils.report.confusion import Confusion
 from utils.report.run_files import Run
+from utils.report.verified import HEAD
 
 FOLDER = Path(__file__).resolve().parent
 # One per run. Palettes of plotly and matplotlib with so many have some that vanish on a light or on a dark background.
@@ -62,6 +63,8 @@ def render(runs: Sequence[Run]) -> str:
         curves=curves,
         fields=_fields(runs),
         evaluated=evaluated,
+        verified=[run for run in runs if run.verified],
+        verified_head=HEAD,
         most_classes=MOST_CLASSES,
         quantized=[run for run in runs if run.quantizers],
         tags=TAGS,

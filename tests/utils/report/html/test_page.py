@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.report import run_files
 from utils.report.epoch_files import MetricsFile, RecordsFile
 from utils.report.html import page
+from utils.report.verified import Comparison, Verified
 
 TINY = "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 --fake_size 32 --epochs 2"
 LINES = {
@@ -449,4 +450,59 @@ def test_damaged_files_of_an_evaluation(two: Path, name: str, text: str) -> None
     assert page.render(run_files.read([two]))
     (two / name).write_text(text)
     with pytest.raises(UserError, match=r"two: confusion.csv, classes.csv or examples.json is damaged"):
+        run_files.read([two])
+
+
+COMPARED = Comparison(
+    file="photos & co/page/network.onnx", engine="onnxruntime, default", bits="2/2", images=360, codes={"a": 0.25},
+    optimiser={}, logits=None, same=0.99, top1=98.0, reference=99.0, bytes=2048, integer=3, layers=4,
+    milliseconds=1.5, float_milliseconds=2.5, threads=1, faults=("top-1 is <b>lower",),
+)  # fmt: skip
+
+
+def test_exported_files_are_those_of_the_last_verification(two: Path) -> None:
+    assert "Exported" not in page.render(run_files.read([two]))
+    record = Verified(checkpoint="two.pth.tar", cpu="a CPU", comparisons=(COMPARED,))
+    (two / "verified.json").write_text(record.as_json())
+    (run,) = run_files.read([two])
+    assert run.verified == record
+    text = page.render([run])
+    (row,) = cells(text, "exported")
+    assert row == [
+        "page/network.onnx", "onnxruntime, default", "2/2", "25.000 %", "-", "99.00 %", "98.00", "2.0", "3 of 4",
+        "1.50", "2.50",
+    ]  # fmt: skip
+    section = text.split('<section id="exported">')[1].split("</section>")[0]
+    assert all(
+        part in section
+        for part in ("1 fault<", "beside two.pth.tar", "top-1 is &lt;b&gt;lower", "not in a browser", "a CPU")
+    )
+    for line in record.as_text().splitlines()[2:]:
+        assert html.unescape(line.partition("  ")[0]) in html.unescape(section)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"checkpoint": "x", "cpu": "y", "comparisons": []}',
+        '{"checkpoint": "x", "cpu": "y", "comparisons": [3]}',
+    ],
+)
+def test_a_damaged_record_of_exported_files(two: Path, text: str) -> None:
+    (two / "verified.json").write_text(text)
+    with pytest.raises(UserError, match=r"verified.json is damaged: verify again, or remove it"):
+        run_files.read([two])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top1", float("nan")), ("bytes", "2"), ("codes", {"a": "b"}), ("faults", [1]), ("more", 1)],
+)
+def test_damaged_entries_of_exported_files(two: Path, name: str, value: object) -> None:
+    record = json.loads(Verified(checkpoint="x", cpu="y", comparisons=(COMPARED,)).as_json())
+    record["comparisons"][0][name] = value
+    (two / "verified.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"verified.json is damaged"):
         run_files.read([two])

@@ -1,0 +1,71 @@
+"""What an exported file is, by its content. Without torch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+NETWORK = "network.onnx"  # in the folder of a page
+KEY = "lowbit"  # of a packed file's metadata
+TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
+_LONGEST_HEADER = 10**8  # bytes, of a safetensors file
+
+_NAME = "name the checkpoint that it was exported from"
+_INSTEAD = {
+    "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
+    "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
+    "packed": "a packed network, no checkpoint: tools.py --keyword import makes one of it, to evaluate and to export; "
+    f"to train, {_NAME}",
+    "program": f"a program that export has written, no checkpoint; {_NAME}",
+    "web": f"a folder with a page, no checkpoint; {_NAME}",
+}
+
+
+def exported_kind(path: Path) -> str:
+    """The format, a word of `--to`, in which a file or a folder was exported; empty for all others.
+
+    Content decides; ONNX and OpenVINO, whose files do not begin with a mark, are known by their endings.
+    """
+    try:
+        if path.is_dir():
+            return "web" if (path / NETWORK).is_file() else ""
+        if not path.is_file():
+            return ""
+        if path.suffix == ".onnx":
+            return "onnx"
+        if path.suffix == ".xml" or (path.suffix == ".bin" and path.with_suffix(".xml").is_file()):
+            return "openvino"
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/extra/")[2] for name in archive.namelist()}
+            return "program" if names.issuperset(TEXTS) else ""
+        return "packed" if _is_packed(path) else ""
+    except (OSError, zipfile.BadZipFile):  # whoever reads it says why
+        return ""
+
+
+_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".safetensors": "packed", ".pt2": "program"}
+
+
+def kind_of(path: Path) -> str:
+    """As `exported_kind`; what is damaged or missing is known by its ending, and every folder counts as a page."""
+    return "web" if path.is_dir() else exported_kind(path) or _ENDINGS.get(path.suffix, "")
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file has the header of safetensors, with the entry of packed networks."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, path.stat().st_size):
+            return False
+        header = file.read(length)
+    try:
+        return KEY in json.loads(header)["__metadata__"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def what_instead(path: Path) -> str:
+    """What an exported file is, and what to give in place of it, as the end of a line; empty for all others."""
+    return _INSTEAD.get(exported_kind(path), "")
