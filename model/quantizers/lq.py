@@ -126,8 +126,8 @@ class LQ(Quantizer):
         fixed = x.detach()
         if self.levels <= FEW:
             levels, order = self.sorted_levels()
-            quantized, counts, sums = self.compare(fixed, levels, self.training)
-            equations = self.equations_of_levels(counts, sums, order) if self.training else None
+            quantized, found = self.compare(fixed, levels, self.training)
+            equations = None if found is None else self.equations_of_levels(*found, order)
         else:
             rows = self.grouped(fixed)
             positions, levels, order = self.assign(rows)
@@ -138,12 +138,12 @@ class LQ(Quantizer):
             self._update(*equations)
         return BelowTop.apply(x, quantized, top, self.config.tag == "ot")
 
-    def compare(self, x: Tensor, levels: Tensor, count: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, x: Tensor, levels: Tensor, count: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Compare `x` with each threshold between the sorted levels [g, levels], in passes that a CPU vectorises.
 
         Returns:
             The level of each element, and with `count` the number and the sum of the elements at each level, both
-            float64 [g, levels].
+            float64 [g, levels]; otherwise None.
         """
 
         def each(value: Tensor) -> Tensor:
@@ -151,7 +151,10 @@ class LQ(Quantizer):
 
         quantized = x.clamp(0, 0).add_(each(levels[:, 0]))  # NaN stays NaN, so that it is noticed
         reached = torch.empty_like(x)  # 0 and 1
-        counts, sums = [levels.new_full((len(levels),), self.elements(x)).double()], [self.group_sums(x)]
+        counts, sums = list[Tensor](), list[Tensor]()  # at each level or above
+        if count:
+            counts.append(levels.new_full((len(levels),), self.elements(x), dtype=torch.float64))
+            sums.append(self.group_sums(x))
         for number, threshold in enumerate(self.thresholds(levels).unbind(1), 1):
             torch.ge(x, each(threshold), out=reached)
             quantized.lerp_(each(levels[:, number]), reached)  # exact at 0 and 1
@@ -159,13 +162,13 @@ class LQ(Quantizer):
                 counts.append(self.group_sums(reached, torch.float32))  # exact: whole numbers
                 sums.append(self.group_sums(reached.mul_(x)))
         if not count:
-            return quantized, counts[0], sums[0]
+            return quantized, None
 
         def parts(reaching: list[Tensor]) -> Tensor:
             """What is at each level, from what is at it or above."""
             return -torch.diff(torch.stack(reaching, 1), append=torch.zeros_like(reaching[0]).unsqueeze(1))
 
-        return quantized, parts(counts), parts(sums)
+        return quantized, (parts(counts), parts(sums))
 
     def group_sums(self, x: Tensor, partial: torch.dtype = torch.float64) -> Tensor:
         """The sums of the groups, float64 [g]; in `partial` over a channel, or a sample where there is one group."""

@@ -115,9 +115,10 @@ def test_least_squares_from_counts_is_that_of_the_codes(case: Case) -> None:
     torch.testing.assert_close(gram, codes.transpose(1, 2) @ codes)
     torch.testing.assert_close(target, codes.transpose(1, 2) @ rows.double().unsqueeze(2))
     levels, order = quantizer.sorted_levels()
-    quantized, counts, sums = quantizer.compare(tensor(case), levels, True)
+    quantized, found = quantizer.compare(tensor(case), levels, True)
     assert torch.equal(quantizer.grouped(quantized), levels.gather(1, positions))
-    gram, target = quantizer.equations_of_levels(counts, sums, order)
+    assert found is not None
+    gram, target = quantizer.equations_of_levels(*found, order)
     torch.testing.assert_close(gram, codes.transpose(1, 2) @ codes)
     torch.testing.assert_close(
         target, codes.transpose(1, 2) @ rows.double().unsqueeze(2), rtol=1e-6, atol=1e-4
