@@ -3,11 +3,16 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --against ../before
     python benchmarks/speed.py --network resnet18 --batch 4 --methods LSQ PACT --parts step
+    python benchmarks/speed.py --how kernels --parts step
 
 Parts: `quantizers`, forward and backward of a quantizer alone, beside a ReLU of the same tensor; `step`, a whole SGD
 step; `evaluation`, a forward pass of the network; `saved`, the bytes that a step keeps for its backward pass. The last
 three are beside the same network in full precision. Quantizers of torch, and of Brevitas and torchao where they are
 installed, are measured alone.
+
+`--how kernels` lets `torch.compile` make the quantizers' kernels (main.py's `--kernels compiled`), `--how network`
+compiles whole networks, the one in full precision too (`--compile default`). The first call, which compiles, has a
+column of its own.
 
 Everything takes turns: a round runs each once, in changing order, and a ratio is of two times of one round. Times are
 those of the processor, in one thread, which other work on the machine disturbs least. Printed are the median and the
@@ -53,11 +58,12 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: a network of `NETWORKS`, images in a batch, the default number of bits."""
+    """What is measured: a network of `NETWORKS`, images in a batch, the default number of bits, what is compiled."""
 
     network: str
     batch: int
     bits: int
+    how: str = "eager"
 
 
 @contextmanager
@@ -114,7 +120,7 @@ class Bench:
         if row not in (FULL, *METHODS):
             self.made[row] = {"quantizers, fm": self.alone(PEERS[row]()[1], self.hidden("fm"))}
             return self.made[row]
-        model = self.network(row)
+        model = self.compiled(self.network(row))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         parameters = {value.untyped_storage().data_ptr() for value in (*model.parameters(), self.images)}
 
@@ -143,6 +149,20 @@ class Bench:
             found[f"quantizers, {tag}"] = self.alone(quantizer, self.hidden(tag))
         self.made[row] = found
         return found
+
+    def compiled(self, model: Any) -> Any:
+        """The network, compiled as was asked."""
+        if self.setup.how == "eager":
+            return model
+        from model.quant import quantizers
+        from utils.step import compiled
+
+        if self.setup.how == "network":
+            return compiled.compiled(model, "default")
+        compiled.allow_many_graphs()
+        for _, quantizer in quantizers(model):
+            quantizer.generated = True
+        return model
 
     def hidden(self, tag: str) -> Any:
         """A tensor of the shape that the first quantized layer quantizes."""
@@ -244,11 +264,9 @@ def spread(ratios: list[float]) -> str:
 def measure(checkouts: dict[str, Checkout], part: str, rows: list[str], rounds: int) -> Iterator[str]:
     """The lines of a part's table."""
     jobs = [(name, row) for row in rows for name in checkouts]
+    first = {job: checkouts[job[0]].measure(part, job[1]) for job in jobs}  # to compile, and to warm caches
     if part == "saved":
         rounds = 1
-    else:
-        for name, row in jobs:  # once to warm caches
-            checkouts[name].measure(part, row)
     times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
     for number in range(rounds):
         turn = number * 7 % len(jobs)
@@ -256,16 +274,17 @@ def measure(checkouts: dict[str, Checkout], part: str, rows: list[str], rounds: 
             times[name, row].append(checkouts[name].measure(part, row))
     unit, scale = ("MB", 1e-6) if part == "saved" else ("ms", 1e3)
     base = PARTS[part.partition(",")[0]]
-    columns = [f"{name}, {unit} | {name} / {base}" for name in checkouts]
+    columns = [f"{name}, {unit} | {name} / {base} | first, {unit}" for name in checkouts]
     ours, *others = checkouts
     columns += [f"{other} / {ours}" for other in others]
     yield f"| {part} | {' | '.join(columns)} |"
-    yield "|---" * (1 + 2 * len(checkouts) + len(others)) + "|"
+    yield "|---" * (1 + 3 * len(checkouts) + len(others)) + "|"
     for row in rows:
         cells = []
         for name in checkouts:
             ratios = [a / b for a, b in zip(times[name, row], times[name, FULL], strict=True)]
             cells += [f"{statistics.median(times[name, row]) * scale:.2f}", spread(ratios)]
+            cells.append(f"{first[name, row] * scale:.0f}")
         for other in others:
             cells.append(spread([a / b for a, b in zip(times[other, row], times[ours, row], strict=True)]))
         yield f"| {base if row == FULL else row} | {' | '.join(cells)} |"
@@ -282,9 +301,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--how", choices=("eager", "kernels", "network"), default="eager")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of the repository")
     options = parser.parse_args(argv)
-    setup = Setup(options.network, options.batch, options.bits)
+    setup = Setup(options.network, options.batch, options.bits, options.how)
     folders = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
     import torch
 

@@ -48,7 +48,7 @@ def roundable_bias(
     for channel, (old, unit, largest) in enumerate(zip(found, quantum.astype(np.float64), most, strict=True)):
         before = (edges - old) / unit
         used = before[np.abs(before) <= largest + 1]
-        distance = max(1.0, float(np.ptp(used))) if used.size else 1.0
+        distance = max(2.0, float(np.ptp(used))) if used.size else 2.0  # the scale changes by half at most
         for tried in (np.zeros(1), STRETCHES / distance):
             best = _nearest(old, unit * (1 + tried), edges, _last_below(before, largest), int(largest), parts)
             if best is not None:

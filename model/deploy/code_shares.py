@@ -68,7 +68,7 @@ class CodeShares:
 def _count(counts: dict[str, Array], found: dict[str, Array], wanted: Mapping[str, Array | None]) -> None:
     for name, value in wanted.items():
         if name in found and value is not None:
-            apart = np.abs(found[name] - value) > APART * np.abs(value).max()
+            apart = ~(np.abs(found[name] - value) <= APART * np.abs(value).max())  # NaN is apart, too
             counts[name] = counts.get(name, np.zeros(2)) + np.array([apart.sum(), apart.size])
 
 

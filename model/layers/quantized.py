@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.kernels import in_processes
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
 from utils.config.checks import shown
@@ -75,8 +76,7 @@ class QuantLayer(nn.Module):
             ValueError: in distributed training, where other processes would wait forever for the statistics of
                 this one.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not self.training or not distributed or torch.distributed.get_world_size() == 1:
+        if not self.training or not in_processes() or torch.distributed.get_world_size() == 1:
             return
         for part, quantizer in self.quantizers():
             if part != "quant_weight" and quantizer.gathers():

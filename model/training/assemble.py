@@ -44,7 +44,7 @@ from utils.processes import distributed
 from utils.processes.agreement import check_agreement
 from utils.report.cost_record import Cost
 from utils.step import optimizer, precision
-from utils.step.compiled import allow_many_graphs, compiled, generates
+from utils.step.compiled import allow_many_graphs, compiled
 from utils.step.optimizer import ParamGroup
 from utils.step.precision import Precision
 from utils.step.schedule import Schedule
@@ -97,11 +97,14 @@ class Assembled:
             pairs = zip(self.loaders.classes, self.loaders.class_weights, strict=True)
             logger.info("class weights: %s", ", ".join(f"{name} {weight:.4g}" for name, weight in pairs))
         network = compiled(self.model, here.config.precision.compile)
-        if generates(here.config.precision, here.device):
+        found = [quantizer for _, quantizer in quantizers(self.model)]
+        if here.config.precision.kernels == "compiled" and found:
             allow_many_graphs()
-            for _, quantizer in quantizers(self.model):
+            for quantizer in found:
                 quantizer.generated = True
-            logger.info("quantizers run in kernels that torch.compile makes; the first steps take longer")
+            logger.info(
+                "%d quantizers run in kernels that torch.compile makes; first steps take longer", len(found)
+            )
         return TrainingState(
             model=self.model,
             compiled=network,

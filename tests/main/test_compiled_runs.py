@@ -45,6 +45,7 @@ def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path) -> None:
     for options in ("2 --case whole", "1 --case parts", "2 --case parts -r"):
         done = run(tmp_path, f"{line} {options}")
         assert done.returncode == 0, done.stderr
+        assert ("2 quantizers run in kernels" in done.stdout) == ("--kernels" in how)
     whole, parts = (
         archive.read(tmp_path / "weights" / "tiny" / f"{case}-checkpoint.pth.tar")
         for case in ("whole", "parts")
@@ -64,6 +65,12 @@ def test_mistakes(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "install g++" in done.stderr, done.stderr
     with pytest.raises(UserError, match="leave --compile or the probe out"):
         read(["--compile", "default", "--probe_list", "conv1"])
+    for options, message in (
+        (["--compile", "default", "--kernels", "compiled"], "leave --kernels out"),
+        (["--compile", "reduce-overhead", "--iter_size", "2"], "write --compile default"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(options)
     (tmp_path / "network.py").write_text(BRANCHING)
     line = "--model branching --keyword_file network.py --dataset fake --keyword cifar10 --input_size 8 -b 8"
     done = run(tmp_path, f"{line} --fake_size 16 --epochs 1 --compile default")

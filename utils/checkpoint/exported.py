@@ -61,7 +61,8 @@ def _is_packed(path: Path) -> bool:
             return False
         header = file.read(length)
     try:
-        return KEY in json.loads(header)["__metadata__"]
+        entries = json.loads(header)["__metadata__"]
+        return isinstance(entries, dict) and KEY in entries
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -84,8 +84,8 @@ def resolve(given: Given) -> Config:
     if given["resume"] or given["resume_file"] is not None:
         config = resolve_options(given)
         classes = _classes_of_run(config)
-        if classes or name is None or name in LIBRARIES:
-            return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes))
+        if classes is not None or name is None or name in LIBRARIES:
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes or ()))
     if name is None or name in LIBRARIES:
         return resolve_options(given)
     from utils.checkpoint import archive, case_files, weights
@@ -102,8 +102,11 @@ def resolve(given: Given) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes))
 
 
-def _classes_of_run(config: Config) -> tuple[str, ...]:
-    """The classes in the checkpoint that `-e` takes with `-r` or `--resume_file`; empty where none are known."""
+def _classes_of_run(config: Config) -> tuple[str, ...] | None:
+    """The classes in the checkpoint that `-e` takes with `-r` or `--resume_file`, empty where it holds none.
+
+    None: there is no such checkpoint.
+    """
     from utils.checkpoint import archive, case_files, weights
 
     run = config.run
@@ -111,7 +114,7 @@ def _classes_of_run(config: Config) -> tuple[str, ...]:
         payload = archive.load_archive(run.resume_file, mapped=True) if run.resume_file.is_file() else {}
     else:
         payload = case_files.CheckpointFiles(run.weights_dir, config.model.name, run.case).newest().payload
-    return weights.class_names_of(payload)
+    return weights.class_names_of(payload) if payload else None
 
 
 def _evaluation(given: Given, payload: Mapping[str, Any], path: Path) -> Config:

@@ -131,7 +131,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             choices=("channels_last", "contiguous"),
         ),
         option("compile", str, "none", "mode of torch.compile; first steps take minutes", choices=COMPILES),
-        option("kernels", str, "auto", "of quantizers; auto: compiled on a GPU, else eager", choices=KERNELS),
+        option("kernels", str, "eager", "of quantizers; compiled: by torch.compile", choices=KERNELS),
     ),
     "devices": (
         option(

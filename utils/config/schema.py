@@ -29,7 +29,7 @@ ADAPTIVE = ("none", "mean", "var", "mean-var", "var-mean")
 GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
 GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")
 CUSTOM_SCALES = ("none", "channel", "resolution")
-KERNELS = ("auto", "eager", "compiled")
+KERNELS = ("eager", "compiled")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
 WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that are computed or come with a package
@@ -332,7 +332,7 @@ class PrecisionConfig:
     tf32: bool = False
     channels_last: bool = True
     compile: str = "none"  # or a mode of torch.compile
-    kernels: str = "auto"  # of quantizers; see `utils.step.compiled.generates`
+    kernels: str = "eager"  # of quantizers; compiled: see `model.quantizers.kernels`
 
     def __post_init__(self) -> None:
         """Refuse values that nothing knows."""

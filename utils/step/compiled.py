@@ -15,19 +15,9 @@ from utils.errors import TrainingError, UserError
 MOST_GRAPHS = 512  # a policy's change of bits, a last batch and evaluation each need one more
 
 
-def generates(config: PrecisionConfig, device: torch.device) -> bool:
-    """Whether quantizers run in kernels of their own that the compiler makes.
-
-    `auto` has them on a GPU. On a CPU they save little and take a minute to make (docs/speed.md).
-    """
-    if config.compile != "none" or config.kernels == "eager":
-        return False
-    return config.kernels == "compiled" or (device.type == "cuda" and torch.utils._triton.has_triton())
-
-
 def check_compiler(config: PrecisionConfig, device: torch.device) -> None:
     """Raise `UserError` where the options need a compiler that this machine lacks."""
-    if config.compile == "none" and config.kernels != "compiled":
+    if config.compile == "none" and config.kernels == "eager":
         return
     option = f"--kernels {config.kernels}" if config.compile == "none" else f"--compile {config.compile}"
     if device.type == "cuda":
@@ -73,8 +63,9 @@ def compiling(config: PrecisionConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
+        place, name = type(error).__module__, type(error).__name__
+        if not place.startswith(("torch._dynamo", "torch._inductor")) or name == "TorchRuntimeError":
+            raise  # the latter is an error of the network itself
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         one = "the quantizers" if config.compile == "none" else "this network as one graph"
         option = "write --kernels eager" if config.compile == "none" else "leave --compile out"

@@ -34,3 +34,9 @@ def test_thresholds_that_lie_just_beside_sums_have_a_wide_search() -> None:
     codes = ActivationCodes(name="x", levels=4, highest=3, step=15.0078)
     bias, _ = roundable_bias(np.array([29.5043]), np.ones(1), np.array([1176]), 16, codes)
     assert bias != np.float32(29.5043)  # which a channel without such a bias keeps
+
+
+def test_thresholds_closer_than_a_sum_are_no_division_by_zero() -> None:
+    codes = ActivationCodes(name="x", levels=4, highest=3, step=0.5)
+    bias, stretch = roundable_bias(np.array([0.3]), np.ones(1), np.array([9]), 1, codes)
+    assert np.isfinite(bias).all() and np.isfinite(stretch).all()

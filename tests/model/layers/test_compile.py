@@ -115,8 +115,14 @@ def test_generated_kernels_compute_the_same(
     case: Case, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two shapes, of which the second needs no graph of its own."""
-    made = torch.compile(Quantizer._compute, fullgraph=True, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(frame, "generated", lambda _: made)
+    made, calls = torch.compile(Quantizer._compute, fullgraph=True, dynamic=True, backend="aot_eager"), 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return made(*arguments)
+
+    monkeypatch.setattr(frame, "generated", lambda _: counted)
     layer = conv(layer_config(case), (8, 8), padding=1)
     reference = copy.deepcopy(layer)
     for _, quantizer in layer.quantizers():
@@ -125,6 +131,7 @@ def test_generated_kernels_compute_the_same(
         x = image(2, 8, size, size) + step
         for found, expected in zip(backward(layer, x), backward(reference, x), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert calls == 2
     torch.testing.assert_close(layer.state_dict(), reference.state_dict())
     for mine, other in zip(layer.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)

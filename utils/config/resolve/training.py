@@ -180,8 +180,13 @@ def precision_config(given: Given) -> PrecisionConfig:
         raise UserError(
             "--amp_backend apex: NVIDIA removed amp from apex in 2025; leave --amp_backend out, torch has its own"
         )
-    if given["compile"] != "none" and given["kernels"] != "auto":
+    if given["compile"] != "none" and given["kernels"] == "compiled":
         raise UserError("--compile compiles the quantizers too: leave --kernels out")
+    if given["compile"] in ("reduce-overhead", "max-autotune") and given["iter_size"] > 1:
+        raise UserError(
+            f"--compile {given['compile']} replays graphs whose tensors the next pass overwrites, which --iter_size "
+            f"{given['iter_size']} still needs: write --compile default"
+        )
     level = (given["opt_level"] or "O1") if given["fp16"] else "O0"
     return PrecisionConfig(
         level=level,
