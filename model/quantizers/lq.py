@@ -151,7 +151,8 @@ class LQ(Quantizer):
 
         quantized = x.clamp(0, 0).add_(each(levels[:, 0]))  # NaN stays NaN, so that it is noticed
         reached = torch.empty_like(x)  # 0 and 1
-        counts, sums = list[Tensor](), list[Tensor]()  # at each level or above
+        counts: list[Tensor] = []  # at each level or above; Dynamo cannot trace `list[Tensor]()`
+        sums: list[Tensor] = []
         if count:
             counts.append(levels.new_full((len(levels),), self.elements(x), dtype=torch.float64))
             sums.append(self.group_sums(x))
