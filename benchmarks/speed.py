@@ -261,8 +261,10 @@ def spread(ratios: list[float]) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def measure(checkouts: dict[str, Checkout], part: str, rows: list[str], rounds: int) -> Iterator[str]:
-    """The lines of a part's table."""
+def measure(
+    checkouts: dict[str, Checkout], part: str, rows: list[str], rounds: int, *, compiles: bool
+) -> Iterator[str]:
+    """The lines of a part's table; where something `compiles`, with the first call."""
     jobs = [(name, row) for row in rows for name in checkouts]
     first = {job: checkouts[job[0]].measure(part, job[1]) for job in jobs}  # to compile, and to warm caches
     if part == "saved":
@@ -274,17 +276,17 @@ def measure(checkouts: dict[str, Checkout], part: str, rows: list[str], rounds: 
             times[name, row].append(checkouts[name].measure(part, row))
     unit, scale = ("MB", 1e-6) if part == "saved" else ("ms", 1e3)
     base = PARTS[part.partition(",")[0]]
-    columns = [f"{name}, {unit} | {name} / {base} | first, {unit}" for name in checkouts]
+    columns = [f"{name}, {unit} | {name} / {base}" + f" | first, {unit}" * compiles for name in checkouts]
     ours, *others = checkouts
     columns += [f"{other} / {ours}" for other in others]
     yield f"| {part} | {' | '.join(columns)} |"
-    yield "|---" * (1 + 3 * len(checkouts) + len(others)) + "|"
+    yield "|---" * (1 + (2 + compiles) * len(checkouts) + len(others)) + "|"
     for row in rows:
         cells = []
         for name in checkouts:
             ratios = [a / b for a, b in zip(times[name, row], times[name, FULL], strict=True)]
             cells += [f"{statistics.median(times[name, row]) * scale:.2f}", spread(ratios)]
-            cells.append(f"{first[name, row] * scale:.0f}")
+            cells += [f"{first[name, row] * scale:.0f}"] * compiles
         for other in others:
             cells.append(spread([a / b for a, b in zip(times[other, row], times[ours, row], strict=True)]))
         yield f"| {base if row == FULL else row} | {' | '.join(cells)} |"
@@ -317,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
             for table in ("quantizers, fm", "quantizers, wt") if part == "quantizers" else (part,):
                 rows = [FULL, *options.methods, *(peers if table == "quantizers, fm" else ())]
                 print()
-                for line in measure(checkouts, table, rows, options.rounds):
+                for line in measure(checkouts, table, rows, options.rounds, compiles=options.how != "eager"):
                     print(line, flush=True)
     finally:
         for checkout in checkouts.values():
