@@ -15,6 +15,8 @@ from model.load import load
 from tests.main.runs import call, checkpoint, done_in
 from utils.checkpoint.archive import read as read_checkpoint
 from utils.checkpoint.archive import save as save_checkpoint
+from utils.checkpoint.recorded import resolve
+from utils.config.command_line import parse
 
 LINE = (
     "--dataset imagenet --root photos --num_classes 3 --keyword cbas,origin,small_stem --model resnet20 "
@@ -128,6 +130,18 @@ def test_a_resumed_evaluation_takes_a_part_of_the_classes(
         assert call(f"{LINE} -e {line}") == 0
         shown.append(capsys.readouterr().out.rpartition("top-1 ")[2].splitlines()[0])
     assert shown[0] == shown[1]
+
+
+def test_a_run_without_names_takes_none_of_another_checkpoint(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights" / "resnet20"
+    folder.mkdir(parents=True)
+    payload = checkpoint(trained, "old")
+    del payload["classes"]
+    save_checkpoint(folder / "own-checkpoint.pth.tar", payload)
+    other = trained / "weights" / "resnet20" / "old-checkpoint.pth.tar"
+    line = f"{LINE} -e -r --weights_dir {tmp_path / 'weights'} --pretrained {other} --case"
+    assert resolve(parse(f"{line} own".split())).data.classes == ()
+    assert resolve(parse(f"{line} none".split())).data.classes == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(
