@@ -60,7 +60,7 @@ def shell(text: str, folder: Path, environment: dict[str, str]) -> str:
 
 @pytest.mark.slow
 def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
-    """Every command ends well, and 2 bits are about as good as full precision in the end."""
+    """Every command ends well, and 2 bits are about as good as full precision; the remedies are tried for an epoch."""
     environment = copy_project(tmp_path)
     blocks = steps(1)
     assert [name for name, _ in blocks if name] == ["config/config.photos.fp", "config/config.photos.2bit"]
@@ -68,14 +68,15 @@ def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
         if name:
             (tmp_path / name).write_text(text, encoding="utf-8")
         else:
-            shell(text, tmp_path, environment)
+            remedy = r"(2bit --case photos-(?:mse|taught|4bit))"
+            shell(re.sub(remedy, r"\1 --epochs 1 --wakeup_epoch 0", text), tmp_path, environment)
     summaries = {
         case: json.loads((tmp_path / "exp" / case / "summary.json").read_text(encoding="utf-8"))
         for case in ("photos-fp", "photos-lsq-2bit", "photos-mse", "photos-taught", "photos-4bit")
     }
     assert summaries["photos-fp"]["last_top1"] > 90
+    assert summaries["photos-lsq-2bit"]["last_top1"] > summaries["photos-fp"]["last_top1"] - 15
     for case, summary in summaries.items():
-        assert summary["last_top1"] > summaries["photos-fp"]["last_top1"] - 15, case
         assert summary["audit"].startswith(("passed", "full precision")), case
 
 
