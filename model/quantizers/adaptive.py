@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float32).max
-MIN_DIVISOR = 1e-5  # of divisors
+MIN_DIVISOR = 1e-5  # stands for a statistic that is nearer to zero
 HUGE, UNIT = 2.0**40, 2.0**-80  # values above the first are multiplied by the second before they are summed
 
 

@@ -64,7 +64,7 @@ class DoReFaActivation(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClipSTE.apply(x, self.positive_clip(), self.grid(), self.config.grad_type == "STE-scale")
+        return ClipSTE.apply(*self.on_grid(x), self.config.grad_type == "STE-scale")
 
     def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """See `Quantizer`."""
@@ -99,10 +99,10 @@ class DoReFaWeight(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
-        if self.config.binary_scale:
+        placed = self.on_grid(x)
+        if placed is None:
             return SignTimesMean.apply(x)
-        grid = Grid.of(self.levels, half_range=False)
-        return ClipSTE.apply(self._squashed(x), x.new_ones(1), grid, self.config.grad_type == "STE-scale")
+        return ClipSTE.apply(*placed, self.config.grad_type == "STE-scale")
 
     def check_levels(self, levels: int) -> None:
         """Binary weights have two."""

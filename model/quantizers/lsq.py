@@ -45,4 +45,4 @@ class LSQ(LearnedRange):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClipSTE.apply(x, self.clip(x), self.grid(), False, self.keeps_output)
+        return ClipSTE.apply(*self.on_grid(x), False, self.keeps_output)

@@ -43,7 +43,7 @@ class PACT(LearnedRange):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClippedRound.apply(x, self.clip(x), self.grid(), self.config.grad_type == "STE-scale")
+        return ClippedRound.apply(*self.on_grid(x), self.config.grad_type == "STE-scale")
 
 
 register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

@@ -45,7 +45,7 @@ def compiled(model: nn.Module, mode: str) -> nn.Module:
     if mode == "none":
         return model
     allow_many_graphs()
-    found = torch.compile(model, fullgraph=True, dynamic=False, mode=None if mode == "default" else mode)
+    found = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
     assert isinstance(found, nn.Module)
     return found
 
