@@ -153,8 +153,10 @@ def engines_of(path: Path) -> list[Engine]:
     """The engines that read a file, each with its default optimisation and, where it has another, with the least.
 
     Raises:
-        UserError: there is none, or the file is damaged.
+        UserError: there is none, or the file is missing or damaged.
     """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     kind = kind_of(path)
     if kind == "openvino":
         return [Engine("openvino"), Engine("openvino", False)]
@@ -180,7 +182,7 @@ def read_onnx(path: Path) -> Any:
     import onnx
 
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file or folder")
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)

@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 import tools
+from model.deploy.packages import needed
 from model.deploy.packed import read_checkpoint
 from tests import ROOT
 from tests.main.runs import LSQ, done_in
 from utils.checkpoint import archive
 from utils.checkpoint.exported import NETWORK
+from utils.errors import UserError
 from utils.report import verified
 
 CHECKPOINT = ROOT / "tests" / "recorded" / "lsq.pth.tar"
@@ -173,6 +175,13 @@ def test_a_missing_package_is_named_with_its_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfinstalled.py").write_text("import halfinstalled_core")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"No module named 'halfinstalled_core'.*--force-reinstall halfinsta"):
+        needed("halfinstalled")
+
+
 def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = tmp_path / "damaged.onnx"
     damaged.write_bytes(b"no protobuf")
@@ -181,11 +190,13 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
     other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value], [other])
     onnx.save(onnx.helper.make_model(graph), foreign)
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"")
     for path, message in (
         (damaged, "not a valid ONNX file"),
         (foreign, "not a file that this tool exports"),
-        (tmp_path / "none.onnx", "no such file"),
-        (tmp_path / "photo.jpg", "no exported file"),
+        *((tmp_path / f"none.{ending}", "no such file") for ending in ("onnx", "xml", "pt2", "safetensors")),
+        (photo, "no exported file"),
     ):
         assert words("--keyword", "verify", "--old", CHECKPOINT, path) == 2
         assert message in capsys.readouterr().err
