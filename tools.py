@@ -17,6 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from model.deploy import export, predict, verify
+from model.mixed import plan, sensitivity
 from utils.config import keyword
 from utils.config.option import words
 from utils.errors import UserError
@@ -60,6 +61,12 @@ WORDS: dict[str, Word] = {
         verify.verify, ("files", "old"), ("root", "threads", "output", "ema_weights", "keyword_file", "force")
     ),
     "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "root")),
+    "sensitivity": Word(
+        sensitivity.sensitivity,
+        ("old",),
+        ("bits", "samples", "root", "output", "ema_weights", "keyword_file", "force"),
+    ),
+    "plan": Word(plan.plan, ("old", "new"), ("budget_size", "budget_bops", "force")),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
@@ -151,7 +158,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--old",
         type=Path,
         metavar="FILE",
-        help="the checkpoint to read; predict: or an exported file or page",
+        help="the checkpoint to read; predict: or an exported file or page; plan: the record of sensitivity",
     )
     parser.add_argument("--new", type=Path, metavar="FILE", help="the checkpoint to write")
     parser.add_argument("--mf", type=Path, metavar="FILE", help="mapping file: names to map from")
@@ -193,6 +200,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         help="export to onnx, openvino: residual sums in 8 bits, with ranges of a batch of images; faster, less exact",
     )  # fmt: skip
     parser.add_argument(
+        "--bits", type=_bits, metavar="LIST", help="sensitivity: bits to try; default: 8,4,3,2"
+    )
+    parser.add_argument(
+        "--samples", type=_positive, metavar="N", help="sensitivity: images that are run; default: 256"
+    )
+    parser.add_argument("--budget_size", metavar="SIZE", help="plan: of all weights, such as 96KiB")
+    parser.add_argument("--budget_bops", metavar="N", help="plan: bit operations of an image, such as 0.5G")
+    parser.add_argument(
         "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"
     )
     parser.add_argument(
@@ -202,7 +217,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help="report: default RUN/report.html, of several runs report.html; compare: FILE.csv or FILE.json; "
-        "predict: FILE.csv or FILE.jsonl; verify: FILE.json, by default in the folder of the checkpoint's run",
+        "predict: FILE.csv or FILE.jsonl; verify, sensitivity: FILE.json, by default in the folder of the run",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
@@ -246,6 +261,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    found = [_positive(part) for part in text.split(",")]
+    if len({*found}) != len(found) or len(found) < 2 or not all(bits <= 8 for bits in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two or more numbers from 1 to 8, like 8,4,2")
+    return tuple(found)
 
 
 def _size(text: str) -> tuple[int, int]:

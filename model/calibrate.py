@@ -73,7 +73,7 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = _D
                 own = type(quantizer).initialise_from is not Quantizer.initialise_from
                 count += own or _searched(quantizer, config) is not None
                 if part == "quant_weight":
-                    _initialise(quantizer, layer.weight, config)
+                    initialise_range(quantizer, layer.weight, config)
                 else:
                     hooks.append(quantizer.register_forward_pre_hook(partial(_from_inputs, config=config)))
         with batch_statistics.of_the_batch(model):
@@ -109,7 +109,7 @@ def _check_arguments(model: object, images: object, config: object) -> None:
 
 
 def _from_inputs(module: Quantizer, inputs: tuple[Tensor, ...], *, config: QuantConfig) -> None:
-    _initialise(module, inputs[0], config)
+    initialise_range(module, inputs[0], config)
 
 
 def _searched(quantizer: Quantizer, config: QuantConfig) -> Grid | None:
@@ -117,7 +117,7 @@ def _searched(quantizer: Quantizer, config: QuantConfig) -> Grid | None:
     return None if config.re_init_range == "paper" else quantizer.search_grid()
 
 
-def _initialise(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
+def initialise_range(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
     """Initialise one quantizer from the tensor that it will quantize; a group of zeros keeps its clip value."""
     grid = _searched(quantizer, config)
     if grid is None:

@@ -16,6 +16,7 @@ from model.networks import build
 from model.pretrained import load_payload
 from model.training.policy import initialise
 from utils.checkpoint import archive, weights
+from utils.checkpoint.case_files import CheckpointFiles
 from utils.checkpoint.recorded import config_of
 from utils.config.schema import Config
 from utils.data.loaders import Loaders
@@ -47,6 +48,15 @@ class Trained:
     def labels(self) -> tuple[str, ...]:
         """The names of the classes, or where there are none their numbers."""
         return self.classes or tuple(map(str, range(self.config.model.num_classes)))
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that has written the checkpoint; None where that is not here."""
+        run = self.config.run
+        folder = run.log_dir / run.case
+        own = CheckpointFiles(run.weights_dir, self.config.model.name, run.case).existing()
+        is_own = self.source.resolve() in {path.resolve() for path in own}
+        return folder if is_own and (folder / "config.yaml").is_file() else None
 
 
 def load(

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from model.deploy.code_shares import CodeShares
     from model.deploy.codes import Array
     from model.deploy.engines import Engine, Runner
-    from model.load import Trained
 
 ALLOWED = 0.2  # percentage points of top-1 between the checkpoint and a file
 SAME = 0.999  # share of images with the same class, default beside basic optimisation
@@ -57,7 +56,8 @@ def verify(options: Options) -> int:
     print(record.as_text())
     for fault in record.faults:
         print(fault)
-    path = options.output or _place_in_run(trained)
+    folder = trained.run_folder
+    path = options.output or (None if folder is None else folder / FILE)
     if path is not None:
         from utils.checkpoint import archive  # imports torch
 
@@ -65,17 +65,6 @@ def verify(options: Options) -> int:
         shown = "" if options.output else f", for tools.py --keyword report {printable(str(path.parent))}"
         print(f"written: {printable(str(path))}{shown}")
     return 1 if record.faults else 0
-
-
-def _place_in_run(trained: Trained) -> Path | None:
-    """The record in the folder of the run that has written the checkpoint; None where that is not here."""
-    from utils.checkpoint.case_files import CheckpointFiles
-
-    run = trained.config.run
-    folder = run.log_dir / run.case
-    own = CheckpointFiles(run.weights_dir, trained.config.model.name, run.case).existing()
-    is_own = trained.source.resolve() in {path.resolve() for path in own}
-    return folder / FILE if is_own and (folder / "config.yaml").is_file() else None
 
 
 def compare(

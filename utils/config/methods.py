@@ -257,3 +257,4 @@ declare(
 declare("xnor", ["wt"], _record(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
 
 PROJECT = methods()  # without those of users, which register later
+EVEN = "lsq"  # has evenly spaced levels of any range and number on each tag, as measurements without training need

@@ -33,6 +33,10 @@ class Options:
     ema_weights: bool = False
     uint8_input: bool = False
     int8_sums: bool = False
+    bits: tuple[int, ...] | None = None
+    samples: int | None = None
+    budget_size: str | None = None
+    budget_bops: str | None = None
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None

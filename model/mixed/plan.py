@@ -1,0 +1,179 @@
+"""Bits of each layer under a budget: `tools.py --keyword plan`. Without torch, unless engines are timed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.report import sensitivity_record
+from utils.report.sensitivity_record import Sensitivity
+from utils.text import format_table, printable
+from utils.tools.options import Options, given_path, refuse_existing
+
+_BYTES = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(?:e(\d{1,2}))?\s*([A-Za-z]*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The bits of each layer, of weight and input.
+
+    Attributes:
+        bits: name of the layer -> bits, in the order of the network.
+        loss: the sum of the measured changes of the loss, each of one layer alone.
+        bytes: of the weights of all layers.
+        bit_operations: of one image.
+    """
+
+    bits: Mapping[str, int]
+    loss: float
+    bytes: int
+    bit_operations: int
+
+
+def plan(options: Options) -> int:
+    """Choose the bits of each layer under a budget, from a record of sensitivity, for --layer_bits."""
+    old, new = given_path(options.old), given_path(options.new)
+    if new.suffix not in (".yaml", ".yml", ".json") or not new.parent.is_dir():
+        raise UserError(f"--new {new}: name a .yaml or .json file in a folder that exists")
+    refuse_existing(options, new)
+    if (options.budget_size is None) == (options.budget_bops is None):
+        raise UserError("the word plan needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")
+    record = sensitivity_record.read(old)
+    if options.budget_size is not None:
+        option, given, budget = "--budget_size", options.budget_size, _amount(options.budget_size, _BYTES)
+    else:
+        assert options.budget_bops is not None
+        option, given, budget = "--budget_bops", options.budget_bops, _amount(options.budget_bops, _COUNTS)
+    if budget is None:
+        example = "96KiB" if options.budget_size is not None else "0.5G"
+        raise UserError(f"{option} {given}: write a number with its unit, such as {example}")
+    size = option == "--budget_size"
+    costs = {bits: _total(record, bits, size=size) for bits in record.bits}
+    least, most = min(costs.values()), max(costs.values())
+    if budget < least:
+        raise UserError(
+            f"{option} {given} is too small: {min(record.bits)} bits everywhere take {_shown(least, size=size)}; give "
+            "at least that, or measure fewer bits (sensitivity --bits)"
+        )
+    if budget >= most:
+        raise UserError(
+            f"{option} {given} needs no plan: {max(record.bits)} bits everywhere take {_shown(most, size=size)}; give "
+            "less, or take these bits for all layers"
+        )
+    chosen = best(record, budget, size=size)
+    _write(new, record, chosen, f"{option} {given}")
+    print(as_text(record, chosen))
+    print(f"written: {printable(str(new))}, for main.py --layer_bits {printable(str(new))}")
+    return 0
+
+
+def _amount(text: str, units: Mapping[str, int]) -> int | None:
+    """A number with a unit; None where it is none."""
+    found = _NUMBER.fullmatch(text.strip())
+    unit = found and units.get(found[3].upper())
+    return int(float(found[1]) * 10 ** int(found[2] or 0) * unit) if found and unit else None
+
+
+def _shown(value: int, *, size: bool) -> str:
+    return f"{value / 1024:.1f}KiB" if size else f"{value / 1e9:.4g}G bit operations"
+
+
+def _total(record: Sensitivity, bits: int, *, size: bool) -> int:
+    """The cost of the same bits everywhere."""
+    all_bits = dict.fromkeys((layer.name for layer in record.layers), bits)
+    return record.bytes_with(all_bits) if size else record.bit_operations_with(all_bits)
+
+
+def best(record: Sensitivity, budget: int, *, size: bool) -> Plan:
+    """The bits with the least sum of changes of the loss whose cost is within a budget.
+
+    A linear program with one variable, 0 or 1, for each layer and number of bits, solved exactly by HiGHS through
+    `scipy.optimize.milp`. Changes of layers are added up as if they did not depend on each other.
+
+    Args:
+        record: the changes.
+        budget: bytes of all weights, or bit operations of an image; at least what the fewest bits take.
+        size: whether it is bytes.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    choices = [(layer, bits) for layer in record.layers for bits in record.bits]
+    loss = np.array([layer.loss_at(bits) for layer, bits in choices])
+    # Where losses are equal, more bits: a millionth of the largest loss decides nothing else.
+    loss += 1e-6 * max(loss.max(), 1e-9) * np.array([max(record.bits) - bits for _, bits in choices]) / 8
+    fixed = record.other_bytes if size else _total(record, 0, size=False)
+    cost = np.array(
+        [-(-layer.weights * bits // 8) if size else layer.macs * bits**2 for layer, bits in choices]
+    )
+    one_each = np.array([[mine is layer for mine, _ in choices] for layer in record.layers], dtype=float)
+    unit = float(max(cost.max(), 1))  # HiGHS likes numbers near 1
+    found = milp(
+        loss / max(loss.max(), 1e-30), integrality=np.ones(len(choices)), bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None] / unit, ub=(budget - fixed) / unit)],
+        options={"mip_rel_gap": 0.0},
+    )  # fmt: skip
+    if found.x is None:
+        raise UserError(f"the solver has found no bits for the budget: {found.message}")
+    bits = {layer.name: width for (layer, width), taken in zip(choices, found.x, strict=True) if taken > 0.5}
+    return of_bits(record, bits)
+
+
+def of_bits(record: Sensitivity, bits: Mapping[str, int]) -> Plan:
+    """What bits of each layer cost and lose."""
+    loss = sum(layer.loss_at(bits[layer.name]) for layer in record.layers)
+    return Plan(
+        bits=dict(bits),
+        loss=loss,
+        bytes=record.bytes_with(bits),
+        bit_operations=record.bit_operations_with(bits),
+    )
+
+
+def as_text(record: Sensitivity, chosen: Plan) -> str:
+    """The bits of each layer, and totals beside those of the same bits everywhere."""
+    rows = [
+        (
+            printable(layer.name), layer.kind, f"{layer.weights:,}", f"{layer.macs:,}", str(chosen.bits[layer.name]),
+            f"{layer.loss_at(chosen.bits[layer.name]):+.4f}",
+        )
+        for layer in record.layers
+    ]  # fmt: skip
+    plans = {"plan": chosen} | {
+        f"{bits} bit": of_bits(record, dict.fromkeys(chosen.bits, bits)) for bits in record.bits
+    }
+    totals = [
+        (name, f"{one.bytes / 1024:.1f}", f"{one.bit_operations / 1e6:.1f}", f"{one.loss:+.4f}")
+        for name, one in plans.items()
+    ]
+    return "\n".join(
+        (
+            format_table(("layer", "kind", "weights", "MACs", "bits", "loss"), rows),
+            "",
+            format_table(("all layers", "KiB", "million bit operations", "sum of losses"), totals),
+        )
+    )
+
+
+def _write(path: Path, record: Sensitivity, chosen: Plan, budget: str) -> None:
+    """The file of --layer_bits: an entry for each layer."""
+    import json
+
+    import yaml
+
+    from utils.checkpoint import archive
+
+    entries: list[dict[str, Any]] = [
+        {"name": name, "wt_bit": bits, "fm_bit": bits} for name, bits in chosen.bits.items()
+    ]
+    if path.suffix == ".json":
+        text = json.dumps(entries, indent=1)
+    else:
+        text = f"# {budget}, from {printable(record.checkpoint)}\n{yaml.safe_dump(entries, sort_keys=False)}"
+    archive.write_atomic(path, text.encode())

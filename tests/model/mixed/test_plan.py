@@ -1,0 +1,108 @@
+"""Bits under a budget: the best of all choices, and budgets that are no use."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tools
+from model.mixed.plan import best, of_bits
+from utils.report.sensitivity_record import Change, LayerSensitivity, Sensitivity
+
+BITS = (8, 4, 2)
+
+
+def record(seed: int = 0, layers: int = 5) -> Sensitivity:
+    """Layers of random sizes, that lose more with fewer bits."""
+    draw = random.Random(seed)
+
+    def layer(number: int) -> LayerSensitivity:
+        losses = dict(zip(BITS, sorted(draw.uniform(-0.1, 1) for _ in BITS), strict=True))
+        return LayerSensitivity(
+            name=f"layer{number}", kind="conv", weights=draw.randrange(1, 2000), macs=draw.randrange(1, 10**6),
+            trace=draw.random(),
+            changes={b: Change(loss=x, weight_loss=x, top1=-x, estimate=x) for b, x in losses.items()},
+        )  # fmt: skip
+
+    return Sensitivity(
+        checkpoint="x.pth.tar", images=4, loss=1.0, top1=90.0, layers=tuple(map(layer, range(layers))),
+        other_bytes=draw.randrange(100), other_macs=draw.randrange(100),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_choice_within_the_budget_loses_less(seed: int, size: bool) -> None:
+    found = record(seed)
+    names = [layer.name for layer in found.layers]
+    plans = [
+        of_bits(found, dict(zip(names, bits, strict=True)))
+        for bits in itertools.product(BITS, repeat=len(names))
+    ]
+    costs = [plan.bytes if size else plan.bit_operations for plan in plans]
+    for share in (0.0, 0.2, 0.5, 0.9):
+        budget = int(min(costs) + share * (max(costs) - min(costs)))
+        chosen = best(found, budget, size=size)
+        assert (chosen.bytes if size else chosen.bit_operations) <= budget
+        least = min(plan.loss for plan, cost in zip(plans, costs, strict=True) if cost <= budget)
+        assert chosen.loss == pytest.approx(least, abs=1e-5)
+
+
+def test_a_loss_that_falls_or_rises_with_more_bits_is_noise() -> None:
+    changes = {8: 0.2, 4: -0.1, 2: 0.3}
+    layer = LayerSensitivity(
+        name="a", kind="conv", weights=1, macs=1, trace=0.0,
+        changes={b: Change(loss=x, weight_loss=x, top1=0.0, estimate=0.0) for b, x in changes.items()},
+    )  # fmt: skip
+    assert [layer.loss_at(bits) for bits in BITS] == [0.2, 0.2, 0.3]
+
+
+def test_the_file_and_the_mistakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = record()
+    Path("found.json").write_text(found.as_json())
+    most, least = (found.bytes_with({layer.name: bits for layer in found.layers}) for bits in (8, 2))
+    words = ["--keyword", "plan", "--old", "found.json"]
+    for arguments, message in (
+        (["--new", "bits.yaml"], "needs one budget: --budget_size 96KiB, or --budget_bops 0.5G"),
+        (["--new", "bits.yaml", "--budget_size", "1KiB", "--budget_bops", "1G"], "needs one budget"),
+        (["--new", "bits.yaml", "--budget_size", f"{least - 1}B"], "is too small: 2 bits everywhere take"),
+        (["--new", "bits.yaml", "--budget_size", f"{most}B"], "needs no plan: 8 bits everywhere take"),
+        (["--new", "bits.yaml", "--budget_size", "12"], "write a number with its unit, such as 96KiB"),
+        (["--new", "bits.yaml", "--budget_bops", "fast"], "write a number with its unit, such as 0.5G"),
+        (["--new", "bits.txt", "--budget_size", "1KiB"], "name a .yaml or .json file in a folder"),
+        (["--new", "none/bits.yaml", "--budget_size", "1KiB"], "name a .yaml or .json file in a folder"),
+    ):
+        assert tools.main([*words, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["found.json"]
+
+    for name in ("bits.yaml", "bits.json"):
+        budget = f"{(least + most) // 2}B"
+        assert tools.main([*words, "--new", name, "--budget-size", budget]) == 0
+        entries = yaml.safe_load(Path(name).read_text())
+        assert [entry["name"] for entry in entries] == [layer.name for layer in found.layers]
+        assert all(entry["wt_bit"] == entry["fm_bit"] in BITS for entry in entries)
+        bits = {entry["name"]: entry["wt_bit"] for entry in entries}
+        assert found.bytes_with(bits) <= (least + most) // 2
+    assert tools.main([*words, "--new", "bits.json", "--budget_bops", "1G"]) == 2
+    assert "--force writes over it" in capsys.readouterr().err
+
+    damaged = json.loads(found.as_json())
+    for change in (
+        lambda it: it.update(format=0), lambda it: it.update(layers=[]), lambda it: it.pop("loss"),
+        lambda it: it["layers"][0]["changes"].pop("2"), lambda it: it["layers"][0].update(weights="many"),
+    ):  # fmt: skip
+        content = json.loads(json.dumps(damaged))
+        change(content)
+        Path("damaged.json").write_text(json.dumps(content))
+        arguments = ["--old", "damaged.json", "--new", "new.yaml", "--budget_size", "1KiB"]
+        assert tools.main(["--keyword", "plan", *arguments]) == 2
+        assert "damaged: measure again" in capsys.readouterr().err
