@@ -20,6 +20,7 @@ from model.layers.quantized import (
 )
 from model.observe import ParameterProducts, Product, observing, within
 from model.quantizers.frame import Quantizer
+from model.watch.accumulators import Sums
 from model.watch.cut_off import cut_off
 from model.watch.products import Products
 from utils.config.checks import shown, unlike
@@ -136,13 +137,19 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         name: full_precision_reason(module) if kept_off(module) else "" for name, module in found.items()
     }
     watches = {name: _Watch() for name in found}
-    products, of_parameters = Products(), ParameterProducts(model)
+    products, of_parameters, sums = Products(), ParameterProducts(model), Sums(model)
 
     def is_constant(module: Quantizer, inputs: object, output: Tensor) -> None:
         if module.enabled:
             of_parameters.forget(output)
 
     with observing(model) as hooks:
+        summed = [
+            layer.register_forward_pre_hook(partial(sums, name), with_kwargs=True)
+            for name, layer in quantized_layers(model)
+            if name in sums.rows
+        ]
+        hooks += summed
         hooks += [module.register_forward_hook(is_constant) for module in found.values()]
         hooks += [
             module.register_forward_hook(watches[name]) for name, module in found.items() if not reasons[name]
@@ -157,6 +164,8 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
             _check_batch(images)
             with products, of_parameters:
                 model(images)
+            for hook in summed:  # one batch tells
+                hook.remove()
         rows = [
             AuditRow(
                 name=name,
@@ -183,7 +192,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     known = {row.name for row in left} | {name for name, _ in quantized_layers(model)}
     if rows:
         layers += _unknown_rows(of_parameters.found, known)
-    return Audit(tuple(rows), (*left, *layers))
+    return Audit(tuple(rows), (*left, *layers), tuple(sums.rows.values()))
 
 
 def _unknown_rows(found: Mapping[str, Product], known: Collection[str]) -> list[LayerRow]:

@@ -54,6 +54,14 @@ class QuantizedTensor:
     mean: Tensor | None = None
     gamma: Tensor | None = None
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The integers code - zero_point of the lowest and the highest level; for evenly spaced levels alone."""
+        assert self.scale is not None
+        factor, scale = float(self.factor.reshape(-1)[0]), float(self.scale.reshape(-1)[0])
+        lowest, highest = (round(float(self.codebook[0, end]) * factor / scale) for end in (0, -1))
+        return lowest, highest
+
     def dequantize(self) -> Tensor:
         """The float32 tensor that the integers represent, equal to the fake-quantized one to the last bit."""
         value = self.unscaled(self.numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from utils.report.accumulator_record import Accumulator, accumulator_table
 from utils.text import format_table, some_names
 
 MOST_CUT_OFF = 0.1  # the share of an input outside the range of its levels that is remarked on
@@ -91,10 +92,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Audit:
-    """The rows of all quantizers, and of the layers that stand out."""
+    """The rows of all quantizers, of the layers that stand out, and of those that add products of integers."""
 
     rows: tuple[AuditRow, ...]
     layers: tuple[LayerRow, ...] = ()
+    accumulators: tuple[Accumulator, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -131,7 +133,9 @@ class Audit:
         """The rows as text."""
         rows = [(row.name, str(row.seen), str(row.allowed), row.problem or row.note) for row in self.rows]
         text = format_table(("quantizer", "levels seen", "allowed", "verdict"), rows)
-        if not self.layers:
-            return text
-        layers = [(row.name, row.problem or f"full precision: it {row.reason}") for row in self.layers]
-        return f"{text}\n\n{format_table(('layer', 'verdict'), layers)}\n"
+        if self.layers:
+            layers = [(row.name, row.problem or f"full precision: it {row.reason}") for row in self.layers]
+            text = f"{text}\n\n{format_table(('layer', 'verdict'), layers)}\n"
+        if self.accumulators:
+            text = f"{text}\n\n{accumulator_table(self.accumulators)}\n"
+        return text

@@ -18,6 +18,7 @@ from utils.checkpoint.run_state import RunState
 from utils.config.schema import Config, QuantizerConfig, to_dict
 from utils.errors import UserError
 from utils.report import curves, epoch_files
+from utils.report.accumulator_record import accumulator_remark
 from utils.report.audit_record import Audit
 from utils.report.cost_record import Cost
 from utils.step import optimizer
@@ -107,6 +108,9 @@ def finish(
         "seed": config.run.seed,
         "layers": [asdict(layer) | {"bit_operations": layer.bit_operations} for layer in cost.layers],
         "quantizers": [asdict(row) | {"problem": row.problem, "note": row.note} for row in found.rows],
+        "accumulators": [
+            asdict(row) | {"bits": row.bits, "seen_bits": row.seen_bits} for row in found.accumulators
+        ],
     }
     write_text(folder / "summary.json", json.dumps(result, indent=2) + "\n")
     logger.info("audit: %s", found.verdict)
@@ -114,6 +118,8 @@ def finish(
         logger.error("audit: %s", problem)
     if found.remark:
         logger.info("audit: %s", found.remark)
+    if found.accumulators:
+        logger.info("%s", accumulator_remark(found.accumulators))
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
     logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
     written = (

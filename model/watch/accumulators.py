@@ -1,0 +1,129 @@
+"""The bits of the integer accumulators of quantized layers, in the worst case and on real images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, quantized_layers
+from model.observe import first_input
+from model.quantizers.frame import Quantizer
+from utils.report.accumulator_record import Accumulator
+
+EXACT = 2**24  # float32 holds all integers up to it
+
+
+def accumulators(model: nn.Module) -> tuple[Accumulator, ...]:
+    """The sums of each layer that multiplies integers, in the worst case, with its weight as it is now.
+
+    The greatest sum takes, for each product, the highest or the lowest code of the input, whichever is more:
+    the sum of max(w a_low, w a_high). Left out are layers whose weight or input is in full precision or has uneven
+    levels, or whose input has a scale for each channel or place: no single integer sum is behind them.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.convert import quantize
+        >>> from model.quant import QuantConfig, QuantizerConfig
+        >>> from model.watch.accumulators import accumulators
+        >>> network = nn.Sequential(nn.Linear(10, 2))
+        >>> parts = {"wt": QuantizerConfig(tag="wt", enable=True, method="lsq", levels=2)}
+        >>> parts["fm"] = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, half_range=True)
+        >>> _ = nn.init.ones_(network[0].weight)
+        >>> _ = quantize(network, QuantConfig(**parts, first_last=True))
+        >>> [(row.products, row.lowest, row.highest, row.bits) for row in accumulators(network)]
+        [(10, 0, 30, 6)]
+    """
+    found = (worst_case(name, layer) for name, layer in quantized_layers(model))
+    return tuple(row for row in found if row is not None)
+
+
+def worst_case(name: str, layer: QuantLayer) -> Accumulator | None:
+    """The sums of one layer; None where it does not add products of integers."""
+    codes, ends = _weight_codes(layer), _input_ends(layer)
+    if codes is None or ends is None:
+        return None
+    rows = codes.flatten(1).to(torch.int64)
+    above, below = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1)
+    lowest = int((above * ends[0] + below * ends[1]).min())
+    highest = int((above * ends[1] + below * ends[0]).max())
+    return Accumulator(name=name, products=rows.shape[1], lowest=lowest, highest=highest)
+
+
+def _even(layer: QuantLayer, part: str, x: Tensor) -> Any:
+    """The integers of a part of a layer; None where it has none of even levels."""
+    quantizer = getattr(layer, part)
+    if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
+        return None
+    if type(quantizer).encode is Quantizer.encode:  # a user's own quantizer may know no integers
+        return None
+    found = quantizer.integers(x)
+    return None if found.scale is None else found
+
+
+def _weight_codes(layer: QuantLayer) -> Tensor | None:
+    """The integers of the weight, int32 [out, ...]."""
+    found = _even(layer, "quant_weight", layer.weight.detach())
+    return None if found is None else found.codes - found.zero_point
+
+
+def _input_ends(layer: QuantLayer) -> tuple[int, int] | None:
+    """The lowest and the highest integer of the input."""
+    quantizer = layer.quant_activation
+    if not isinstance(quantizer, Quantizer):
+        return None
+    shape = [2] + [1] * (quantizer.site.ndim - 1)
+    shape[quantizer.site.channel_dim] = quantizer.site.channels
+    found = _even(layer, "quant_activation", layer.weight.new_ones(shape))
+    return None if found is None or found.scale.numel() > 1 or float(found.scale) <= 0 else found.ends
+
+
+class Sums:
+    """Hooks before layers that note the integer sums of the images that pass.
+
+    Attributes:
+        rows: name of the layer -> its sums.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows = {row.name: row for row in accumulators(model)}
+
+    def __call__(self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A hook before a layer, `with_kwargs`."""
+        row, x = self.rows.get(name), first_input(inputs, named)
+        codes = _weight_codes(layer)
+        if row is None or codes is None or not x.numel():
+            return
+        sums = self._sums(layer, x, codes, max(-row.lowest, row.highest) < EXACT)
+        if sums is None:
+            return
+        ends = (int(sums.min()), int(sums.max()))
+        if row.seen is not None:
+            ends = min(ends[0], row.seen[0]), max(ends[1], row.seen[1])
+        self.rows[name] = dataclasses.replace(row, seen=ends)
+
+    def _sums(self, layer: QuantLayer, x: Tensor, codes: Tensor, short: bool) -> Tensor | None:
+        """The sums of one input, as integers in float; None for a class of layers with a forward of its own."""
+        kind = torch.float32 if short else torch.float64
+        weight = codes.to(kind)
+
+        def integers(value: Tensor) -> Tensor:
+            found = layer.quant_activation.integers(value)  # pyright: ignore[reportCallIssue]
+            return (found.codes - found.zero_point).to(kind)
+
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if type(layer).forward is QuantLinear.forward:
+                return functional.linear(integers(x), weight)
+            if type(layer).forward is not QuantConv2d.forward or x.ndim != 4:
+                return None
+            assert isinstance(layer, QuantConv2d)
+            if not layer._pads_first():
+                return layer._conv_forward(integers(x), weight, None)
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+            return functional.conv2d(
+                integers(padded), weight, None, layer.stride, 0, layer.dilation, layer.groups
+            )
