@@ -112,6 +112,8 @@ def finish(
     logger.info("audit: %s", found.verdict)
     for problem in found.problems:
         logger.error("audit: %s", problem)
+    if found.warning:
+        logger.warning("audit: warning: %s", found.warning)
     if found.remark:
         logger.info("audit: %s", found.remark)
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
