@@ -18,7 +18,7 @@ from model.layers.quantized import (
     quantized_layers,
     quantizers,
 )
-from model.observe import ParameterProducts, Product, observing, within
+from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
 from model.watch.accumulators import Sums
 from model.watch.cut_off import cut_off
@@ -73,6 +73,39 @@ class _Watch:
         return max((len(values) for values in self.values), default=0)
 
 
+class _Pixels:
+    """Counts the values of the images that layers which read them cut off, since their levels start at zero.
+
+    Attributes:
+        images: the batch that runs.
+        counts: layer -> values below zero, all values.
+    """
+
+    def __init__(self) -> None:
+        self.images: object = None
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def look(self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A hook before a quantized layer, `name`."""
+        quantizer, images = layer.quant_activation, self.images
+        if not (isinstance(images, Tensor) and isinstance(quantizer, Quantizer) and quantizer.enabled):
+            return
+        x, bounds = first_input(inputs, named), quantizer.bounds()
+        if bounds is None or not bool((bounds[0] >= 0).all()) or x.numel() != images.numel() or not x.numel():
+            return
+        # The first image tells; a layer may have changed the order of its values.
+        if x.shape[0] == images.shape[0] and torch.equal(
+            *(each[0].flatten().float().sort().values for each in (x, images))
+        ):
+            below, total = self.counts.get(name, (0, 0))
+            self.counts[name] = (below + int((x < 0).sum()), total + x.numel())
+
+    def share(self, quantizer: str) -> float:
+        """The share of the images' values that a quantizer cuts off below zero."""
+        below, total = self.counts.get(quantizer.removesuffix(".quant_activation"), (0, 1))
+        return below / total
+
+
 def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
     """Names of the quantizers that `config` asks for in quantized layers and that are not there.
 
@@ -84,13 +117,14 @@ def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
         >>> unquantized(nn.Sequential(QuantLinear(4, 2)), QuantConfig(wt=wt))
         ['0.quant_weight']
     """
-    parts = {"quant_activation": config.fm, "quant_weight": config.wt, "quant_output": config.ot}
+    parts = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
     return [
         f"{name}.{part}"
         for name, layer in model.named_modules()
         if isinstance(layer, QuantLayer)
-        for part, settings in parts.items()
-        if settings.enable and not isinstance(getattr(layer, part), Quantizer)
+        for tag, part in parts.items()
+        if getattr(config, tag).enable
+        and not (isinstance(getattr(layer, part), Quantizer) or layer.left_full(tag))
     ]
 
 
@@ -137,7 +171,8 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         name: full_precision_reason(module) if kept_off(module) else "" for name, module in found.items()
     }
     watches = {name: _Watch() for name in found}
-    products, of_parameters, sums = Products(), ParameterProducts(model), Sums(model)
+    products, of_parameters = Products(), ParameterProducts(model)
+    sums, pixels = Sums(model), _Pixels()
 
     def is_constant(module: Quantizer, inputs: object, output: Tensor) -> None:
         if module.enabled:
@@ -155,6 +190,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
             module.register_forward_hook(watches[name]) for name, module in found.items() if not reasons[name]
         ]
         for name, layer in quantized_layers(model):
+            hooks.append(layer.register_forward_pre_hook(partial(pixels.look, name), with_kwargs=True))
             hooks.append(layer.register_forward_pre_hook(products.enter_layer))
             hooks.append(layer.register_forward_hook(partial(products.leave_layer, name), with_kwargs=True))
             for part, quantizer in layer.quantizers():
@@ -162,6 +198,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 hooks.append(quantizer.register_forward_hook(partial(products.leave_quantizer, part)))
         for images in batches:  # a loader's own operators are none of the network's
             _check_batch(images)
+            pixels.images = images
             with products, of_parameters:
                 model(images)
             for hook in summed:  # one batch tells
@@ -178,6 +215,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
                 reason=reasons[name],
                 below=float(watches[name].cut_off[0]),
                 above=float(watches[name].cut_off[1]),
+                pixels=pixels.share(name),
             )
             for name, module in found.items()
         ]

@@ -5,30 +5,27 @@ How other programs use this: docs/detectron2.md.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from model import quant  # noqa: F401  (registers what a configuration can name)
-from model.layers.quantized import (
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    full_precision_reason,
-    keep_full_precision,
-)
+from model.layers import bits
+from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
+from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
+from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
 from model.quantizers.adaptive import MIN_DIVISOR
-from model.quantizers.frame import Quantizer
 from model.quantizers.registry import method_class
 from model.selection import Left, Report, Selection, all_names, matches
 from utils.config.checks import shown, unlike
+from utils.config.layer_rules import with_layer_bits
 from utils.config.schema import QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
@@ -45,8 +42,6 @@ __all__ = [
     "replace",
 ]
 
-LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
-
 # Modules that use the weights of their children without calling them. Some do so only on a fast path, which is off
 # while hooks are registered.
 _USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
@@ -54,11 +49,6 @@ _USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
 }
 _SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
-
-# The layers that are known to multiply by weights of their own. Whatever else does shows when the network runs, see
-# `called`.
-_WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
 
 
 def _used_without_a_call() -> dict[type[nn.Module], tuple[str, ...]]:
@@ -102,11 +92,11 @@ def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
             raise TypeError(
                 f"register_layer: {name} is {shown(value)}, not a class: give the class of the layer"
             )
-    if kind in LAYERS:
+    if kind in bits.LAYERS:
         raise ValueError(f"{kind.__name__} is registered already")
     if not (issubclass(quantized, kind) and issubclass(quantized, QuantConv2d | QuantLinear)):
         raise ValueError(f"{quantized.__name__}: not a subclass of {kind.__name__} and a quantized layer")
-    LAYERS[kind] = quantized
+    bits.LAYERS[kind] = quantized
 
 
 def build_quantizers(module: nn.Module, config: QuantConfig) -> None:
@@ -133,6 +123,7 @@ def build_quantizers(module: nn.Module, config: QuantConfig) -> None:
         >>> network[0].quant_weight
         LSQ(wt, lsq, levels=4, groups=2)
     """
+    assign_bits(module, config)
     for name, layer in module.named_modules():
         if isinstance(layer, QuantLayer):
             layer.build_quantizers(config, name)
@@ -144,6 +135,9 @@ def quantize(
     *,
     select: Selection | None = None,
     example: Sequence[Any] | None = None,
+    first_bit: int | str | None = None,
+    last_bit: int | str | None = None,
+    layer_bits: str | os.PathLike[str] | Sequence[Any] | None = None,
 ) -> Report:
     """Turn convolutions and linear layers into quantized ones.
 
@@ -158,13 +152,18 @@ def quantize(
         example: a tuple of positional inputs for one forward pass, which runs in evaluation mode and without
             gradients. It shows which layer runs first and which runs last; without it the order of definition
             decides. Layers that are never called as modules are left, since a quantizer there would never run.
+        first_bit: bits of the first layer, whose input gets signed levels: 1 to 16, "ternary", or 32 for full
+            precision; default: the configuration's.
+        last_bit: the same of the last layer.
+        layer_bits: bits of single layers: the path of a file (docs/mixed.md), or its entries as a list of mappings;
+            default: the configuration's.
 
     Returns:
         The layers that were replaced, and the layers that were left with the reasons.
 
     Raises:
-        UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, or
-            a quantizer does not fit its layer.
+        UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, a
+            method does not have the bits, or a quantizer does not fit its layer.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -184,6 +183,7 @@ def quantize(
         (('1',), LSQ(wt, lsq, levels=4, groups=8))
     """
     _check_arguments(module, config, select, example)
+    config = with_layer_bits(config, first_bit, last_bit, layer_bits)
     if not config.enabled:
         raise UserError("the configuration quantizes nothing: enable its fm, wt or ot")
     for part in (config.fm, config.wt, config.ot):
@@ -191,6 +191,7 @@ def quantize(
             method_class(part)  # an unknown method is refused before anything has changed
     order = None if example is None else called(module, *example)[1]
     report = replace(module, config, select or Selection(), order)
+    assign_bits(module, config, report.replaced)
     for name in report.replaced:
         layer = module.get_submodule(name)
         assert isinstance(layer, QuantConv2d | QuantLinear)
@@ -248,7 +249,7 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
         (torch.Size([1, 2]), ('body', 'head'))
     """
     names: dict[str, None] = {}
-    layers = dict(_layers(module))
+    layers = dict(weighted_layers(module))
     with observing(module) as hooks, ParameterProducts(module) as products:
         hooks += [
             layer.register_forward_hook(lambda m, i, out, name=name: names.setdefault(name))
@@ -291,7 +292,7 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
     with observing(module) as hooks:
         hooks += [
             layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
-            for name, layer in _layers(module)
+            for name, layer in weighted_layers(module)
             if isinstance(layer, nn.Conv2d | nn.Linear)
         ]
         module(*inputs)
@@ -330,7 +331,7 @@ def replace(
         ('QuantLinear', Identity())
     """
     layers = {
-        name: layer for name, layer in module.named_modules() if _multiplies(layer) or name in (order or ())
+        name: layer for name, layer in module.named_modules() if multiplies(layer) or name in (order or ())
     }
     if not layers:
         raise UserError("there is no layer to quantize: the network has no convolution and no linear layer")
@@ -338,26 +339,25 @@ def replace(
     select.check_patterns([name for group in names.values() for name in group])
     obstacles = _obstacles(module, layers, order)
     ends = tuple(layers) if order is None else order
+    mark_ends(layers, ends)
     replaced, left = [], []
     for name, layer in layers.items():
-        reason = obstacles.get(name) or _deselected(names[name], layer, config, select, ends)
+        reason, named_whole = _deselected(names[name], layer, config, select, ends)
+        if not reason and name in obstacles:
+            reason = obstacles[name]
+            if named_whole and not isinstance(layer, QuantLayer):
+                asked = asked_bits(config, layer, names[name], whole=True)
+                raise UserError(f"{next(iter(asked.values())).source}: {name} {reason}: leave it out")
         if reason:
             left.append(Left(name, reason))
             if not isinstance(layer, QuantLayer):
                 keep_full_precision(layer, reason)
             continue
         replaced.append(name)
-        # A quantized class only adds quantizers, so that a layer becomes one without a copy; this also keeps
-        # hooks and shared parameters.
-        layer.__class__ = LAYERS[type(layer)]
-        assert isinstance(layer, QuantLayer)
-        if isinstance(layer, QuantConv2d):
-            layer.padding_after_quant = config.padding_after_quant
+        quantized = become_quantized(layer, config)
         first = config.first_signed and name == ends[0]
-        layer.signed_input = first or any(matches(pattern, names[name]) for pattern in select.signed)
-        layer.quant_activation = nn.Identity()
-        layer.quant_weight = nn.Identity()
-        layer.quant_output = nn.Identity()
+        quantized.signed_input = first or any(matches(pattern, names[name]) for pattern in select.signed)
+        quantized.named_whole = named_whole
     return Report(tuple(replaced), tuple(left))
 
 
@@ -372,26 +372,11 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
     """
     return tuple(
         name
-        for name, layer in _layers(module)
+        for name, layer in weighted_layers(module)
         if not (
             isinstance(layer, QuantLayer) and any(quantizer.enabled for _, quantizer in layer.quantizers())
         )
     )
-
-
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of which `_multiplies` is true."""
-    for name, layer in module.named_modules():
-        if _multiplies(layer):
-            yield name, layer
-
-
-def _multiplies(layer: nn.Module) -> bool:
-    """Whether a module is known to multiply by its weights, by its class or since `keep_full_precision` says so."""
-    deformed = sys.modules.get(_DEFORMED)
-    kinds = (*_WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
-    noted = full_precision_reason(layer) != "" and any(True for _ in layer.parameters(recurse=False))
-    return isinstance(layer, kinds) or (noted and not isinstance(layer, Quantizer))
 
 
 def _obstacles(
@@ -411,7 +396,7 @@ def _obstacles(
             found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
         elif parametrize.is_parametrized(layer):
             found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
-        elif kind not in LAYERS:
+        elif kind not in bits.LAYERS:
             base = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
             found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"
         elif "forward" in vars(layer):
@@ -430,19 +415,25 @@ def _obstacles(
 
 def _deselected(
     names: Sequence[str], layer: nn.Module, config: QuantConfig, select: Selection, ends: Sequence[str]
-) -> str:
-    """Why a layer that could be quantized is not selected, the rest of a sentence; empty where it is selected."""
+) -> tuple[str, bool]:
+    """Why a layer that could be quantized is not selected, the rest of a sentence; empty where it is selected.
+
+    Also whether it is selected only since an option gives bits to this layer.
+    """
     name = names[0]
     convolution = isinstance(layer, nn.Conv2d)
     excluded = next((pattern for pattern in select.exclude if matches(pattern, names)), None)
     if excluded is not None:
-        return f"is excluded by {excluded}"
+        return f"is excluded by {excluded}", False
     if not any(matches(pattern, names) for pattern in select.include):
-        return "is not included"
+        return "is not included", False
     if not (select.convolutions if convolution else select.linears):
-        return f"is a {'convolution' if convolution else 'linear layer'}"
+        return f"is a {'convolution' if convolution else 'linear layer'}", False
+    reason = ""
     if not config.first_last and name in (ends[0], ends[-1]):
-        return f"is the {'first' if name == ends[0] else 'last'} layer"
-    if convolution and not config.depthwise and 1 < layer.groups == layer.in_channels:
-        return "is depth-wise"
-    return ""
+        reason = f"is the {'first' if name == ends[0] else 'last'} layer"
+    elif convolution and not config.depthwise and 1 < layer.groups == layer.in_channels:
+        reason = "is depth-wise"
+    if reason and quantizes(asked_bits(config, layer, names, whole=True)):
+        return "", True
+    return reason, False

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.config.checks import Checks
 from utils.errors import UserError
-from utils.text import format_table
+from utils.text import closest, format_table, some_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,3 +127,17 @@ def all_names(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, l
 def matches(pattern: str, names: Iterable[str]) -> bool:
     """Whether a pattern matches any of a layer's names."""
     return any(fnmatchcase(name, pattern) for name in names)
+
+
+def close_layers(pattern: str, names: Iterable[str]) -> str:
+    """The layers and groups of layers, as patterns, whose names are close to a pattern, as the end of a message.
+
+    Example:
+        >>> from model.selection import close_layers
+        >>> close_layers("layer5.*", ["layer1.conv1", "layer1.conv2", "fc"])
+        '; did you mean layer1.*, layer1.conv2, layer1.conv1?'
+    """
+    names = list(names)
+    parts = [name.split(".") for name in names]
+    groups = {".".join(part[:i]) + ".*" for part in parts for i in range(1, len(part))}
+    return closest(pattern, {*names, *groups}) or f"; layers are {some_names(names)}"

@@ -48,6 +48,7 @@ def check_as_trained(
     if not isinstance(network, Mapping) or not isinstance(network.get("quant"), Mapping):
         network = {}  # of another program
     try:
+        _check_single_layers(network.get("quant", {}), to_dict(config.model.quant), source)
         _check_quantizers(state, model, config, network, source)
         if network:
             _check_switched(payload, model, config, source)
@@ -242,10 +243,23 @@ def _check_fields(network: Mapping[str, Any], config: Config, source: str) -> No
             alike = name == "norm" and {old, new} <= SAME_NORMS
             idle = name in OF_TRAINING or name in TAGS or name in ("zero_init", "fixup")
             if old != new and not (alike or idle):
-                raise UserError(
-                    f"{source} was trained as another network: {changed(prefix + name, old, new)}; evaluate it with "
-                    "the options that trained it"
-                )
+                raise _other_network(prefix + name, old, new, source)
+
+
+def _check_single_layers(recorded: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
+    """Refuse other bits of single layers, where both networks quantize: other numbers of levels follow from them."""
+    if not all(any(quant.get(tag, {}).get("enable") for tag in TAGS) for quant in (recorded, now)):
+        return
+    for name in ("first_bit", "last_bit", "layer_bits"):
+        if name in recorded and recorded[name] != now[name]:
+            raise _other_network(f"model.quant.{name}", recorded[name], now[name], source)
+
+
+def _other_network(field: str, before: Any, now: Any, source: str) -> UserError:
+    return UserError(
+        f"{source} was trained as another network: {changed(field, before, now)}; evaluate it with the options that "
+        "trained it"
+    )
 
 
 def network_changed(payload: Mapping[str, Any], model: nn.Module, config: Config) -> bool:

@@ -114,7 +114,7 @@ def printed_bits(text: str) -> set[tuple[str, int, int]]:
 
 def expected_bits(name: str) -> set[tuple[str, int, int]]:
     """What the name of a config says that the table shows."""
-    _, method, _, _, precision, _ = name.split(".")
+    _, method, _, dataset, precision, _ = name.split(".")
     if precision in POLICIES:
         return POLICIES[precision]
     bits = PRECISIONS[precision.partition("-")[0]]
@@ -122,7 +122,9 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
         return set()
     # FATNN's weights are ternary; at two bits LSQ takes their place.
     methods = {"fatnn", "lsq"} if (method, precision) == ("fatnn", "2bit") else METHODS[method]
-    return {(found, *bits) for found in methods}
+    paper = method == "lsq" and precision != "1bit" and dataset in ("imagenet", "dali", "cifar10", "cifar100")
+    ends = {("lsq", 8, 256)} if paper else set()  # the first and the last layer
+    return {(found, *bits) for found in methods} | ends
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -14,7 +14,7 @@ import pytest
 import model
 import utils
 from model import audit, calibrate, convert, quant
-from model.layers import factory, norms
+from model.layers import bits, factory, norms
 from model.networks import build
 from model.quantizers import registry
 from utils.config import keyword, methods
@@ -39,7 +39,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an example registers ends with it."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(methods, "_RECORDS", dict(methods._RECORDS))
-    monkeypatch.setattr(convert, "LAYERS", dict(convert.LAYERS))
+    monkeypatch.setattr(bits, "LAYERS", dict(bits.LAYERS))
     monkeypatch.setattr(build, "_MODELS", dict(build._MODELS))
     monkeypatch.setattr(keyword, "_REGISTRY", dict(keyword._REGISTRY))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,22 @@ from model.quantizers.kernels import in_processes
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
 from utils.config.checks import shown
+from utils.config.layer_bits import FULL_BITS, levels_of
+from utils.config.methods import record_of, unfit_levels
 from utils.config.schema import QuantConfig, QuantizerConfig, Rule
 from utils.errors import UserError
+
+
+class AskedBits(NamedTuple):
+    """Bits of a layer's quantizer apart from those of its tag, and the option that says them.
+
+    Attributes:
+        bits: 1 to 16, "ternary", or 32 for full precision.
+        source: the option, for messages.
+    """
+
+    bits: int | str
+    source: str
 
 
 class QuantLayer(nn.Module):
@@ -29,6 +44,9 @@ class QuantLayer(nn.Module):
         quant_weight: quantizes `weight`.
         quant_output: quantizes the output.
         signed_input: the input goes below zero, so that its levels are symmetric whatever the configuration says.
+        bits: tag -> the bits of its quantizer where they are not those of the tag (`model.layers.bits`).
+        reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
+        named_whole: only an entry of `--layer_bits` that writes its name out is for it.
 
     Example:
         >>> from torch import nn
@@ -43,21 +61,32 @@ class QuantLayer(nn.Module):
     quant_weight: nn.Module
     quant_output: nn.Module
     signed_input: bool = False
+    bits: Mapping[str, AskedBits] = MappingProxyType({})
+    reads_images: bool = False
+    named_whole: bool = False
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, which messages call `name`."""
         for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
             settings: QuantizerConfig = getattr(config, tag)
-            if tag == "fm" and self.signed_input:
+            if tag == "fm" and (self.signed_input or self.reads_images):
                 settings = dataclasses.replace(settings, half_range=False)
+            asked = self.bits.get(tag)
+            if asked is not None:
+                settings = _with_bits(settings, asked, images=tag == "fm" and self.reads_images, name=name)
             try:
                 setattr(self, f"quant_{part}", build_quantizer(settings, self._site(tag, name)))
             except UserError as error:
+                if asked is not None:
+                    raise UserError(f"{asked.source}: {name}: {error}") from error
                 if settings is getattr(config, tag):
                     raise
                 raise UserError(
                     f"{name} has symmetric levels, since its input goes below zero: {error}"
                 ) from error
+        off = [asked.source for tag, asked in self.bits.items() if self.left_full(tag)]
+        if off and not any(True for _ in self.quantizers()):
+            keep_full_precision(self, f"has {FULL_BITS} bits, {off[-1]}")
 
     def _site(self, tag: str, name: str) -> LayerSite:
         raise NotImplementedError
@@ -68,6 +97,10 @@ class QuantLayer(nn.Module):
             quantizer = getattr(self, part)
             if isinstance(quantizer, Quantizer):
                 yield part, quantizer
+
+    def left_full(self, tag: str) -> bool:
+        """Whether its bits of its own leave a tag in full precision."""
+        return tag in self.bits and self.bits[tag].bits == FULL_BITS
 
     def check_empty(self) -> None:
         """Check that an empty input may pass without the quantizers.
@@ -84,6 +117,23 @@ class QuantLayer(nn.Module):
                     f"{quantizer.site.name}: an empty input on this process, while others wait for the statistics that "
                     f"its {part} ({quantizer.config.method}) gathers; give each process something in every step"
                 )
+
+
+def _with_bits(settings: QuantizerConfig, asked: AskedBits, *, images: bool, name: str) -> QuantizerConfig:
+    """The options of a quantizer at other bits; those for images get a level at zero where the method has such."""
+    levels = levels_of(asked.bits)
+    if levels is None or not settings.enable:
+        return dataclasses.replace(settings, enable=False)
+    centred = images and levels > 2 and record_of(settings.method, settings.tag).reads_option("grid")
+    changed = dataclasses.replace(
+        settings,
+        levels=levels,
+        binary_scale=settings.binary_scale and levels == 2,
+        grid="midtread" if centred else settings.grid,
+    )
+    if fault := unfit_levels(changed):
+        raise UserError(f"{asked.source}: {name}: {fault}")
+    return changed
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

@@ -19,13 +19,14 @@ from torch.optim import Optimizer
 from model.convert import full_precision
 from model.layers.quantized import keep_full_precision, quantized_layers, quantizers, selected
 from model.quantizers.frame import Quantizer
+from model.selection import close_layers
 from utils.config.methods import PROJECT, record_of
 from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
 from utils.config.schema import READ_ETA_MIN, RECORDED, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
 from utils.step.schedule import Schedule
-from utils.text import closest, some_names
+from utils.text import some_names
 
 OTHER_NETWORK = {"enable", "half_range", "level_num"}  # accuracies before and after do not compare
 
@@ -87,10 +88,9 @@ def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, nn.Module]) -> str
         return (
             f"{some_names(full)} {'is' if len(full) == 1 else 'are'} in full precision anyway: leave it out"
         )
-    parts = [name.split(".") for name in layers]
-    groups = {".".join(part[:i]) + ".*" for part in parts for i in range(1, len(part))}
-    close = closest(rule.name, {*layers, *groups}).removeprefix("; ")
-    return close or f"layers are {', '.join([*layers][:3]) or 'all in full precision'} ..."
+    return (
+        close_layers(rule.name, layers).removeprefix("; ") if layers else "all layers are in full precision"
+    )
 
 
 def _get(quantizer: Quantizer, name: str) -> Any:

@@ -90,7 +90,9 @@ def unsuitable_inputs(
         )
     for name, each in first.items():
         known = config.model.name in build.PROJECT and config.model.quant.first_last
-        option = "--fm_first_signed" if known else "--fm_half_range"
+        option = (
+            "--first_bit 8, or --fm_first_signed for the bits of the others" if known else "--fm_half_range"
+        )
         warnings.append(
             f"{name} reads the images with levels that start at zero: {100 * each.below:.0f} % of their values are "
             f"below zero and are cut off; give {option} (signed levels)"

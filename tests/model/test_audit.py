@@ -400,8 +400,25 @@ def test_cut_off_inputs_are_remarked_on() -> None:
     assert "ok, cuts off 75 % below its range" in result.table()
     cutting = sum(row.below > 0.1 for row in result.rows)
     assert result.verdict.endswith(f", {cutting} of them cutting off the lower part of their input")
-    signed = audit(network("lsq,first-last", (*LOW, "--fm_first_signed")), [images])
-    assert {row.name: row.note for row in signed.rows}["conv1.quant_activation"] == "ok"
+    for option in (["--fm_first_signed"], ["--first_bit", "8"]):
+        signed = audit(network("lsq,first-last", (*LOW, *option)), [images])
+        assert {row.name: row.note for row in signed.rows}["conv1.quant_activation"] == "ok"
+        assert signed.warning == ""
+
+
+@pytest.mark.parametrize("words", ["lsq,first-last", "lsq,first-last,TResNetStem"])
+def test_pixels_below_zero_are_counted(words: str) -> None:
+    """Of the images alone, without the padding, however few they are; no other layer reads them."""
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1)) + 0.01
+    images[:, 0, :3] *= -1  # one row in twelve
+    found = audit(network(words), [images[:3], images[3:]])
+    assert {row.name for row in found.rows if row.pixels} == {
+        "conv1.conv.quant_activation" if "Stem" in words else "conv1.quant_activation"
+    }
+    assert [row.pixels for row in found.rows if row.pixels] == [pytest.approx(1 / 12)]
+    assert "makes 8 % of the images' values 0" in found.warning and "--first_bit 8" in found.warning
+    assert found.warning in found.table() and not found.problems
+    assert audit(network(words), [images.abs()]).warning == ""
 
 
 @pytest.mark.parametrize(("boundary", "cut"), [("0.01", True), ("50", False)])

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
-from model import convert
 from model.audit import audit
 from model.convert import Left, full_precision, quantize, register_layer
+from model.layers import bits
 from model.layers.quantized import QuantConv2d
 from model.quantizers.frame import Quantizer
 from tests.model.foreign import config, swin_transformer, vision_transformer
@@ -181,7 +181,7 @@ class QuantWrapper(QuantConv2d, Wrapper):
 @pytest.fixture
 def own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the table, so that what a test registers ends with it."""
-    monkeypatch.setattr(convert, "LAYERS", dict(convert.LAYERS))
+    monkeypatch.setattr(bits, "LAYERS", dict(bits.LAYERS))
 
 
 def test_a_registered_layer(own_layers: None) -> None:

@@ -15,6 +15,7 @@ from utils.config.command_line import Given
 from utils.config.recorded import from_dict
 from utils.config.resolve import resolve as resolve_options
 from utils.config.resolve.bits import spread_bits
+from utils.config.resolve.layers import layer_options
 from utils.config.schema import RECORDED, TAGS, Config, DataConfig, ModelConfig, Rule
 from utils.errors import UserError
 
@@ -135,7 +136,7 @@ def _evaluation(given: Given, payload: Mapping[str, Any], path: Path) -> Config:
     now = resolve_options(Given(options | written, given.replaced, given.through))
     rules = recorded.policy
     # Numbers of levels that options give are compared with the file's.
-    if any(name.endswith(("_bit", "_level")) for name in given.explicit):
+    if any(name.endswith(("_bit", "_bits", "_level")) for name in given.explicit):
         rules = tuple(rule for rule in rules if "level_num" not in rule.values)
     return dataclasses.replace(
         now,
@@ -188,8 +189,11 @@ _OF_QUANTIZER: dict[str, Callable[[Any], tuple[str, Any]]] = {
 }  # fmt: skip
 
 
+_OF_LAYERS = {"first_bit", "last_bit", "layer_bits"}
+
+
 def _is_of_network(option: str) -> bool:
-    return option in {"bits"} | _OF_MODEL | _OF_QUANT or option[:3] in ("fm_", "wt_", "ot_")
+    return option in {"bits"} | _OF_MODEL | _OF_QUANT | _OF_LAYERS or option[:3] in ("fm_", "wt_", "ot_")
 
 
 def _replaced(model: ModelConfig, given: Given) -> ModelConfig:
@@ -206,6 +210,12 @@ def _replaced(model: ModelConfig, given: Given) -> ModelConfig:
             values["half_range"] = tag != "fm"
         if values:
             quant = dataclasses.replace(quant, **{tag: dataclasses.replace(one, **values)})
+    if _OF_LAYERS & given.explicit:
+        parts = {tag: getattr(quant, tag) for tag in TAGS}
+        fields = {"first_bit": None, "last_bit": None, "layer_bits": ()}
+        fields = {name: fields[name] for name in _OF_LAYERS & given.explicit}
+        found = layer_options(given, parts, first_last=quant.first_last)
+        quant = dataclasses.replace(quant, **(fields | found))
     if "padding_after_quant" in given.explicit:
         quant = dataclasses.replace(quant, padding_after_quant=True)
     fields = {name: given[name] for name in _OF_MODEL if name in given.explicit}

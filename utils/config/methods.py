@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.config.schema import GRAD_TYPES, QuantizerConfig
+from utils.config.layer_bits import FULL_BITS, TERNARY, levels_of
+from utils.config.schema import GRAD_TYPES, TAGS, QuantizerConfig
 from utils.text import closest
 
 # Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
@@ -158,6 +159,25 @@ def misfit(config: QuantizerConfig) -> str:
         if getattr(config, option) > most:
             return f"{option} {getattr(config, option)}: {reason}, at most {most:g}"
     return ""
+
+
+def unfit_levels(config: QuantizerConfig) -> str:
+    """Why a method does not have a number of levels, and the bits to give instead; empty where it does.
+
+    Example:
+        >>> from utils.config.methods import unfit_levels
+        >>> from utils.config.schema import QuantizerConfig
+        >>> unfit_levels(QuantizerConfig(tag="wt", method="fatnn", levels=256))
+        'FATNN has no 256 levels for weights: give ternary, or 32 for full precision'
+    """
+    record = record_of(config.method, config.tag)
+    fitting = record.fitting_levels(config.levels, config.half_range)
+    if fitting == config.levels:
+        return ""
+    return (
+        f"{record.title or config.method} has no {config.levels} levels for {TAGS[config.tag]}s: give "
+        f"{TERNARY if fitting == levels_of(TERNARY) else fitting.bit_length() - 1}, or {FULL_BITS} for full precision"
+    )
 
 
 def readers(option: str) -> str:

@@ -8,17 +8,8 @@ from __future__ import annotations
 
 from utils.config.image_size import input_size
 from utils.config.option import Option, dataset, floats, integer, integers, keywords, loss_type, option, words
-from utils.config.schema import (
-    ADAPTIVE,
-    COMPILES,
-    CUSTOM_SCALES,
-    GRAD_SCALES,
-    GRAD_TYPES,
-    GRIDS,
-    KERNELS,
-    RANGE_SEARCHES,
-    TAGS,
-)  # fmt: skip
+from utils.config.quantizer_options import LAYERS, quantizer_options
+from utils.config.schema import COMPILES, KERNELS, RANGE_SEARCHES, TAGS
 
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
@@ -261,82 +252,6 @@ COMMON: dict[str, tuple[Option, ...]] = {
 }
 
 
-def _quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
-    half = (
-        "signed levels in [-c, c] instead of unsigned levels in [0, c]"
-        if tag == "fm"
-        else "unsigned levels in [0, c] instead of signed levels in [-c, c]"
-    )
-    group = "per tensor, one for all" if tag != "wt" else "per channel, one for each output"
-    options = [
-        option(f"{tag}_enable", bool, False, f"quantize every {what}"),
-        option(f"{tag}_bit", integer, 8, f"bits of the {what} quantizer, 2^bit levels"),
-        option(
-            f"{tag}_level", int, None, "number of levels instead, 3 is ternary; default: 2^bit", unset=(-1, 0)
-        ),
-        option(f"{tag}_half_range", bool, False, half),
-        option(
-            f"{tag}_quant_group",
-            int,
-            None,
-            f"granularity: groups of channels that share parameters, -k: groups of k; default: {group}",
-            unset=(0,),
-        ),
-        option(f"{tag}_boundary", float, 1.0, "clip value c at the start"),
-        option(
-            f"{tag}_scale", float, 0.5, "factor of the gradient scales; FATNN's slopes, LQ-Nets' thresholds"
-        ),
-        option(f"{tag}_ratio", float, 1.0, "share that a method of your own may read; no other does"),
-        option(f"{tag}_correlate", float, -1.0, "factor on the calibrated clip value; not used when <= 0"),
-        option(
-            f"{tag}_adaptive",
-            str,
-            "none",
-            "normalise before quantizing",
-            choices=ADAPTIVE,
-        ),
-        option(f"{tag}_adaptive_restore", bool, False, "undo the normalisation after quantizing"),
-        option(
-            f"{tag}_grad_type",
-            str,
-            "none",
-            "gradient through the rounding",
-            choices=GRAD_TYPES,
-        ),
-        option(
-            f"{tag}_grad_scale",
-            str,
-            "none",
-            "factor on the clip value's gradient",
-            choices=GRAD_SCALES,
-        ),
-        option(
-            f"{tag}_grid",
-            str,
-            "midrise",
-            "levels of a full range: midtread has one at zero (lsq)",
-            choices=GRIDS,
-        ),
-    ]
-    if tag == "fm":
-        options += [
-            option(
-                "fm_custom",
-                str,
-                "none",
-                "XNOR-Net's activation scale: mean |x| over ...",
-                choices=CUSTOM_SCALES,
-            ),
-            option(
-                "fm_first_signed",
-                bool,
-                False,
-                "keyword first-last: signed levels in the first layer, whose images go below zero",
-            ),
-        ]
-    return tuple(options)
-
-
 MODEL: dict[str, tuple[Option, ...]] = {
     "model": (
         option("model", str, "resnet20", "network", aliases=("-m", "--arch")),
@@ -391,7 +306,8 @@ MODEL: dict[str, tuple[Option, ...]] = {
         ),
         option("stable_epoch", int, 0, "the same in epochs; the longer of the two counts"),
     ),
-    **{f"{what} quantizer": _quantizer_options(tag, what) for tag, what in TAGS.items()},
+    "bits of single layers": LAYERS,
+    **{f"{what} quantizer": quantizer_options(tag, what) for tag, what in TAGS.items()},
     "steering": (
         option(
             "policy",

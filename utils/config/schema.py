@@ -17,6 +17,7 @@ from typing import Any
 from utils.config.blocks import BlockConfig, StemConfig
 from utils.config.checks import Checks, unlike
 from utils.config.image_size import InputSize
+from utils.config.layer_bits import WIDTHS, LayerBits, is_width
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
@@ -172,6 +173,9 @@ class QuantConfig:
     re_init_percentile: float = 99.9  # percent
     first_last: bool = False  # quantize the first and the last layer too
     first_signed: bool = False  # then the first layer, which reads the images, has signed levels
+    first_bit: int | str | None = None  # bits of the first layer, signed for its input; 32: full precision
+    last_bit: int | str | None = None  # the same of the last layer
+    layer_bits: tuple[LayerBits, ...] = ()  # bits of single layers; later ones win
     depthwise: bool = True  # quantize depth-wise convolutions too
 
     def __post_init__(self) -> None:
@@ -192,6 +196,12 @@ class QuantConfig:
         check.number("re_init_percentile", 0, 100)
         if self.re_init_percentile == 0:
             raise check.error("re_init_percentile", "must be above 0 and at most 100")
+        for name in ("first_bit", "last_bit"):
+            if getattr(self, name) is not None and not is_width(getattr(self, name)):
+                raise check.error(name, f"must be {WIDTHS}")
+        rules = self.layer_bits
+        if not isinstance(rules, tuple) or not all(isinstance(rule, LayerBits) for rule in rules):
+            raise check.error("layer_bits", "must be a tuple of LayerBits: give quantize a list of entries")
         check.flags()
 
     @property

@@ -58,6 +58,8 @@ def changed(field: str, before: Any, now: Any) -> str:
     """
     if field == "policy":
         return _changed_policy(before, now)
+    if field == "model.quant.layer_bits":
+        return f"--layer_bits {_changed_entries(before, now)}"
     if field == "data.world_size":
         return f"the number of processes was {before} and is {now} now"
     if field == "data.class_weight_values":
@@ -125,13 +127,14 @@ def _changed_policy(before: Any, now: Any) -> str:
         else []
     )
     if others[0] != others[1]:
-        kinds = [f"{len(rules)} entries" if rules else "none" for rules in others]
-        said.append(
-            f"--policy was {kinds[0]} and is {kinds[1]} now"
-            if kinds[0] != kinds[1]
-            else "--policy has other entries now"
-        )
+        said.append(f"--policy {_changed_entries(*others)}")
     return ", ".join(said)
+
+
+def _changed_entries(before: Any, now: Any) -> str:
+    """The end of a sentence about an option with entries, which are other ones now."""
+    kinds = [f"{len(rules)} entries" if rules else "none" for rules in (before, now)]
+    return f"was {kinds[0]} and is {kinds[1]} now" if kinds[0] != kinds[1] else "has other entries now"
 
 
 def _text(value: Any) -> str:

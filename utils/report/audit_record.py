@@ -25,6 +25,8 @@ class AuditRow:
         reason: why it is switched off on purpose, the rest of a sentence; empty for others.
         below: share of its input, 0 to 1, below the range of its levels (`model.watch.cut_off`); 0 for weights.
         above: likewise, above it.
+        pixels: share of the values of the images, 0 to 1, that it makes 0 since its levels start there; 0 for a
+            quantizer that does not read the images.
     """
 
     name: str
@@ -37,6 +39,7 @@ class AuditRow:
     reason: str = ""
     below: float = 0.0
     above: float = 0.0
+    pixels: float = 0.0
 
     @property
     def problem(self) -> str:
@@ -122,6 +125,21 @@ class Audit:
         return f"passed: {len(on)} quantizers within their levels{note}"
 
     @property
+    def warning(self) -> str:
+        """One line about layers that cut off the pixels below zero, and what to write instead; empty for none."""
+        found = [
+            f"{row.name.removesuffix('.quant_activation')} makes {100 * row.pixels:.0f} % of the images' values 0"
+            for row in self.rows
+            if row.pixels > 0 and not row.reason
+        ]
+        if not found:
+            return ""
+        return (
+            f"{some_names(found)}, those below zero, since its levels start there: train with --first_bit 8 or "
+            "--fm_first_signed, which give it signed levels"
+        )
+
+    @property
     def remark(self) -> str:
         """One line about the quantizers that cut off much of their input; empty when there are none."""
         found = [f"{row.name} {row.cut_off}" for row in self.rows if row.cut_off]
@@ -138,4 +156,4 @@ class Audit:
             text = f"{text}\n\n{format_table(('layer', 'verdict'), layers)}\n"
         if self.accumulators:
             text = f"{text}\n\n{accumulator_table(self.accumulators)}\n"
-        return text
+        return f"{text}\nwarning: {self.warning}" if self.warning else text

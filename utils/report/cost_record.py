@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from utils.text import format_table
 
 FULL_BITS = 32  # of a value in full precision
-TERNARY = 3  # levels
+TERNARY, TERNARY_WORD = 3, "ternary"  # levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,11 @@ class LayerCost:
         """MACs times the bits of both factors."""
         return self.macs * self.weight_bits * self.activation_bits
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights at their bits."""
+        return math.ceil(self.weights * self.weight_bits / 8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -76,7 +81,7 @@ class Cost:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the convolutions' and linear layers' weights at their bits."""
-        return sum(math.ceil(layer.weights * layer.weight_bits / 8) for layer in self.layers)
+        return sum(layer.weight_bytes for layer in self.layers)
 
     @property
     def float_weight_bytes(self) -> int:
@@ -93,12 +98,18 @@ class Cost:
         activation = {(layer.activation_bits, layer.activation_levels == TERNARY) for layer in low}
         words = [
             [
-                "ternary" if ternary else str(bits)
+                TERNARY_WORD if ternary else str(bits)
                 for bits, ternary in sorted(found, key=lambda one: (one[0], not one[1]))
             ]
             for found in (weight, activation)
         ]
         return "/".join(map("-".join, words))
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its quantized layers have different bits."""
+        low = [layer for layer in self.layers if layer.weight or layer.activation]
+        return len({(layer.weight_levels, layer.activation_levels) for layer in low}) > 1
 
     def table(self) -> str:
         """The layers as text, a line each, and a line of totals."""
@@ -119,6 +130,23 @@ class Cost:
             head += ("result",)
             rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
         return "\n".join([format_table(head, rows), self.totals(), *[self.note] * bool(self.note)])
+
+    def bits_table(self) -> str:
+        """The bits of each layer with its size and its bit operations as text, a line each, and a line of totals."""
+        head = ("layer", "weights", "MACs", "weight bits", "input bits", "KiB", "bit operations")
+        rows = [
+            (
+                layer.name,
+                f"{layer.weights:,}",
+                f"{layer.macs:,}",
+                TERNARY_WORD if layer.weight_levels == TERNARY else str(layer.weight_bits),
+                TERNARY_WORD if layer.activation_levels == TERNARY else str(layer.activation_bits),
+                f"{layer.weight_bytes / 1024:,.1f}",
+                f"{layer.bit_operations:,}",
+            )
+            for layer in self.layers
+        ]
+        return f"{format_table(head, rows)}\n{self.totals()}"
 
     def totals(self) -> str:
         """One line of totals."""

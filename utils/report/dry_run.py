@@ -128,6 +128,8 @@ def _screen(plan: Plan) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name.ljust(width)}  {said}" for name, said in rows]
+    if cost.is_mixed:
+        lines += ["", plan.cost.bits_table(), ""]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
 
 

@@ -116,6 +116,8 @@ def finish(
     logger.info("audit: %s", found.verdict)
     for problem in found.problems:
         logger.error("audit: %s", problem)
+    if found.warning:
+        logger.warning("audit: warning: %s", found.warning)
     if found.remark:
         logger.info("audit: %s", found.remark)
     if found.accumulators:

@@ -149,10 +149,11 @@ def test_images_below_zero_are_warned_of(line: str, layer: str) -> None:
     images[:3] *= -1
     assert warnings_of(line, images) == (
         f"{layer} reads the images with levels that start at zero: 75 % of their values are below zero and are cut "
-        "off; give --fm_first_signed (signed levels)",
+        "off; give --first_bit 8, or --fm_first_signed for the bits of the others (signed levels)",
     )
     assert warnings_of(line, images.abs()) == ()  # images in [0, 1], with --mean 0,0,0
     assert warnings_of(f"{line} --fm_first_signed") == ()
+    assert warnings_of(f"{line} --first_bit 8") == ()
     assert warnings_of(f"{line} --fm_half_range") == ()
 
 

@@ -1,4 +1,4 @@
-"""`--bits`, which says in one word what `--wt_enable`, `--wt_bit`, `--wt_level` and those of `fm` say one by one."""
+"""Options that stand for several others: `--bits` for those of `wt` and `fm`, `--first_last_bit` for both ends'."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ MOST_BITS = 16
 def spread_bits(given: Given) -> Given:
     """The options with `--bits` spelt out as those of the weights' and the activations' quantizers.
 
-    It replaces those that stand before it on the command line, mostly a config's; those behind it replace what it says.
+    So is `--first_last_bit`. Each replaces those that stand before it on the command line, mostly a config's; those
+    behind it replace what it says.
 
     Raises:
         UserError: it is no number of bits.
     """
+    given = _spread_ends(given)
     text = given["bits"]
     if text is None:
         return given
@@ -42,7 +44,22 @@ def spread_bits(given: Given) -> Given:
     replaced = {f"{tag}_{name}" for tag in ("wt", "fm") for name in ("enable", "bit", "level")} - later
     written = {name: given[name] for name in order if name not in replaced}
     through = {name: "--bits" for name in values.keys() - written.keys()}
-    return Given(values | written, given.replaced, through)
+    return Given(values | written, given.replaced, given.through | through)
+
+
+def _spread_ends(given: Given) -> Given:
+    """The options with `--first_last_bit` spelt out; what stands behind it replaces what it says."""
+    order = list(given.explicit)
+    if "first_last_bit" not in order:
+        return given
+    values = {
+        f"{end}_bit": given["first_last_bit"]
+        for end in ("first", "last")
+        if f"{end}_bit" not in order[order.index("first_last_bit") :]
+    }
+    written = {name: given[name] for name in order if name not in (*values, "first_last_bit")}
+    through = dict.fromkeys(values, "--first_last_bit")
+    return Given(values | written, given.replaced, given.through | through)
 
 
 def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:

@@ -9,6 +9,7 @@ from utils.config.command_line import Given
 from utils.config.methods import PROJECT, readers, record_of
 from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.families import family_of
+from utils.config.resolve.layers import layer_options
 from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
@@ -18,13 +19,15 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
     """The quantizers of options and keyword fields, and warnings about options without effect."""
     warnings: list[str] = []
     parts = {tag: _quantizer_config(tag, given, fields, warnings) for tag in TAGS}
+    first_last = bool(fields.get("quant.first_last", False))
     quant = QuantConfig(
         **parts,
+        **layer_options(given, parts, first_last=first_last),
         padding_after_quant=bool(given["padding_after_quant"]),
         re_init=bool(given["re_init"]),
         re_init_range=given["re_init_range"],
         re_init_percentile=given["re_init_percentile"],
-        first_last=bool(fields.get("quant.first_last", False)),
+        first_last=first_last,
         first_signed=bool(given["fm_first_signed"]),
         depthwise=bool(fields.get("quant.depthwise", True)),
     )
@@ -187,6 +190,7 @@ def _check_method(
         warnings.append(f"--{tag}_scale has no effect with {method}{unless}")
     if tag == "fm" and given["fm_first_signed"]:
         for idle, when in (
+            (given["first_bit"] is not None, "with --first_bit, whose levels are signed anyway"),
             ("quant.first_last" not in fields, "without the keyword first-last"),
             (
                 (family_of(given["model"]) not in ("resnet", "pytorch", "own")),

@@ -1,0 +1,31 @@
+"""The layers that multiply by weights of their own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from model.layers.quantized import full_precision_reason
+from model.quantizers.frame import Quantizer
+
+# Those that are known. Whatever else multiplies shows when the network runs, see `model.convert.called`.
+_WEIGHTED = (_ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_DEFORMED = "torchvision.ops.deform_conv"  # its DeformConv2d is another one
+
+
+def weighted_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of which `multiplies` is true, with their names, in the order of definition."""
+    for name, layer in module.named_modules():
+        if multiplies(layer):
+            yield name, layer
+
+
+def multiplies(layer: nn.Module) -> bool:
+    """Whether a module is known to multiply by its weights, by its class or since `keep_full_precision` says so."""
+    deformed = sys.modules.get(_DEFORMED)
+    kinds = (*_WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
+    noted = full_precision_reason(layer) != "" and any(True for _ in layer.parameters(recurse=False))
+    return isinstance(layer, kinds) or (noted and not isinstance(layer, Quantizer))

@@ -1,0 +1,172 @@
+"""`--layer_bits` files as rules, and the options for the first and the last layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.config.layer_bits import LayerBits
+from utils.config.layer_rules import layer_rules, plain_entries, read_layer_bits
+from utils.config.recorded import from_dict
+from utils.config.resolve import read
+from utils.config.schema import Config, QuantConfig, to_dict
+from utils.errors import UserError
+
+NETWORK = ["--keyword", "cifar10,cbsa,lsq"]
+ENTRIES = [
+    {"name": "layer1.*", "bit": 4},
+    {"name": ["layer2.*", "fc"], "wt_bit": 3, "fm_bit": "ternary"},
+    {"tag": "wt", "bit": 32},
+]
+RULES = (
+    LayerBits(names=("layer1.*",), bits={"": 4}, number=1),
+    LayerBits(names=("layer2.*", "fc"), bits={"wt": 3, "fm": "ternary"}, number=2),
+    LayerBits(names=("*",), bits={"wt": 32}, number=3),
+)
+YAML = """
+- name: layer1.*
+  bit: 4
+- name: [layer2.*, fc]
+  wt_bit: 3
+  fm_bit: ternary
+- tag: wt
+  bit: 32
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [YAML, "init:" + YAML, json.dumps(ENTRIES), json.dumps({"init": ENTRIES}, indent="\t")],
+    ids=["yaml", "as a policy", "json", "json with tabs"],
+)
+def test_a_file_in_every_form(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bits"
+    path.write_text(text, encoding="utf-8")
+    assert read_layer_bits(path) == RULES
+    config = read([*NETWORK, "--bits", "2", "--layer_bits", str(path)])
+    assert config.model.quant.layer_bits == RULES
+    assert from_dict(to_dict(config), "x") == config  # as a checkpoint holds it, without the file
+
+
+def test_rules_as_entries_and_back() -> None:
+    assert layer_rules(ENTRIES) == layer_rules(RULES) == layer_rules(plain_entries(RULES)) == RULES
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "write a list of entries"),
+        ("fc: 4", "write a list of entries"),
+        ("[]", "write a list of entries"),
+        ("- [", "is no YAML"),
+        ("\x00", "is no YAML"),
+        ("- fc", "entry 1: write names with values"),
+        ("- {name: fc, bits: 4}", "entry 1: 'bits' is not known; did you mean"),
+        ("- {name: fc, method: lsq}", "entry 1: method: all layers have the method that --keyword names"),
+        ("- {name: fc}", "entry 1: sets no bits"),
+        (
+            "- {name: fc, bit: 4}\n- {name: fc, bit: 0}",
+            "entry 2: bit 0 must be a number of bits from 1 to 16",
+        ),
+        ("- {name: fc, bit: 17}", "bit 17 must be"),
+        ("- {name: fc, bit: -1}", "bit -1 must be"),
+        ("- {name: fc, bit: 2.5}", "bit 2.5 must be"),
+        ("- {name: fc, bit: true}", "bit True must be"),
+        ("- {name: fc, wt_bit: four}", "wt_bit 'four' must be"),
+        ("- {name: fc, bit: }", "bit None must be"),
+        ("- {name: fc, bit: 4, fm_bit: 4}", "bit and fm_bit contradict"),
+        ("- {name: fc, tag: wt, fm_bit: 4}", "tag belongs to bit"),
+        ("- {name: fc, tag: weights, bit: 4}", "tag 'weights' must be one of fm, wt, ot"),
+        ("- {name: 3, bit: 4}", "name must be a pattern"),
+        ("- {name: [fc, 3], bit: 4}", "name must be a pattern"),
+        ("- {name: '', bit: 4}", "name must be a pattern"),
+    ],
+)
+def test_a_file_with_a_mistake(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bits.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="--layer_bits") as error:
+        read([*NETWORK, "--bits", "2", "--layer_bits", str(path)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe- \x00")
+    for name, words in (("none.yaml", "No such file"), ("", "Is a directory"), ("bytes", "not a text file")):
+        with pytest.raises(UserError, match=f"cannot be read .*{words}"):
+            read([*NETWORK, "--bits", "2", "--layer_bits", str(tmp_path / name)])
+
+
+# The first and the last layer ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "first", "last"),
+    [
+        ("--bits 2", None, None),
+        ("--bits 2 --first_bit 8", 8, None),
+        ("--bits 2 --last_bit ternary", None, "ternary"),
+        ("--first_last_bit 8 --bits 2", 8, 8),
+        ("--bits 2 --first_last_bit 8 --last_bit 4", 8, 4),
+        ("--bits 2 --last_bit 4 --first_last_bit 8", 8, 8),
+        ("--bits 2 --first_last_bit 8 --first_bit 32", None, 8),  # as without it
+        ("--bits 2 --first_last_bit 8 --first_last_bit 32", None, None),
+        ("--first_last_bit 8 --bits 32", None, None),  # behind a config: full precision
+    ],
+)
+def test_what_comes_later_wins(line: str, first: int | str | None, last: int | str | None) -> None:
+    quant = read([*NETWORK, *line.split()]).model.quant
+    assert (quant.first_bit, quant.last_bit, quant.first_last) == (first, last, False)
+
+
+def test_the_keyword_and_the_options() -> None:
+    """The options say the bits of their layer, 32 too; the keyword says that of the other one."""
+    config = read(["--keyword", "cifar10,cbsa,lsq,first-last", "--bits", "2", "--first_bit", "32"])
+    assert (config.model.quant.first_bit, config.model.quant.last_bit) == (32, None)
+    line = "--bits 2 --first_bit 8 --fm_first_signed"
+    config = read(["--keyword", "cifar10,cbsa,lsq,first-last", *line.split()])
+    assert config.warnings == (
+        "--fm_first_signed has no effect with --first_bit, whose levels are signed anyway",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--keyword cifar10,cbsa,lsq --first_bit 8", "--first_bit 8: nothing is quantized: add --bits 2"),
+        ("--keyword cifar10,cbsa --first_last_bit 8", "--first_last_bit 8: nothing is quantized"),
+        ("--keyword cifar10,cbsa,lsq --layer_bits x.yaml", "--layer_bits x.yaml: nothing is quantized"),
+        ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit 17", "'17' is not a number of bits from 1 to 16"),
+        ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit 0", "'0' is not a number of bits"),
+        ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit -8", "'-8' is not a number of bits"),
+        ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit 2.5", "'2.5' is not a number of bits"),
+        ("--keyword cifar10,cbsa,xnor --bits 1 --first_bit 8", "--first_bit 8: xnor has no 256 levels"),
+        (
+            "--keyword cifar10,cbsa,non-uniform --bits ternary --first_last_bit 8",
+            "--first_last_bit 8: FATNN has no 256 levels for activations: give ternary, or 32",
+        ),
+        (
+            "--keyword cifar10,cbsa,lq --bits 2 --last_bit ternary",
+            "lq has no 3 levels for activations: give 2",
+        ),
+    ],
+)
+def test_bits_that_cannot_be(line: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(line.split())
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"first_bit": 0}, {"last_bit": "8"}, {"layer_bits": [{"bit": 4}]}])
+def test_a_configuration_with_wrong_bits(fields: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"QuantConfig: {next(iter(fields))}"):
+        QuantConfig(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_old_configurations_have_no_bits_of_their_own() -> None:
+    plain = to_dict(Config())
+    for name in ("first_bit", "last_bit", "layer_bits"):
+        del plain["model"]["quant"][name]
+    assert from_dict(plain, "x") == Config()

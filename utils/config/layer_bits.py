@@ -1,0 +1,91 @@
+"""The bits of single layers: an entry of `--layer_bits`, and what a number of bits means."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from utils.config.checks import Checks, shown
+from utils.errors import UserError
+
+FULL_BITS, MOST_BITS, TERNARY = 32, 16, "ternary"
+WIDTHS = f"a number of bits from 1 to {MOST_BITS}, {TERNARY}, or {FULL_BITS} for full precision"
+BOTH = ""  # in place of a tag: weights and inputs, as far as they are quantized
+
+
+def is_width(value: object) -> bool:
+    """Whether a value is a number of bits, `ternary`, or 32 for full precision."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value == TERNARY
+    return 1 <= value <= MOST_BITS or value == FULL_BITS
+
+
+def width(text: str) -> int | str:
+    """The bits that an option says."""
+    value = text.strip().lower()
+    bits = int(value) if value.isdecimal() and value.isascii() else value
+    if not is_width(bits):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {WIDTHS}")
+    return bits
+
+
+def levels_of(bits: int | str) -> int | None:
+    """The number of levels of bits; None: full precision.
+
+    Example:
+        >>> from utils.config.layer_bits import levels_of
+        >>> levels_of(4), levels_of("ternary"), levels_of(32)
+        (16, 3, None)
+    """
+    if bits == FULL_BITS:
+        return None
+    return 3 if isinstance(bits, str) else 2**bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBits:
+    """The bits of some layers: one entry of `--layer_bits`.
+
+    Attributes:
+        names: shell patterns of whole names of layers; it is for the layers that match one of them.
+        bits: tag -> bits, "ternary", or 32 for full precision; "" in place of a tag means weights and inputs.
+        number: of the entry, from 1.
+
+    Raises:
+        UserError: a field does not take its value.
+
+    Example:
+        >>> from utils.config.layer_bits import LayerBits
+        >>> rule = LayerBits(names=("layer1.*", "fc"), bits={"wt": 4, "fm": 8}, number=1)
+        >>> rule.selects(["layer1.0.conv1"]), rule.selects(["layer1.0.conv1"], whole=True)
+        (True, False)
+    """
+
+    names: tuple[str, ...]
+    bits: Mapping[str, int | str]
+    number: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what is no pattern and what is no number of bits."""
+        check = Checks(self)
+        check.strings("names")
+        check.integer("number", 1)
+        check.names("bits")
+        if not self.names or not self.bits:
+            raise UserError(f"{self}: give it patterns of names and bits")
+        for tag, bits in self.bits.items():
+            if tag not in (BOTH, "fm", "wt", "ot"):
+                raise UserError(f"{self}: bits of {tag!r}: a tag is fm, wt or ot")
+            if not is_width(bits):
+                raise UserError(f"{self}: {tag}{'_' * bool(tag)}bit {shown(bits)} must be {WIDTHS}")
+
+    def selects(self, names: Sequence[str], *, whole: bool = False) -> bool:
+        """Whether it is for a layer, by any of its names; `whole`: only where one of them is written out."""
+        patterns = [pattern for pattern in self.names if pattern in names] if whole else self.names
+        return any(fnmatchcase(name, pattern) or name == pattern for name in names for pattern in patterns)
+
+    def __str__(self) -> str:
+        """Its name in messages."""
+        return f"--layer_bits: entry {self.number}"
