@@ -4,7 +4,8 @@
 `-c CODE`: a small process that hands arguments, environment, folder and open files to a server, which has loaded the
 libraries, but nothing of this project, and forks. It passes on what signals it gets, ends as the forked process does,
 and that one ends with it. Everything else is done by Python itself. Where a test asks what a process has imported,
-whose child it is, which processes it has started or what signals it handles, the process is one of `sys.executable`.
+whose child it is, which processes it has started or what signals it handles, or sets what a library reads from the
+environment when it is loaded, the process is one of `sys.executable`.
 
     python tests/interpreter.py SOCKET    # the server; ends with its input
 """
