@@ -36,14 +36,14 @@ POLICIES = {  # what a run with a policy begins with
 BEST = "-model_best.pth.tar"
 
 
-def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bash(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     """Run train.sh as from a shell that has no settings of its own."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")
     }
     return subprocess.run(
         ["bash", str(ROOT / "train.sh"), *arguments],
-        env={**inherited, "PYTHON": sys.executable},
+        env={**inherited, "PYTHON": python},
         capture_output=True,
         text=True,
         timeout=300,
@@ -265,8 +265,8 @@ def test_those_for_a_folder_of_images_learn_them(
 @pytest.mark.parametrize(
     "name", ["config.dorefa.train-scratch.digits.fp.resnet20", "config.lsq.finetune.cifar100.2bit.resnet20"]
 )
-def test_dry_run_through_the_launcher(name: str) -> None:
-    done = bash(f"config/{name}", *imitate_data(name), "--dry_run")
+def test_dry_run_through_the_launcher(name: str, interpreter: str) -> None:
+    done = bash(f"config/{name}", *imitate_data(name), "--dry_run", python=interpreter)
     assert (done.returncode, done.stderr) == (0, "")
     assert printed_bits(done.stdout) == expected_bits(name)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,10 +324,10 @@ def test_tables_and_counters_are_kept(name: str) -> None:
 # The command ---------------------------------------------------------------------------------------
 
 
-def command(folder: Path) -> subprocess.CompletedProcess[str]:
+def command(python: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """The real command in its own process."""
     return subprocess.run(
-        [sys.executable, "-m", "tests.conformance", str(folder)],
+        [python, "-m", "tests.conformance", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -341,12 +340,12 @@ def copy_cases(folder: Path, *names: str) -> None:
     (folder / "index.json").write_text(json.dumps([CASES[name] for name in names]))
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, interpreter: str) -> None:
     """It goes on after a failure; `test_exit_status_in_process` shows that it passes."""
     copy_cases(tmp_path, "lsq-fm-2", "pact-fm-2", "dorefa-fm-2", "resnet20-fp-official")
     (tmp_path / "lsq-fm-2.npz").write_bytes(b"PK\x03\x04 not whole")
     (tmp_path / "pact-fm-2.npz").unlink()
-    done = command(tmp_path)
+    done = command(interpreter, tmp_path)
     assert done.returncode == 1, done.stderr
     lines = [line.split()[:2] for line in done.stdout.splitlines()]
     assert lines[:-1] == [

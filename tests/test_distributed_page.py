@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,7 @@ def test_every_way_of_starting_is_there() -> None:
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_an_example(tmp_path: Path, number: int) -> None:
+def test_an_example(tmp_path: Path, number: int, interpreter: str) -> None:
     for name in NEEDED:
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
@@ -107,8 +106,9 @@ def test_an_example(tmp_path: Path, number: int) -> None:
         cwd=tmp_path,
         env={
             **inherited,
-            "PYTHON": sys.executable,
-            "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHON": interpreter,
+            "PYTHON_EXEC": interpreter,  # of torchrun
+            "PATH": os.pathsep.join([str(commands), str(Path(interpreter).parent), os.environ["PATH"]]),
             "OMP_NUM_THREADS": "1",
             "SLURM_NNODES": "2",
             "SLURM_NTASKS": "2",
@@ -124,7 +124,7 @@ def test_an_example(tmp_path: Path, number: int) -> None:
     assert not re.search(r"^\S+: (error|failed): |^Traceback", done.stderr, re.MULTILINE), done.stderr
     for line, expected in zip(block.splitlines(), PRINTED.get(number, []), strict=False):
         assert "train.sh" in line
-        assert f"{sys.executable} {expected.format(port=port)} --dataset fake" in done.stdout, done.stdout
+        assert f"{interpreter} {expected.format(port=port)} --dataset fake" in done.stdout, done.stdout
     count = {0: 2, 2: 0}.get(number, 1)  # lines that begin a run; each line of the others is a part of one
     assert done.stdout.count("dry run: everything checked, nothing trained") == count
     assert count == 0 or re.search(r"^  world_size: 2$", done.stdout, flags=re.MULTILINE)

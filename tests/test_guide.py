@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,15 +34,15 @@ def steps(number: int) -> list[tuple[str, str]]:
     return found
 
 
-def copy_project(folder: Path) -> dict[str, str]:
-    """Copy the project into a folder; returns the environment of commands there."""
+def copy_project(folder: Path, interpreter: str) -> dict[str, str]:
+    """Copy the project into a folder; returns the environment of commands there, whose `python` is the interpreter."""
     for name in NEEDED:
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
     left_out = ("NPROC", "TORCHRUN", "FASTDIR", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if name not in left_out} | {
-        "PYTHON": sys.executable,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": interpreter,
+        "PATH": f"{Path(interpreter).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -59,9 +58,9 @@ def shell(text: str, folder: Path, environment: dict[str, str]) -> str:
 
 
 @pytest.mark.slow
-def test_the_way_of_a_newcomer(tmp_path: Path) -> None:
+def test_the_way_of_a_newcomer(tmp_path: Path, interpreter: str) -> None:
     """Every command ends well, and 2 bits are about as good as full precision; the remedies are tried for an epoch."""
-    environment = copy_project(tmp_path)
+    environment = copy_project(tmp_path, interpreter)
     blocks = steps(1)
     assert [name for name, _ in blocks if name] == ["config/config.photos.fp", "config/config.photos.2bit"]
     for name, text in blocks:
@@ -90,8 +89,8 @@ def small(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_one_bit(tmp_path: Path) -> None:
-    environment = copy_project(tmp_path)
+def test_one_bit(tmp_path: Path, interpreter: str) -> None:
+    environment = copy_project(tmp_path, interpreter)
     write_folder(tmp_path / "data" / "photos", 4, 2)
     [(_, text)] = steps(12)
     shell(small(text.replace("/my/photos", "data/photos")), tmp_path, environment)
@@ -101,9 +100,9 @@ def test_one_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_imagenet_weights(tmp_path: Path) -> None:
+def test_from_imagenet_weights(tmp_path: Path, interpreter: str) -> None:
     """The libraries' weights are in the cache, as after a download."""
-    environment = copy_project(tmp_path) | {"TORCH_HOME": str(tmp_path / "torch")}
+    environment = copy_project(tmp_path, interpreter) | {"TORCH_HOME": str(tmp_path / "torch")}
     write_folder(tmp_path / "data" / "pets", 4, 2)
     for number in range(len(CLASSES), 8):
         for split in ("train", "val"):

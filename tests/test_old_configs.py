@@ -232,14 +232,16 @@ LEGAL = {
 }  # fmt: skip
 
 
-def train(config: Path, *arguments: str, modes: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def train(
+    config: Path, *arguments: str, modes: tuple[str, ...] = (), python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     """Run train.sh on a config."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("NPROC", "TORCHRUN", "FASTDIR")
     }
     return subprocess.run(
         ["bash", str(ROOT / "train.sh"), *modes, str(config), *arguments],
-        env={**inherited, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env={**inherited, "PYTHON": python, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -331,16 +333,16 @@ def test_warm_ups_of_a_shortened_run_end(tmp_path: Path, capsys: pytest.CaptureF
     assert "--stable: a warm-up of 500 iterations is the whole run of 2" in capsys.readouterr().err
 
 
-def test_a_missing_checkpoint_stays_an_error(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_stays_an_error(tmp_path: Path, interpreter: str) -> None:
     """The line says to write `--pretrained none`, and with it the config runs."""
     config = tmp_path / "config.old"
     text = CONFIGS["cifar"].text("old").replace("pretrained='none'", "pretrained='weights/fp.pth.tar'")
     config.write_text(text, encoding="utf-8")
     where = [*TRY.split(), "--log_dir", str(tmp_path / "exp"), "--weights_dir", str(tmp_path / "weights")]
-    done = train(config, *where)
+    done = train(config, *where, python=interpreter)
     assert done.returncode == 2
     assert done.stderr.startswith("main.py: error: --pretrained weights/fp.pth.tar: no such file")
     assert "write 'none' to start without" in done.stderr
-    done = train(config, *where, "--pretrained", "none")
+    done = train(config, *where, "--pretrained", "none", python=interpreter)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "weights" / "resnet20" / "old-checkpoint.pth.tar").exists()

@@ -41,7 +41,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full(small_disk: Path) -> None:
+def test_a_disk_that_is_full(small_disk: Path, interpreter: str) -> None:
     """Saves that fail leave every checkpoint; with room again the run goes on, with the bits of one that had it."""
     folder = small_disk.parent
     (folder / "network.py").write_text(kill.NETWORK)
@@ -49,7 +49,7 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
     def run(options: str) -> subprocess.CompletedProcess[str]:
         line = f"{kill.COMMON} --lr_policy fix --keep 3 {options}".replace("--delay 0.01", "")
         return subprocess.run(
-            [sys.executable, str(ROOT / "main.py"), *line.split()],
+            [interpreter, str(ROOT / "main.py"), *line.split()],
             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 

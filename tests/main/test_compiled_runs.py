@@ -29,21 +29,26 @@ register_model("branching", lambda config: Branching(nn.Flatten(), nn.Linear(192
 """
 
 
-def run(folder: Path, line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, line: str, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *line.replace("--delay 0.01", "").split()], cwd=folder,
+        [python, str(ROOT / "main.py"), *line.replace("--delay 0.01", "").split()], cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["--compile default", "--kernels compiled"])
-def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path, interpreter: str) -> None:
     """Also with dropout and a last batch of its own shape; evaluation has the loss that it has uncompiled."""
     (tmp_path / "network.py").write_text(NETWORK)
-    line = f"{COMMON} {how} --fake_size 92 --lr_policy fix --epochs"
-    for options in ("2 --case whole", "1 --case parts", "2 --case parts -r"):
-        done = run(tmp_path, f"{line} {options}")
+    line = f"{COMMON} {how} --fake_size 92 --lr_policy fix --epochs 2"
+    for options in (
+        "--case whole -s 1",
+        "--case parts --resume_file weights/tiny/whole-epoch1-checkpoint.pth.tar",
+    ):
+        done = run(tmp_path, f"{line} {options}", interpreter)
         assert done.returncode == 0, done.stderr
         assert ("2 quantizers run in kernels" in done.stdout) == ("--kernels" in how)
     whole, parts = (
@@ -53,13 +58,13 @@ def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path) -> None:
     assert_same(whole["state_dict"], parts["state_dict"])
     losses = []
     for options in ("", how):
-        done = run(tmp_path, f"{COMMON} -e --pretrained whole-checkpoint.pth.tar {options}")
+        done = run(tmp_path, f"{COMMON} -e --pretrained whole-checkpoint.pth.tar {options}", interpreter)
         assert done.returncode == 0, done.stderr
         losses.append(float(done.stdout.split("loss ")[-1].split()[0]))
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_mistakes(tmp_path: Path, interpreter: str) -> None:
     (tmp_path / "network.py").write_text(NETWORK)
     done = run(tmp_path, f"{COMMON} --compile default", CXX="no-such-compiler", PATH="/nonexistent")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "install g++" in done.stderr, done.stderr
@@ -73,6 +78,6 @@ def test_mistakes(tmp_path: Path) -> None:
             read(options)
     (tmp_path / "network.py").write_text(BRANCHING)
     line = "--model branching --keyword_file network.py --dataset fake --keyword cifar10 --input_size 8 -b 8"
-    done = run(tmp_path, f"{line} --fake_size 16 --epochs 1 --compile default")
+    done = run(tmp_path, f"{line} --fake_size 16 --epochs 1 --compile default", interpreter)
     assert done.returncode == 1 and "cannot compile this network as one graph" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

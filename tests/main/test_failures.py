@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -225,12 +224,12 @@ declare(Keyword(name="slacker", group="mine", help="forgets to quantize",
 """
 
 
-def test_a_run_that_does_not_quantize_fails_the_audit(tmp_path: Path) -> None:
+def test_a_run_that_does_not_quantize_fails_the_audit(tmp_path: Path, interpreter: str) -> None:
     """Exit status 3: what was trained is not the quantized network that was asked for."""
     (tmp_path / "mine.py").write_text(SLACKER)
     argv = LSQ.replace("dorefa,lsq", "slacker") + " --keyword_file mine.py --case slack --epochs 1"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *argv.split()], cwd=tmp_path, capture_output=True, text=True
+        [interpreter, str(ROOT / "main.py"), *argv.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 3, done.stderr
     assert summary(tmp_path, "slack")["audit"] == "FAILED: 40 of 40 quantizers"

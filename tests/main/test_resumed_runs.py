@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -46,10 +45,12 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
     assert len(metrics(tmp_path, "mine")) == 1
 
 
-def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.CompletedProcess[str]:
+def interrupt(
+    python: str, folder: Path, line: str, number: signal.Signals
+) -> subprocess.CompletedProcess[str]:
     """Start a process, signal it when it has logged the end of its first epoch, and wait for it."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(ROOT / "main.py"), *line.split()],
+        [python, "-W", "error", str(ROOT / "main.py"), *line.split()],
         cwd=folder,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -81,10 +82,12 @@ def interrupt(folder: Path, line: str, number: signal.Signals) -> subprocess.Com
         (signal.SIGHUP, f"{FP} --lr_policy fix"),  # the terminal was closed
     ],
 )
-def test_a_run_that_was_ended_goes_on_exactly(tmp_path: Path, number: signal.Signals, line: str) -> None:
+def test_a_run_that_was_ended_goes_on_exactly(
+    tmp_path: Path, number: signal.Signals, line: str, interpreter: str
+) -> None:
     """A run that is ended in its second epoch and continued with -r is, bit by bit, one that was not."""
     assert call(f"{line} --case whole --epochs 3") == 0
-    done = interrupt(tmp_path, f"{line} --case ended --epochs 3 --delay 0.3", number)
+    done = interrupt(interpreter, tmp_path, f"{line} --case ended --epochs 3 --delay 0.3", number)
     if number == signal.SIGKILL:
         assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
     else:

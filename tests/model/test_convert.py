@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import (
-    convnext_tiny,
     efficientnet_b0,
     mobilenet_v3_small,
 )
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
@@ -46,6 +46,13 @@ def timm_vit() -> nn.Module:
 
 def timm_network(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=5)
+
+
+def convnext() -> nn.Module:
+    """As ConvNeXt-T, with a block in each stage and a quarter as wide."""
+    return ConvNeXt(
+        [CNBlockConfig(24 * 2**i, 48 * 2**i if i < 3 else None, 1) for i in range(4)], num_classes=5
+    )
 
 
 def detector() -> nn.Module:
@@ -84,7 +91,7 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Loss, int, int]] = {
     "MobileNetV3": (lambda: mobilenet_v3_small(num_classes=5), 64, logits_loss, 52, 2),
     "EfficientNet-B0": (lambda: efficientnet_b0(num_classes=5), 64, logits_loss, 80, 2),
-    "ConvNeXt-tiny": (lambda: convnext_tiny(num_classes=5), 32, logits_loss, 57, 2),
+    "ConvNeXt": (convnext, 32, logits_loss, 15, 2),
     "vision transformer": (vision_transformer, 32, logits_loss, 4, 6),
     "Swin transformer": (swin_transformer, 32, logits_loss, 5, 6),
     "timm's vision transformer": (timm_vit, 32, logits_loss, 48, 2),

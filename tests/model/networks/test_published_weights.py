@@ -102,6 +102,7 @@ def test_two_processes_begin_with_a_librarys_weights(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = "--dataset fake --fake_size 8 -b 4 --num_classes 8 --input_size 64 --dry_run --unresume_scope fc"
     done = together(
+        sys.executable,  # the libraries read those variables when they are loaded
         tmp_path,
         {
             "timm": {"world": 2, "line": f"{line} --model {TINY} --pretrained timm"},

@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_a_payload_that_would_not_load_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["a.pth.tar"]
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, interpreter: str) -> None:
     """A write that the system cuts off half-way: one line, the old content, no temporary file."""
     path = tmp_path / "a.pth.tar"
     archive.save(path, {"epoch": 1})
@@ -95,7 +94,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         "    sys.exit(str(error))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+        [interpreter, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"{path}: cannot be written (File too large)")

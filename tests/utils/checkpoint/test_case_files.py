@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +234,7 @@ def test_a_save_that_is_ended_at_any_step_loses_nothing(tmp_path: Path, links: N
         newest += 1
 
 
-def test_saves_that_fail_leave_all_checkpoints(tmp_path: Path) -> None:
+def test_saves_that_fail_leave_all_checkpoints(tmp_path: Path, interpreter: str) -> None:
     """A full disk, again and again: neither the latest one nor those before it are another file then."""
     files = CheckpointFiles(tmp_path, "resnet20", "a")
     for epoch in (1, 2, 3):
@@ -255,7 +254,7 @@ def test_saves_that_fail_leave_all_checkpoints(tmp_path: Path) -> None:
         "        print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+        [interpreter, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.count("cannot be written (File too large)") == 3
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in files.existing()} == before

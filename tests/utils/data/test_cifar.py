@@ -10,7 +10,6 @@ import pickle
 import shutil
 import socket
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -171,7 +170,7 @@ print(open_data(DataConfig(dataset="cifar10", root=root)).train.samples)
 
 
 def test_cifar_is_unpacked_by_one_of_several_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreter: str
 ) -> None:
     """The others wait for it, and do not unpack it again."""
     write_cifar(tmp_path / "elsewhere", CIFAR10, monkeypatch)
@@ -182,7 +181,7 @@ def test_cifar_is_unpacked_by_one_of_several_processes(
     lists = repr((CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta))
     others = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, root, lists], cwd=ROOT, text=True,
+            [interpreter, "-c", PROCESS, root, lists], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for _ in range(2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ FILES = LINE.replace(
 NO_DROPOUT = NETWORK.replace("nn.Dropout(0.2),", "")  # of which each process draws its own
 
 
-def together(folder: Path, runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def together(python: str, folder: Path, runs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What came of each run, and under `folder` where they ran; network.py is there already."""
     process = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
+        [python, "-W", "error", str(ROOT / "tests" / "together.py")], cwd=folder, text=True,
         input=json.dumps(list(runs.values())), capture_output=True, check=False, timeout=1200,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr

@@ -94,7 +94,7 @@ WAITING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def done(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> dict[str, Any]:
     """Runs of processes that differ, and one whose processes may."""
     folder = tmp_path_factory.mktemp("different")
     (folder / "network.py").write_text(NO_DROPOUT + SLEEPS)
@@ -115,7 +115,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         runs[name] = {"world": 2, "line": [FOLDER, other]}
     line = [f"{FAKE} --case y --class_weights {name}.csv" for name in ("one", "same")]
     runs["same weights"] = {"world": 2, "line": line}
-    return together(folder, runs | WAITING)
+    return together(interpreter, folder, runs | WAITING)
 
 
 @pytest.mark.parametrize("name", [*DIFFERENT, *FOLDERS])

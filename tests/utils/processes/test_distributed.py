@@ -98,21 +98,21 @@ FILE_RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def done(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> dict[str, Any]:
     """The runs on computed images."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "off.yaml").write_text(OFF)
     (folder / "network.py").write_text(NO_DROPOUT + SPOILS)
-    return together(folder, RUNS)
+    return together(interpreter, folder, RUNS)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def files(tmp_path_factory: pytest.TempPathFactory, interpreter: str) -> dict[str, Any]:
     """The runs on image files."""
     folder = tmp_path_factory.mktemp("files")
     write_folder(folder / "images", train=24, val=5)
     (folder / "network.py").write_text(NO_DROPOUT)
-    return together(folder, FILE_RUNS)
+    return together(interpreter, folder, FILE_RUNS)
 
 
 def payload(done: dict[str, Any], case: str) -> dict[str, Any]:

@@ -47,13 +47,28 @@ register_model("tiny", lambda config: nn.Sequential(*tiny(config), Ends()))
 )
 
 
-def launch(folder: Path, line: str, *options: str, processes: int = 2) -> subprocess.Popen[str]:
+@pytest.fixture(autouse=True)
+def loaded(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers and the processes of a run begin with torch loaded."""
+    monkeypatch.setenv("PYTHON_EXEC", interpreter)
+
+
+@pytest.fixture
+def children(interpreter: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An interpreter for a launcher whose processes are its children, by which those of a restart know their job."""
+    monkeypatch.delenv("PYTHON_EXEC")
+    return interpreter
+
+
+def launch(
+    folder: Path, line: str, *options: str, processes: int = 2, python: str = ""
+) -> subprocess.Popen[str]:
     """Processes by way of torchrun."""
     if not (folder / "network.py").exists():
         (folder / "network.py").write_text(NETWORK)
     return subprocess.Popen(
-        [sys.executable, *MODULE, *(options or ["--standalone"]), "--nproc_per_node", str(processes),
-         str(ROOT / "main.py"), *line.split()],
+        [python or os.environ["PYTHON_EXEC"], *MODULE, *(options or ["--standalone"]),
+         "--nproc_per_node", str(processes), str(ROOT / "main.py"), *line.split()],
         cwd=folder, env={**os.environ, **QUIET}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
@@ -87,7 +102,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_mistake_in_the_options_of_torchrun_is_one_line(tmp_path: Path, options: str, message: str) -> None:
     done = subprocess.run(
-        [sys.executable, *MODULE, *options.split(), str(ROOT / "main.py")],
+        [os.environ["PYTHON_EXEC"], *MODULE, *options.split(), str(ROOT / "main.py")],
         cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
@@ -125,7 +140,7 @@ def test_a_machine_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, *MODULE, "--no_python", str(tmp_path / "nothing")],
+        [os.environ["PYTHON_EXEC"], *MODULE, "--no_python", str(tmp_path / "nothing")],
         cwd=tmp_path, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     message = f"launch: failed: [Errno 2] No such file or directory: '{tmp_path / 'nothing'}'\n"
@@ -199,8 +214,8 @@ ALONE = "main.py: failed: lost the others\n"
 def test_a_process_that_lost_the_others(before: str, launcher: dict[str, str], said: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     done = subprocess.run(
-        [sys.executable, "-c", LOSES, before], cwd=ROOT, env={**environment, **launcher}, capture_output=True,
-        text=True, check=False, timeout=LIMIT,
+        [os.environ["PYTHON_EXEC"], "-c", LOSES, before], cwd=ROOT, env={**environment, **launcher},
+        capture_output=True, text=True, check=False, timeout=LIMIT,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
@@ -217,7 +232,14 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whom", ["launcher", "process"])
 def test_a_run_that_is_asked_to_end_is_not_restarted(tmp_path: Path, whom: str) -> None:
-    process = launch(tmp_path, f"{SLOW} --delay 2 --case mine", "--standalone", "--max_restarts", "3")
+    process = launch(
+        tmp_path,
+        f"{SLOW} --delay 2 --case mine",
+        "--standalone",
+        "--max_restarts",
+        "3",
+        python=sys.executable,
+    )
     wait(process, (tmp_path / CHECKPOINT).exists)
     pid = process.pid if whom == "launcher" else max(started_by(process.pid))
     os.kill(pid, signal.SIGTERM)
@@ -227,13 +249,13 @@ def test_a_run_that_is_asked_to_end_is_not_restarted(tmp_path: Path, whom: str) 
     assert read(tmp_path / CHECKPOINT)["epoch"] < 3
 
 
-def test_a_restart_goes_on_from_what_this_job_has_written(tmp_path: Path) -> None:
+def test_a_restart_goes_on_from_what_this_job_has_written(tmp_path: Path, children: str) -> None:
     """Not from what an earlier job left, though that is further: the first end is before anything is written."""
     (tmp_path / "network.py").write_text(NETWORK)
     line = f"{LINE} -b 16 --case mine --epochs 4"
-    subprocess.run([sys.executable, str(ROOT / "main.py"), *line.split()], cwd=tmp_path, check=True)
+    subprocess.run([children, str(ROOT / "main.py"), *line.split()], cwd=tmp_path, check=True)
     (tmp_path / "network.py").write_text(ENDS)
-    process = launch(tmp_path, f"{SLOW} --case mine", "--standalone", "--max_restarts", "2")
+    process = launch(tmp_path, f"{SLOW} --case mine", "--standalone", "--max_restarts", "2", python=children)
     said, errors = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, errors
     assert said.count("the earlier run of the case mine is kept as mine.1") == 1
@@ -259,15 +281,15 @@ register_model("tiny", lambda config: nn.Sequential(*tiny(config), Waits()))
 )
 
 
-def test_a_machine_that_joins_goes_on_with_the_run(tmp_path: Path) -> None:
+def test_a_machine_that_joins_goes_on_with_the_run(tmp_path: Path, children: str) -> None:
     """Each launcher stands for a machine."""
     (tmp_path / "network.py").write_text(WAITS)
     options = ["--nnodes", "1:2", "--rdzv_backend", "c10d", "--rdzv_id", "job",
                "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_conf", "last_call_timeout=1"]  # fmt: skip
     line = f"{LINE} -b 8 --save_every 1 --epochs 30 --case mine"
-    first = launch(tmp_path, line, *options, processes=1)
+    first = launch(tmp_path, line, *options, processes=1, python=children)
     wait(first, (tmp_path / CHECKPOINT).exists)
-    second = launch(tmp_path, line, *options, processes=1)
+    second = launch(tmp_path, line, *options, processes=1, python=children)
     said, errors = first.communicate(timeout=LIMIT)
     others, their_errors = second.communicate(timeout=LIMIT)
     assert (first.returncode, second.returncode) == (0, 0), errors + their_errors
