@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.layers.quantized import QuantLayer, quantizers
-from model.observe import ParameterProducts, Product, observing, within
+from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
 from utils.config.schema import QuantizerConfig
@@ -43,7 +44,13 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
     def describe(quantizer: nn.Module | None) -> tuple[str, int]:
         return described[quantizer] if isinstance(quantizer, Quantizer) else describe_quantizer(quantizer)
 
-    def count(name: str, module: nn.Conv2d | nn.Linear, _: object, output: Tensor) -> None:
+    def count(
+        name: str,
+        module: nn.Conv2d | nn.Linear,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Tensor,
+    ) -> None:
         quantized = isinstance(module, QuantLayer)
         weight, weight_bits = describe(module.quant_weight if quantized else None)
         activation, bits = describe(module.quant_activation if quantized else None)
@@ -63,13 +70,14 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
             result=result,
             weight_levels=levels.get(module.quant_weight) if quantized else None,
             activation_levels=levels.get(module.quant_activation) if quantized else None,
+            inputs=first_input(inputs, named)[0].numel(),
         )
 
     parameter = next(model.parameters())
     image = torch.zeros(1, channels, *sides(input_size), device=parameter.device, dtype=parameter.dtype)
     with one_of_a_kind(model), observing(model) as hooks, ParameterProducts(model) as products:
         hooks += [
-            module.register_forward_hook(partial(count, name))
+            module.register_forward_hook(partial(count, name), with_kwargs=True)
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]

@@ -28,6 +28,7 @@ class LayerCost:
         activation_bits: bits of an input value.
         weight_levels: levels of the weight; None in full precision.
         activation_levels: the same of the input.
+        inputs: number of input values of an image; 0 where it is not known.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerCost:
     result: str = ""
     weight_levels: int | None = None
     activation_levels: int | None = None
+    inputs: int = 0
 
     @property
     def bit_operations(self) -> int:
@@ -52,6 +54,11 @@ class LayerCost:
     def weight_bytes(self) -> int:
         """Bytes of its weights at their bits."""
         return math.ceil(self.weights * self.weight_bits / 8)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of its input at its bits, for one image."""
+        return math.ceil(self.inputs * self.activation_bits / 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,7 @@ class Cost:
 
     def bits_table(self) -> str:
         """The bits of each layer with its size and its bit operations as text, a line each, and a line of totals."""
-        head = ("layer", "weights", "MACs", "weight bits", "input bits", "KiB", "bit operations")
+        head = ("layer", "weights", "MACs", "weight bits", "input bits", "KiB", "input KiB", "bit operations")
         rows = [
             (
                 layer.name,
@@ -142,6 +149,7 @@ class Cost:
                 TERNARY_WORD if layer.weight_levels == TERNARY else str(layer.weight_bits),
                 TERNARY_WORD if layer.activation_levels == TERNARY else str(layer.activation_bits),
                 f"{layer.weight_bytes / 1024:,.1f}",
+                f"{layer.input_bytes / 1024:,.1f}",
                 f"{layer.bit_operations:,}",
             )
             for layer in self.layers
