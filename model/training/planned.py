@@ -9,6 +9,7 @@ import torch
 from model.convert import full_precision
 from model.training.assemble import Assembled
 from model.training.starting_point import Origin, Surroundings
+from model.watch.accumulators import accumulators
 from utils.checkpoint import run_state
 from utils.config.image_size import sides
 from utils.data.loader import Loader
@@ -46,6 +47,7 @@ def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
         warnings=(*assembled.warnings, *[failure] * bool(failure)),
         folder=here.folder,
         checkpoints=here.files.folder,
+        accumulators=accumulators(assembled.model),
     )
 
 

@@ -203,7 +203,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(f"{line} --re_init --dry_run") == 0
     done = capsys.readouterr()
     lines = done.out.splitlines()
-    time = lines.pop(6)
+    time = lines.pop(7)
     bits = "lsq 2 bit, 4 levels in 20 layers"
     assert lines == [
         "train     resnet20, 69,190 parameters, 10 classes, images of 16 pixels",
@@ -211,6 +211,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "from      random weights; clip values from the weights and a batch (--re_init)",
         f"bits      weights: {bits}; inputs: {bits}; full precision: conv1, fc",
         "size      weights 18.6 KiB, 265.6 KiB in float32; 2,578,752 MACs an image",
+        "sums      integers of at most 10 bits in 20 layers, the most in layer2.1.conv1.0",
         "schedule  5 epochs, adam, learning rate from epoch 0: 0.05, 3: 0.005",
         "writes    exp/default, weights/resnet20",
         "warning: --nesterov has no effect with --optimizer ADAM",
@@ -262,8 +263,9 @@ def test_dry_run_of_an_evaluation(lsq: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("evaluate  resnet20, ")
     assert lines[2].startswith("from      weights/resnet20/lsq-checkpoint.pth.tar: 248 loaded")
-    assert re.match(r"time      estimated .+ for 8 images on \w+, without reading images", lines[5])
-    assert lines[6] == "writes    exp/other"
+    assert lines[5].startswith("sums      integers of at most ")
+    assert re.match(r"time      estimated .+ for 8 images on \w+, without reading images", lines[6])
+    assert lines[7] == "writes    exp/other"
     assert call(f"{LSQ} -e --dry_run") == 0
     assert "\nwarning: no checkpoint is given, so this evaluates random weights\n" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.text import format_table
+from utils.text import counted, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +59,10 @@ def accumulator_table(rows: Sequence[Accumulator]) -> str:
 
 
 def accumulator_remark(rows: Sequence[Accumulator]) -> str:
-    """One line about the longest sums; empty where there are none."""
+    """A few words about the longest sums; empty where there are none."""
     if not rows:
         return ""
     longest = max(rows, key=lambda row: row.bits)
     seen = [row.seen_bits for row in rows if row.seen_bits is not None]
-    images = f", {max(seen)} bits hold those of the images" if seen else ""
-    return f"integer sums of {len(rows)} layers: at most {longest.bits} bits ({longest.name}){images}"
+    images = f"; those of the images at most {max(seen)}" if seen else ""
+    return f"at most {longest.bits} bits in {counted(len(rows), 'layer')}, the most in {longest.name}{images}"

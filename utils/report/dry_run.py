@@ -13,6 +13,7 @@ import yaml
 from utils.config.image_size import size_text
 from utils.config.schema import Config, to_dict
 from utils.report import curves
+from utils.report.accumulator_record import Accumulator, accumulator_remark, accumulator_table
 from utils.report.cost_record import Cost
 from utils.report.run_report import dataset_name
 from utils.step.schedule import Schedule
@@ -41,6 +42,7 @@ class Plan:
         warnings: all warnings.
         folder: of the log.
         checkpoints: where they go.
+        accumulators: the integer sums of its layers in the worst case, with the weights and ranges that it starts from.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Plan:
     warnings: tuple[str, ...]
     folder: Path
     checkpoints: Path
+    accumulators: tuple[Accumulator, ...] = ()
 
 
 def text(plan: Plan) -> str:
@@ -73,6 +76,7 @@ def text(plan: Plan) -> str:
             yaml.safe_dump(values, sort_keys=False),
             f"set by:\n{origins}\n",
             f"{plan.cost.table()}\n",
+            *([f"{accumulator_table(plan.accumulators)}\n"] if plan.accumulators else []),
             f"parameter groups:\n{plan.groups}\n",
             *([f"policy:\n{plan.policy}\n"] if plan.policy else []),
             f"learning rate at the epochs where it changes: {_listed(plan.rates.changes())}",
@@ -121,6 +125,7 @@ def _screen(plan: Plan) -> str:
             f"weights {cost.weight_bytes / 1024:,.1f} KiB, {cost.float_weight_bytes / 1024:,.1f} KiB in float32; "
             f"{cost.macs:,} MACs an image",
         ),
+        *([("sums", f"integers of {accumulator_remark(plan.accumulators)}")] if plan.accumulators else []),
         *([] if evaluate else [("schedule", _schedule(plan))]),
         *([("policy", _changes(plan))] if _changes(plan) else []),
         ("time", plan.time),

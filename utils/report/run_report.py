@@ -121,7 +121,7 @@ def finish(
     if found.remark:
         logger.info("audit: %s", found.remark)
     if found.accumulators:
-        logger.info("%s", accumulator_remark(found.accumulators))
+        logger.info("integer sums: %s", accumulator_remark(found.accumulators))
     best = f"best top-1 {state.best_acc:.2f}; " if math.isfinite(state.best_acc) else ""
     logger.info("%scheckpoints %s", best, ", ".join(map(str, files.existing())))
     written = (
