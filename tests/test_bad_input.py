@@ -65,6 +65,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.syntax").write_text("if then\n", encoding="utf-8")
     (folder / "config.good").write_text("dataset=fake\nkeyword=cifar10\nepochs=1\n", encoding="utf-8")
     (folder / "config.two").write_text("dataset=fake\noptions='-g 0 1'\n", encoding="utf-8")
+    (folder / "bits.yaml").write_text("- {name: layer9.*, bit: 4}\n", encoding="utf-8")
+    (folder / "few.yaml").write_text("- {name: layer1.*, bit: 1}\n", encoding="utf-8")
+    (folder / "wrong.yaml").write_text("- {name: layer1.*, bits: 4}\n", encoding="utf-8")
     (folder / "names.a").write_text("conv1.weight\n", encoding="utf-8")
     (folder / "names.b").write_text("stem.weight\nfc.bias\n", encoding="utf-8")
     return folder
@@ -144,6 +147,11 @@ BEFORE_ANYTHING_IS_LOADED = [
     ("--keyword cbas,dorefa --fm_enable --fm_bit 33", "--fm_bit 33 16"),
     ("--keyword cbas,dorefa --fm_enable --fm_level 1", "--fm_level 1 2"),
     ("--keyword cbas,dorefa --fm_enable --fm_bit 2 --fm_level 9", "--fm_level 9 --fm_bit 4"),
+    ("--keyword cbas,lsq --bits 2 --last_bit 64", "--last_bit '64' 1 16 32"),
+    ("--keyword cbas,lsq --first_bit 8", "--first_bit 8 --bits"),
+    ("--keyword cbas,xnor --bits 1 --first_last_bit 8", "--first_last_bit 8 xnor 256"),
+    ("--keyword cbas,lsq --bits 2 --layer_bits none.yaml", "--layer_bits none.yaml"),
+    ("--keyword cbas,lsq --bits 2 --layer_bits wrong.yaml", "--layer_bits 'bits' bit"),
     ("--keyword_file none.py", "--keyword_file none.py"),
     ("--keyword_file no_images", "--keyword_file no_images"),
     (f"--keyword_file {'long' * 100}", "--keyword_file longlong"),
@@ -204,6 +212,13 @@ WITH_NETWORK_AND_DATA = [
     ("--dataset cifar10 --root none", "--root none"),
     (f"{FP} --fake_size 1", "1 training image batch statistics 2"),
     ("--dataset digits -j 100000", "--workers 100000"),
+    # Bits of single layers.
+    (f"{LSQ} --case lsq --layer_bits bits.yaml", "--layer_bits layer9.* layer1.*"),
+    (
+        f"{LSQ} --case lsq --wt_grid midtread --layer_bits few.yaml",
+        "--layer_bits entry 1 layer1.0.conv1.0 midtread",
+    ),
+    (f"{LSQ} --case lsq -r --first_bit 8", "lsq-checkpoint.pth.tar --first_bit none 8"),
     # The optimizer.
     ("--optimizer RMSprop", "--optimizer RMSprop SGD ADAM"),
     (f"{FP} --case fp --custom_lr_list claps --custom_lr 1", "--custom_lr_list claps"),

@@ -1,0 +1,57 @@
+"""A run with bits by layer: its dry run, its training, its resumption, and its evaluation without the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import main
+
+TINY = (
+    "--dataset fake --width_alpha 0.125 --input_size 16 -b 8 -v 8 --fake_size 16 --lr 0.05 --keyword cifar10,cbas,lsq "
+    "--bits 2 --case mixed --first_last_bit 8"
+)
+CHECKPOINT = "weights/resnet20/mixed-checkpoint.pth.tar"
+
+
+def test_the_checkpoint_holds_the_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("bits.yaml")
+    file.write_text("- {name: layer1.*, wt_bit: 3, fm_bit: ternary}\n", encoding="utf-8")
+    with_file = [*TINY.split(), "--layer_bits", str(file)]
+
+    assert main.main([*with_file, "--epochs", "1", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines()]
+    head = ["layer", "weights", "MACs", "weight", "bits", "input", "bits", "KiB", "bit", "operations"]
+    bits = {
+        row[0]: row[3:5]
+        for row in rows
+        if row and row[0].startswith(("conv1", "fc", "layer")) and row != head
+    }
+    assert (bits.pop("conv1"), bits.pop("fc")) == (["8", "8"], ["8", "8"])
+    assert {tuple(each) for name, each in bits.items() if name.startswith("layer1.")} == {("3", "ternary")}
+    assert {tuple(each) for name, each in bits.items() if not name.startswith("layer1.")} == {("2", "2")}
+    table = {
+        row[0]: int(row[-1].replace(",", "")) for row in rows if row and row[0] in {*bits, "conv1", "fc"}
+    }
+    assert f"{sum(table.values()):,} bit operations" in said  # the totals
+    assert not Path("weights").exists()
+
+    assert main.main([*with_file, "--epochs", "1"]) == 0
+    assert main.main([*with_file, "--epochs", "2", "-r"]) == 0
+    capsys.readouterr()
+    assert main.main([*TINY.split(), "--epochs", "3", "-r"]) == 2
+    assert "--layer_bits was 1 entries and is none now" in capsys.readouterr().err
+    file.unlink()
+    assert main.main(["-e", "--pretrained", CHECKPOINT, "--audit"]) == 0
+    seen = {
+        line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines() if ".quant_" in line
+    }
+    assert (seen["layer1.0.conv1.0.quant_weight"], seen["layer1.0.conv1.0.quant_activation"]) == ("8", "3")
+    assert (seen["fc.quant_weight"], seen["layer3.0.conv1.0.quant_weight"]) == ("256", "4")
+    assert main.main(["-e", "--pretrained", CHECKPOINT, "--last_bit", "4"]) == 2
+    assert "--last_bit was 8 and is 4 now" in capsys.readouterr().err
