@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,6 +96,8 @@ class DoReFaWeight(Quantizer):
     straight-through for the rounding alone, exact for tanh and the maximum. With `binary_scale` (keyword `wt_bin`)
     there are two levels, sign(w) * mean|w| over the tensor, with a straight-through gradient (equation 7).
     """
+
+    pure: ClassVar[bool] = True
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
