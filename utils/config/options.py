@@ -16,6 +16,7 @@ from utils.config.schema import (
     GRAD_TYPES,
     GRIDS,
     KERNELS,
+    LAYOUTS,
     RANGE_SEARCHES,
     TAGS,
 )  # fmt: skip
@@ -124,14 +125,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
         ),
         option("tf32", bool, False, "let NVIDIA GPUs multiply float32 in TF32, faster and less exact"),
         option(
-            "memory_format",
-            str,
-            "channels_last",
-            "order of an image's numbers in memory",
-            choices=("channels_last", "contiguous"),
+            "memory_format", str, "channels_last", "order of an image's numbers in memory", choices=LAYOUTS
         ),
         option("compile", str, "none", "mode of torch.compile; first steps take minutes", choices=COMPILES),
         option("kernels", str, "eager", "of quantizers; compiled: by torch.compile", choices=KERNELS),
+        option(
+            "recompute", bool, False, "keep no quantized inputs for the backward pass: less memory, slower"
+        ),
     ),
     "devices": (
         option(
