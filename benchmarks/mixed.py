@@ -12,9 +12,8 @@ take no more bytes for all weights than the uniform network beside it. Finished 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -29,7 +28,6 @@ import digits
 ROOT = digits.ROOT
 sys.path.insert(0, str(ROOT))  # the project is no package
 
-import tools  # noqa: E402
 from utils.report import sensitivity_record  # noqa: E402
 
 PAGE = ROOT / "docs" / "mixed.md"
@@ -79,10 +77,17 @@ def sensitivity(case: str, network: str, fresh: bool) -> Path:
     path = ROOT / "exp" / case / sensitivity_record.FILE
     if fresh or not path.exists():
         old = f"weights/{network}/{case}-checkpoint.pth.tar"
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()):
-            if tools.main(["--keyword", "sensitivity", "--old", old, "--bits", TRIED]):
-                raise SystemExit(f"sensitivity of {old} failed")
+        tool("sensitivity", "--old", old, "--bits", TRIED)
     return path
+
+
+def tool(*words: str) -> None:
+    """A job of tools.py."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "tools.py", "--keyword", *words]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(argv[1:])}\nfailed:\n{done.stderr}")
 
 
 def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, float]]:
@@ -99,10 +104,8 @@ def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], d
                 setup, f"{name}-uniform-{seed}", seed, f"{tune} {option}", bits, ends, False, fresh
             )
             file = ROOT / "exp" / start / f"{name}.yaml"
-            with contextlib.redirect_stdout(io.StringIO()):
-                words = ["--keyword", "plan", "--old", str(record), "--new", str(file), "--force"]
-                if tools.main([*words, "--budget_size", f"{uniform.bytes}B"]):
-                    raise SystemExit(f"the plan {file} failed")
+            words = ("plan", "--old", str(record), "--new", str(file), "--force")
+            tool(*words, "--budget_size", f"{uniform.bytes}B")
             option = f"--layer_bits {file.relative_to(ROOT)}"
             planned = outcome(
                 setup, f"{name}-planned-{seed}", seed, f"{tune} {option}", bits, ends, True, fresh

@@ -6,9 +6,12 @@
     python benchmarks/speed.py --how kernels --parts step
 
 Parts: `quantizers`, forward and backward of a quantizer alone, beside a ReLU of the same tensor; `step`, a whole SGD
-step; `evaluation`, a forward pass of the network; `saved`, the bytes that a step keeps for its backward pass. The last
-three are beside the same network in full precision. Quantizers of torch, and of Brevitas and torchao where they are
-installed, are measured alone.
+step; `evaluation`, a forward pass of the network; `saved`, the bytes that a step keeps for its backward pass; `peak`,
+the most memory that the process takes in a step beyond what it has before it (Linux). All but the first are beside the
+same network in full precision. Quantizers of torch, and of Brevitas and torchao where they are installed, are measured
+alone.
+
+`--recompute` measures each method also with quantized inputs computed again in the backward pass.
 
 `--how kernels` lets `torch.compile` make the quantizers' kernels (main.py's `--kernels compiled`), `--how network`
 compiles whole networks, the one in full precision too (`--compile default`). The first call, which compiles, has a
@@ -22,7 +25,10 @@ quartiles of the ratios. Each checkout works in a process of its own, which runs
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib.util
+import re
 import statistics
 import subprocess
 import sys
@@ -50,9 +56,13 @@ METHODS = {
 NETWORKS = {  # options, image size, classes
     "resnet20": ("--model resnet20 --width_alpha 0.25 --keyword cifar10,origin,cbsa", 32, 10),
     "resnet18": ("--model resnet18 --keyword imagenet,origin,cbsa", 224, 1000),
+    "mobilenet_v3_small": ("--model torchvision:mobilenet_v3_small --keyword imagenet", 224, 1000),
     "resnet50": ("--model resnet50 --keyword imagenet,origin,cbsa", 224, 1000),
 }
-PARTS = {"quantizers": "a ReLU", "step": FULL, "evaluation": FULL, "saved": FULL}
+PARTS = {"quantizers": "a ReLU", "step": FULL, "evaluation": FULL, "saved": FULL, "peak": FULL}
+BYTES = {"saved", "peak"}
+AGAIN = ", recomputed"
+CHANGES = {"LQ-Nets"}  # with each pass, so that nothing can be computed again
 Work = Callable[[], object]
 
 
@@ -83,6 +93,13 @@ def saved_bytes(without: set[int]) -> Iterator[Callable[[], int]]:
         yield lambda: sum(found.values())
 
 
+def memory(name: str) -> int:
+    """Bytes of this process in memory: `VmRSS`, now; `VmHWM`, the most since it was reset."""
+    line = re.search(rf"^{name}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert line is not None
+    return int(line[1]) * 1024
+
+
 class Bench:
     """The work of one checkout by names: a part and a row."""
 
@@ -104,11 +121,16 @@ class Bench:
 
         line = NETWORKS[self.setup.network][0]
         if row != FULL:
-            words, _, options = METHODS[row].partition(" ")
+            words, _, options = METHODS[row.removesuffix(AGAIN)].partition(" ")
             bits = "" if "bit" in options else f"--fm_bit {self.setup.bits} --wt_bit {self.setup.bits}"
             line += f",{words} --fm_enable --wt_enable {bits} {options}"
         torch.manual_seed(0)
-        return build.build_network(read(line.split()).model)
+        model = build.build_network(read(line.split()).model)
+        if row.endswith(AGAIN):
+            from model.training.recompute import recompute_inputs
+
+            recompute_inputs(model)
+        return model
 
     def works(self, row: str) -> dict[str, Work]:
         """What can be measured of a row, by the names of parts."""
@@ -117,7 +139,7 @@ class Bench:
         import torch
         from torch.nn import functional
 
-        if row not in (FULL, *METHODS):
+        if row.removesuffix(AGAIN) not in (FULL, *METHODS):
             self.made[row] = {"quantizers, fm": self.alone(PEERS[row]()[1], self.hidden("fm"))}
             return self.made[row]
         model = self.compiled(self.network(row))
@@ -139,7 +161,16 @@ class Bench:
             loss.backward()
             return count()
 
-        found: dict[str, Work] = {"step": step, "evaluation": evaluation, "saved": saved}
+        def peak() -> int:
+            optimizer.zero_grad()
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no part of it
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            before = memory("VmRSS")
+            step()
+            return memory("VmHWM") - before
+
+        found: dict[str, Work] = {"step": step, "evaluation": evaluation, "saved": saved, "peak": peak}
         for tag, part in (("fm", "activation"), ("wt", "weight")):
             quantizer = torch.nn.ReLU()
             if row != FULL:
@@ -168,7 +199,7 @@ class Bench:
         """A tensor of the shape that the first quantized layer quantizes."""
         import torch
 
-        channels = {"resnet20": 16}.get(self.setup.network, 64)
+        channels = {"resnet20": 16, "mobilenet_v3_small": 16}.get(self.setup.network, 64)
         side = self.images.shape[2] // (1 if self.setup.network == "resnet20" else 4)
         kernel = 1 if self.setup.network == "resnet50" else 3
         shape = (
@@ -231,7 +262,7 @@ def serve(folder: str, setup: Setup, pipe: Connection) -> None:
         work = bench.works(row)[part]
         started = time.process_time()
         found = work()
-        pipe.send(found if part == "saved" else time.process_time() - started)
+        pipe.send(found if part in BYTES else time.process_time() - started)
 
 
 class Checkout:
@@ -274,7 +305,7 @@ def measure(
         turn = number * 7 % len(jobs)
         for name, row in (jobs[turn:] + jobs[:turn])[:: 1 if number % 2 else -1]:
             times[name, row].append(checkouts[name].measure(part, row))
-    unit, scale = ("MB", 1e-6) if part == "saved" else ("ms", 1e3)
+    unit, scale = ("MB", 1e-6) if part in BYTES else ("ms", 1e3)
     base = PARTS[part.partition(",")[0]]
     columns = [f"{name}, {unit} | {name} / {base}" + f" | first, {unit}" * compiles for name in checkouts]
     ours, *others = checkouts
@@ -304,6 +335,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--how", choices=("eager", "kernels", "network"), default="eager")
+    parser.add_argument(
+        "--recompute", action="store_true", help="each method with quantized inputs recomputed, too"
+    )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout of the repository")
     options = parser.parse_args(argv)
     setup = Setup(options.network, options.batch, options.bits, options.how)
@@ -317,7 +351,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for part in options.parts:
             for table in ("quantizers, fm", "quantizers, wt") if part == "quantizers" else (part,):
-                rows = [FULL, *options.methods, *(peers if table == "quantizers, fm" else ())]
+                again = [m + AGAIN for m in options.methods if options.recompute and m not in CHANGES]
+                again = [] if part in ("quantizers", "evaluation") else again
+                rows = [FULL, *options.methods, *again, *(peers if table == "quantizers, fm" else ())]
                 print()
                 for line in measure(checkouts, table, rows, options.rounds, compiles=options.how != "eager"):
                     print(line, flush=True)

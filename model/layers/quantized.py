@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.kernels import in_processes
@@ -47,6 +48,7 @@ class QuantLayer(nn.Module):
         bits: tag -> the bits of its quantizer where they are not those of the tag (`model.layers.bits`).
         reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
         named_whole: only an entry of `--layer_bits` that writes its name out is for it.
+        recompute: keep no quantized input for the backward pass, but compute it again there from the input.
 
     Example:
         >>> from torch import nn
@@ -64,6 +66,7 @@ class QuantLayer(nn.Module):
     bits: Mapping[str, AskedBits] = MappingProxyType({})
     reads_images: bool = False
     named_whole: bool = False
+    recompute: bool = False
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, which messages call `name`."""
@@ -101,6 +104,22 @@ class QuantLayer(nn.Module):
     def left_full(self, tag: str) -> bool:
         """Whether its bits of its own leave a tag in full precision."""
         return tag in self.bits and self.bits[tag].bits == FULL_BITS
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Quantize the input and multiply it with the quantized weight."""
+        raise NotImplementedError
+
+    def product_of(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`product`, of which nothing but `x` and `weight` is kept where the layer is to `recompute` it.
+
+        The whole is kept while a pass of the quantizer depends on the passes before it.
+        """
+        quantizer = self.quant_activation
+        if not (
+            self.recompute and self.training and isinstance(quantizer, Quantizer) and quantizer.repeats()
+        ):
+            return self.product(x, weight)
+        return checkpoint(self.product, x, weight, use_reentrant=False)
 
     def check_empty(self) -> None:
         """Check that an empty input may pass without the quantizers.
@@ -180,14 +199,16 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if x.numel() == 0:
             self.check_empty()
             return self._conv_forward(x, weight, self.bias)
-        if self._pads_first():
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-            x = self.quant_activation(x)
-            x = functional.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        else:
-            x = self._conv_forward(self.quant_activation(x), weight, self.bias)
-        return self.quant_output(x)
+        return self.quant_output(self.product_of(x, weight))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `QuantLayer`."""
+        if not self._pads_first():
+            return self._conv_forward(self.quant_activation(x), weight, self.bias)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+        x = self.quant_activation(x)
+        return functional.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -223,7 +244,11 @@ class QuantLinear(QuantLayer, nn.Linear):
         if x.numel() == 0:
             self.check_empty()
             return functional.linear(x, weight, self.bias)
-        return self.quant_output(functional.linear(self.quant_activation(x), weight, self.bias))
+        return self.quant_output(self.product_of(x, weight))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See `QuantLayer`."""
+        return functional.linear(self.quant_activation(x), weight, self.bias)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -97,12 +97,15 @@ class DoReFaWeight(Quantizer):
     there are two levels, sign(w) * mean|w| over the tensor, with a straight-through gradient (equation 7).
     """
 
+    pure: ClassVar[bool] = True
+
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
-        placed = self.on_grid(x)
-        if placed is None:
+        if self.config.binary_scale:
             return SignTimesMean.apply(x)
-        return ClipSTE.apply(*placed, self.config.grad_type == "STE-scale")
+        return TanhRound.apply(
+            x, Grid.of(self.levels, half_range=False)
+        )  # nothing lies outside for `STE-scale`
 
     def check_levels(self, levels: int) -> None:
         """Binary weights have two."""
@@ -129,8 +132,54 @@ class DoReFaWeight(Quantizer):
     @staticmethod
     def _squashed(x: Tensor) -> Tensor:
         squashed = torch.tanh(x)
-        largest = squashed.abs().amax()
-        return squashed / torch.where(largest < SMALLEST_MAXIMUM, 1.0, largest)
+        return squashed / divisor(largest_magnitude(squashed))
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max|x|, float32 []; one pass."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high)
+
+
+def divisor(largest: Tensor) -> Tensor:
+    """The maximum, or 1 where it is too small."""
+    return torch.where(largest < SMALLEST_MAXIMUM, 1.0, largest)
+
+
+class TanhRound(torch.autograd.Function):
+    """q = the level nearest to u = t / max|t|, t = tanh(x), of a full range with c = 1.
+
+    Straight-through rounding gives, for the gradient g of q and m = max|t|,
+    dL/dt = g / m + (dL/dm) * sign(t) / n where |t| = m, with n such elements, and dL/dm = -sum(g * t / m^2);
+    dL/dx = dL/dt * (1 - t^2). A maximum that is too small is 1, without gradient. In the order in which autograd would
+    compute it, but only x and m are saved, and t is computed again.
+
+    Args:
+        x: float32, any shape.
+        grid: the levels.
+
+    Returns:
+        float32, the shape of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        squashed = torch.tanh(x)
+        largest = largest_magnitude(squashed)
+        ctx.save_for_backward(x, largest)
+        return grid.ratios(grid.numbers_(squashed.div_(divisor(largest))))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, largest = ctx.saved_tensors
+        squashed, over = torch.tanh(x), divisor(largest)
+        part = squashed / over
+        grad_largest = -(grad * part.div_(over)).sum()
+        grad_largest = torch.where(largest < SMALLEST_MAXIMUM, 0.0, grad_largest)
+        torch.eq(torch.abs(squashed, out=part), largest, out=part)  # 1 at the maximum, else 0
+        share = grad_largest / part.sum()
+        grad_squashed = (grad / over).add_(part.copysign_(squashed).mul_(share))
+        return torch.ops.aten.tanh_backward(grad_squashed, squashed), None
 
 
 class SignTimesMean(torch.autograd.Function):

@@ -219,6 +219,8 @@ class FATNNActivation(_FATNN):
 class FATNNWeight(_FATNN):
     """Ternary: round(clamp(w * a_0, -1, 0)) + round(clamp(w * a_1, 0, 1))."""
 
+    pure: ClassVar[bool] = True
+
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
         _check_ternary(config)
         super().__init__(config, site)

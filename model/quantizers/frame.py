@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from model.quantizers import adaptive
 from model.quantizers.grid import Grid
+from model.quantizers.groups import Grouped
 from model.quantizers.integers import QuantizedTensor
+from model.quantizers.kept import KeptWeight
 from model.quantizers.kernels import generated, in_processes, kernels_fit
-from model.quantizers.site import LayerSite, group_count, undivided
+from model.quantizers.site import LayerSite
 from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
 
-class Quantizer(nn.Module):
+class Quantizer(Grouped):
     """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
 
     `forward` takes a tensor of any floating dtype, computes in float32 whatever autocast says, and returns the
@@ -62,6 +64,9 @@ class Quantizer(nn.Module):
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
     keeps_output: bool = False  # whether `quantize` may keep its result for the backward pass, without a copy
+    pure: ClassVar[bool] = (
+        False  # evaluated, it depends on input and state alone; not inherited, see `KeptWeight`
+    )
     generated: bool = False  # whether kernels that `torch.compile` generates compute it, see `--kernels`
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
@@ -70,6 +75,7 @@ class Quantizer(nn.Module):
         self.config = config
         self.site = site
         self.levels = config.levels
+        self.kept = KeptWeight()
         self.enabled = True  # a policy may let the input pass; `keep_full_precision` says that this is wanted
         self.groups = self._resolve_groups(config.quant_group)
         self.register_buffer("iteration", torch.zeros(1, dtype=torch.int64))
@@ -163,7 +169,12 @@ class Quantizer(nn.Module):
         if counts and self.iteration.device.type == "cpu" and not compiling:
             self.settle()
         kernels = self.generated and not compiling and kernels_fit(gathers=self.gathers())
-        return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
+
+        def compute() -> Tensor:
+            return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
+
+        keeps = not compiling and self.enabled and KeptWeight.fits(self, x)
+        return self.kept.of(self, x, compute) if keeps else compute()
 
     def _compute(self, x: Tensor, counts: bool) -> Tensor:
         """`forward` of a tensor that is not empty; `counts`: it is a training pass."""
@@ -183,6 +194,8 @@ class Quantizer(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """See `nn.Module`; then `settle`, since nothing waits for the counter in a pass."""
         self.settle()
+        if mode:
+            self.kept.clear()
         return super().train(mode)
 
     def settle(self) -> None:
@@ -203,12 +216,16 @@ class Quantizer(nn.Module):
         """Whether a backward pass is running, in which `torch.utils.checkpoint` calls a forward pass again."""
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return False
-        if self.gathers() or self.blending:
+        if not self.repeats():
             raise RuntimeError(
                 f"{self.site.name}: {self.config.method} with these options changes with each training pass, so that "
                 "torch.utils.checkpoint would compute another one; leave this layer out of what it recomputes"
             )
         return True
+
+    def repeats(self) -> bool:
+        """Whether a training pass, computed again, gives the same: it depends on no pass before it."""
+        return not (self.gathers() or self.blending)
 
     def integers(self, x: Tensor) -> QuantizedTensor:
         """The integer codes of `x` (any floating dtype) in the present state, which does not change.
@@ -324,54 +341,7 @@ class Quantizer(nn.Module):
         self.levels = int(self.level_num)
         self.settle()
 
-    # Groups ------------------------------------------------------------------------------------
-
-    def _resolve_groups(self, requested: int | None) -> int:
-        channels = self.site.channels
-        weight = self.config.tag == "wt"
-        if requested is None:
-            return channels if weight else 1
-        groups = group_count(requested, channels)
-        if groups is None:
-            raise UserError(f"{self.site.name}: {undivided(self.config.tag, requested, channels)}")
-        return groups
-
-    def range_shape(self) -> tuple[int, ...]:
-        """Shape of a learned value per group: [g, 1, ...] weights; [1] or [1, g, 1, ...] others."""
-        if self.config.tag == "wt":
-            return (self.groups,) + (1,) * (self.site.ndim - 1)
-        if self.groups == 1:
-            return (1,)
-        shape = [1] * self.site.ndim
-        shape[self.site.channel_dim] = self.groups
-        return tuple(shape)
-
-    def per_channel(self, value: Tensor) -> Tensor:
-        """Repeat a value per group (`range_shape`) for each channel; the result broadcasts to the tensor."""
-        if self.groups in (1, self.site.channels):
-            return value
-        return value.repeat_interleave(self.site.channels // self.groups, dim=self.site.channel_dim)
-
-    def grouped(self, x: Tensor) -> Tensor:
-        """The elements of each group as a row: [g, elements per group]."""
-        if self.groups == 1:
-            return x.reshape(1, -1)
-        return x.movedim(self.site.channel_dim, 0).reshape(self.groups, -1)
-
-    def elements(self, x: Tensor) -> float:
-        """The number of elements of `x` in one group."""
-        return x.numel() / self.groups
-
-    def levels_per_sample(self) -> bool:
-        """Whether each sample of a tensor has its own levels: it is normalised by sample and restored."""
-        return self.config.tag != "wt" and self.config.adaptive != "none" and self.config.adaptive_restore
-
-    def level_rows(self, output: Tensor) -> Tensor:
-        """The values of a quantized tensor as rows, each of which shares its levels: [rows, values]."""
-        if not self.levels_per_sample():
-            return self.grouped(output)
-        channels = output.movedim(self.site.channel_dim, 1)
-        return channels.reshape(output.shape[0] * self.groups, -1)
+    # Normalisation -----------------------------------------------------------------------------
 
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The subtrahend and the divisor for each weight group, or for each sample; without gradient.

@@ -315,6 +315,8 @@ class LQActivation(LQ):
 class LQWeight(LQ):
     """LQ-Nets on weights; see `LQ`. Gradient: straight-through."""
 
+    pure: ClassVar[bool] = True
+
     def initial_scale(self) -> float:
         """0.6745 * sqrt(2 / fan)."""
         return 0.6745 * (2 / self.site.fan) ** 0.5

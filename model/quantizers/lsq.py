@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from model.quantizers.grid import ClipSTE, Grid
@@ -27,6 +29,8 @@ class LSQ(LearnedRange):
     State:
         clip_val: float32, `range_shape`; starts at `boundary`.
     """
+
+    pure: ClassVar[bool] = True
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
         super().__init__(config, site)

@@ -93,6 +93,8 @@ class XNORActivation(_Binary):
 class XNORWeight(_Binary):
     """sign(w) * mean|w| over each group (the paper's alpha, equation 6)."""
 
+    pure: ClassVar[bool] = True
+
     def scale(self, x: Tensor) -> Tensor:
         """See the class."""
         return self.per_channel(mean_magnitude(self.grouped(x), 1).reshape(self.range_shape()))

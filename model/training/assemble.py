@@ -17,6 +17,7 @@ from model.networks import build
 from model.pretrained import load_pretrained
 from model.trained import check_as_trained, network_changed
 from model.training.policy import Change, PolicyScheduler, initialise
+from model.training.recompute import recompute_inputs
 from model.training.starting_point import Origin, Surroundings
 from model.training.teacher import Teacher
 from model.training.training_methods import TrainingMethods, build_training_methods
@@ -153,6 +154,8 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
     initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout)
     _join_processes(here, model)
     precision.prepare(model, config.precision)
+    if config.precision.recompute:
+        recompute_inputs(model)
     optimizer_, groups = optimizer.build_optimizer(model, config.optim)
     policy = PolicyScheduler(
         config.policy, model, optimizer_, groups, config.optim, rates, shortened=config.run.shortened

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -20,10 +21,21 @@ def test_a_storage_counts_once_and_not_where_it_is_left_out() -> None:
 
 @pytest.mark.slow
 def test_two_checkouts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "--batch 2 --rounds 1 --methods LSQ --parts saved --against"
+    line = "--batch 2 --rounds 1 --methods LSQ --recompute --parts saved --against"
     assert main([*line.split(), str(ROOT)]) == 0
-    rows = re.findall(r"^\| (LSQ|full precision) \|(.*)\|$", capsys.readouterr().out, re.MULTILINE)
-    assert [name for name, _ in rows] == ["full precision", "LSQ"]
-    megabytes, ratio, *other = (cell.strip() for cell in rows[-1][1].split("|"))
-    assert other == [megabytes, ratio, "1.00 (1.00-1.00)"]
-    assert 0 < float(rows[-2][1].split("|")[0]) < float(megabytes)
+    found = re.findall(r"^\| (LSQ[^|]*|full precision) \|(.*)\|$", capsys.readouterr().out, re.MULTILINE)
+    rows = [(name, [cell.strip() for cell in cells.split("|")]) for name, cells in found]
+    assert [name for name, _ in rows] == ["full precision", "LSQ", "LSQ, recomputed"]
+    for _, (megabytes, ratio, *other) in rows:
+        assert other == [megabytes, ratio, "1.00 (1.00-1.00)"]
+    full, quantized, recomputed = (float(cells[0]) for _, cells in rows)
+    assert 0 < full < recomputed < quantized
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_step_holds_what_it_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--batch", "16", "--rounds", "1", "--methods", "DoReFa", "--parts", "saved", "peak"]) == 0
+    rows = re.findall(r"^\| (?:DoReFa|full precision) \|(.*)\|$", capsys.readouterr().out, re.MULTILINE)
+    saved, peak = ([float(row.split("|")[0]) for row in part] for part in (rows[:2], rows[2:]))
+    assert peak[0] > saved[0] and peak[1] > saved[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from utils.config.image_size import input_size
 from utils.config.option import Option, dataset, floats, integer, integers, keywords, loss_type, option, words
 from utils.config.quantizer_options import LAYERS, quantizer_options
-from utils.config.schema import COMPILES, KERNELS, RANGE_SEARCHES, TAGS
+from utils.config.schema import COMPILES, KERNELS, LAYOUTS, RANGE_SEARCHES, TAGS
 
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
@@ -115,14 +115,13 @@ COMMON: dict[str, tuple[Option, ...]] = {
         ),
         option("tf32", bool, False, "let NVIDIA GPUs multiply float32 in TF32, faster and less exact"),
         option(
-            "memory_format",
-            str,
-            "channels_last",
-            "order of an image's numbers in memory",
-            choices=("channels_last", "contiguous"),
+            "memory_format", str, "channels_last", "order of an image's numbers in memory", choices=LAYOUTS
         ),
         option("compile", str, "none", "mode of torch.compile; first steps take minutes", choices=COMPILES),
         option("kernels", str, "eager", "of quantizers; compiled: by torch.compile", choices=KERNELS),
+        option(
+            "recompute", bool, False, "keep no quantized inputs for the backward pass: less memory, slower"
+        ),
     ),
     "devices": (
         option(

@@ -31,6 +31,7 @@ GRAD_TYPES = ("none", "STE", "Triangle", "STE-scale")
 GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element", "paper")
 CUSTOM_SCALES = ("none", "channel", "resolution")
 KERNELS = ("eager", "compiled")
+LAYOUTS = ("channels_last", "contiguous")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
 WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that are computed or come with a package
@@ -343,6 +344,7 @@ class PrecisionConfig:
     channels_last: bool = True
     compile: str = "none"  # or a mode of torch.compile
     kernels: str = "eager"  # of quantizers; compiled: see `model.quantizers.kernels`
+    recompute: bool = False  # see `model.layers.quantized.QuantLayer`
 
     def __post_init__(self) -> None:
         """Refuse values that nothing knows."""

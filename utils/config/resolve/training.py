@@ -182,6 +182,8 @@ def precision_config(given: Given) -> PrecisionConfig:
         )
     if given["compile"] != "none" and given["kernels"] == "compiled":
         raise UserError("--compile compiles the quantizers too: leave --kernels out")
+    if given["compile"] != "none" and given["recompute"]:
+        raise UserError("--compile decides by itself what is computed again: leave --recompute out")
     if given["compile"] in ("reduce-overhead", "max-autotune") and given["iter_size"] > 1:
         raise UserError(
             f"--compile {given['compile']} replays graphs whose tensors the next pass overwrites, which --iter_size "
@@ -195,4 +197,5 @@ def precision_config(given: Given) -> PrecisionConfig:
         channels_last=given["memory_format"] == "channels_last",
         compile=given["compile"],
         kernels=given["kernels"],
+        recompute=bool(given["recompute"]),
     )
