@@ -139,11 +139,16 @@ class QuantLayer(nn.Module):
 
 
 def _with_bits(settings: QuantizerConfig, asked: AskedBits, *, images: bool, name: str) -> QuantizerConfig:
-    """The options of a quantizer at other bits; those for images get a level at zero where the method has such."""
+    """The options of a quantizer at other bits.
+
+    Levels on both sides of zero get one at zero where the method has such: those for images, and those of 8 bits and
+    more, whose codes are odd numbers beyond 8 bits otherwise, which no engine multiplies as integers.
+    """
     levels = levels_of(asked.bits)
     if levels is None or not settings.enable:
         return dataclasses.replace(settings, enable=False)
-    centred = images and levels > 2 and record_of(settings.method, settings.tag).reads_option("grid")
+    wanted = (images and levels > 2) or (levels > 128 and not settings.half_range)
+    centred = wanted and record_of(settings.method, settings.tag).reads_option("grid")
     changed = dataclasses.replace(
         settings,
         levels=levels,

@@ -26,7 +26,20 @@ def test_the_checkpoint_holds_the_bits(
     assert main.main([*with_file, "--epochs", "1", "--dry_run"]) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines()]
-    head = ["layer", "weights", "MACs", "weight", "bits", "input", "bits", "KiB", "bit", "operations"]
+    head = [
+        "layer",
+        "weights",
+        "MACs",
+        "weight",
+        "bits",
+        "input",
+        "bits",
+        "KiB",
+        "input",
+        "KiB",
+        "bit",
+        "operations",
+    ]
     bits = {
         row[0]: row[3:5]
         for row in rows

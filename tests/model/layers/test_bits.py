@@ -106,6 +106,16 @@ def test_the_image_has_the_levels_of_two_s_complement() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     assert len(found.unique()) == 256 and int((found < 0).sum()) > 0
     assert 0 in found.unique() and -found.min() > found.max()
+    codes = model.conv1.quant_weight.integers(3 * torch.randn(model.conv1.weight.shape)).codes  # pyright: ignore
+    assert (int(codes.min()), int(codes.max())) == (-128, 127)
+
+
+@pytest.mark.parametrize(("bits", "grid"), [(7, "midrise"), (8, "midtread"), (9, "midtread")])
+def test_weights_with_codes_beyond_eight_bits_have_a_level_at_zero(bits: int, grid: str) -> None:
+    """Where it is layers of their own bits; --bits 8 for all is as published."""
+    model, _ = network("resnet20", f"--last_bit {bits}")
+    assert model.fc.quant_weight.config.grid == grid  # pyright: ignore
+    assert model.get_submodule("layer1.0.conv1.0.quant_weight").config.grid == "midrise"  # pyright: ignore
 
 
 # Entries ---------------------------------------------------------------------------------------------
