@@ -12,6 +12,7 @@ take no more bytes for all weights than the uniform network beside it. Finished 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -31,7 +32,6 @@ sys.path.insert(0, str(ROOT))  # the project is no package
 from utils.report import sensitivity_record  # noqa: E402
 
 PAGE = ROOT / "docs" / "mixed.md"
-RAW = ROOT / "docs" / "results" / "mixed.json"
 KEYWORDS = "dorefa,lsq"
 WIDTHS = (3, 2)
 ENDS = {"in full precision": "", "at 8 bits": "--first_last_bit 8"}
@@ -74,9 +74,8 @@ def trained(setup: str, case: str, seed: int, keywords: str, options: str, fresh
 
 def sensitivity(case: str, network: str, fresh: bool) -> Path:
     """The record of what the layers of a network lose."""
-    path = ROOT / "exp" / case / sensitivity_record.FILE
-    if fresh or not path.exists():
-        old = f"weights/{network}/{case}-checkpoint.pth.tar"
+    path, old = ROOT / "exp" / case / sensitivity_record.FILE, f"weights/{network}/{case}-checkpoint.pth.tar"
+    if fresh or not path.exists() or path.stat().st_mtime < (ROOT / old).stat().st_mtime:
         tool("sensitivity", "--old", old, "--bits", TRIED)
     return path
 
@@ -90,7 +89,7 @@ def tool(*words: str) -> None:
         raise SystemExit(f"{shlex.join(argv[1:])}\nfailed:\n{done.stderr}")
 
 
-def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, float]]:
+def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
     """Top-1 in full precision, the uniform and the planned networks, and the rank correlations."""
     start = f"mixed-{setup}-fp-{seed}"
     full, _ = trained(setup, start, seed, "", digits.FULL, fresh)
@@ -106,7 +105,8 @@ def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], d
             file = ROOT / "exp" / start / f"{name}.yaml"
             words = ("plan", "--old", str(record), "--new", str(file), "--force")
             tool(*words, "--budget_size", f"{uniform.bytes}B")
-            option = f"--layer_bits {file.relative_to(ROOT)}"
+            file = file.rename(file.with_stem(f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"))
+            option = f"--layer_bits {file.relative_to(ROOT)}"  # another plan is another command
             planned = outcome(
                 setup, f"{name}-planned-{seed}", seed, f"{tune} {option}", bits, ends, True, fresh
             )
@@ -156,8 +156,8 @@ def table(full: Sequence[float], found: Sequence[Outcome]) -> list[str]:
     return [f"In full precision: {whole}.", "", *lines]
 
 
-def draw(full: Sequence[float], found: Sequence[Outcome], folder: Path, title: str) -> None:
-    """Accuracy over size, and the bits of each layer in the plans of the first seed."""
+def draw(full: Sequence[float], found: Sequence[Outcome], path: Path, title: str) -> None:
+    """Accuracy over size, and the bits of each layer in the plans of the first seed, beside the file `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
@@ -183,7 +183,7 @@ def draw(full: Sequence[float], found: Sequence[Outcome], folder: Path, title: s
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(folder / "mixed-size.png")
+    figure.savefig(path.with_name(f"{path.stem}-size.png"))
 
     plans = [o for o in found if o.planned and o.seed == found[0].seed and not ENDS[o.ends]]
     names = list(plans[0].layers)
@@ -203,7 +203,7 @@ def draw(full: Sequence[float], found: Sequence[Outcome], folder: Path, title: s
     axes.set_ylabel("bits of weight and input")
     axes.set_title(f"{title}: plans of seed {plans[0].seed}")
     axes.legend(frameon=False)
-    figure.savefig(folder / "mixed-bits.png")
+    figure.savefig(path.with_name(f"{path.stem}-bits.png"))
 
 
 def main() -> int:
@@ -220,10 +220,13 @@ def main() -> int:
         results = list(pool.map(lambda seed: of_seed(setup, seed, options.fresh), options.seeds))
     full, found = [result[0] for result in results], [o for result in results for o in result[1]]
     lines = table(full, found)
-    correlations = [result[2] for result in results]
-    for name in correlations[0]:
-        values = [each[name] for each in correlations]
-        lines += ["", f"Rank correlation of the {name}: {min(values):.2f} to {max(values):.2f}."]
+    lines += ["", "Rank correlations over the layers, lowest and highest of the seeds:", ""]
+    for name, values in results[0][2].items():
+        ends = [(min(each), max(each)) for each in ([r[2][name][bits] for r in results] for bits in values)]
+        said = [
+            f"{low:.2f} to {high:.2f} at {bits} bits" for bits, (low, high) in zip(values, ends, strict=True)
+        ]
+        lines.append(f"- {name}: {', '.join(said)}")
     print("\n".join(lines))
     if options.print:
         return 0
@@ -231,19 +234,21 @@ def main() -> int:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     raw = {"commit": described, "full_precision": full, "runs": [asdict(o) for o in found]}
-    RAW.write_text(json.dumps(raw, indent=1) + "\n")
-    draw(full, found, RAW.parent, f"{options.dataset}, {len(options.seeds)} seeds")
+    name = f"mixed-{options.dataset}"
+    path = PAGE.parent / "results" / f"{name}.json"
+    path.write_text(json.dumps(raw, indent=1) + "\n")
+    draw(full, found, path, f"{options.dataset}, {len(options.seeds)} seeds")
     arguments = shlex.join(["python", "benchmarks/mixed.py", *sys.argv[1:]])
     seeds = ", ".join(map(str, options.seeds))
     head = [f"`{arguments}`, {options.dataset}, commit {described}, seeds {seeds}; every run: "
-            "[results/mixed.json](results/mixed.json).", ""]  # fmt: skip
+            f"[results/{name}.json](results/{name}.json).", ""]  # fmt: skip
     pictures = [
         "",
-        "![accuracy over size](results/mixed-size.png)",
+        f"![accuracy over size](results/{name}-size.png)",
         "",
-        "![bits of each layer](results/mixed-bits.png)",
+        "![bits of each layer](results/{name}-bits.png)",
     ]
-    PAGE.write_text(digits.section(PAGE.read_text("utf-8"), "mixed", [*head, *lines, *pictures]), "utf-8")
+    PAGE.write_text(digits.section(PAGE.read_text("utf-8"), name, [*head, *lines, *pictures]), "utf-8")
     return 0
 
 

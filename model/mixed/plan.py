@@ -1,4 +1,4 @@
-"""Bits of each layer under a budget: `tools.py --keyword plan`. Without torch, unless engines are timed."""
+"""Bits of each layer under a budget: `tools.py --keyword plan`. Without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.report import sensitivity_record
-from utils.report.sensitivity_record import Sensitivity
+from utils.report.sensitivity_record import MOST, Sensitivity
 from utils.text import format_table, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
@@ -74,10 +74,13 @@ def plan(options: Options) -> int:
 
 
 def _amount(text: str, units: Mapping[str, int]) -> int | None:
-    """A number with a unit; None where it is none."""
+    """A number with a unit; None where it is none, or too large for any network."""
     found = _NUMBER.fullmatch(text.strip())
     unit = found and units.get(found[3].upper())
-    return int(float(found[1]) * 10 ** int(found[2] or 0) * unit) if found and unit else None
+    if not (found and unit):
+        return None
+    value = float(found[1]) * 10.0 ** int(found[2] or 0) * unit
+    return int(value) if value < MOST else None
 
 
 def _shown(value: int, *, size: bool) -> str:

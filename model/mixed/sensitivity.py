@@ -2,7 +2,8 @@
 
 Measured: one layer at a time is quantized, weight and input, with ranges of least squared error, and images are run.
 Estimated to second order: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", arXiv
-1911.03852, section 3: the mean eigenvalue of the Hessian of the loss times the squared error of the weight.
+1911.03852, section 3: half the mean eigenvalue of the Hessian of the loss times the squared error of the weight, where
+the paper leaves out the half.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def sensitivity(options: Options) -> int:
     if options.output is not None:
         if options.output.suffix != ".json" or not options.output.parent.is_dir():
             raise UserError(f"--output {options.output}: name a .json file in a folder that exists")
-        refuse_existing(options, options.output)
+        refuse_existing(options, options.output, options.output.with_suffix(".png"))
     from model.load import load_trained
     from utils.checkpoint import archive
 
@@ -155,10 +156,16 @@ def measure(
                 measured[len(parts)] = _evaluate(network, batches)
             changes[width] = Change(
                 loss=measured[2][0] - loss, weight_loss=measured[1][0] - loss, top1=measured[2][1] - top1,
-                estimate=traces[row.name] * error,
+                estimate=traces[row.name] * error / 2,
             )  # fmt: skip
         for _, quantizer in layer.quantizers():
             quantizer.enabled = False
+        values = (traces[row.name], *(x for change in changes.values() for x in dataclasses.astuple(change)))
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"{source or 'the network'}: quantizing {row.name} alone, its loss or the trace of its Hessian is not "
+                "finite: a norm or a weight of the network is damaged"
+            )
         layers.append(
             LayerSensitivity(
                 name=row.name,
@@ -242,16 +249,21 @@ def hessian_traces(
     """
     import torch
     from torch.nn import functional
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     weights = [network.get_submodule(name).get_parameter("weight").requires_grad_() for name in names]
     total = torch.zeros(len(names), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     with torch.enable_grad():
-        loss = functional.cross_entropy(network(images), target)
-        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        with sdpa_kernel(SDPBackend.MATH):  # of the others torch knows no second derivative
+            loss = functional.cross_entropy(network(images), target)
+        gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
         for _ in range(probes):
             signs = [torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1 for w in weights]
-            products = torch.autograd.grad(gradients, weights, signs, retain_graph=True)
+            along = sum((g * v).sum() for g, v in zip(gradients, signs, strict=True) if g.requires_grad)
+            if not isinstance(along, torch.Tensor):  # the loss depends on no weight
+                break
+            products = torch.autograd.grad(along, weights, retain_graph=True, materialize_grads=True)
             total += torch.stack([(v * hv).sum().double() for v, hv in zip(signs, products, strict=True)])
     counts = torch.tensor([w.numel() for w in weights])
     return dict(zip(names, (total / probes / counts).tolist(), strict=True))

@@ -54,14 +54,14 @@ def worst_case(name: str, layer: QuantLayer) -> Accumulator | None:
 
 
 def _even(layer: QuantLayer, part: str, x: Tensor) -> Any:
-    """The integers of a part of a layer; None where it has none of even levels."""
+    """The integers of a part of a layer; None where it has none of even levels at a finite distance."""
     quantizer = getattr(layer, part)
     if not isinstance(quantizer, Quantizer) or not quantizer.enabled:
         return None
     if type(quantizer).encode is Quantizer.encode:  # a user's own quantizer may know no integers
         return None
     found = quantizer.integers(x)
-    return None if found.scale is None else found
+    return None if found.scale is None or not found.scale.isfinite().all() else found
 
 
 def _weight_codes(layer: QuantLayer) -> Tensor | None:
@@ -78,7 +78,9 @@ def _input_ends(layer: QuantLayer) -> tuple[int, int] | None:
     shape = [2] + [1] * (quantizer.site.ndim - 1)
     shape[quantizer.site.channel_dim] = quantizer.site.channels
     found = _even(layer, "quant_activation", layer.weight.new_ones(shape))
-    return None if found is None or found.scale.numel() > 1 or float(found.scale) <= 0 else found.ends
+    if found is None or found.scale.numel() > 1 or float(found.scale) <= 0:
+        return None
+    return found.ends
 
 
 class Sums:

@@ -15,6 +15,10 @@ from utils.text import format_table, printable
 
 FILE = "sensitivity.json"  # in the folder of a run
 FORMAT = 1
+ESTIMATE_WEIGHT = "estimate and change of the loss with the weight alone"
+ESTIMATE_BOTH = "estimate and change of the loss"
+LOSS_TOP1 = "change of the loss and drop of top-1"
+MOST = 10**18  # of a count; no network has as many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,8 @@ class Change:
         loss: change of the mean cross-entropy, weight and input quantized.
         weight_loss: the same, the weight alone quantized.
         top1: change in points, weight and input quantized.
-        estimate: of `weight_loss` to second order, mean trace of the Hessian times the squared error of the weight.
+        estimate: of `weight_loss` to second order: half the mean trace of the Hessian times the squared error of the
+            weight.
     """
 
     loss: float
@@ -100,19 +105,19 @@ class Sensitivity:
         low = sum(layer.macs * bits[layer.name] ** 2 for layer in self.layers)
         return low + self.other_macs * FULL_BITS**2
 
-    def correlations(self) -> dict[str, float]:
-        """Spearman's rank correlations over all layers and bits; NaN where one side is constant."""
-        found = [change for layer in self.layers for change in layer.changes.values()]
-        loss, weight, top1, estimate = (
-            [getattr(change, name) for change in found]
-            for name in ("loss", "weight_loss", "top1", "estimate")
-        )
-        pairs = {
-            "estimate with the change of the loss, weights alone": (estimate, weight),
-            "estimate with the change of the loss": (estimate, loss),
-            "change of the loss with the drop of top-1": (loss, [-value for value in top1]),
-        }
-        return {name: _rank_correlation(left, right) for name, (left, right) in pairs.items()}
+    def correlations(self) -> dict[str, dict[int, float]]:
+        """Spearman's rank correlations over the layers, for each number of bits; NaN where one side is constant.
+
+        Not over all bits at once: that fewer bits lose more would show in it, and no more.
+        """
+        found: dict[str, dict[int, float]] = {ESTIMATE_WEIGHT: {}, ESTIMATE_BOTH: {}, LOSS_TOP1: {}}
+        for bits in self.bits:
+            changes = [layer.changes[bits] for layer in self.layers]
+            estimates, losses = [one.estimate for one in changes], [one.loss for one in changes]
+            found[ESTIMATE_WEIGHT][bits] = _rank_correlation(estimates, [one.weight_loss for one in changes])
+            found[ESTIMATE_BOTH][bits] = _rank_correlation(estimates, losses)
+            found[LOSS_TOP1][bits] = _rank_correlation(losses, [-one.top1 for one in changes])
+        return found
 
     def as_text(self) -> str:
         """A table, a row for each layer, and what must be known of it."""
@@ -129,9 +134,9 @@ class Sensitivity:
             f"in full precision: loss {self.loss:.4f}, top-1 {self.top1:.2f} on {self.images} images; in the table: "
             "change of the loss and of top-1 in points with this layer alone quantized",
         ]
-        lines += [
-            f"rank correlation of the {name}: {value:.2f}" for name, value in self.correlations().items()
-        ]
+        for name, values in self.correlations().items():
+            said = ", ".join(f"{value:.2f} at {bits} bits" for bits, value in values.items())
+            lines.append(f"rank correlation over the layers, {name}: {said}")
         return "\n".join(lines)
 
     def as_json(self) -> str:
@@ -192,7 +197,7 @@ def _of(entry: Mapping[str, Any], name: str, kind: type) -> Any:
     value = entry[name]
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError
-    if (kind is float and not math.isfinite(value)) or (kind is int and value < 0):
+    if not (abs(value) < MOST if kind is float else kind is str or 0 <= value < MOST):
         raise ValueError
     return value
 

@@ -76,6 +76,9 @@ def test_the_file_and_the_mistakes(
         (["--new", "bits.yaml", "--budget_size", f"{least - 1}B"], "is too small: 2 bits everywhere take"),
         (["--new", "bits.yaml", "--budget_size", f"{most}B"], "needs no plan: 8 bits everywhere take"),
         (["--new", "bits.yaml", "--budget_size", "12"], "write a number with its unit, such as 96KiB"),
+        (["--new", "bits.yaml", "--budget_size", f"{'9' * 400}B"], "write a number with its unit, such as"),
+        (["--new", "bits.yaml", "--budget_bops", "1e99G"], "write a number with its unit, such as 0.5G"),
+        (["--new", "bits.yaml", "--budget_size", "-1KiB"], "expected one argument"),
         (["--new", "bits.yaml", "--budget_bops", "fast"], "write a number with its unit, such as 0.5G"),
         (["--new", "bits.txt", "--budget_size", "1KiB"], "name a .yaml or .json file in a folder"),
         (["--new", "none/bits.yaml", "--budget_size", "1KiB"], "name a .yaml or .json file in a folder"),
@@ -98,6 +101,7 @@ def test_the_file_and_the_mistakes(
     damaged = json.loads(found.as_json())
     for change in (
         lambda it: it.update(format=0), lambda it: it.update(layers=[]), lambda it: it.pop("loss"),
+        lambda it: it["layers"][0].update(macs=10**400), lambda it: it.update(loss=10**400),
         lambda it: it["layers"][0]["changes"].pop("2"), lambda it: it["layers"][0].update(weights="many"),
     ):  # fmt: skip
         content = json.loads(json.dumps(damaged))

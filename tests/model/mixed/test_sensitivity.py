@@ -98,6 +98,28 @@ def test_a_network_with_quantizers_or_without_a_finite_loss_is_refused() -> None
         measure(broken, [batch()])
 
 
+class Attentive(nn.Module):
+    """Attention, and a layer that is called in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.aside, self.leave = nn.Linear(7, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images of two channels."""
+        y = self.enter(x).flatten(1, 2)
+        self.aside(y)
+        return self.leave(functional.scaled_dot_product_attention(y, y, y).mean(1))
+
+
+def test_attention_and_a_layer_without_effect() -> None:
+    torch.manual_seed(0)
+    layers = {layer.name: layer for layer in measure(Attentive(), [batch()], bits=(4, 2)).layers}
+    assert list(layers) == ["enter", "aside", "leave"]
+    assert layers["aside"].trace == 0 and layers["aside"].changes[2].loss == 0
+    assert layers["enter"].trace != 0 and layers["leave"].trace > 0
+
+
 @pytest.mark.slow
 def test_a_run_is_measured_planned_and_mistakes_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -106,11 +128,13 @@ def test_a_run_is_measured_planned_and_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     old = "weights/resnet20/fp-checkpoint.pth.tar"
     Path("copy.pth.tar").write_bytes(Path(old).read_bytes())
+    Path("taken.png").touch()
     for arguments, message in (
         (["--old", "weights/resnet20/low-checkpoint.pth.tar"], "the checkpoint in full precision"),
         (["--old", "copy.pth.tar"], "--output FILE.json"),
         (["--old", old, "--bits", "9,2"], "'9,2' is not two or more numbers from 1 to 8"),
         (["--old", old, "--bits", "2"], "'2' is not two or more numbers from 1 to 8"),
+        (["--old", old, "--output", "taken.json"], "taken.png exists; --force writes over it"),
         (["--old", old, "--output", "x.txt"], "name a .json file in a folder that exists"),
         (["--old", old, "--samples", "0"], "'0' is not a number of 1 or more"),
     ):

@@ -115,6 +115,15 @@ def test_layers_without_integer_sums_are_left_out() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("part", ["quant_activation", "quant_weight"])
+def test_a_range_that_is_no_number_is_the_audits_to_report(part: str, value: float) -> None:
+    model = network(*METHODS["lsq"], 4, signed=False)
+    with torch.no_grad():
+        getattr(model[2], part).clip_val.fill_(value)
+    assert audit(model, [torch.randn(2, 3, 8, 8)]).problems or value == 0
+
+
 @pytest.mark.parametrize(
     ("lowest", "highest", "bits"), [(0, 1, 2), (-1, 0, 1), (-2, 1, 2), (0, 255, 9), (-32769, 32767, 17)]
 )
