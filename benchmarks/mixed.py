@@ -1,6 +1,7 @@
 """Compares bits of each layer that a plan chose with the same bits everywhere, and writes the table of docs/mixed.md.
 
     python benchmarks/mixed.py                       # glyphs, seeds 1-3: full precision, uniform and planned bits
+    python benchmarks/mixed.py --ends full           # the first and the last layer of uniform networks not at 8 bits too
     python benchmarks/mixed.py --dataset digits --seeds 1 --print
 
 All networks of a seed start from its network in full precision and have the recipe of `benchmarks/digits.py`. Uniform
@@ -34,7 +35,8 @@ from utils.report import sensitivity_record  # noqa: E402
 PAGE = ROOT / "docs" / "mixed.md"
 KEYWORDS = "dorefa,lsq"
 WIDTHS = (3, 2)
-ENDS = {"in full precision": "", "at 8 bits": "--first_last_bit 8"}
+ENDS = {"full": "", "8": "--first_last_bit 8"}  # the first and the last layer of uniform networks
+SAID = {"full": "in full precision", "8": "at 8 bits"}
 TRIED = "8,6,5,4,3,2"  # bits that a plan may choose
 GOAL = {3: 0.7, 2: 1.5}  # points above the uniform network
 
@@ -89,15 +91,17 @@ def tool(*words: str) -> None:
         raise SystemExit(f"{shlex.join(argv[1:])}\nfailed:\n{done.stderr}")
 
 
-def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
+def of_seed(
+    setup: str, seed: int, wanted: Sequence[str], fresh: bool
+) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
     """Top-1 in full precision, the uniform and the planned networks, and the rank correlations."""
     start = f"mixed-{setup}-fp-{seed}"
     full, _ = trained(setup, start, seed, "", digits.FULL, fresh)
     record = sensitivity(start, full["network"], fresh)
     found = []
     for bits in WIDTHS:
-        for ends, option in ENDS.items():
-            name = f"mixed-{setup}-{bits}-{digits.slug(ends)}"
+        for ends in wanted:
+            name, option = f"mixed-{setup}-{bits}-{digits.slug(SAID[ends])}", ENDS[ends]
             tune = f"{digits.TUNE} {digits.bits(bits)} --pretrained {start}-checkpoint.pth.tar"
             uniform = outcome(
                 setup, f"{name}-uniform-{seed}", seed, f"{tune} {option}", bits, ends, False, fresh
@@ -135,11 +139,11 @@ def table(full: Sequence[float], found: Sequence[Outcome]) -> list[str]:
         "|" + "---|" * 13,
     ]
     for bits in WIDTHS:
-        for ends in ENDS:
+        for ends in dict.fromkeys(o.ends for o in found):
             mine = [o for o in found if (o.bits, o.ends) == (bits, ends)]
             uniform, planned = ([o for o in mine if o.planned is one] for one in (False, True))
             gains = [b.top1 - a.top1 for a, b in zip(uniform, planned, strict=True)]
-            cells = [f"{bits}/{bits}", ends, f"{uniform[0].bytes / 1024:.1f}"]
+            cells = [f"{bits}/{bits}", SAID[ends], f"{uniform[0].bytes / 1024:.1f}"]
             for values in ([o.top1 for o in uniform], [o.top1 for o in planned], gains):
                 sign = "+" if values is gains else ""
                 cells += [
@@ -162,13 +166,13 @@ def draw(full: Sequence[float], found: Sequence[Outcome], path: Path, title: str
 
     figure = Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    looks = {(False, "in full precision"): ("o", "#0072b2"), (False, "at 8 bits"): ("^", "#009e73")}
+    looks = {"full": ("o", "#0072b2"), "8": ("^", "#009e73")}
     for planned in (False, True):
-        for ends in ENDS:
+        for ends in dict.fromkeys(o.ends for o in found):
             mine = [o for o in found if (o.planned, o.ends) == (planned, ends)]
-            marker, colour = ("s", "#d55e00") if planned else looks[planned, ends]
-            label = "planned" if planned else f"uniform, first and last layer {ends}"
-            shown = None if planned and ends != next(iter(ENDS)) else label
+            marker, colour = ("s", "#d55e00") if planned else looks[ends]
+            label = "planned" if planned else f"uniform, first and last layer {SAID[ends]}"
+            shown = None if planned and ends != found[0].ends else label
             axes.plot(
                 [o.bytes / 1024 for o in mine],
                 [o.top1 for o in mine],
@@ -213,11 +217,16 @@ def main() -> int:
     )
     digits.add_arguments(parser)
     parser.set_defaults(dataset="glyphs")
+    parser.add_argument(
+        "--ends", choices=tuple(ENDS), nargs="+", default=list(ENDS), help="of uniform networks"
+    )
     options = parser.parse_args()
 
     setup = f"{options.dataset}-all"
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda seed: of_seed(setup, seed, options.fresh), options.seeds))
+        results = list(
+            pool.map(lambda seed: of_seed(setup, seed, options.ends, options.fresh), options.seeds)
+        )
     full, found = [result[0] for result in results], [o for result in results for o in result[1]]
     lines = table(full, found)
     lines += ["", "Rank correlations over the layers, lowest and highest of the seeds:", ""]
