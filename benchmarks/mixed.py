@@ -1,7 +1,7 @@
 """Compares bits of each layer that a plan chose with the same bits everywhere, and writes the table of docs/mixed.md.
 
     python benchmarks/mixed.py                       # glyphs, seeds 1-3: full precision, uniform and planned bits
-    python benchmarks/mixed.py --ends full           # the first and the last layer of uniform networks not at 8 bits too
+    python benchmarks/mixed.py --ends full           # without uniform networks of 8 bits at their ends
     python benchmarks/mixed.py --dataset digits --seeds 1 --print
 
 All networks of a seed start from its network in full precision and have the recipe of `benchmarks/digits.py`. Uniform

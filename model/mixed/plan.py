@@ -41,6 +41,8 @@ def plan(options: Options) -> int:
     old, new = given_path(options.old), given_path(options.new)
     if new.suffix not in (".yaml", ".yml", ".json") or not new.parent.is_dir():
         raise UserError(f"--new {new}: name a .yaml or .json file in a folder that exists")
+    if new.exists() and old.exists() and new.samefile(old):
+        raise UserError(f"--new {new} is --old: name another file, which is written")
     refuse_existing(options, new)
     if (options.budget_size is None) == (options.budget_bops is None):
         raise UserError("the word plan needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")

@@ -39,7 +39,7 @@ def sensitivity(options: Options) -> int:
     if options.output is not None:
         if options.output.suffix != ".json" or not options.output.parent.is_dir():
             raise UserError(f"--output {options.output}: name a .json file in a folder that exists")
-        refuse_existing(options, options.output, options.output.with_suffix(".png"))
+        refuse_existing(options, options.output, options.output.with_suffix(".png"))  # before torch is loaded
     from model.load import load_trained
     from utils.checkpoint import archive
 
@@ -49,6 +49,7 @@ def sensitivity(options: Options) -> int:
     path = options.output or (None if folder is None else folder / FILE)
     if path is None:
         raise UserError(f"{old} lies in no run's folders: name the file to write with --output FILE.json")
+    refuse_existing(options, path, path.with_suffix(".png"))
     batches = list(_sample(trained, options.root, options.samples or SAMPLES))
     record = measure(
         trained.network, batches, bits=options.bits or BITS, depthwise=trained.config.model.quant.depthwise,

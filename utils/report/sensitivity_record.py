@@ -168,7 +168,10 @@ def read(path: Path) -> Sensitivity:
             loss=_of(found, "loss", float), top1=_of(found, "top1", float), layers=layers,
             other_bytes=_of(found, "other_bytes", int), other_macs=_of(found, "other_macs", int),
         )  # fmt: skip
-        if not layers or any(set(layer.changes) != set(layers[0].changes) for layer in layers):
+        names = {layer.name for layer in layers}
+        if not layers or len(names) < len(layers) or any(set(name) & set("*?[") for name in names):
+            raise ValueError
+        if any(set(layer.changes) != set(layers[0].changes) for layer in layers):
             raise ValueError
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -184,7 +187,7 @@ def _layer(entry: dict[str, Any]) -> LayerSensitivity:
         int(bits): Change(**{name: _of(change, name, float) for name in Change.__dataclass_fields__})
         for bits, change in entry["changes"].items()
     }
-    if not changes or not all(1 <= bits <= FULL_BITS for bits in changes):
+    if not changes or len(changes) < len(entry["changes"]) or not all(1 <= bits <= 8 for bits in changes):
         raise ValueError
     return LayerSensitivity(
         name=_of(entry, "name", str), kind=_of(entry, "kind", str), weights=_of(entry, "weights", int),

@@ -98,9 +98,14 @@ def test_the_file_and_the_mistakes(
     assert tools.main([*words, "--new", "bits.json", "--budget_bops", "1G"]) == 2
     assert "--force writes over it" in capsys.readouterr().err
 
+    assert tools.main([*words, "--new", "found.json", "--budget_bops", "1G", "--force"]) == 2
+    assert "--new found.json is --old" in capsys.readouterr().err
+
     damaged = json.loads(found.as_json())
     for change in (
         lambda it: it.update(format=0), lambda it: it.update(layers=[]), lambda it: it.pop("loss"),
+        lambda it: it["layers"].append(it["layers"][0]), lambda it: it["layers"][0].update(name="layer*"),
+        lambda it: [layer["changes"].update({"20": layer["changes"]["2"]}) for layer in it["layers"]],
         lambda it: it["layers"][0].update(macs=10**400), lambda it: it.update(loss=10**400),
         lambda it: it["layers"][0]["changes"].pop("2"), lambda it: it["layers"][0].update(weights="many"),
     ):  # fmt: skip

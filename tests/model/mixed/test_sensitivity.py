@@ -151,6 +151,9 @@ def test_a_run_is_measured_planned_and_mistakes_are_one_line(
     assert (record.images, record.bits, len(record.layers)) == (12, (4, 2), 22)
     assert json.loads(path.read_text()) == json.loads(record.as_json())
 
+    assert tools.main(["--keyword", "sensitivity", *options]) == 2
+    assert f"{path} exists; --force writes over it" in capsys.readouterr().err
+
     budget = f"{record.bytes_with({layer.name: 3 for layer in record.layers})}B"
     plan = ["--keyword", "plan", "--old", str(path), "--new", "bits.yaml", "--budget_size", budget]
     assert tools.main(plan) == 0
