@@ -64,9 +64,9 @@ class Quantizer(Grouped):
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
     keeps_output: bool = False  # whether `quantize` may keep its result for the backward pass, without a copy
-    pure: ClassVar[bool] = (
-        False  # evaluated, it depends on input and state alone; not inherited, see `KeptWeight`
-    )
+    # Evaluated, it depends on input, parameters, buffers and attributes of this object alone; not inherited, see
+    # `KeptWeight`.
+    pure: ClassVar[bool] = False
     generated: bool = False  # whether kernels that `torch.compile` generates compute it, see `--kernels`
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
