@@ -198,6 +198,16 @@ class Quantizer(Grouped):
             self.kept.clear()
         return super().train(mode)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy; those of modules that an earlier version pickled lack some."""
+        super().__setstate__(state)
+        later = {
+            "kept": KeptWeight(),
+            "calibrating": self.calibrates,
+            "blending": self.config.proxquant_step > 0,
+        }
+        vars(self).update(later | vars(self))
+
     def settle(self) -> None:
         """Note whether warm-up and blending are over, after which they cost nothing; waits for the device.
 

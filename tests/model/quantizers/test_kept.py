@@ -263,6 +263,22 @@ def test_a_copy_keeps_its_own(copied: Callable[[QuantConv2d], QuantConv2d], coun
     assert torch.equal(evaluated(layer), before)
 
 
+@pytest.mark.parametrize("fields", [{}, {"stable": 2}, {"proxquant_step": 2}])
+def test_a_module_pickled_by_an_earlier_version_works(fields: dict[str, Any]) -> None:
+    layer = layer_of(**fields)
+    expected = evaluated(layer)
+    earlier = copy.deepcopy(layer)
+    for name in ("kept", "calibrating", "blending"):
+        delattr(quantizer_of(earlier), name)
+    for copied in (copy.deepcopy, pickled):
+        found = copied(earlier)
+        assert torch.equal(evaluated(found), expected) and torch.equal(evaluated(found), expected)
+        for again in (layer.train(), found.train()):
+            again(image(1, 4, 5, 5)).sum().backward()
+        assert torch.equal(evaluated(found.eval()), evaluated(layer.eval()))
+        layer = layer_of(**fields)
+
+
 def test_training_frees_it() -> None:
     layer = layer_of()
     evaluated(layer)
