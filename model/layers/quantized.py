@@ -113,13 +113,29 @@ class QuantLayer(nn.Module):
         """`product`, of which nothing but `x` and `weight` is kept where the layer is to `recompute` it.
 
         The whole is kept while a pass of the quantizer depends on the passes before it.
+
+        Raises:
+            UserError: in the backward pass, where `x` has been changed in place.
         """
         quantizer = self.quant_activation
         if not (
             self.recompute and self.training and isinstance(quantizer, Quantizer) and quantizer.repeats()
         ):
             return self.product(x, weight)
-        return checkpoint(self.product, x, weight, use_reentrant=False)
+        y = checkpoint(self.product, x, weight, use_reentrant=False)
+        held, version = [x.detach()], x._version  # which shares the counter of changes, but has no graph
+
+        def check(_: Tensor) -> None:
+            if held and held.pop()._version != version:
+                raise UserError(
+                    f"--recompute: {quantizer.site.name}: its input is changed in place after the layer has read it, "
+                    "and cannot be quantized again: change a copy (x = x + y instead of x += y), or leave --recompute "
+                    "out if the network trains without it"
+                )
+
+        if y.requires_grad:
+            y.register_hook(check)  # before torch finds the same, whose message does not name the layer
+        return y
 
     def check_empty(self) -> None:
         """Check that an empty input may pass without the quantizers.

@@ -64,9 +64,9 @@ class Quantizer(Grouped):
     published: ClassVar[Mapping[str, str]] = {}  # names in published files -> names of the state
     obsolete: ClassVar[frozenset[str]] = frozenset()  # names in published files that are not needed
     keeps_output: bool = False  # whether `quantize` may keep its result for the backward pass, without a copy
-    pure: ClassVar[bool] = (
-        False  # evaluated, it depends on input and state alone; not inherited, see `KeptWeight`
-    )
+    # Evaluated, it depends on input, parameters, buffers and attributes of this object alone; not inherited, see
+    # `KeptWeight`.
+    pure: ClassVar[bool] = False
     generated: bool = False  # whether kernels that `torch.compile` generates compute it, see `--kernels`
     keeps_float32: ClassVar[bool] = True  # also in a network that is made half, see utils.step.precision
 
@@ -197,6 +197,16 @@ class Quantizer(Grouped):
         if mode:
             self.kept.clear()
         return super().train(mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickle or a copy; those of modules that an earlier version pickled lack some."""
+        super().__setstate__(state)
+        later = {
+            "kept": KeptWeight(),
+            "calibrating": self.calibrates,
+            "blending": self.config.proxquant_step > 0,
+        }
+        vars(self).update(later | vars(self))
 
     def settle(self) -> None:
         """Note whether warm-up and blending are over, after which they cost nothing; waits for the device.

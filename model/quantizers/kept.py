@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from model.quantizers.groups import Grouped
+from model.quantizers.site import LayerSite
+from utils.config.schema import QuantizerConfig
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, LayerSite, QuantizerConfig)
+_OF_MODULES = vars(nn.Module()).keys() - {"training"} | {"kept"}
 
 
 class _Result(NamedTuple):
     sources: list[Tensor]  # copies
     settings: dict[str, Any]
-    quantized: Tensor
-    version: int
+    quantized: Tensor  # a copy
 
 
 class KeptWeight:
@@ -23,7 +27,8 @@ class KeptWeight:
 
     It is taken again while the values of the weight, and of the quantizer's parameters, buffers and attributes, are
     those that it was computed from. Values are compared, since torch's counters of changes do not see one through
-    `.data`, nor one in NumPy; comparing takes about a tenth of the time of quantizing. A copy or a pickle begins empty.
+    `.data`, nor one in NumPy. For the same reason each caller gets a tensor of its own. A copy or a pickle begins
+    empty.
     """
 
     def __init__(self) -> None:
@@ -50,20 +55,22 @@ class KeptWeight:
 
     def of(self, quantizer: Grouped, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
         """The quantized `x`: the kept one where nothing has changed, else that of `compute`, which is then kept."""
-        sources, settings = list(_sources(quantizer, x)), _settings(quantizer)
-        found = self._result
+        settings = _settings(quantizer)
+        if settings is None:
+            return compute()
+        sources, found = list(_sources(quantizer, x)), self._result
         if (
-            found is None
-            or found.settings != settings
-            or found.quantized._version != found.version  # a caller has changed it in place
-            or len(found.sources) != len(sources)
-            or not all(map(_same, found.sources, sources))
+            found is not None
+            and found.settings == settings
+            and len(found.sources) == len(sources)
+            and all(map(_same, found.sources, sources))
         ):
-            with torch.inference_mode(False), torch.no_grad():  # whose tensors have no version
-                quantized = compute()
-                copies = [source.detach().clone() for source in sources]
-            self._result = found = _Result(copies, settings, quantized, quantized._version)
-        return found.quantized
+            return found.quantized.clone()
+        quantized = compute()
+        self._result = _Result(
+            [source.detach().clone() for source in sources], settings, quantized.detach().clone()
+        )
+        return quantized
 
     def clear(self) -> None:
         """Keep nothing."""
@@ -76,9 +83,18 @@ def _sources(quantizer: Grouped, x: Tensor) -> Iterator[Tensor]:
     yield from (value for value in quantizer._buffers.values() if value is not None)
 
 
-def _settings(quantizer: Grouped) -> dict[str, Any]:
-    """The plain attributes."""
-    return {name: value for name, value in vars(quantizer).items() if name[0] != "_" and name != "kept"}
+def _settings(quantizer: Grouped) -> dict[str, Any] | None:
+    """The attributes; None where a change of one would not be seen, as within a list or in a module."""
+    if quantizer._modules:
+        return None
+    found = {name: value for name, value in vars(quantizer).items() if name not in _OF_MODULES}
+    found["config.extra"] = tuple(quantizer.config.extra.items())
+    return found if all(map(_plain, found.values())) else None
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is of a type whose values never change."""
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_plain, value)))
 
 
 def _same(before: Tensor, now: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,44 @@ def test_no_quantized_input_is_kept(case: Case, padding_after_quant: bool) -> No
     assert before >= now + size
     model, parameters = full, {value.untyped_storage().data_ptr() for value in full.parameters()}
     assert now < kept() + size / 4
+
+
+def relu_afterwards(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x).sum() + torch.relu_(x).sum()
+
+
+def added_to(layer: nn.Module, x: Tensor) -> Tensor:
+    x += layer(x)
+    return x.relu_().sum()
+
+
+@pytest.mark.parametrize("use", [relu_afterwards, added_to])
+@pytest.mark.parametrize("name", ["xnor", "dorefa"])
+@pytest.mark.parametrize("index", [1, 5], ids=["convolution", "linear"])
+def test_an_input_that_changes_later_is_one_line(
+    name: str, use: Callable[[nn.Module, Tensor], Tensor], index: int
+) -> None:
+    layer = network(next(case for case in INPUTS if case.name == name))[index]
+    layer.recompute = True
+    loss = use(layer, image(*((2, 8, 5, 5) if index == 1 else (2, 8))).requires_grad_() * 1)
+    with pytest.raises(
+        UserError, match=rf"--recompute: {layer.quant_activation.site.name}: .*in place"
+    ) as error:
+        loss.backward()
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_may_change_and_a_graph_be_used_twice() -> None:
+    layer = network(next(case for case in INPUTS if case.name == "xnor"))[1]
+    gradients = []
+    for layer.recompute in (False, True):
+        x = image(2, 8, 5, 5).requires_grad_()
+        before = x * 1
+        before.relu_()  # before it is read
+        loss = layer(before).mul_(2).relu_().sum()
+        gradients += torch.autograd.grad(loss, x, retain_graph=True)
+        gradients += torch.autograd.grad(loss, x)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_evaluation_keeps_nothing_either_way() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -296,3 +298,35 @@ def test_table() -> None:
         ],
     ]
     assert last == ["sum", "12", "515"]
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"name": "ADAM"}])
+def test_a_contiguous_run_goes_on_in_channels_last(options: dict[str, Any]) -> None:
+    """A momentum that lies in memory otherwise than its weight stays that of each weight."""
+
+    def made(layout: torch.memory_format) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, 2), nn.Flatten())
+        model = model.double().to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        return model, build_optimizer(model, replace(CONFIG, **options))[0]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, layout: torch.memory_format) -> None:
+        images = torch.linspace(-1, 1, 2 * 3 * 9 * 9, dtype=torch.float64).sin().reshape(2, 3, 9, 9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images.contiguous(memory_format=layout)).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer = made(torch.contiguous_format)
+    train(model, optimizer, torch.contiguous_format)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model, optimizer = made(layout)
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        train(model, optimizer, layout)
+        ends.append(model.state_dict())
+    assert ends[1]["0.weight"].is_contiguous(memory_format=torch.channels_last)
+    for one, two in zip(ends[0].values(), ends[1].values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
