@@ -79,6 +79,8 @@ def test_rules_as_entries_and_back() -> None:
         ("- {name: fc, bit: 4, fm_bit: 4}", "bit and fm_bit contradict"),
         ("- {name: fc, tag: wt, fm_bit: 4}", "tag belongs to bit"),
         ("- {name: fc, tag: weights, bit: 4}", "tag 'weights' must be one of fm, wt, ot"),
+        ("- {name: fc, tag: [wt], bit: 4}", "entry 1: tag ['wt'] must be one of fm, wt, ot"),
+        ('[{"tag": {}, "bit": 4}]', "entry 1: tag {} must be one of fm, wt, ot"),
         ("- {name: 3, bit: 4}", "name must be a pattern"),
         ("- {name: [fc, 3], bit: 4}", "name must be a pattern"),
         ("- {name: '', bit: 4}", "name must be a pattern"),
