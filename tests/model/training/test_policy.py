@@ -115,6 +115,42 @@ def test_thresholds_of_lq_stay_between_their_levels() -> None:
         steering_of(text % 1.5, "--keyword cifar10,lq")
 
 
+@pytest.mark.parametrize(
+    ("entry", "targets"),
+    [
+        ("bit: 3", {"3.quant_weight"}),
+        ("name: '*', level_num: 8", {"3.quant_weight"}),
+        ("name: '9', bit: 3", {"9.quant_weight", "9.quant_activation"}),
+        ("name: '3', bit: 3", {"3.quant_weight", "3.quant_activation"}),
+        ("index: [0], tag: wt, bit: 3", {"0.quant_weight"}),  # the first layer is one of the quantized ones
+        ("tag: fm, boundary: 2.0", {"0.quant_activation", "3.quant_activation", "9.quant_activation"}),
+        (
+            "name: '[09]', bit: 3",
+            "the bits of 0, 9 are the layer's own: write such a name out to change them",
+        ),
+        ("tag: fm, bit: 3", "the bits of 0, 3, 9 are the layer's own"),
+    ],
+)
+@pytest.mark.parametrize("section", ["init: [{%s}]", "epoch: [{at: 1, %s}]"])
+def test_levels_pass_over_layers_with_bits_of_their_own(
+    entry: str, targets: set[str] | str, section: str
+) -> None:
+    Path("bits.yaml").write_text("- {name: '*', fm_bit: 4}")
+    options = "--bits 2 --first_last_bit 8 --layer_bits bits.yaml"
+    if isinstance(targets, str):
+        with pytest.raises(UserError, match=targets):
+            steering_of(section % entry, options)
+        return
+    steering = steering_of(section % entry, options)
+    steering.advance(1, STEPS)
+    value = 2.0 if "boundary" in entry else 8
+    found = {
+        name: float(each.current_range().mean()) if "boundary" in entry else each.levels
+        for name, each in quantizers(steering._model)
+    }
+    assert {name for name, each in found.items() if each == pytest.approx(value)} == targets
+
+
 def test_a_missing_file() -> None:
     with pytest.raises(UserError, match=r"nothing\.yaml: cannot be read"):
         policy_file.read_policy(Path("nothing.yaml"))
