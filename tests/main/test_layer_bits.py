@@ -59,6 +59,17 @@ def test_the_checkpoint_holds_the_bits(
     capsys.readouterr()
     assert main.main([*TINY.split(), "--epochs", "3", "-r"]) == 2
     assert "--layer_bits was 1 entries and is none now" in capsys.readouterr().err
+    evaluate = ["-e", "--pretrained", CHECKPOINT, "--layer_bits", str(file)]
+    for entries, status in (
+        (
+            "- {name: layer1.*, bit: 3}\n- {name: [layer1.*, fc], tag: fm, bit: ternary}\n- {name: fc, bit: 8}",
+            0,
+        ),
+        ("- {name: layer1.*, wt_bit: 3}", 2),
+    ):
+        file.write_text(entries, encoding="utf-8")
+        assert main.main(evaluate) == status
+    assert "--layer_bits has other entries now" in capsys.readouterr().err
     file.unlink()
     assert main.main(["-e", "--pretrained", CHECKPOINT, "--audit"]) == 0
     seen = {
