@@ -17,7 +17,14 @@ from torch.nn.utils import parametrize
 
 from model import quant  # noqa: F401  (registers what a configuration can name)
 from model.layers import bits
-from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
+from model.layers.bits import (
+    asked_bits,
+    assign_bits,
+    become_quantized,
+    mark_ends,
+    quantizes,
+    undone_on_error,
+)  # fmt: skip
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
@@ -123,10 +130,11 @@ def build_quantizers(module: nn.Module, config: QuantConfig) -> None:
         >>> network[0].quant_weight
         LSQ(wt, lsq, levels=4, groups=2)
     """
-    assign_bits(module, config)
-    for name, layer in module.named_modules():
-        if isinstance(layer, QuantLayer):
-            layer.build_quantizers(config, name)
+    with undone_on_error(module):
+        assign_bits(module, config)
+        for name, layer in module.named_modules():
+            if isinstance(layer, QuantLayer):
+                layer.build_quantizers(config, name)
 
 
 def quantize(
@@ -163,7 +171,7 @@ def quantize(
 
     Raises:
         UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, a
-            method does not have the bits, or a quantizer does not fit its layer.
+            method does not have the bits, or a quantizer does not fit its layer. The network is as it was then.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -190,14 +198,15 @@ def quantize(
         if part.enable:
             method_class(part)  # an unknown method is refused before anything has changed
     order = None if example is None else called(module, *example)[1]
-    report = replace(module, config, select or Selection(), order)
-    assign_bits(module, config, report.replaced)
-    for name in report.replaced:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, QuantConv2d | QuantLinear)
-        layer.build_quantizers(config, name)
-        for _, quantizer in layer.quantizers():
-            quantizer.to(layer.weight.device).train(layer.training)
+    with undone_on_error(module):
+        report = replace(module, config, select or Selection(), order)
+        assign_bits(module, config, report.replaced)
+        for name in report.replaced:
+            layer = module.get_submodule(name)
+            assert isinstance(layer, QuantConv2d | QuantLinear)
+            layer.build_quantizers(config, name)
+            for _, quantizer in layer.quantizers():
+                quantizer.to(layer.weight.device).train(layer.training)
     return report
 
 
@@ -339,16 +348,17 @@ def replace(
     select.check_patterns([name for group in names.values() for name in group])
     obstacles = _obstacles(module, layers, order)
     ends = tuple(layers) if order is None else order
+    if not ends:
+        raise UserError("there is no layer to quantize: with example the network calls no layer with weights")
     mark_ends(layers, ends)
     replaced, left = [], []
     for name, layer in layers.items():
         reason, named_whole = _deselected(names[name], layer, config, select, ends)
-        if not reason and name in obstacles:
-            reason = obstacles[name]
-            if named_whole and not isinstance(layer, QuantLayer):
-                asked = asked_bits(config, layer, names[name], whole=True)
-                raise UserError(f"{next(iter(asked.values())).source}: {name} {reason}: leave it out")
+        reason = reason or obstacles.get(name, "")
         if reason:
+            asked = asked_bits(config, layer, names[name], whole=True)
+            if quantizes(asked) and not isinstance(layer, QuantLayer):
+                raise UserError(f"{next(iter(asked.values())).source}: {name} {reason}: leave it out")
             left.append(Left(name, reason))
             if not isinstance(layer, QuantLayer):
                 keep_full_precision(layer, reason)

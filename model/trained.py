@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from model.layers.bits import single_bits
 from model.layers.quantized import quantizers, selected
 from utils.checkpoint.run_state import CHANGEABLE
-from utils.config.schema import TAGS, Config, Rule, to_dict
+from utils.config.layer_bits import LayerBits
+from utils.config.schema import TAGS, Config, QuantConfig, Rule, to_dict
 from utils.config.spelling import changed, word_of
 from utils.errors import UserError
 from utils.text import some_names
@@ -20,6 +23,7 @@ FULL, TERNARY = "32", "ternary"  # words of --bits
 SWITCHED = ("enable", "half_range")  # what policies set and a checkpoint's tensors do not hold
 # Fields of quantizers that tensors of a checkpoint decide, or that matter while training alone.
 OF_TRAINING = CHANGEABLE | {"levels", "enable", "tag", "ratio", "custom_update", "extra"}
+SINGLE = ("first_bit", "last_bit", "layer_bits")
 PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
 # Norms whose evaluation is the same.
 SAME_NORMS = {"batch", "static", "frozen"}
@@ -48,7 +52,7 @@ def check_as_trained(
     if not isinstance(network, Mapping) or not isinstance(network.get("quant"), Mapping):
         network = {}  # of another program
     try:
-        _check_single_layers(network.get("quant", {}), to_dict(config.model.quant), source)
+        _check_single_layers(network.get("quant", {}), model, config.model.quant, source)
         _check_quantizers(state, model, config, network, source)
         if network:
             _check_switched(payload, model, config, source)
@@ -241,18 +245,26 @@ def _check_fields(network: Mapping[str, Any], config: Config, source: str) -> No
         for name in before.keys() & values.keys():
             old, new = before[name], values[name]
             alike = name == "norm" and {old, new} <= SAME_NORMS
-            idle = name in OF_TRAINING or name in TAGS or name in ("zero_init", "fixup")
+            idle = name in OF_TRAINING or name in TAGS or name in ("zero_init", "fixup", *SINGLE)
             if old != new and not (alike or idle):
                 raise _other_network(prefix + name, old, new, source)
 
 
-def _check_single_layers(recorded: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
+def _check_single_layers(
+    recorded: Mapping[str, Any], model: nn.Module, quant: QuantConfig, source: str
+) -> None:
     """Refuse other bits of single layers, where both networks quantize: other numbers of levels follow from them."""
-    if not all(any(quant.get(tag, {}).get("enable") for tag in TAGS) for quant in (recorded, now)):
+    now: dict[str, Any] = to_dict(quant)
+    if not all(any(each.get(tag, {}).get("enable") for tag in TAGS) for each in (recorded, now)):
         return
-    for name in ("first_bit", "last_bit", "layer_bits"):
-        if name in recorded and recorded[name] != now[name]:
-            raise _other_network(f"model.quant.{name}", recorded[name], now[name], source)
+    for name in SINGLE:
+        if name not in recorded or recorded[name] == now[name]:
+            continue
+        if name == "layer_bits":
+            rules = tuple(LayerBits(**{**rule, "names": tuple(rule["names"])}) for rule in recorded[name])
+            if single_bits(model, dataclasses.replace(quant, layer_bits=rules)) == single_bits(model, quant):
+                continue
+        raise _other_network(f"model.quant.{name}", recorded[name], now[name], source)
 
 
 def _other_network(field: str, before: Any, now: Any, source: str) -> UserError:

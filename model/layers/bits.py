@@ -5,8 +5,10 @@ The bits are noted on the layers before `build_quantizers` builds the quantizers
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from model.layers.quantized import AskedBits, QuantConv2d, QuantLayer, QuantLinear
@@ -37,6 +39,27 @@ def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     layer.quant_output = nn.Identity()
     vars(layer).pop("full_precision_reason", None)
     return layer
+
+
+@contextmanager
+def undone_on_error(module: nn.Module) -> Iterator[None]:
+    """Give all modules of a network their classes, attributes and children back where the block fails."""
+    before = [
+        (each, type(each), dict(vars(each)), dict(each._modules))
+        for each in module.modules()
+        if not isinstance(each, torch.jit.ScriptModule)
+    ]
+    try:
+        yield
+    except BaseException:
+        for each, kind, attributes, children in before:
+            if type(each) is not kind:
+                each.__class__ = kind
+            vars(each).clear()
+            vars(each).update(attributes)
+            each._modules.clear()
+            each._modules.update(children)
+        raise
 
 
 def mark_ends(layers: Mapping[str, nn.Module], order: Sequence[str]) -> None:
@@ -90,6 +113,22 @@ def asked_bits(
     return found
 
 
+def single_bits(module: nn.Module, config: QuantConfig) -> dict[tuple[str, str], int | str]:
+    """The bits that single layers of a network, once its quantizers are built, would have by a configuration.
+
+    Returns:
+        (layer, tag) -> bits; 32 bits are left out where the layer has no quantizer otherwise.
+    """
+    layers = dict(weighted_layers(module))
+    names, found = all_names(module, layers), dict[tuple[str, str], int | str]()
+    for name, layer in layers.items():
+        whole = not isinstance(layer, QuantLayer) or layer.named_whole
+        asked = asked_bits(config, layer, names[name], whole=whole)
+        if not whole or quantizes(asked):
+            found |= {(name, tag): one.bits for tag, one in asked.items()}
+    return found
+
+
 def quantizes(asked: Mapping[str, AskedBits]) -> bool:
     """Whether bits are not those of full precision alone."""
     return any(one.bits != FULL_BITS for one in asked.values())
@@ -116,6 +155,8 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
     reached: dict[str, bool] = {}  # name -> whether a pattern must write it out
     for name, layer in layers.items():
         if only is not None and name not in only:
+            reached[name] = True
+            _check_left(name, layer, asked_bits(config, layer, own[name], whole=True))
             continue
         given = any(getattr(config, f"{end}_bit") is not None for end in ends_of(layer))
         whole = given or not isinstance(layer, QuantLayer) or layer.named_whole
@@ -135,7 +176,16 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
         layer.reads_images = "first" in ends_of(layer) and "fm" in asked
     for rule in config.layer_bits:
         for pattern in rule.names:
-            _check_pattern(str(rule), pattern, {name: own[name] for name in reached}, reached)
+            _check_pattern(str(rule), pattern, own, reached)
+
+
+def _check_left(name: str, layer: nn.Module, asked: Mapping[str, AskedBits]) -> None:
+    """Refuse other bits for a layer that has quantizers already."""
+    if not isinstance(layer, QuantLayer):
+        return
+    for tag, one in asked.items():
+        if tag not in layer.bits or layer.bits[tag].bits != one.bits:
+            raise UserError(f"{one.source}: {name} is quantized already: leave it out")
 
 
 def _check_pattern(

@@ -105,6 +105,10 @@ class QuantLayer(nn.Module):
         """Whether its bits of its own leave a tag in full precision."""
         return tag in self.bits and self.bits[tag].bits == FULL_BITS
 
+    def has_own_bits(self, tag: str) -> bool:
+        """Whether the bits of a tag are this layer's alone, those of an option for single layers."""
+        return self.named_whole or tag in self.bits
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Quantize the input and multiply it with the quantized weight."""
         raise NotImplementedError
@@ -399,14 +403,19 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 
 def selected(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
-    """The quantizers that a policy's rule selects, with their names; none where it selects nothing."""
+    """The quantizers that a policy's rule selects, with their names; none where it selects nothing.
+
+    Numbers of levels reach quantizers with bits of their own only by the layer's name, written out, or its index.
+    """
     tags = {"activation": "fm", "weight": "wt", "output": "ot"}
     return [
         (f"{name}.{part}", quantizer)
         for number, (name, layer) in enumerate(quantized_layers(model))
-        if (not rule.index or number in rule.index) and fnmatchcase(name, rule.name)
+        if (not rule.index or number in rule.index) and (fnmatchcase(name, rule.name) or name == rule.name)
         for part, quantizer in layer.quantizers()
-        if rule.tag in ("", tags[part.removeprefix("quant_")])
+        for tag in [tags[part.removeprefix("quant_")]]
+        if rule.tag in ("", tag)
+        if "level_num" not in rule.values or rule.index or name == rule.name or not layer.has_own_bits(tag)
     ]
 
 

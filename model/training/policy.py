@@ -88,6 +88,10 @@ def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, nn.Module]) -> str
         return (
             f"{some_names(full)} {'is' if len(full) == 1 else 'are'} in full precision anyway: leave it out"
         )
+    without = dataclasses.replace(rule, values={})  # of values that pass over layers with bits of their own
+    own = dict.fromkeys(name.rpartition(".")[0] for name, _ in selected(without, model))
+    if own:
+        return f"the bits of {some_names(own)} are the layer's own: write such a name out to change them"
     return (
         close_layers(rule.name, layers).removeprefix("; ") if layers else "all layers are in full precision"
     )

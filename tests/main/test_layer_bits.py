@@ -59,6 +59,17 @@ def test_the_checkpoint_holds_the_bits(
     capsys.readouterr()
     assert main.main([*TINY.split(), "--epochs", "3", "-r"]) == 2
     assert "--layer_bits was 1 entries and is none now" in capsys.readouterr().err
+    evaluate = ["-e", "--pretrained", CHECKPOINT, "--layer_bits", str(file)]
+    for entries, status in (
+        (
+            "- {name: layer1.*, bit: 3}\n- {name: [layer1.*, fc], tag: fm, bit: ternary}\n- {name: fc, bit: 8}",
+            0,
+        ),
+        ("- {name: layer1.*, wt_bit: 3}", 2),
+    ):
+        file.write_text(entries, encoding="utf-8")
+        assert main.main(evaluate) == status
+    assert "--layer_bits has other entries now" in capsys.readouterr().err
     file.unlink()
     assert main.main(["-e", "--pretrained", CHECKPOINT, "--audit"]) == 0
     seen = {
@@ -68,3 +79,26 @@ def test_the_checkpoint_holds_the_bits(
     assert (seen["fc.quant_weight"], seen["layer3.0.conv1.0.quant_weight"]) == ("256", "4")
     assert main.main(["-e", "--pretrained", CHECKPOINT, "--last_bit", "4"]) == 2
     assert "--last_bit was 8 and is 4 now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["", "- {name: layer2.*, bit: 3}"])
+def test_the_options_of_the_training_evaluate_what_a_policy_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("policy.yaml").write_text("init: [{name: layer1.*, bit: 4}]\n", encoding="utf-8")
+    Path("bits.yaml").write_text(file, encoding="utf-8")
+    own = ["--layer_bits", "bits.yaml"] if file else []
+    assert main.main([*TINY.split(), *own, "--policy", "policy.yaml", "--epochs", "1"]) == 0
+    evaluate = ["-e", "--pretrained", CHECKPOINT]
+    for options in (
+        own,
+        ["--first_bit", "8", *own],
+        ["--first_last_bit", "8"],
+        ["--fp16", "--opt_level", "O1"],
+    ):
+        assert main.main([*evaluate, *options]) == 0
+    capsys.readouterr()
+    for option, words in (("--last_bit 32", "8 and is none now"), ("--last_bit 4", "8 and is 4 now")):
+        assert main.main([*evaluate, *option.split()]) == 2
+        assert f"--last_bit was {words}" in capsys.readouterr().err

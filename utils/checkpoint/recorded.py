@@ -135,8 +135,11 @@ def _evaluation(given: Given, payload: Mapping[str, Any], path: Path) -> Config:
     written = {name: given[name] for name in given.explicit if not _is_of_network(name)}
     now = resolve_options(Given(options | written, given.replaced, given.through))
     rules = recorded.policy
-    # Numbers of levels that options give are compared with the file's.
-    if any(name.endswith(("_bit", "_bits", "_level")) for name in given.explicit):
+    # Numbers of levels that options give are compared with the file's, and so are other bits of single layers.
+    numbers = given.explicit & {f"{tag}_{name}" for tag in TAGS for name in ("bit", "level")}
+    if numbers or any(
+        getattr(model.quant, name) != getattr(recorded.model.quant, name) for name in _OF_LAYERS
+    ):
         rules = tuple(rule for rule in rules if "level_num" not in rule.values)
     return dataclasses.replace(
         now,

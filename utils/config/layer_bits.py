@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from utils.config.checks import Checks, shown
@@ -64,7 +64,7 @@ class LayerBits:
     """
 
     names: tuple[str, ...]
-    bits: Mapping[str, int | str]
+    bits: Mapping[str, int | str] = field(hash=False)  # which has no hash, but counts for equality
     number: int = 1
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ def _rule(number: int, entry: Any) -> LayerBits:
             hint = closest(name, FIELDS) or f": there are {', '.join(FIELDS)}"
             raise UserError(f"{where}: {shown(name)} is not known{hint}")
     tag, patterns = entry.get("tag", BOTH), entry.get("name", "*")
-    if "tag" in entry and tag not in TAGS:
+    if "tag" in entry and tag not in tuple(TAGS):  # a list or a mapping has no hash
         raise UserError(f"{where}: tag {shown(tag)} must be one of {', '.join(TAGS)}")
     names: list[Any] = patterns if isinstance(patterns, list) and patterns else [patterns]
     if not all(isinstance(name, str) and name for name in names):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import math
 from pathlib import Path
 from typing import Any
 
+from utils.config.checks import LARGEST, shown
 from utils.config.options import OPTIONS
 from utils.config.schema import LEAST, MOST, TAGS, TRAINING, Rule
 from utils.errors import UserError
@@ -33,8 +33,8 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise UserError(f"--policy {path}: cannot be read ({reason})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--policy {path}: is no YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--policy {path}: is no YAML ({' '.join(str(error).split()):.200})") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"--policy {path}: give entries under {', '.join(SECTIONS)}")
     rules: list[Rule] = []
@@ -74,13 +74,15 @@ def _rule(section: str, number: int, entry: Any) -> Rule:
             raise UserError(f"{where}: bit and level_num contradict each other; give one")
         bit = values.pop("bit")
         if not is_integer(bit) or not 1 <= bit <= 16:
-            raise UserError(f"{where}: bit {bit} must be from 1 to 16; full precision is 'enable: false'")
+            raise UserError(
+                f"{where}: bit {shown(bit)} must be from 1 to 16; full precision is 'enable: false'"
+            )
         values["level_num"] = 2**bit
     for name, value in values.items():
         check_value(where, name, value)
     tag, pattern = entry.get("tag", ""), entry.get("name", "*")
-    if "tag" in entry and tag not in TAGS:
-        raise UserError(f"{where}: tag {tag} must be one of {', '.join(TAGS)}")
+    if "tag" in entry and tag not in tuple(TAGS):  # a list or a mapping has no hash
+        raise UserError(f"{where}: tag {shown(tag)} must be one of {', '.join(TAGS)}")
     if not isinstance(pattern, str):
         raise UserError(f"{where}: name {pattern!r} must be a pattern like 'layer1.*'")
     order = (*ATTRIBUTES, *TRAINING)
@@ -104,7 +106,7 @@ def _integers(where: str, name: str, value: Any) -> tuple[int, ...]:
     """A number or a list of numbers, not negative, without repetition."""
     numbers = value if isinstance(value, list) else [value]
     if not numbers or not all(is_integer(number) and number >= 0 for number in numbers):
-        raise UserError(f"{where}: {name} {value!r} must be a list of whole numbers from 0, like [3, 6]")
+        raise UserError(f"{where}: {name} {shown(value)} must be a list of whole numbers from 0, like [3, 6]")
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{where}: {name} {value} names a number twice")
     return tuple(numbers)
@@ -112,23 +114,23 @@ def _integers(where: str, name: str, value: Any) -> tuple[int, ...]:
 
 def check_value(where: str, name: str, value: Any) -> None:
     """Refuse a value that neither quantizers nor the training take."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     if name in FLAGS:
         if not isinstance(value, bool):
-            raise UserError(f"{where}: {name} {value!r} must be true or false")
+            raise UserError(f"{where}: {name} {shown(value)} must be true or false")
     elif name in WORDS:
         choices = OPTIONS[f"fm_{name}"].choices
         if value not in choices:
-            raise UserError(f"{where}: {name} {value!r} must be one of {', '.join(choices)}")
+            raise UserError(f"{where}: {name} {shown(value)} must be one of {', '.join(choices)}")
     elif name == "level_num":
         if not is_integer(value) or not 2 <= value <= 2**16:
-            raise UserError(f"{where}: level_num {value!r} must be from 2 to 65536")
+            raise UserError(f"{where}: level_num {shown(value)} must be from 2 to 65536")
     elif name in ("scale", "boundary"):
         if not number or not LEAST <= value <= MOST:
-            raise UserError(f"{where}: {name} {value!r} must be a number from {LEAST:g} to {MOST:g}")
+            raise UserError(f"{where}: {name} {shown(value)} must be a number from {LEAST:g} to {MOST:g}")
     elif name == "grad_clip":
         if not number or value <= 0:
-            raise UserError(f"{where}: {name} {value!r} must be a number greater than 0")
+            raise UserError(f"{where}: {name} {shown(value)} must be a number greater than 0")
     elif not number or value < 0 or (name == "momentum" and value >= 1):
         limit = " and is below 1" if name == "momentum" else ""
-        raise UserError(f"{where}: {name} {value!r} must be a number that is not negative{limit}")
+        raise UserError(f"{where}: {name} {shown(value)} must be a number that is not negative{limit}")

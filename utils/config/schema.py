@@ -60,7 +60,7 @@ class Rule:
     index: tuple[int, ...] = ()
     name: str = "*"
     tag: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def trains(self) -> bool:
@@ -116,7 +116,7 @@ class QuantizerConfig:
     progressive: bool = False  # a policy that changes the levels keeps the step, not the clip value
     stable: int = 0  # training iterations that pass through unquantized while ranges are collected
     stable_epoch: int = 0  # the same in epochs; the longer of the two counts
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of the user's own keywords
 
     def __post_init__(self) -> None:
         """Refuse values that no quantizer takes."""
@@ -223,7 +223,7 @@ class ModelConfig:
     base: int = 1  # parallel branches of a block (Group-Net)
     norm: str = "batch"  # batch, static, frozen, reverse, instance or group
     activation: str = "relu"  # relu, none, prelu, relu6 or leaky
-    extra: Mapping[str, Any] = field(default_factory=dict)  # fields of the user's own keywords
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of the user's own keywords
     block: BlockConfig = field(default_factory=BlockConfig)
     stem: StemConfig = field(default_factory=StemConfig)
     quant: QuantConfig = QuantConfig()
@@ -420,7 +420,9 @@ class Config:
     probe: ProbeConfig = ProbeConfig()
     policy: tuple[Rule, ...] = ()
     keywords: tuple[str, ...] = ()
-    origins: dict[str, str] = field(default_factory=dict)  # field -> the keyword or option that set it
+    origins: dict[str, str] = field(
+        default_factory=dict, hash=False
+    )  # field -> the keyword or option that set it
     warnings: tuple[str, ...] = ()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model.audit import audit
-from model.convert import full_precision, quantize
+from model.convert import Selection, full_precision, quantize
 from model.layers.quantized import quantizers
 from model.networks.build import build_network
 from model.quant import QuantConfig, QuantizerConfig
@@ -243,3 +243,86 @@ def test_quantize_takes_the_bits_of_layers() -> None:
         quantize(Toy(), config(), first_bit=99)
     with pytest.raises(UserError, match=r"--layer_bits none\.yaml: cannot be read"):
         quantize(Toy(), config(), layer_bits="none.yaml")
+
+
+def linears() -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+
+
+def test_a_mistake_leaves_the_network_as_it_was() -> None:
+    """So that another call, with the mistake mended, quantizes it."""
+    xnor = {
+        tag: QuantizerConfig(tag=tag, enable=True, method="xnor", levels=2, half_range=tag == "fm")
+        for tag in ("fm", "wt")
+    }
+    network = linears()
+    quantize(network[1:2], config(first_last=True))
+    levels, before = bits_of(network), [dict(vars(each)) for each in network.modules()]
+    kinds = [type(each) for each in network.modules()]
+    for quant, mistake in (
+        (config(), {"layer_bits": [{"name": "zzz", "bit": 4}]}),
+        (config(), {"layer_bits": [{"name": "3", "bit": 4}, {"name": "1", "bit": 4}]}),
+        (QuantConfig(**xnor), {"first_bit": 8}),  # which the method does not have
+        (QuantConfig(**xnor), {"layer_bits": [{"name": "2", "bit": 1}, {"name": "3", "bit": 2}]}),
+    ):
+        with pytest.raises(UserError):
+            quantize(network, quant, **mistake)
+        assert [type(each) for each in network.modules()] == kinds
+        assert [list(vars(each)) for each in network.modules()] == [list(each) for each in before]
+    assert bits_of(network) == levels
+    assert quantize(network, config(), last_bit=8).replaced == ("2", "3")
+    assert bits_of(network)["2.quant_weight"] == 4 and bits_of(network)["3.quant_weight"] == 256
+
+
+@pytest.mark.parametrize(
+    ("select", "bits", "words"),
+    [
+        ({"exclude": ("0",)}, {"first_bit": 8}, "--first_bit 8: 0 is excluded by 0: leave it out"),
+        ({"include": ("1",)}, {"last_bit": 8}, "--last_bit 8: 3 is not included: leave it out"),
+        ({"linears": False}, {"last_bit": 8}, "--last_bit 8: 3 is a linear layer: leave it out"),
+        (
+            {"exclude": ("2",)},
+            {"layer_bits": [{"name": "*", "bit": 4}, {"name": "2", "bit": 3}]},
+            "--layer_bits: entry 2: 2 is excluded by 2: leave it out",
+        ),
+    ],
+)
+def test_bits_for_a_layer_that_is_not_selected(
+    select: dict[str, Any], bits: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        quantize(linears(), config(), select=Selection(**select), **bits)
+    full = {each: 32 if each != "layer_bits" else [{"name": "2", "bit": 32}] for each in bits}
+    quantize(linears(), config(), select=Selection(**select | {"linears": True}), **full)
+
+
+def test_bits_for_a_layer_that_is_quantized_already() -> None:
+    network = linears()
+    quantize(network, config(), first_bit=8)
+    assert quantize(network, config(), first_bit=8, last_bit=4).replaced == ("3",)
+    for bits in (
+        {"first_bit": 4},
+        {"layer_bits": [{"name": "0", "bit": 4}]},
+        {"layer_bits": [{"name": "1", "bit": 4}]},
+    ):
+        with pytest.raises(UserError, match=r"[01] is quantized already: leave it out"):
+            quantize(network, config(), **bits)
+
+
+def test_full_precision_for_a_layer_that_has_it_anyway() -> None:
+    network = linears()
+    report = quantize(network, config(), layer_bits=[{"name": "*", "bit": 4}, {"name": "3", "bit": 32}])
+    assert report.replaced == ("1", "2") and set(bits_of(network).values()) == {16}
+
+
+def test_an_example_that_calls_no_layer() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(UserError, match="with example the network calls no layer with weights"):
+        quantize(Unused(), config(), example=(torch.zeros(1, 4),))

@@ -73,10 +73,14 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("epoch: [{at: [1], bit: 2, lr: 0.1}]", "write two entries"),
         ("epoch: [{at: [1], tag: wt, lr: 0.1}]", "write two entries"),
         ("epoch: [{at: [1], tag: weight, bit: 2}]", "must be one of fm, wt, ot"),
+        ("epoch: [{at: [1], tag: [wt], bit: 2}]", "tag ['wt'] must be one of fm, wt, ot"),
+        ("init: [{tag: {}, bit: 2}]", "tag {} must be one of fm, wt, ot"),
         ("epoch: [{at: [1], enable: 3}]", "must be true or false"),
         ("epoch: [{at: [1], boundary: 1.0e+39}]", "boundary 1e+39 must be a number from 1e-06 to 1e+06"),
         ("epoch: [{at: [1], scale: 0}]", "scale 0 must be a number from 1e-06 to 1e+06"),
         ("epoch: [{at: [1], lr: -1}]", "not negative"),
+        (f"epoch: [{{at: [1], lr: 1{'0' * 400}}}]", "not negative"),
+        ("epoch: [{at: [1], lr: 2026-13-45}]", "is no YAML (month must be in 1..12)"),
         ("epoch: [{at: [1.5], bit: 2}]", "whole numbers"),
         ("epoch: [{at: [1], grad_type: Square}]", "must be one of none"),
         ("epoch: [{", "is no YAML"),
@@ -109,6 +113,42 @@ def test_thresholds_of_lq_stay_between_their_levels() -> None:
     steering_of(text % 1, "--keyword cifar10,lq")
     with pytest.raises(UserError, match=r"scale 1\.5: LQ-Nets' thresholds .* at most 1"):
         steering_of(text % 1.5, "--keyword cifar10,lq")
+
+
+@pytest.mark.parametrize(
+    ("entry", "targets"),
+    [
+        ("bit: 3", {"3.quant_weight"}),
+        ("name: '*', level_num: 8", {"3.quant_weight"}),
+        ("name: '9', bit: 3", {"9.quant_weight", "9.quant_activation"}),
+        ("name: '3', bit: 3", {"3.quant_weight", "3.quant_activation"}),
+        ("index: [0], tag: wt, bit: 3", {"0.quant_weight"}),  # the first layer is one of the quantized ones
+        ("tag: fm, boundary: 2.0", {"0.quant_activation", "3.quant_activation", "9.quant_activation"}),
+        (
+            "name: '[09]', bit: 3",
+            "the bits of 0, 9 are the layer's own: write such a name out to change them",
+        ),
+        ("tag: fm, bit: 3", "the bits of 0, 3, 9 are the layer's own"),
+    ],
+)
+@pytest.mark.parametrize("section", ["init: [{%s}]", "epoch: [{at: 1, %s}]"])
+def test_levels_pass_over_layers_with_bits_of_their_own(
+    entry: str, targets: set[str] | str, section: str
+) -> None:
+    Path("bits.yaml").write_text("- {name: '*', fm_bit: 4}")
+    options = "--bits 2 --first_last_bit 8 --layer_bits bits.yaml"
+    if isinstance(targets, str):
+        with pytest.raises(UserError, match=targets):
+            steering_of(section % entry, options)
+        return
+    steering = steering_of(section % entry, options)
+    steering.advance(1, STEPS)
+    value = 2.0 if "boundary" in entry else 8
+    found = {
+        name: float(each.current_range().mean()) if "boundary" in entry else each.levels
+        for name, each in quantizers(steering._model)
+    }
+    assert {name for name, each in found.items() if each == pytest.approx(value)} == targets
 
 
 def test_a_missing_file() -> None:

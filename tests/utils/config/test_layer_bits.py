@@ -79,6 +79,8 @@ def test_rules_as_entries_and_back() -> None:
         ("- {name: fc, bit: 4, fm_bit: 4}", "bit and fm_bit contradict"),
         ("- {name: fc, tag: wt, fm_bit: 4}", "tag belongs to bit"),
         ("- {name: fc, tag: weights, bit: 4}", "tag 'weights' must be one of fm, wt, ot"),
+        ("- {name: fc, tag: [wt], bit: 4}", "entry 1: tag ['wt'] must be one of fm, wt, ot"),
+        ('[{"tag": {}, "bit": 4}]', "entry 1: tag {} must be one of fm, wt, ot"),
         ("- {name: 3, bit: 4}", "name must be a pattern"),
         ("- {name: [fc, 3], bit: 4}", "name must be a pattern"),
         ("- {name: '', bit: 4}", "name must be a pattern"),
@@ -121,6 +123,24 @@ def test_what_comes_later_wins(line: str, first: int | str | None, last: int | s
     assert (quant.first_bit, quant.last_bit, quant.first_last) == (first, last, False)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("--first_bit 8", ["first_bit"]),
+        ("--bits 2 --first_last_bit 8 --layer_bits FILE", ["first_last_bit", "layer_bits"]),
+        ("--bits 2 --last_bit 32", []),
+    ],
+)
+def test_full_precision_behind_a_config_leaves_its_bits_out(
+    tmp_path: Path, options: str, names: list[str]
+) -> None:
+    path = tmp_path / "bits.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    config = read([*NETWORK, *options.replace("FILE", str(path)).split(), "--bits", "32"])
+    assert config.warnings == tuple(f"--{name} has no effect with --bits 32" for name in names)
+    assert not config.model.quant.enabled and config.model.quant.layer_bits == ()
+
+
 def test_the_keyword_and_the_options() -> None:
     """The options say the bits of their layer, 32 too; the keyword says that of the other one."""
     config = read(["--keyword", "cifar10,cbsa,lsq,first-last", "--bits", "2", "--first_bit", "32"])
@@ -130,6 +150,11 @@ def test_the_keyword_and_the_options() -> None:
     assert config.warnings == (
         "--fm_first_signed has no effect with --first_bit, whose levels are signed anyway",
     )
+    line = "--bits 2 --first_last_bit 32 --fm_first_signed"
+    config = read(["--keyword", "cifar10,cbsa,lsq,first-last", *line.split()])
+    assert config.warnings == (
+        "--fm_first_signed has no effect with --first_last_bit 32, which keeps the first layer in full precision",
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,6 +163,15 @@ def test_the_keyword_and_the_options() -> None:
         ("--keyword cifar10,cbsa,lsq --first_bit 8", "--first_bit 8: nothing is quantized: add --bits 2"),
         ("--keyword cifar10,cbsa --first_last_bit 8", "--first_last_bit 8: nothing is quantized"),
         ("--keyword cifar10,cbsa,lsq --layer_bits x.yaml", "--layer_bits x.yaml: nothing is quantized"),
+        (
+            "--keyword cifar10,cbsa,lsq --bits 32 --first_bit 8",
+            "--first_bit 8: nothing is quantized with --bits 32: write the bits of the other layers as --bits",
+        ),
+        (
+            "--keyword cifar10,cbsa,lsq --bits 32 --first_last_bit 8",
+            "--first_last_bit 8: nothing is quantized",
+        ),
+        ("--keyword cifar10,cbsa,lsq --bits 32 --layer_bits x.yaml", "or leave --layer_bits out"),
         ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit 17", "'17' is not a number of bits from 1 to 16"),
         ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit 0", "'0' is not a number of bits"),
         ("--keyword cifar10,cbsa,lsq --bits 2 --last_bit -8", "'-8' is not a number of bits"),
@@ -163,6 +197,13 @@ def test_bits_that_cannot_be(line: str, words: str) -> None:
 def test_a_configuration_with_wrong_bits(fields: dict[str, object]) -> None:
     with pytest.raises(UserError, match=f"QuantConfig: {next(iter(fields))}"):
         QuantConfig(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_configurations_are_keys_of_mappings() -> None:
+    one, same = (QuantConfig(layer_bits=layer_rules(ENTRIES)) for _ in range(2))
+    assert {one: 1}[same] == 1 and hash(Config()) == hash(Config())
+    other = QuantConfig(layer_bits=layer_rules([{"name": "layer1.*", "bit": 3}]))
+    assert len({one, same, other}) == 2
 
 
 def test_old_configurations_have_no_bits_of_their_own() -> None:

@@ -57,9 +57,11 @@ def _spread_ends(given: Given) -> Given:
         for end in ("first", "last")
         if f"{end}_bit" not in order[order.index("first_last_bit") :]
     }
-    written = {name: given[name] for name in order if name not in (*values, "first_last_bit")}
+    written: dict[str, Any] = {}
+    for name in order:  # where it stands says whether a later --bits is meant for it, too
+        written |= values if name == "first_last_bit" else {} if name in values else {name: given[name]}
     through = dict.fromkeys(values, "--first_last_bit")
-    return Given(values | written, given.replaced, given.through | through)
+    return Given(written, given.replaced, given.through | through)
 
 
 def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:
@@ -82,6 +84,12 @@ def fitting_bits(given: Given, fitting: Callable[[str, int], int]) -> str:
 def is_full_precision(given: Given) -> bool:
     """Whether `--bits` asks for full precision."""
     return given["bits"] is not None and set(_parts(given["bits"])) == {FULL}
+
+
+def behind_bits(option: str, given: Given) -> bool:
+    """Whether an option stands behind `--bits` on the command line, not in a config before it."""
+    order = list(given.explicit)
+    return option in order and "bits" in order and order.index(option) > order.index("bits")
 
 
 def _parts(text: str) -> list[str]:

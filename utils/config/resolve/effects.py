@@ -9,6 +9,7 @@ from utils.config import keyword
 from utils.config.command_line import Given
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER, OPTIONS
+from utils.config.resolve.bits import is_full_precision
 from utils.config.resolve.data_and_run import resume_file
 from utils.config.schema import READ_ETA_MIN, TAGS, WITHOUT_FILES
 from utils.errors import UserError
@@ -40,6 +41,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         UserError: such an option names what the run shall use, and is no default that configs write out.
     """
     _refuse_unused_bits(given, fields)
+    nothing = is_full_precision(given) and not any(given[f"{tag}_enable"] for tag in TAGS)
     policy = given["lr_policy"]
     dataset = given["dataset"] or fields.get("data.dataset", "digits")
     calibrates = bool(given["stable"] or given["stable_epoch"])
@@ -88,6 +90,10 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             if given["evaluate"]
             else "with --distill_loss_alpha 1, which leaves the labels out",
         ),
+        **{
+            name: (nothing and given[name] != FULL_PRECISION, f"with --bits {given['bits']}")
+            for name in ("first_bit", "last_bit", "layer_bits")
+        },
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (
             dataset in WITHOUT_FILES and (dataset != "fake" or "dataset" not in given.replaced),
@@ -110,7 +116,8 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         if is_idle and name in given.explicit:
             if name in NAMING:
                 _refuse_naming(name, when, given)
-            warnings.append(f"--{name} has no effect {when}")
+            warnings.append(f"{given.through.get(name, f'--{name}')} has no effect {when}")
+    warnings = list(dict.fromkeys(warnings))  # --first_last_bit is two options
     warnings += _idle_words(given)
     for name in ("custom_lr", "custom_decay"):
         if given[f"{name}_list"] and name not in given.explicit:

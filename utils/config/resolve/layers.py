@@ -11,7 +11,7 @@ from utils.config.command_line import Given
 from utils.config.layer_bits import FULL_BITS, levels_of
 from utils.config.layer_rules import read_layer_bits
 from utils.config.methods import unfit_levels
-from utils.config.resolve.bits import is_full_precision
+from utils.config.resolve.bits import behind_bits, is_full_precision
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
@@ -29,9 +29,16 @@ def layer_options(given: Given, parts: Mapping[str, QuantizerConfig], *, first_l
     """
     enabled = {tag: part for tag, part in parts.items() if part.enable}
     for name in ("first_bit", "last_bit", "layer_bits"):
-        if given[name] in (None, FULL_BITS) or enabled or is_full_precision(given):
+        if given[name] in (None, FULL_BITS) or enabled:
             continue
         asked = given.through.get(name, f"--{name}")
+        if is_full_precision(given):
+            if behind_bits(name, given):
+                raise UserError(
+                    f"{asked} {given[name]}: nothing is quantized with --bits {given['bits']}: write the bits of the "
+                    f"other layers as --bits, or leave {asked} out"
+                )
+            continue  # of a config that is trained in full precision: a warning
         raise UserError(
             f"{asked} {given[name]}: nothing is quantized: add --bits 2, the bits of all other layers, and the keyword "
             f"of a method, or leave {asked} out"

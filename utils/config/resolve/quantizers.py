@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from utils.config.command_line import Given
+from utils.config.layer_bits import FULL_BITS
 from utils.config.methods import PROJECT, readers, record_of
 from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.families import family_of
@@ -188,9 +189,17 @@ def _check_method(
             "" if record.ignores("grad_scale") and method not in PROJECT else f" without --{tag}_grad_scale"
         )
         warnings.append(f"--{tag}_scale has no effect with {method}{unless}")
+    first = given.through.get("first_bit", "--first_bit")
     if tag == "fm" and given["fm_first_signed"]:
         for idle, when in (
-            (given["first_bit"] is not None, "with --first_bit, whose levels are signed anyway"),
+            (
+                given["first_bit"] not in (None, FULL_BITS),
+                f"with {first}, whose levels are signed anyway",
+            ),
+            (
+                given["first_bit"] == FULL_BITS and "quant.first_last" in fields,
+                f"with {first} {FULL_BITS}, which keeps the first layer in full precision",
+            ),
             ("quant.first_last" not in fields, "without the keyword first-last"),
             (
                 (family_of(given["model"]) not in ("resnet", "pytorch", "own")),
