@@ -17,7 +17,7 @@ from model.quantizers.grid import Grid
 from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
 
-__all__ = ["initialise_ranges", "least_error_clip", "percentile_clip"]
+__all__ = ["initialise_range", "initialise_ranges", "least_error_clip", "percentile_clip"]
 
 _DEFAULT = QuantConfig()
 _CANDIDATES = 100  # clip values that the search for the least squared error tries ...
@@ -118,7 +118,24 @@ def _searched(quantizer: Quantizer, config: QuantConfig) -> Grid | None:
 
 
 def initialise_range(quantizer: Quantizer, x: Tensor, config: QuantConfig) -> None:
-    """Initialise one quantizer from the tensor that it will quantize; a group of zeros keeps its clip value."""
+    """Initialise one quantizer from the tensor that it will quantize; a group of zeros keeps its clip value.
+
+    Args:
+        quantizer: it changes in place.
+        x: floating point, of the shape that the quantizer gets.
+        config: only `re_init_range` and `re_init_percentile` are read.
+
+    Example:
+        >>> import torch
+        >>> from model.calibrate import initialise_range
+        >>> from model.quant import LayerSite, QuantConfig, QuantizerConfig, methods
+        >>> config = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=3)
+        >>> site = LayerSite(name="fc", channels=1, channel_dim=0, ndim=2, fan=3)
+        >>> quantizer = methods()["lsq", "wt"](config, site)
+        >>> initialise_range(quantizer, torch.tensor([[-2.0, 0.0, 2.0]]), QuantConfig(re_init_range="mse"))
+        >>> quantizer.current_range()
+        tensor([[2.]])
+    """
     grid = _searched(quantizer, config)
     if grid is None:
         quantizer.initialise_from(x)
