@@ -255,7 +255,7 @@ def main() -> int:
         "",
         f"![accuracy over size](results/{name}-size.png)",
         "",
-        "![bits of each layer](results/{name}-bits.png)",
+        f"![bits of each layer](results/{name}-bits.png)",
     ]
     PAGE.write_text(digits.section(PAGE.read_text("utf-8"), name, [*head, *lines, *pictures]), "utf-8")
     return 0
