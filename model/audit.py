@@ -21,7 +21,7 @@ from model.layers.quantized import (
 from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
 from model.watch.accumulators import Sums
-from model.watch.cut_off import cut_off
+from model.watch.cut_off import cut_off, holds_images, starts_at_zero
 from model.watch.products import Products
 from utils.config.checks import shown, unlike
 from utils.config.schema import QuantConfig
@@ -90,13 +90,8 @@ class _Pixels:
         quantizer, images = layer.quant_activation, self.images
         if not (isinstance(images, Tensor) and isinstance(quantizer, Quantizer) and quantizer.enabled):
             return
-        x, bounds = first_input(inputs, named), quantizer.bounds()
-        if bounds is None or not bool((bounds[0] >= 0).all()) or x.numel() != images.numel() or not x.numel():
-            return
-        # The first image tells; a layer may have changed the order of its values.
-        if x.shape[0] == images.shape[0] and torch.equal(
-            *(each[0].flatten().float().sort().values for each in (x, images))
-        ):
+        x = first_input(inputs, named)
+        if starts_at_zero(quantizer) and holds_images(x, images):
             below, total = self.counts.get(name, (0, 0))
             self.counts[name] = (below + int((x < 0).sum()), total + x.numel())
 
@@ -172,7 +167,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
     }
     watches = {name: _Watch() for name in found}
     products, of_parameters = Products(), ParameterProducts(model)
-    sums, pixels = Sums(model), _Pixels()
+    sums, pixels = Sums(), _Pixels()
 
     def is_constant(module: Quantizer, inputs: object, output: Tensor) -> None:
         if module.enabled:
@@ -182,7 +177,6 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         summed = [
             layer.register_forward_pre_hook(partial(sums, name), with_kwargs=True)
             for name, layer in quantized_layers(model)
-            if name in sums.rows
         ]
         hooks += summed
         hooks += [module.register_forward_hook(is_constant) for module in found.values()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.layers.bits import single_bits
 from model.layers.quantized import quantizers, selected
 from utils.checkpoint.run_state import CHANGEABLE
-from utils.config.layer_bits import LayerBits
+from utils.config.layer_bits import SINGLE_LAYERS, LayerBits
 from utils.config.schema import TAGS, Config, QuantConfig, Rule, to_dict
 from utils.config.spelling import changed, word_of
 from utils.errors import UserError
@@ -23,7 +23,6 @@ FULL, TERNARY = "32", "ternary"  # words of --bits
 SWITCHED = ("enable", "half_range")  # what policies set and a checkpoint's tensors do not hold
 # Fields of quantizers that tensors of a checkpoint decide, or that matter while training alone.
 OF_TRAINING = CHANGEABLE | {"levels", "enable", "tag", "ratio", "custom_update", "extra"}
-SINGLE = ("first_bit", "last_bit", "layer_bits")
 PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
 # Norms whose evaluation is the same.
 SAME_NORMS = {"batch", "static", "frozen"}
@@ -245,7 +244,7 @@ def _check_fields(network: Mapping[str, Any], config: Config, source: str) -> No
         for name in before.keys() & values.keys():
             old, new = before[name], values[name]
             alike = name == "norm" and {old, new} <= SAME_NORMS
-            idle = name in OF_TRAINING or name in TAGS or name in ("zero_init", "fixup", *SINGLE)
+            idle = name in OF_TRAINING or name in TAGS or name in ("zero_init", "fixup", *SINGLE_LAYERS)
             if old != new and not (alike or idle):
                 raise _other_network(prefix + name, old, new, source)
 
@@ -257,7 +256,7 @@ def _check_single_layers(
     now: dict[str, Any] = to_dict(quant)
     if not all(any(each.get(tag, {}).get("enable") for tag in TAGS) for each in (recorded, now)):
         return
-    for name in SINGLE:
+    for name in SINGLE_LAYERS:
         if name not in recorded or recorded[name] == now[name]:
             continue
         if name == "layer_bits":

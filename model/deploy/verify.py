@@ -16,7 +16,7 @@ from utils.checkpoint.exported import NETWORK, exported_kind, kind_of
 from utils.errors import UserError
 from utils.report.verified import FILE, Comparison, Verified
 from utils.text import printable
-from utils.tools.options import Options, given_path, refuse_existing
+from utils.tools.options import Options, check_json_output, given_path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,10 +34,7 @@ WATCHED = 256  # images whose codes are compared
 
 def verify(options: Options) -> int:
     """Compare exported files with the checkpoint --old on its validation set, in their engines; 1: they differ."""
-    if options.output is not None:
-        if options.output.suffix != ".json" or not options.output.parent.is_dir():
-            raise UserError(f"--output {options.output}: name a .json file in a folder that exists")
-        refuse_existing(options, options.output)
+    check_json_output(options)
     from model.deploy.engines import engines_of
 
     files = [file / NETWORK if exported_kind(file) == "web" else file for file in options.files or ()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -59,6 +59,7 @@ class QuantLayer(nn.Module):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     quant_activation: nn.Module
     quant_weight: nn.Module
     quant_output: nn.Module
@@ -109,9 +110,15 @@ class QuantLayer(nn.Module):
         """Whether the bits of a tag are this layer's alone, those of an option for single layers."""
         return self.named_whole or tag in self.bits
 
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`quantize` the input, padded where that comes first, and multiply it with the quantized weight."""
+        raise NotImplementedError
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Quantize the input and multiply it with the quantized weight."""
-        raise NotImplementedError
+        return self.multiply(x, weight, self.bias, self.quant_activation)
 
     def product_of(self, x: Tensor, weight: Tensor) -> Tensor:
         """`product`, of which nothing but `x` and `weight` is kept where the layer is to `recompute` it.
@@ -226,14 +233,15 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return self._conv_forward(x, weight, self.bias)
         return self.quant_output(self.product_of(x, weight))
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """See `QuantLayer`."""
         if not self._pads_first():
-            return self._conv_forward(self.quant_activation(x), weight, self.bias)
+            return self._conv_forward(quantize(x), weight, bias)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         x = functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
-        x = self.quant_activation(x)
-        return functional.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv2d(quantize(x), weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -271,9 +279,11 @@ class QuantLinear(QuantLayer, nn.Linear):
             return functional.linear(x, weight, self.bias)
         return self.quant_output(self.product_of(x, weight))
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """See `QuantLayer`."""
-        return functional.linear(self.quant_activation(x), weight, self.bias)
+        return functional.linear(quantize(x), weight, bias)
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -47,15 +47,14 @@ def plan(options: Options) -> int:
     if (options.budget_size is None) == (options.budget_bops is None):
         raise UserError("the word plan needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")
     record = sensitivity_record.read(old)
-    if options.budget_size is not None:
-        option, given, budget = "--budget_size", options.budget_size, _amount(options.budget_size, _BYTES)
-    else:
-        assert options.budget_bops is not None
-        option, given, budget = "--budget_bops", options.budget_bops, _amount(options.budget_bops, _COUNTS)
+    size = options.budget_size is not None
+    option, units, example = (
+        ("--budget_size", _BYTES, "96KiB") if size else ("--budget_bops", _COUNTS, "0.5G")
+    )
+    given = options.budget_size or options.budget_bops or ""
+    budget = _amount(given, units)
     if budget is None:
-        example = "96KiB" if options.budget_size is not None else "0.5G"
         raise UserError(f"{option} {given}: write a number with its unit, such as {example}")
-    size = option == "--budget_size"
     costs = {bits: _total(record, bits, size=size) for bits in record.bits}
     least, most = min(costs.values()), max(costs.values())
     if budget < least:
@@ -113,9 +112,9 @@ def best(record: Sensitivity, budget: int, *, size: bool) -> Plan:
     loss = np.array([layer.loss_at(bits) for layer, bits in choices])
     # Where losses are equal, more bits: a millionth of the largest loss decides nothing else.
     loss += 1e-6 * max(loss.max(), 1e-9) * np.array([max(record.bits) - bits for _, bits in choices]) / 8
-    fixed = record.other_bytes if size else _total(record, 0, size=False)
+    fixed = _total(record, 0, size=size)
     cost = np.array(
-        [-(-layer.weights * bits // 8) if size else layer.macs * bits**2 for layer, bits in choices]
+        [layer.bytes_at(bits) if size else layer.bit_operations_at(bits) for layer, bits in choices]
     )
     one_each = np.array([[mine is layer for mine, _ in choices] for layer in record.layers], dtype=float)
     unit = float(max(cost.max(), 1))  # HiGHS likes numbers near 1

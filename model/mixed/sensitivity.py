@@ -8,7 +8,9 @@ the paper leaves out the half.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,7 @@ from utils.config.methods import EVEN
 from utils.errors import UserError
 from utils.report.sensitivity_record import FILE, Change, LayerSensitivity, Sensitivity, draw
 from utils.text import printable
-from utils.tools.options import Options, given_path, refuse_existing
+from utils.tools.options import Options, check_json_output, given_path, refuse_existing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,10 +38,7 @@ HESSIAN_IMAGES = 128  # images of whose loss the Hessian is
 
 def sensitivity(options: Options) -> int:
     """Measure what each layer of the full-precision checkpoint --old loses at few bits, one layer at a time."""
-    if options.output is not None:
-        if options.output.suffix != ".json" or not options.output.parent.is_dir():
-            raise UserError(f"--output {options.output}: name a .json file in a folder that exists")
-        refuse_existing(options, options.output, options.output.with_suffix(".png"))  # before torch is loaded
+    check_json_output(options)
     from model.load import load_trained
     from utils.checkpoint import archive
 
@@ -107,9 +106,6 @@ def measure(
     Raises:
         UserError: the network has quantizers, or no layer that can be quantized; or its loss is not finite.
     """
-    import copy
-    import math
-
     from model.convert import below_zero, quantize
     from model.layers.quantized import quantizers
     from model.quant import QuantConfig, QuantizerConfig
@@ -135,13 +131,10 @@ def measure(
         wt=QuantizerConfig(tag="wt", enable=True, method=EVEN, levels=levels),
         first_last=True, depthwise=depthwise,
     )  # fmt: skip
-    plain = copy.deepcopy(network)
     found = quantize(network, config, select=Selection(signed=signed), example=(images[:1],)).replaced
-    traces = hessian_traces(
-        plain, batches[0][0][:HESSIAN_IMAGES], batches[0][1][:HESSIAN_IMAGES], found, probes
-    )
     for _, quantizer in quantizers(network):
         quantizer.enabled = False
+    traces = hessian_traces(network, images[:HESSIAN_IMAGES], batches[0][1][:HESSIAN_IMAGES], found, probes)
     rows = [row for row in cost.layers if row.name in found]
     layers = []
     for row in progress(rows, len(rows), "layers", True):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, quantized_layers
 from model.observe import first_input
@@ -44,8 +43,10 @@ def accumulators(model: nn.Module) -> tuple[Accumulator, ...]:
 def worst_case(name: str, layer: QuantLayer) -> Accumulator | None:
     """The sums of one layer; None where it does not add products of integers."""
     codes, ends = _weight_codes(layer), _input_ends(layer)
-    if codes is None or ends is None:
-        return None
+    return None if codes is None or ends is None else _sums_of(name, codes, ends)
+
+
+def _sums_of(name: str, codes: Tensor, ends: tuple[int, int]) -> Accumulator:
     rows = codes.flatten(1).to(torch.int64)
     above, below = rows.clamp(min=0).sum(1), rows.clamp(max=0).sum(1)
     lowest = int((above * ends[0] + below * ends[1]).min())
@@ -87,45 +88,33 @@ class Sums:
     """Hooks before layers that note the integer sums of the images that pass.
 
     Attributes:
-        rows: name of the layer -> its sums.
+        rows: name of the layer -> its sums; of the layers that have run, as `accumulators`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.rows = {row.name: row for row in accumulators(model)}
+    def __init__(self) -> None:
+        self.rows: dict[str, Accumulator] = {}
 
     def __call__(self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook before a layer, `with_kwargs`."""
-        row, x = self.rows.get(name), first_input(inputs, named)
-        codes = _weight_codes(layer)
-        if row is None or codes is None or not x.numel():
+        codes, ends, x = _weight_codes(layer), _input_ends(layer), first_input(inputs, named)
+        if codes is None or ends is None:
             return
-        sums = self._sums(layer, x, codes, max(-row.lowest, row.highest) < EXACT)
-        if sums is None:
+        row = self.rows.setdefault(name, _sums_of(name, codes, ends))
+        own = type(layer).forward not in (
+            QuantConv2d.forward,
+            QuantLinear.forward,
+        )  # may do more with the input
+        if own or not x.numel() or (isinstance(layer, QuantConv2d) and x.ndim != 4):
             return
-        ends = (int(sums.min()), int(sums.max()))
-        if row.seen is not None:
-            ends = min(ends[0], row.seen[0]), max(ends[1], row.seen[1])
-        self.rows[name] = dataclasses.replace(row, seen=ends)
-
-    def _sums(self, layer: QuantLayer, x: Tensor, codes: Tensor, short: bool) -> Tensor | None:
-        """The sums of one input, as integers in float; None for a class of layers with a forward of its own."""
-        kind = torch.float32 if short else torch.float64
-        weight = codes.to(kind)
+        kind = torch.float32 if max(-row.lowest, row.highest) < EXACT else torch.float64
 
         def integers(value: Tensor) -> Tensor:
             found = layer.quant_activation.integers(value)  # pyright: ignore[reportCallIssue]
             return (found.codes - found.zero_point).to(kind)
 
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if type(layer).forward is QuantLinear.forward:
-                return functional.linear(integers(x), weight)
-            if type(layer).forward is not QuantConv2d.forward or x.ndim != 4:
-                return None
-            assert isinstance(layer, QuantConv2d)
-            if not layer._pads_first():
-                return layer._conv_forward(integers(x), weight, None)
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            padded = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-            return functional.conv2d(
-                integers(padded), weight, None, layer.stride, 0, layer.dilation, layer.groups
-            )
+            sums = layer.multiply(x, codes.to(kind), None, integers)
+        seen = (int(sums.min()), int(sums.max()))
+        if row.seen is not None:  # of another call
+            seen = min(seen[0], row.seen[0]), max(seen[1], row.seen[1])
+        self.rows[name] = dataclasses.replace(row, seen=seen)

@@ -14,8 +14,9 @@ from model.layers.quantized import QuantLayer, quantizers
 from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
+from utils.config.layer_bits import FULL_BITS
 from utils.config.schema import QuantizerConfig
-from utils.report.cost_record import FULL_BITS, TERNARY, Cost, LayerCost, stored_bits
+from utils.report.cost_record import TERNARY, Cost, LayerCost, stored_bits
 
 
 def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:

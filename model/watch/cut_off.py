@@ -30,3 +30,16 @@ def cut_off(quantizer: Quantizer, x: Tensor) -> Tensor | None:
         normed = quantizer.normalise(x.float())
         outside = (normed < torch.where(lowest < 0, lowest - half, lowest), normed > highest + half)
         return torch.stack([part.count_nonzero() for part in outside]).double() / x.numel()
+
+
+def starts_at_zero(quantizer: Quantizer) -> bool:
+    """Whether no level is below zero, so that everything there is cut off."""
+    bounds = quantizer.bounds()
+    return bounds is not None and bool((bounds[0] >= 0).all())
+
+
+def holds_images(x: Tensor, images: Tensor) -> bool:
+    """Whether a batch `x` has the values of a batch of images, in whatever order; the first image tells."""
+    if not x.numel() or x.numel() != images.numel() or x.shape[0] != images.shape[0]:
+        return False
+    return torch.equal(*(each[0].flatten().float().sort().values for each in (x, images)))

@@ -17,7 +17,7 @@ from model.networks import build
 from model.observe import first_input, observing
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
-from model.watch.cut_off import cut_off
+from model.watch.cut_off import cut_off, holds_images, starts_at_zero
 from utils.config.image_size import sides, size_text
 from utils.config.methods import PROJECT, record_of
 from utils.config.schema import Config, QuantConfig
@@ -48,8 +48,7 @@ class _Input:
     @property
     def unsigned(self) -> bool:
         """Whether its levels start at zero."""
-        bounds = self.quantizer.bounds()
-        return bounds is not None and bool((bounds[0] >= 0).all())
+        return starts_at_zero(self.quantizer)
 
 
 def unsuitable_inputs(
@@ -119,14 +118,13 @@ def unsuitable_inputs(
 def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
     """The inputs of the layers with an activation quantizer that is on, in the order of their calls."""
     seen: dict[str, _Input] = {}
-    pixels = images.flatten().sort().values
 
     def watch(name: str, quantizer: Quantizer, _: nn.Module, inputs: tuple[Any, ...], named: Any) -> None:
         x = first_input(inputs, named)
         if not x.numel():
             return
         each = seen.setdefault(name, _Input(quantizer))
-        each.images = x.numel() == pixels.numel() and torch.equal(x.flatten().sort().values, pixels)
+        each.images = holds_images(x, images)
         if quantizer.output_is_sign():
             each.lowest = min(float(quantizer.normalise(x.float()).min()), each.lowest)
         found = cut_off(quantizer, x)

@@ -12,6 +12,7 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
+from utils.config.layer_bits import SINGLE_LAYERS
 from utils.config.recorded import from_dict
 from utils.config.resolve import resolve as resolve_options
 from utils.config.resolve.bits import spread_bits
@@ -138,7 +139,7 @@ def _evaluation(given: Given, payload: Mapping[str, Any], path: Path) -> Config:
     # Numbers of levels that options give are compared with the file's, and so are other bits of single layers.
     numbers = given.explicit & {f"{tag}_{name}" for tag in TAGS for name in ("bit", "level")}
     if numbers or any(
-        getattr(model.quant, name) != getattr(recorded.model.quant, name) for name in _OF_LAYERS
+        getattr(model.quant, name) != getattr(recorded.model.quant, name) for name in SINGLE_LAYERS
     ):
         rules = tuple(rule for rule in rules if "level_num" not in rule.values)
     return dataclasses.replace(
@@ -192,11 +193,9 @@ _OF_QUANTIZER: dict[str, Callable[[Any], tuple[str, Any]]] = {
 }  # fmt: skip
 
 
-_OF_LAYERS = {"first_bit", "last_bit", "layer_bits"}
-
-
 def _is_of_network(option: str) -> bool:
-    return option in {"bits"} | _OF_MODEL | _OF_QUANT | _OF_LAYERS or option[:3] in ("fm_", "wt_", "ot_")
+    named = {"bits", *SINGLE_LAYERS} | _OF_MODEL | _OF_QUANT
+    return option in named or option[:3] in ("fm_", "wt_", "ot_")
 
 
 def _replaced(model: ModelConfig, given: Given) -> ModelConfig:
@@ -213,10 +212,10 @@ def _replaced(model: ModelConfig, given: Given) -> ModelConfig:
             values["half_range"] = tag != "fm"
         if values:
             quant = dataclasses.replace(quant, **{tag: dataclasses.replace(one, **values)})
-    if _OF_LAYERS & given.explicit:
+    if given.explicit & {*SINGLE_LAYERS}:
         parts = {tag: getattr(quant, tag) for tag in TAGS}
         fields = {"first_bit": None, "last_bit": None, "layer_bits": ()}
-        fields = {name: fields[name] for name in _OF_LAYERS & given.explicit}
+        fields = {name: fields[name] for name in given.explicit & {*SINGLE_LAYERS}}
         found = layer_options(given, parts, first_last=quant.first_last)
         quant = dataclasses.replace(quant, **(fields | found))
     if "padding_after_quant" in given.explicit:

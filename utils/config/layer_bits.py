@@ -12,6 +12,7 @@ from utils.errors import UserError
 
 FULL_BITS, MOST_BITS, TERNARY = 32, 16, "ternary"
 WIDTHS = f"a number of bits from 1 to {MOST_BITS}, {TERNARY}, or {FULL_BITS} for full precision"
+SINGLE_LAYERS = ("first_bit", "last_bit", "layer_bits")  # options, and fields of a `QuantConfig`
 BOTH = ""  # in place of a tag: weights and inputs, as far as they are quantized
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from utils.config.layer_bits import FULL_BITS
+from utils.config.layer_bits import TERNARY as TERNARY_WORD
 from utils.text import format_table
 
-FULL_BITS = 32  # of a value in full precision
-TERNARY, TERNARY_WORD = 3, "ternary"  # levels
+TERNARY = 3  # levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,12 @@ class LayerCost:
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights at their bits."""
-        return math.ceil(self.weights * self.weight_bits / 8)
+        return stored_bytes(self.weights, self.weight_bits)
 
     @property
     def input_bytes(self) -> int:
         """Bytes of its input at its bits, for one image."""
-        return math.ceil(self.inputs * self.activation_bits / 8)
+        return stored_bytes(self.inputs, self.activation_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +169,8 @@ class Cost:
 def stored_bits(levels: int) -> int:
     """Bits that hold a code of `levels` levels; ternary takes 2."""
     return math.ceil(math.log2(levels))
+
+
+def stored_bytes(values: int, bits: int) -> int:
+    """Bytes of values of so many bits, packed without gaps."""
+    return -(-values * bits // 8)

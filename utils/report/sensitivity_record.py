@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from utils.config.layer_bits import FULL_BITS
 from utils.errors import UserError
-from utils.report.cost_record import FULL_BITS
+from utils.report.cost_record import stored_bytes
 from utils.text import format_table, printable
 
 FILE = "sensitivity.json"  # in the folder of a run
@@ -59,6 +60,14 @@ class LayerSensitivity:
     trace: float
     changes: Mapping[int, Change]
 
+    def bytes_at(self, bits: int) -> int:
+        """Bytes of its weight."""
+        return stored_bytes(self.weights, bits)
+
+    def bit_operations_at(self, bits: int) -> int:
+        """Bit operations of one image, weight and input of the same bits."""
+        return self.macs * bits**2
+
     def loss_at(self, bits: int) -> float:
         """The change of the loss at these bits, without what only noise can explain.
 
@@ -96,13 +105,11 @@ class Sensitivity:
 
     def bytes_with(self, bits: Mapping[str, int]) -> int:
         """Bytes of the weights of all layers, for bits of each layer by its name."""
-        return self.other_bytes + sum(
-            math.ceil(layer.weights * bits[layer.name] / 8) for layer in self.layers
-        )
+        return self.other_bytes + sum(layer.bytes_at(bits[layer.name]) for layer in self.layers)
 
     def bit_operations_with(self, bits: Mapping[str, int]) -> int:
         """Bit operations of one image, likewise; weight and input have the same bits."""
-        low = sum(layer.macs * bits[layer.name] ** 2 for layer in self.layers)
+        low = sum(layer.bit_operations_at(bits[layer.name]) for layer in self.layers)
         return low + self.other_macs * FULL_BITS**2
 
     def correlations(self) -> dict[str, dict[int, float]]:

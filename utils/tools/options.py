@@ -57,3 +57,12 @@ def refuse_existing(options: Options, *paths: Path | None) -> None:
     for path in paths:
         if path is not None and os.path.lexists(path) and not options.force:
             raise UserError(f"{path} exists; --force writes over it")
+
+
+def check_json_output(options: Options) -> None:
+    """Refuse, before any work, an --output that is no new .json file in a folder that exists."""
+    path = options.output
+    if path is not None:
+        if path.suffix != ".json" or not path.parent.is_dir():
+            raise UserError(f"--output {path}: name a .json file in a folder that exists")
+        refuse_existing(options, path)

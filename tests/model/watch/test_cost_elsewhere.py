@@ -11,8 +11,8 @@ from model.deploy.graph import deploy_graph
 from model.deploy.qonnx_quant import qonnx_model
 from model.networks.build import build_network
 from model.watch.cost import network_cost
+from utils.config.layer_bits import FULL_BITS
 from utils.config.resolve import read
-from utils.report.cost_record import FULL_BITS
 
 LOW = "dorefa,lsq --fm_enable --wt_enable --wt_grid midtread"
 

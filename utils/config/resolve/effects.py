@@ -7,6 +7,7 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
+from utils.config.layer_bits import SINGLE_LAYERS
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER, OPTIONS
 from utils.config.resolve.bits import is_full_precision
@@ -92,7 +93,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         ),
         **{
             name: (nothing and given[name] != FULL_PRECISION, f"with --bits {given['bits']}")
-            for name in ("first_bit", "last_bit", "layer_bits")
+            for name in SINGLE_LAYERS
         },
         "order": ("block.downsample_order" not in fields, "without the keyword ReShapeResolution"),
         "root": (

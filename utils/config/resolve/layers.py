@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.command_line import Given
-from utils.config.layer_bits import FULL_BITS, levels_of
+from utils.config.layer_bits import FULL_BITS, SINGLE_LAYERS, levels_of
 from utils.config.layer_rules import read_layer_bits
 from utils.config.methods import unfit_levels
 from utils.config.resolve.bits import behind_bits, is_full_precision
@@ -28,7 +28,7 @@ def layer_options(given: Given, parts: Mapping[str, QuantizerConfig], *, first_l
         UserError: nothing is quantized that could have other bits, a method does not have them, or the file is wrong.
     """
     enabled = {tag: part for tag, part in parts.items() if part.enable}
-    for name in ("first_bit", "last_bit", "layer_bits"):
+    for name in SINGLE_LAYERS:
         if given[name] in (None, FULL_BITS) or enabled:
             continue
         asked = given.through.get(name, f"--{name}")
