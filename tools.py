@@ -23,7 +23,7 @@ from utils.config.option import words
 from utils.errors import UserError
 from utils.processes.interrupt import SIGNALS, Requests
 from utils.text import closest
-from utils.tools import checkpoints, images, runs
+from utils.tools import checkpoints, images, runs, shards
 from utils.tools.options import Options
 
 
@@ -52,6 +52,9 @@ WORDS: dict[str, Word] = {
     "make-fake-imagenet": Word(
         images.make_fake_imagenet, ("root",), ("num_classes", "fake_size", "image_size")
     ),
+    "make-shards": Word(
+        shards.make_shards, ("source", "to"), ("max_side", "quality", "shard_size", "workers", "force")
+    ),
     "predict": Word(
         predict.predict,
         ("images", "old"),
@@ -73,6 +76,9 @@ WORDS: dict[str, Word] = {
 
 # What stands on the command line without an option.
 PLACES = {"runs": "RUN...", "images": "IMAGE|FOLDER...", "files": "FILE..."}
+SHOWN = {
+    "raw": "raw", "runs": "folders of runs", "images": "images", "files": "exported files", "source": "--from",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +148,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     width = max(map(len, WORDS))
     described = "\n".join(
         f"  {name:{width}}  {word.run.__doc__}\n"
-        f"  {'':{width}}  {' '.join(PLACES.get(n, f'--{n}') for n in word.needs)}"
+        f"  {'':{width}}  {' '.join(PLACES.get(n, SHOWN.get(n, f'--{n}')) for n in word.needs)}"
         f"{''.join(' [,raw]' if n == 'raw' else f' [--{n}]' for n in word.takes)}"
         for name, word in WORDS.items()
     )
@@ -181,7 +187,22 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         metavar="N",
         help="verify: of the engines when they are timed; default: 1",
     )
-    parser.add_argument("--to", metavar="FORMAT", help=f"export: {', '.join(export.FORMATS)}")
+    parser.add_argument(
+        "--from", dest="source", metavar="SOURCE",
+        help="make-shards: folder with train/ and val/, of archives, Parquet files or shards; CSV file; URL of shards",
+    )  # fmt: skip
+    parser.add_argument(
+        "--to", metavar="FORMAT|FOLDER",
+        help=f"export: {', '.join(export.FORMATS)}; make-shards: the folder to write",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_side", type=_positive, metavar="PIXELS",
+        help="make-shards: reduce images whose longer side is above it, and write them as JPEG",
+    )  # fmt: skip
+    parser.add_argument("--quality", type=_positive, metavar="Q", help="make-shards: of JPEG; default: 90")
+    parser.add_argument(
+        "--shard_size", type=_positive, metavar="N", help="make-shards: images of a tar file; default: 2000"
+    )
     parser.add_argument(
         "--topk", type=_positive, metavar="K", help="predict: classes of each image; default: 5"
     )
@@ -238,9 +259,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     places = next((option for option in word.needs if option in PLACES), "runs")
     given[places] = tuple(given.pop("places")) or None
     for option, value in given.items():
-        shown = {"raw": "raw", "runs": "folders of runs", "images": "images", "files": "exported files"}.get(
-            option, f"--{option}"
-        )
+        shown = SHOWN.get(option, f"--{option}")
         is_given = value is not None and value is not False
         if is_given and option not in word.needs + word.takes:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")

@@ -31,11 +31,11 @@ from utils.data.image_file import (
     decode,
     not_for_dali,
     parse,
-    read,
     reason_of,
     stored_size,
 )
-from utils.data.image_folder import ImageNames, Unreadable, note
+from utils.data.image_folder import Unreadable, note
+from utils.data.images import Images
 from utils.data.loader import Delivery, Loader, Raw
 from utils.data.orientation import TURNS, Turn
 
@@ -73,7 +73,7 @@ class DaliLoader(Loader):
     """Batches of image files in a folder per class, decoded and cropped by DALI.
 
     Args:
-        names: the images.
+        images: where they lie.
         delivery: how batches are cut and finished.
         size: of the images of a batch.
         workers: number of threads that decode on the CPU, and of threads that read files and resize; at most one per
@@ -88,7 +88,7 @@ class DaliLoader(Loader):
 
     def __init__(
         self,
-        names: ImageNames,
+        images: Images,
         delivery: Delivery,
         *,
         size: InputSize,
@@ -96,8 +96,8 @@ class DaliLoader(Loader):
         unreadable: Unreadable,
         decoding: Decoding = PLAIN,
     ) -> None:
-        super().__init__(torch.from_numpy(names.target), delivery)
-        self._names = names
+        super().__init__(torch.from_numpy(images.target), delivery)
+        self._images = images
         self._size = sides(size)
         self._threads = max(1, min(workers, delivery.batch_size))
         self._unreadable = unreadable
@@ -106,7 +106,7 @@ class DaliLoader(Loader):
 
     def identity(self) -> dict[str, str]:
         """As in `Loader`; with the classes and the names of the files."""
-        return super().identity() | self._names.identity()
+        return super().identity() | self._images.identity()
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         # `_idle` is None while the pipeline has batches in it: an iteration may be abandoned at any time.
@@ -156,14 +156,14 @@ class DaliLoader(Loader):
             results = [future.result() for future in waiting.popleft()]
             files = [result for result in results if isinstance(result, _File)]
             bad = [result for result in results if not isinstance(result, _File)]
-            note(self._unreadable, self._names, bad, left=len(files), train=self._delivery.train)
+            note(self._unreadable, self._images, bad, left=len(files), train=self._delivery.train)
             if files:  # empty in validation only
                 yield files
 
     def _file(self, index: int, number: int, epoch: int) -> _File | _Bad:
         """Read a file by its number in the set, look at its header and draw the crop by its number in the epoch."""
         try:
-            data = read(self._names.path(number))
+            data = self._images.read(number)
             with parse(data) as image:
                 turn = TURNS[self._decoding.orientation(image, data)]
                 width, height = stored_size(image)[:: -1 if turn.transpose else 1]
@@ -201,7 +201,7 @@ class DaliLoader(Loader):
                 bad.append((file.image, _why(file.data.tobytes())))
             except DECODE_ERRORS as error:
                 bad.append((file.image, reason_of(error)))
-        note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+        note(self._unreadable, self._images, bad, left=len(good), train=self._delivery.train)
         return good
 
     def _pipeline(self, batch_size: int) -> Pipeline:

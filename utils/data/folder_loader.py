@@ -17,8 +17,9 @@ from torchvision.transforms import v2
 from utils.config.image_size import InputSize, sides
 from utils.data import workers
 from utils.data.crop import crop_and_flip, put, resize, resize_to_centre
-from utils.data.image_file import DECODE_ERRORS, PLAIN, Decoding, decode, read, reason_of
-from utils.data.image_folder import ImageNames, Unreadable, note
+from utils.data.image_file import DECODE_ERRORS, PLAIN, Decoding, decode, reason_of
+from utils.data.image_folder import Unreadable, note
+from utils.data.images import Images
 from utils.data.loader import Delivery, Loader, Raw, rand_augment
 from utils.errors import TrainingError, UserError
 
@@ -45,7 +46,7 @@ class _ImageFiles(Dataset[_Read]):
 
     def __init__(
         self,
-        names: ImageNames,
+        images: Images,
         slots: Tensor,
         *,
         decoding: Decoding,
@@ -53,7 +54,7 @@ class _ImageFiles(Dataset[_Read]):
         randaugment: int | None,
         seed: int,
     ) -> None:
-        self._names = names
+        self._images = images
         self._decoding = decoding
         self._slots = slots
         self._train = train
@@ -65,7 +66,7 @@ class _ImageFiles(Dataset[_Read]):
         bad: list[tuple[int, str]] = []
         for number, index in zip(batch.numbers, batch.images, strict=True):
             try:
-                image = decode(read(self._names.path(index)), self._decoding)
+                image = decode(self._images.read(index), self._decoding)
                 self._fit(image, batch.epoch, number, self._slots[batch.slot, len(good)])
             except DECODE_ERRORS as error:
                 bad.append((index, reason_of(error)))
@@ -131,7 +132,7 @@ class FolderLoader(Loader):
     """Batches of image files in a folder per class, read and cropped by worker processes.
 
     Args:
-        names: the images.
+        images: where they lie.
         delivery: how batches are cut and finished.
         size: of the images of a batch.
         workers: number of processes, at most the number of batches; they stay between epochs. 0: read in this process.
@@ -147,7 +148,7 @@ class FolderLoader(Loader):
 
     def __init__(
         self,
-        names: ImageNames,
+        images: Images,
         delivery: Delivery,
         *,
         size: InputSize,
@@ -156,8 +157,8 @@ class FolderLoader(Loader):
         decoding: Decoding = PLAIN,
         randaugment: int | None = None,
     ) -> None:
-        super().__init__(torch.from_numpy(names.target), delivery)
-        self._names = names
+        super().__init__(torch.from_numpy(images.target), delivery)
+        self._images = images
         self._size = sides(size)
         self._workers = min(workers, len(self))
         self._unreadable = unreadable
@@ -182,7 +183,7 @@ class FolderLoader(Loader):
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         return DataLoader(
             _ImageFiles(
-                self._names, self._slots, decoding=self._decoding, train=self._delivery.train,
+                self._images, self._slots, decoding=self._decoding, train=self._delivery.train,
                 randaugment=self._randaugment, seed=self._delivery.seed,
             ),
             sampler=self._asked,
@@ -197,7 +198,7 @@ class FolderLoader(Loader):
 
     def identity(self) -> dict[str, str]:
         """As in `Loader`; with the classes and the names of the files."""
-        return super().identity() | self._names.identity()
+        return super().identity() | self._images.identity()
 
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         self._loader = self._loader or self._open()
@@ -205,7 +206,7 @@ class FolderLoader(Loader):
         asked.batches, asked.epoch = batches, epoch
         asked.images = [self.drawn(batch, epoch) for batch in batches]
         for number, (good, bad) in enumerate(_answers(self._loader)):
-            note(self._unreadable, self._names, bad, left=len(good), train=self._delivery.train)
+            note(self._unreadable, self._images, bad, left=len(good), train=self._delivery.train)
             if not good:  # in validation only
                 continue
             images = self._slots[number % asked.slots, : len(good)]

@@ -1,4 +1,4 @@
-"""The data sets with a folder per class: imagenet, decoded by Pillow, and dali."""
+"""The data sets of photographs in folders or shards: imagenet and shards, decoded by Pillow, and dali."""
 
 from __future__ import annotations
 
@@ -19,20 +19,25 @@ from utils.processes.distributed import broadcast
 from utils.text import some_names
 
 if TYPE_CHECKING:
-    from utils.data.image_folder import ImageNames
+    from utils.data.images import Images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
-    """List the images; raises `UserError` for folders that are missing or another number of classes."""
+def check_imagenet(config: DataConfig) -> dict[str, Images]:
+    """List the images of folders or shards; raises `UserError` for what is missing or another number of classes."""
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
+    from utils.data.shards.images import check_shards, is_shards
 
     val = bool(config.val_batch_size)
     train, known = config.train or not val, bool(config.classes)
-    names = check_folders(config.root, config.dataset, val=val, train=train, known=known)
+    names: dict[str, Images]
+    if config.root is not None and (config.dataset == "shards" or is_shards(config.root)):
+        names = {**check_shards(config.root, val=val, train=train)}
+    else:
+        names = {**check_folders(config.root, config.dataset, val=val, train=train, known=known)}
     if known:
         for part in names.values():
             _number_as(config, part)
@@ -42,7 +47,7 @@ def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
     return names
 
 
-def _number_as(config: DataConfig, part: ImageNames) -> None:
+def _number_as(config: DataConfig, part: Images) -> None:
     """Give a part of a checkpoint's classes the numbers that they have there.
 
     As many classes under other names, or in another order, are compared when the checkpoint is loaded.
@@ -52,13 +57,13 @@ def _number_as(config: DataConfig, part: ImageNames) -> None:
     unknown = [name for name in part.classes if name not in config.classes]
     if unknown:
         raise UserError(
-            f"{part.folder} has classes that the checkpoint was not trained with: {some_names(unknown)}; its classes "
-            f"are {some_names(config.classes)}: rename or remove the folders"
+            f"{part.place} has classes that the checkpoint was not trained with: {some_names(unknown)}; its classes "
+            f"are {some_names(config.classes)}: rename or remove them"
         )
     part.number_as(config.classes)
 
 
-def build_imagenet(config: DataConfig, device: torch.device, names: dict[str, ImageNames]) -> Loaders:
+def build_imagenet(config: DataConfig, device: torch.device, names: dict[str, Images]) -> Loaders:
     """Loaders of images that Pillow decodes."""
     from utils.data.folder_loader import FolderLoader
 
@@ -66,9 +71,9 @@ def build_imagenet(config: DataConfig, device: torch.device, names: dict[str, Im
 
 
 def _folder_loaders(
-    config: DataConfig, device: torch.device, names: dict[str, ImageNames], loader: Callable[..., Loader]
+    config: DataConfig, device: torch.device, names: dict[str, Images], loader: Callable[..., Loader]
 ) -> Loaders:
-    """Loaders over the folders of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
+    """Loaders over the images of `--root`, made by `loader`, which takes the arguments of `FolderLoader`."""
     from utils.data.image_file import Decoding
     from utils.data.image_folder import Unreadable, value_range
 
@@ -99,7 +104,7 @@ def _folder_loaders(
     return dataclasses.replace(loaders, classes=classes, max_value=max_value, resize_ratio=RESIZE_RATIO)
 
 
-def check_dali(config: DataConfig) -> dict[str, ImageNames]:
+def check_dali(config: DataConfig) -> dict[str, Images]:
     """As `check_imagenet`; and raise `UserError` where DALI is not installed or cannot be imported."""
     install = (
         "pip install nvidia-dali-cuda130 (or the one of your CUDA version); --dataset imagenet reads the same "
@@ -116,7 +121,7 @@ def check_dali(config: DataConfig) -> dict[str, ImageNames]:
     return check_imagenet(config)
 
 
-def build_dali(config: DataConfig, device: torch.device, names: dict[str, ImageNames]) -> Loaders:
+def build_dali(config: DataConfig, device: torch.device, names: dict[str, Images]) -> Loaders:
     """Loaders of images that DALI decodes."""
     from utils.data.dali_loader import DaliLoader  # imports an optional library
 

@@ -171,19 +171,22 @@ def values_of(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
     return 256 * high[..., :3] + low[..., :3]
 
 
-def largest_value(path: str) -> int | None:
-    """The largest value of an image of 16 bits; None for one of 8, and for what cannot be read."""
+def largest_value(file: str | bytes) -> int | None:
+    """The largest value of an image of 16 bits, a path or its data; None for one of 8, and for what cannot be read."""
     try:
-        if not os.path.isfile(path):
-            return None
-        with open(path, "rb") as file:
-            start = file.read(25)
+        if isinstance(file, str):
+            if not os.path.isfile(file):
+                return None
+            with open(file, "rb") as opened:
+                start = opened.read(25)
+        else:
+            start = file[:25]
         if start.startswith(b"\x89PNG") and start[-1] != 16:  # its bits; far faster than opening it
             return None
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file if isinstance(file, str) else io.BytesIO(file), formats=FORMATS) as image:
             if not has_16_bits(image):
                 return None
-        data = read(path)
+        data = read(file) if isinstance(file, str) else file
         with parse(data) as image:
             return int(values_of(image, data).max())
     except DECODE_ERRORS:

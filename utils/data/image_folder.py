@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import is_image_file
 
-from utils.data.image_file import is_hidden, largest_value, walk
+from utils.data.image_file import is_hidden, largest_value, read, walk
+from utils.data.images import Images, short_digest
 from utils.errors import UserError
 from utils.text import printable
 
@@ -50,13 +50,11 @@ class Unreadable:
         )  # fmt: skip
 
 
-class ImageNames:
+class ImageNames(Images):
     """Paths and classes of the images in a folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
         folder: the folder.
-        classes: names of the class folders, sorted.
-        target: classes, int64 [samples].
         hidden: paths of hidden folders, and of hidden files that end as images do, all of which are left out.
 
     Raises:
@@ -65,7 +63,7 @@ class ImageNames:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.place = folder
         names, passed = _class_folders(folder)
         self.classes = tuple(names)
         # `ImageFolder` itself would list the images below a link that leads back up some forty times.
@@ -78,17 +76,23 @@ class ImageNames:
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
         self.target = np.repeat(np.arange(len(self.classes)), [len(paths) for paths in images])
 
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def number_as(self, classes: Sequence[str]) -> None:
-        """Take the numbers of `classes`, of which these are a part, as the classes' numbers."""
-        places = np.array([classes.index(name) for name in self.classes])
-        self.target, self.classes = places[self.target], tuple(classes)
-
     def path(self, index: int) -> str:
         """Return the path of an image."""
         return os.fsdecode(bytes(self._paths[index]))
+
+    name = path
+
+    def key(self, index: int) -> str:
+        return os.path.splitext(os.path.relpath(self.path(index), self.folder))[0]
+
+    def read(self, index: int) -> bytes:
+        return read(self.path(index))
+
+    def kind(self, index: int) -> str:
+        return os.path.splitext(self.path(index))[1].lower().removeprefix(".")
+
+    def largest_value(self, index: int) -> int | None:
+        return largest_value(self.path(index))
 
     def left_out(self) -> str:
         """Say how many hidden files and folders are left out, and name some; empty without any."""
@@ -97,17 +101,11 @@ class ImageNames:
         names = [os.path.relpath(path, self.folder) for path in self.hidden]
         return f"left out of {self.folder}: {len(names)} hidden files and folders, {_some(names)}"
 
-    def identity(self) -> dict[str, str]:
-        """Texts that tell it from another set: the classes with their numbers of images, a digest of the files' names.
-
-        The folder itself may be another one.
-        """
+    def digest(self) -> str:
+        """Of the files' names; the folder itself may be another one."""
         skipped = len(os.fsencode(os.path.join(self.folder, "")))
         names = self._paths.view(np.uint8).reshape(len(self), -1)[:, skipped:]
-        digest = hashlib.sha256(np.ascontiguousarray(names).data).hexdigest()
-        counts = np.bincount(self.target, minlength=len(self.classes))
-        classes = ", ".join(f"{name}: {count}" for name, count in zip(self.classes, counts, strict=True))
-        return {"classes": classes, "files": digest[:12]}
+        return short_digest(np.ascontiguousarray(names).data)
 
 
 def _images(folder: Path, hidden: list[str]) -> list[str]:
@@ -120,16 +118,16 @@ def _images(folder: Path, hidden: list[str]) -> list[str]:
     ]
 
 
-def value_range(names: ImageNames, threads: int, *, training: bool) -> tuple[int | None, str]:
+def value_range(images: Images, threads: int, *, training: bool) -> tuple[int | None, str]:
     """The largest value of the set's 16-bit images, which becomes white, and a line about it; None and "" without any.
 
     Only names that end as PNG or TIFF do are looked at. The line depends on whether these are the training images.
     """
-    paths = [path for path in map(names.path, range(len(names))) if path.lower().endswith(_MAY_HAVE_16_BITS)]
+    chosen = [index for index in range(len(images)) if images.kind(index) in _MAY_HAVE_16_BITS]
     values: list[int] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for first in range(0, len(paths), 1024):  # a million tasks at once would need a gigabyte
-            found = pool.map(largest_value, paths[first : first + 1024])
+        for first in range(0, len(chosen), 1024):  # a million tasks at once would need a gigabyte
+            found = pool.map(images.largest_value, chosen[first : first + 1024])
             values += [value for value in found if value is not None]
     if not values:
         return None, ""
@@ -140,27 +138,27 @@ def value_range(names: ImageNames, threads: int, *, training: bool) -> tuple[int
         else "it may be another one than that of the training images: write --max_value with theirs"
     )
     return largest, (
-        f"{len(values)} of {len(names)} images in {names.folder} have 16 bits: their largest value, {largest}, becomes "
-        f"white (255); {advice}"
+        f"{len(values)} of {len(images)} images in {images.place} have 16 bits: their largest value, {largest}, "
+        f"becomes white (255); {advice}"
     )
 
 
-_MAY_HAVE_16_BITS = (".png", ".tif", ".tiff")
+_MAY_HAVE_16_BITS = ("png", "tif", "tiff")
 
 
 def note(
-    unreadable: Unreadable, names: ImageNames, bad: Sequence[tuple[int, str]], left: int, *, train: bool
+    unreadable: Unreadable, images: Images, bad: Sequence[tuple[int, str]], left: int, *, train: bool
 ) -> None:
     """Record a batch's unreadable images.
 
     Raises `UserError` also when a training batch has only one image left, or none: too few for batch statistics.
     """
     for index, reason in bad:
-        unreadable.add(names.path(index), reason)
+        unreadable.add(images.name(index), reason)
     if bad and train and left <= 1:
         few = f"{'a single' if left else 'no'} image of a training batch"
         raise UserError(
-            f"{few} can be read, the last that cannot is {printable(names.path(bad[-1][0]))}: replace or remove them "
+            f"{few} can be read, the last that cannot is {printable(images.name(bad[-1][0]))}: replace or remove them "
             "(tools.py --keyword verify-data lists all such files), or write a larger --batch_size"
         )
 

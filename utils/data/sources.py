@@ -55,11 +55,12 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(CIFAR10_SET.check, CIFAR10_SET.build),
     "cifar100": Source(CIFAR100_SET.check, CIFAR100_SET.build),
     "imagenet": Source(check_imagenet, build_imagenet),
+    "shards": Source(check_imagenet, build_imagenet),
     "dali": Source(check_dali, build_dali),
 }
 """Every data set by its name."""
 
-FOLDER_SETS = ("imagenet", "dali")  # with a folder per class, which has its name
+FOLDER_SETS = ("imagenet", "shards", "dali")  # photographs in --root, whose classes have names
 
 
 # Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from utils.errors import UserError
-from utils.text import printable
+from utils.text import counted, printable
 from utils.tools.options import Options, given_path
 
 # Pillow, torch and tqdm are imported where they are used, so that `--help` and mistakes answer at once.
@@ -48,11 +49,14 @@ def verify_data(options: Options) -> int:
         raise UserError(
             f"verify-data needs pyvips ({error}): pip install pyvips pyvips-binary; verify-image does without"
         ) from error
+    from utils.data.shards.images import is_shards
     from utils.tools import image_findings  # imports Pillow
 
     counts: Counter[str] = Counter()
     images = 0
     root = given_path(options.root)
+    if is_shards(root):
+        return _verify_shards(root)
     for path, findings in _each_image(options, image_findings.image_findings):
         images += 1
         if path.parent in (root / "train", root / "val"):
@@ -78,6 +82,24 @@ def verify_data(options: Options) -> int:
             _tell(root, f"class folders: {error}")
     print(f"{images} images: {', '.join(f'{n} {kind}' for kind, n in counts.items()) or 'nothing found'}")
     return 1 if counts.keys() - remarks else 0
+
+
+def _verify_shards(root: Path) -> int:
+    """Compare each shard with its checksum, where its manifest has one."""
+    from tqdm import tqdm
+
+    from utils.data.shards.files import Files
+    from utils.data.shards.images import open_shards
+
+    files, bad = Files(root), 0
+    shards = [shard for images in open_shards(root).values() for shard in images.shards]
+    for shard in tqdm(shards, unit="shard", disable=None):
+        with files.open(shard.file) as file:
+            if shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                bad += 1
+                _tell(root / shard.file, "changed: its SHA-256 is not that of the manifest")
+    print(f"{counted(len(shards), 'shard')}: {f'{bad} changed' if bad else 'nothing found'}")
+    return 1 if bad else 0
 
 
 def _tell(path: Path, text: str) -> None:

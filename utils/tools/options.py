@@ -26,7 +26,11 @@ class Options:
     runs: tuple[Path, ...] | None = None
     images: tuple[Path, ...] | None = None
     files: tuple[Path, ...] | None = None
+    source: str | None = None
     to: str | None = None
+    max_side: int | None = None
+    quality: int | None = None
+    shard_size: int | None = None
     topk: int | None = None
     batch_size: int | None = None
     keyword_file: str | None = None

@@ -9,6 +9,8 @@ import pytest
 
 from tests.utils.data.helpers import DIGITS, FAKE, write_folder
 from utils.config.schema import DataConfig
+from utils.data.shards.origin import open_origin
+from utils.data.shards.write import write_set
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,17 @@ def dali(imagenet: DataConfig, installed: None) -> DataConfig:
     return replace(imagenet, dataset="dali")
 
 
-@pytest.fixture(params=["digits", "fake", "imagenet", "dali"])
+@pytest.fixture(scope="module")
+def shards(imagenet: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """The same images in tar files, as make-shards writes them."""
+    root = tmp_path_factory.mktemp("shards")
+    assert imagenet.root is not None
+    write_set(open_origin(imagenet.root), root, per_shard=7, reduction=None, threads=2, force=False)
+    return replace(imagenet, dataset="shards", root=root)
+
+
+@pytest.fixture(params=["digits", "fake", "imagenet", "shards", "dali"])
 def config(request: pytest.FixtureRequest, imagenet: DataConfig) -> DataConfig:
-    if request.param == "dali":
-        return request.getfixturevalue("dali")
+    if request.param in ("shards", "dali"):
+        return request.getfixturevalue(request.param)
     return {"digits": DIGITS, "fake": FAKE, "imagenet": imagenet}[request.param]

@@ -12,7 +12,7 @@ from utils.config.schema import DataConfig, DeviceConfig, ModelConfig, ProbeConf
 from utils.errors import UserError
 
 DATASETS = {"digits": "digits", "glyphs": "glyphs", "cifar10": "cifar10", "cifar100": "cifar100",
-            "imagenet": "imagenet", "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
+            "imagenet": "imagenet", "shards": "imagenet", "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
 CLASSES = {"digits": 10, "glyphs": 62, "cifar10": 10, "cifar100": 100}  # of data sets whose classes are fixed
 
 

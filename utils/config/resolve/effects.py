@@ -75,7 +75,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         **{
-            name: (dataset not in ("imagenet", "dali"), f"with the data set {dataset}")
+            name: (dataset not in ("imagenet", "shards", "dali"), f"with the data set {dataset}")
             for name in ("skip_corrupt", "max_value", "ignore_orientation")
         },
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),

@@ -1,0 +1,124 @@
+"""Files of a folder on this machine, or of a URL that fsspec can open, read in parts."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from utils.errors import UserError
+
+_OPEN = 256  # files of one process that stay open; many systems allow 1,024
+
+
+def url_of(root: Path | str) -> str | None:
+    """The URL that a root is, with both of its slashes, of which a `Path` keeps one; None for a path of this machine.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from utils.data.shards.files import url_of
+        >>> url_of(Path("https://example.org/photos")), url_of("photos/train")
+        ('https://example.org/photos', None)
+    """
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(root))
+    return f"{found[1]}://{found[2]}" if found else None
+
+
+class Files:
+    """Files below a folder or URL. It can be sent to other processes.
+
+    Args:
+        root: the folder, or the URL of one.
+
+    Raises:
+        UserError: fsspec does not know the URL's protocol, or what it needs for it is not installed.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.url = url_of(root)
+        self.root = self.url or Path(root)
+        self._opened: Callable[[str], _Opened] | None = None
+        self._system: Any = None
+        if self.url is not None:
+            self._connect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": None, "_system": None}  # what is open belongs to one process
+
+    def path(self, name: str) -> str:
+        """The whole name of a file."""
+        return os.path.join(self.root, name) if self.url is None else f"{self.url.rstrip('/')}/{name}"
+
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """Read a part of a file, or all of it; less where it ends before. Raises `OSError`."""
+        if self.url is not None:
+            end = None if size is None else start + size
+            return self._connect().cat_file(self.path(name), start=start, end=end)
+        if size is None:
+            return Path(self.path(name)).read_bytes()[start:]
+        if self._opened is None:
+            self._opened = functools.lru_cache(_OPEN)(_Opened)
+        return self._opened(self.path(name)).read(start, size)
+
+    def open(self, name: str) -> io.BufferedReader:
+        """Open a file, which can seek. Raises `OSError`."""
+        if self.url is not None:
+            return cast(io.BufferedReader, self._connect().open(self.path(name), "rb"))
+        return open(self.path(name), "rb")
+
+    def size(self, name: str) -> int:
+        """The bytes of a file. Raises `OSError`, also where the server does not say."""
+        if self.url is None:
+            return os.stat(self.path(name)).st_size
+        size = self._connect().info(self.path(name)).get("size")
+        if size is None:
+            raise OSError("the server does not tell its size")
+        return size
+
+    def stamp(self, name: str) -> str:
+        """Text that changes with a file's content, by its size and time or what the server says."""
+        if self.url is not None:
+            info = self._connect().info(self.path(name))
+            return repr(
+                [info.get(field) for field in ("size", "ETag", "etag", "LastModified", "mtime", "created")]
+            )
+        found = os.stat(self.path(name))
+        return f"{found.st_size} {found.st_mtime_ns}"
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder and the folders in it, below it, sorted. Raises `OSError`."""
+        root = Path(self.root)
+        paths = [
+            path for folder in (root, *(p for p in root.iterdir() if p.is_dir())) for path in folder.iterdir()
+        ]
+        return sorted(str(path.relative_to(root)) for path in paths if path.is_file())
+
+    def _connect(self) -> Any:
+        if self._system is None:
+            import fsspec
+
+            try:
+                self._system = fsspec.url_to_fs(self.url)[0]
+            except (ImportError, ValueError) as error:
+                raise UserError(f"--root {self.root}: {error}") from error
+        return self._system
+
+
+class _Opened:
+    """A file that is read by several threads, and closed when nobody has it any more."""
+
+    def __init__(self, path: str) -> None:
+        self._number: int | None = None
+        self._number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        if self._number is not None:
+            os.close(self._number)
+
+    def read(self, start: int, size: int) -> bytes:
+        assert self._number is not None
+        return os.pread(self._number, size, start)

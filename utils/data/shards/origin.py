@@ -1,0 +1,48 @@
+"""What `make-shards` reads from, found out by looking at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from utils.data.image_folder import check_folders
+from utils.data.images import Images
+from utils.data.shards.archives import archives_in, open_archives
+from utils.data.shards.files import url_of
+from utils.data.shards.images import is_pattern, is_shards, open_shards
+from utils.data.shards.tables import open_csv, open_parquet
+from utils.errors import UserError
+
+FORMS = (
+    "a folder with train/ and val/, ImageNet's archives with the devkit, Parquet files, a CSV file beside its images, "
+    "or shards"
+)
+
+
+def open_origin(place: Path | str) -> dict[str, Images]:
+    """The parts of a set of images, `train`, `val` or both, wherever they lie.
+
+    Args:
+        place: folder, file, URL, or the names of tar files with `{000..127}` in them.
+
+    Raises:
+        UserError: it is none of the forms that are known, or a faulty one.
+    """
+    if url_of(place) or is_pattern(place):
+        return dict(open_shards(place))
+    path = Path(place)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return open_csv(path)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return open_parquet([path])
+    if not path.is_dir():
+        raise UserError(f"--from {path}: no such folder or file; it may be {FORMS}")
+    if tables := sorted(path.glob("*.parquet")):
+        return open_parquet(tables)
+    if found := archives_in(path):
+        return open_archives(found, path)
+    if is_shards(path):
+        return dict(open_shards(path))
+    if (path / "train").is_dir() or (path / "val").is_dir():
+        parts = {name: (path / name).is_dir() for name in ("train", "val")}
+        return dict(check_folders(path, "imagenet", **parts))
+    raise UserError(f"--from {path}: no images are found; it may be {FORMS}")
