@@ -9,6 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,6 @@ class ShardImages(Images):
             read = self._files.read(self._shard(index), start, HEADER + size)
         except OSError as error:
             raise OSError(f"{self._shard(index)}: {error.strerror or error}") from error
-        except Exception as error:  # what servers answer has no common class
-            raise OSError(f"{self._shard(index)}: {type(error).__name__}: {error}") from error
         return read[:HEADER], read[HEADER:]
 
     def _shard(self, index: int) -> str:
@@ -181,9 +180,7 @@ def _manifest_text(files: Files) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"--root {files.root}: {error.strerror or error}") from error
-    except Exception as error:
-        raise UserError(f"--root {files.root} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"--root {files.root} cannot be read: {error.strerror or error}") from error
 
 
 def _with_manifest(files: Files, manifest: Manifest, part: str) -> ShardImages:
@@ -278,8 +275,7 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
             parts = []
             for number, name in enumerate(tqdm(names, unit="shard", desc="reading headers", disable=None)):
                 shown = f"the shard {files.path(name)}"
-                with files.open(name) as file:
-                    parts.append(scan(file, files.path(name), number))
+                parts.append(files.asked(partial(_scan, files, name, number)))
             entries = np.concatenate(parts)
             _keep(cached, entries)
         counts = np.bincount(entries["shard"], minlength=len(names))
@@ -290,6 +286,11 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror or error}") from error
     return shards, check_entries(entries, shards, 2**31, str(cached))
+
+
+def _scan(files: Files, name: str, number: int) -> np.ndarray:
+    with files.open(name) as file:
+        return scan(file, files.path(name), number)
 
 
 def cache_folder() -> Path:

@@ -260,9 +260,10 @@ class Server(http.server.SimpleHTTPRequestHandler):
     """Answers parts of files, as object storage does."""
 
     asked: list[tuple[str, str | None]]
+    parts = True  # whether it answers parts of files
 
     def do_GET(self) -> None:
-        path, part = Path(self.translate_path(self.path)), self.headers.get("Range")
+        path, part = Path(self.translate_path(self.path)), self.headers.get("Range") if self.parts else None
         self.asked.append((path.name, part))
         if not path.is_file():
             self.send_error(404)
@@ -335,3 +336,20 @@ def test_changed_shards_are_listed(copy: DataConfig, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == (
         f"{path}: changed: its SHA-256 is not that of the manifest\n5 shards: 1 changed\n"
     )
+
+
+def test_servers_that_cannot_serve_shards(
+    served: tuple[str, list[tuple[str, str | None]]], shards: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = served
+    remote = replace(shards, root=Path(url), workers=1)
+    for root, reason in (
+        (f"{url}/train-{{000..001}}.tar", r"the shard http://.*/train-000.tar cannot be read: "),
+        ("http://127.0.0.1:1/shards", r"--root http://127.0.0.1:1/shards cannot be read: "),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            check_data(replace(remote, root=Path(root)))
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Server, "parts", False)
+    with pytest.raises(UserError, match="the server sends a whole file when it is asked for a part"):
+        read(open_data(remote).train)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tools
 from tests.utils.data.helpers import write_folder
 from tests.utils.data.shards.helpers import make, pairs, picture
 from utils.data.image_file import decode
@@ -180,3 +181,29 @@ def test_the_manifest_says_what_was_done(photos: Path, tmp_path: Path) -> None:
     assert (found["max_side"], found["quality"], found["classes"]) == (24, 80, ["ant", "bee", "cat"])
     images = open_shards(tmp_path / "shards")["train"]
     assert max(max(decode(images.read(i)).size) for i in range(len(images))) == 24
+
+
+def test_mistakes_of_the_word(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    to = ("--to", str(tmp_path / "shards"))
+    for arguments, reason in (
+        (("--from", str(photos)), "the word make-shards needs --to"),
+        (to, "the word make-shards needs --from"),
+        (
+            ("--from", str(photos), *to, "--quality", "90"),
+            "--quality is that of images which --max_side reduces",
+        ),
+        (
+            ("--from", str(photos), *to, "--max-side", "9", "--quality", "101"),
+            "--quality 101: write 1 to 100",
+        ),
+        (("--from", str(photos), *to, "--shard-size", "0"), "'0' is not a number of 1 or more"),
+        (("--from", str(photos), *to, "--workers", "9999"), "--workers 9999: at most"),
+        (
+            ("--from", str(photos / "nowhere"), *to),
+            "no such folder or file; it may be a folder with train/ and val/",
+        ),
+    ):
+        assert tools.main(["--keyword", "make-shards", *arguments]) == 2
+        found = capsys.readouterr()
+        assert reason in found.err and found.err.count("\n") == 1 and not found.out
+    assert not (tmp_path / "shards").exists()
