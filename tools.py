@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.processes.interrupt import SIGNALS, Requests
 from utils.text import closest
 from utils.tools import checkpoints, images, runs
-from utils.tools.options import Options
+from utils.tools.options import Options, refuse_pipes
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")
         if not is_given and option in word.needs:
             raise UserError(f"the word {name} needs {shown}")
-    return name, Options(**given)
+    options = Options(**given)
+    refuse_pipes(options.old, *(options.files or ()))
+    return name, options
 
 
 def _with_underscores(argument: str) -> str:

@@ -11,16 +11,18 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model.layers.quantized import AskedBits, QuantConv2d, QuantLayer, QuantLinear
+from model.layers.quantized import AskedBits, QuantConv2d, QuantLayer, QuantLinear, full_precision_reason
 from model.layers.weighted import weighted_layers
 from model.selection import all_names, close_layers, matches
 from utils.config.layer_bits import BOTH, FULL_BITS
 from utils.config.schema import TAGS, QuantConfig
 from utils.errors import UserError
-from utils.text import some_names
+from utils.text import printable, some_names
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 ENDS = ("first", "last")
+# Reasons for full precision that an entry overcomes which writes the layer's name out.
+BY_NAME = (*(f"is the {end} layer" for end in ENDS), "is depth-wise")
 _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
@@ -153,9 +155,12 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
         mark_ends(layers, list(layers))
     own = all_names(module, layers)
     reached: dict[str, bool] = {}  # name -> whether a pattern must write it out
+    fixed: dict[str, str] = {}  # name -> why it gets no bits even so
     for name, layer in layers.items():
         if only is not None and name not in only:
             reached[name] = True
+            reason = "is quantized already" if isinstance(layer, QuantLayer) else full_precision_reason(layer)
+            fixed |= {name: reason} if reason not in BY_NAME else {}
             _check_left(name, layer, asked_bits(config, layer, own[name], whole=True))
             continue
         given = any(getattr(config, f"{end}_bit") is not None for end in ends_of(layer))
@@ -176,7 +181,7 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
         layer.reads_images = "first" in ends_of(layer) and "fm" in asked
     for rule in config.layer_bits:
         for pattern in rule.names:
-            _check_pattern(str(rule), pattern, own, reached)
+            _check_pattern(str(rule), pattern, own, reached, fixed)
 
 
 def _check_left(name: str, layer: nn.Module, asked: Mapping[str, AskedBits]) -> None:
@@ -189,16 +194,26 @@ def _check_left(name: str, layer: nn.Module, asked: Mapping[str, AskedBits]) -> 
 
 
 def _check_pattern(
-    rule: str, pattern: str, names: Mapping[str, Sequence[str]], whole: Mapping[str, bool]
+    rule: str,
+    pattern: str,
+    names: Mapping[str, Sequence[str]],
+    whole: Mapping[str, bool],
+    fixed: Mapping[str, str],
 ) -> None:
     """Refuse a pattern that selects no layer."""
     found = [name for name in names if matches(pattern, names[name]) or pattern in names[name]]
     if any(not whole[name] or pattern in names[name] for name in found):
         return
-    if found:
+    shown = printable(pattern)
+    if found and all(name in fixed for name in found):
         raise UserError(
-            f"{rule}: {pattern} selects no quantized layer, only {some_names(found)}: write such a name out to give "
+            f"{rule}: {shown} selects no layer that can get bits: {found[0]} {fixed[found[0]]}: leave it out"
+        )
+    if found:
+        found = [name for name in found if name not in fixed]
+        raise UserError(
+            f"{rule}: {shown} selects no quantized layer, only {some_names(found)}: write such a name out to give "
             "the layer bits"
         )
     known = [name for each in names.values() for name in each]
-    raise UserError(f"{rule}: no layer is called {pattern}{close_layers(pattern, known)}")
+    raise UserError(f"{rule}: no layer is called {shown}{close_layers(pattern, known)}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from utils.config.checks import shown
@@ -28,20 +26,9 @@ def read_layer_bits(path: str | os.PathLike[str]) -> tuple[LayerBits, ...]:
     Raises:
         UserError: the file cannot be read, or an entry is wrong for every network.
     """
-    import yaml
+    from utils.config.yaml_file import read_yaml  # imports yaml, which takes its time
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"{OPTION} {path}: cannot be read ({reason})") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):  # YAML has nearly all of JSON, but no tabs
-        try:
-            content = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{OPTION} {path}: is no YAML ({' '.join(str(error).split()):.200})") from error
+    content = read_yaml(path, OPTION)
     if isinstance(content, dict) and list(content) == ["init"]:
         content = content["init"]
     return layer_rules(content, f"{OPTION} {path}")

@@ -52,6 +52,13 @@ def given_path(path: Path | None) -> Path:
     return path
 
 
+def refuse_pipes(*paths: Path | None) -> None:
+    """Refuse a path that is neither file nor folder: reading a pipe might never end."""
+    for path in paths:
+        if path is not None and path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a pipe or a device: name a file")
+
+
 def refuse_existing(options: Options, *paths: Path | None) -> None:
     """Refuse, before any work, to write over an existing file without --force."""
     for path in paths:

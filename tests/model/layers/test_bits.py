@@ -170,6 +170,7 @@ def test_wildcards_leave_the_bits_of_the_ends() -> None:
         ([{"name": "layer5.*", "bit": 4}], "entry 1: no layer is called layer5.*; did you mean layer3.*"),
         ([{"name": ["layer1.*", "fcc"], "bit": 4}], "no layer is called fcc; did you mean fc?"),
         ([{"name": "f*", "bit": 4}], "f* selects no quantized layer, only fc: write such a name out"),
+        ([{"name": "fc\n", "bit": 4}], r"no layer is called fc\n; did you mean fc?"),
         ([{"name": "layer1.*", "ot_bit": 4}], "entry 1: ot_bit: outputs are not quantized: add --ot_enable"),
     ],
 )
@@ -284,6 +285,16 @@ def test_a_mistake_leaves_the_network_as_it_was() -> None:
             {"exclude": ("2",)},
             {"layer_bits": [{"name": "*", "bit": 4}, {"name": "2", "bit": 3}]},
             "--layer_bits: entry 2: 2 is excluded by 2: leave it out",
+        ),
+        (
+            {"exclude": ("1", "2")},
+            {"layer_bits": [{"name": "[12]", "bit": 4}]},
+            r"\[12\] selects no layer that can get bits: 1 is excluded by 1: leave it out",
+        ),
+        (
+            {"exclude": ("2",)},
+            {"layer_bits": [{"name": "[23]", "bit": 4}]},
+            r"\[23\] selects no quantized layer, only 3: write such a name out to give the layer bits",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ def test_rules_as_entries_and_back() -> None:
         ("- {name: 3, bit: 4}", "name must be a pattern"),
         ("- {name: [fc, 3], bit: 4}", "name must be a pattern"),
         ("- {name: '', bit: 4}", "name must be a pattern"),
+        ("- name: fc\n  bit: 4\n  bit: 3", "'bit' is written twice in one mapping: keep one of them"),
+        ('[{"name": "fc", "bit": 4, "bit": 3}]', "'bit' is written twice in one mapping"),
+        ("init: [{name: fc, bit: 4}]\ninit: [{name: fc, bit: 3}]", "'init' is written twice in one mapping"),
+        ('- {name: fc, "\\e[31m\\n": 4}', r"entry 1: '\x1b[31m\n' is not known"),
     ],
 )
 def test_a_file_with_a_mistake(tmp_path: Path, text: str, words: str) -> None:
@@ -99,6 +104,24 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for name, words in (("none.yaml", "No such file"), ("", "Is a directory"), ("bytes", "not a text file")):
         with pytest.raises(UserError, match=f"cannot be read .*{words}"):
             read([*NETWORK, "--bits", "2", "--layer_bits", str(tmp_path / name)])
+
+
+def test_a_merged_mapping_may_be_replaced_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "bits.yaml"
+    path.write_text(
+        "- &first {name: fc, wt_bit: 4, fm_bit: 4}\n- {<<: *first, fm_bit: 3}\n", encoding="utf-8"
+    )
+    assert [rule.bits for rule in read_layer_bits(path)] == [{"wt": 4, "fm": 4}, {"wt": 4, "fm": 3}]
+
+
+@pytest.mark.parametrize("option", ["--layer_bits", "--policy"])
+def test_a_pipe_is_no_file(tmp_path: Path, option: str) -> None:
+    """Reading one that nobody writes to would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        UserError, match=f"{option} .*pipe: is a pipe or a device: write its text into a file"
+    ):
+        read([*NETWORK, "--bits", "2", option, str(tmp_path / "pipe")])
 
 
 # The first and the last layer ------------------------------------------------------------------------
