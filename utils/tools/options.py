@@ -37,6 +37,7 @@ class Options:
     samples: int | None = None
     budget_size: str | None = None
     budget_bops: str | None = None
+    engine: str | None = None
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None
