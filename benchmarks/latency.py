@@ -74,7 +74,8 @@ def quantized(
 
 def opened(engine: str, network: nn.Module, images: Tensor, folder: Path) -> Runner:
     """The exported network in an engine."""
-    graph, path = deploy_graph(network, images.shape[1:]), folder / f"network{ENDINGS[engine]}"
+    graph = deploy_graph(network, images.shape[1:])
+    path = folder / f"{len([*folder.iterdir()])}{ENDINGS[engine]}"  # a file of its own: OpenVINO maps it
     if engine == "openvino":
         openvino_ir.write_openvino(graph, path)
     else:
