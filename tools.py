@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.processes.interrupt import SIGNALS, Requests
 from utils.text import closest
 from utils.tools import checkpoints, images, runs, shards
-from utils.tools.options import Options
+from utils.tools.options import Options, refuse_pipes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ WORDS: dict[str, Word] = {
         ("old",),
         ("bits", "samples", "root", "output", "ema_weights", "keyword_file", "force"),
     ),
-    "plan": Word(plan.plan, ("old", "new"), ("budget_size", "budget_bops", "force")),
+    "plan": Word(plan.plan, ("old", "new"), ("budget_size", "budget_bops", "bits", "engine", "force")),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
@@ -221,13 +221,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         help="export to onnx, openvino: residual sums in 8 bits, with ranges of a batch of images; faster, less exact",
     )  # fmt: skip
     parser.add_argument(
-        "--bits", type=_bits, metavar="LIST", help="sensitivity: bits to try; default: 8,4,3,2"
-    )
+        "--bits", type=_bits, metavar="LIST",
+        help="sensitivity: bits to try; default: 8,4,3,2; plan: bits to choose from; default: all that were tried",
+    )  # fmt: skip
     parser.add_argument(
         "--samples", type=_positive, metavar="N", help="sensitivity: images that are run; default: 256"
     )
     parser.add_argument("--budget_size", metavar="SIZE", help="plan: of all weights, such as 96KiB")
     parser.add_argument("--budget_bops", metavar="N", help="plan: bit operations of an image, such as 0.5G")
+    parser.add_argument(
+        "--engine",
+        metavar="NAME",
+        help="plan: only bits that it multiplies as integers: onnxruntime, openvino",
+    )
     parser.add_argument(
         "--keyword_file", metavar="FILE", help="the Python file of keywords that the training ran with"
     )
@@ -265,7 +271,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")
         if not is_given and option in word.needs:
             raise UserError(f"the word {name} needs {shown}")
-    return name, Options(**given)
+    options = Options(**given)
+    refuse_pipes(options.old, *(options.files or ()))
+    return name, options
 
 
 def _with_underscores(argument: str) -> str:

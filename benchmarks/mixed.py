@@ -2,7 +2,7 @@
 
     python benchmarks/mixed.py                       # glyphs, seeds 1-3: full precision, uniform and planned bits
     python benchmarks/mixed.py --ends full           # without uniform networks of 8 bits at their ends
-    python benchmarks/mixed.py --dataset digits --seeds 1 --print
+    python benchmarks/mixed.py --dataset digits --quick      # images of 8 pixels
 
 All networks of a seed start from its network in full precision and have the recipe of `benchmarks/digits.py`. Uniform
 networks keep their first and last layer in full precision, as is usual, or at 8 bits, as in LSQ's paper; each plan may
@@ -220,9 +220,14 @@ def main() -> int:
     parser.add_argument(
         "--ends", choices=tuple(ENDS), nargs="+", default=list(ENDS), help="of uniform networks"
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small images or a narrow network, as the quick table of digits.py",
+    )
     options = parser.parse_args()
 
-    setup = f"{options.dataset}-all"
+    setup = f"{options.dataset}-{'quick' if options.quick else 'all'}"
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(
             pool.map(lambda seed: of_seed(setup, seed, options.ends, options.fresh), options.seeds)

@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.config.checks import Checks
 from utils.errors import UserError
-from utils.text import closest, format_table, some_names
+from utils.text import closest, format_table, printable, some_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Selection:
             if not matches(pattern, known):
                 close = difflib.get_close_matches(pattern, known, n=3)
                 hint = f"did you mean {' or '.join(close)}?" if close else "`*` stands for any text"
-                raise UserError(f"no layer is called {pattern}; {hint}")
+                raise UserError(f"no layer is called {printable(pattern)}; {hint}")
 
 
 class Left(NamedTuple):

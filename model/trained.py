@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.layers.bits import single_bits
+from model.layers.bits import single_settings
 from model.layers.quantized import quantizers, selected
 from utils.checkpoint.run_state import CHANGEABLE
 from utils.config.layer_bits import SINGLE_LAYERS, LayerBits
@@ -261,7 +261,9 @@ def _check_single_layers(
             continue
         if name == "layer_bits":
             rules = tuple(LayerBits(**{**rule, "names": tuple(rule["names"])}) for rule in recorded[name])
-            if single_bits(model, dataclasses.replace(quant, layer_bits=rules)) == single_bits(model, quant):
+            if single_settings(model, dataclasses.replace(quant, layer_bits=rules)) == single_settings(
+                model, quant
+            ):
                 continue
         raise _other_network(f"model.quant.{name}", recorded[name], now[name], source)
 

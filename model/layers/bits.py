@@ -11,16 +11,25 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from model.layers.quantized import AskedBits, QuantConv2d, QuantLayer, QuantLinear
+from model.layers.quantized import (
+    AskedBits,
+    AskedGroups,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    full_precision_reason,
+)
 from model.layers.weighted import weighted_layers
 from model.selection import all_names, close_layers, matches
 from utils.config.layer_bits import BOTH, FULL_BITS
 from utils.config.schema import TAGS, QuantConfig
 from utils.errors import UserError
-from utils.text import some_names
+from utils.text import printable, some_names
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 ENDS = ("first", "last")
+# Reasons for full precision that an entry overcomes which writes the layer's name out.
+BY_NAME = (*(f"is the {end} layer" for end in ENDS), "is depth-wise")
 _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
@@ -113,19 +122,47 @@ def asked_bits(
     return found
 
 
-def single_bits(module: nn.Module, config: QuantConfig) -> dict[tuple[str, str], int | str]:
-    """The bits that single layers of a network, once its quantizers are built, would have by a configuration.
+def asked_groups(config: QuantConfig, names: Sequence[str], *, whole: bool) -> dict[str, AskedGroups]:
+    """The groups of channels that a layer has apart from those of its tags; arguments as of `asked_bits`.
+
+    Raises:
+        UserError: an entry is for a tag that is not enabled.
+    """
+    enabled = [tag for tag in TAGS if getattr(config, tag).enable]
+    found: dict[str, AskedGroups] = {}
+    for rule in config.layer_bits:
+        if not rule.groups or not rule.selects(names, whole=whole):
+            continue
+        for tag, groups in rule.groups.items():
+            if tag not in (BOTH, *enabled):
+                raise UserError(
+                    f"{rule}: {tag}_quant_group: {TAGS[tag]}s are not quantized: add --{tag}_enable, or leave "
+                    f"{tag}_quant_group out"
+                )
+            tags = [each for each in ("fm", "wt") if each in enabled] if tag == BOTH else [tag]
+            found |= dict.fromkeys(tags, AskedGroups(groups, str(rule)))
+    return found
+
+
+def single_settings(module: nn.Module, config: QuantConfig) -> dict[tuple[str, str, str], int | str | None]:
+    """The bits and groups that single layers of a network, once its quantizers are built, would have.
 
     Returns:
-        (layer, tag) -> bits; 32 bits are left out where the layer has no quantizer otherwise.
+        (layer, tag, "bits" or "groups") -> value; 32 bits are left out where the layer has no quantizer otherwise, and
+        groups that are those of the tag.
     """
     layers = dict(weighted_layers(module))
-    names, found = all_names(module, layers), dict[tuple[str, str], int | str]()
+    names, found = all_names(module, layers), dict[tuple[str, str, str], int | str | None]()
     for name, layer in layers.items():
         whole = not isinstance(layer, QuantLayer) or layer.named_whole
         asked = asked_bits(config, layer, names[name], whole=whole)
         if not whole or quantizes(asked):
-            found |= {(name, tag): one.bits for tag, one in asked.items()}
+            found |= {(name, tag, "bits"): one.bits for tag, one in asked.items()}
+        if isinstance(layer, QuantLayer):
+            for tag, one in asked_groups(config, names[name], whole=whole).items():
+                groups = layer.group_count(tag, one.groups)
+                if groups != layer.group_count(tag, getattr(config, tag).quant_group):
+                    found[name, tag, "groups"] = groups
     return found
 
 
@@ -153,17 +190,27 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
         mark_ends(layers, list(layers))
     own = all_names(module, layers)
     reached: dict[str, bool] = {}  # name -> whether a pattern must write it out
+    fixed: dict[str, str] = {}  # name -> why it gets no bits even so
     for name, layer in layers.items():
         if only is not None and name not in only:
             reached[name] = True
-            _check_left(name, layer, asked_bits(config, layer, own[name], whole=True))
+            reason = "is quantized already" if isinstance(layer, QuantLayer) else full_precision_reason(layer)
+            fixed |= {name: reason} if reason not in BY_NAME else {}
+            _check_left(
+                name,
+                layer,
+                asked_bits(config, layer, own[name], whole=True),
+                asked_groups(config, own[name], whole=True),
+            )
             continue
         given = any(getattr(config, f"{end}_bit") is not None for end in ends_of(layer))
         whole = given or not isinstance(layer, QuantLayer) or layer.named_whole
         reached[name] = whole
         asked = asked_bits(config, layer, own[name], whole=whole)
+        groups = asked_groups(config, own[name], whole=whole)
         if not isinstance(layer, QuantLayer):
             if not quantizes(asked):
+                _refuse_groups(name, groups)
                 continue
             if type(layer) not in LAYERS:
                 source = next(one.source for one in asked.values())
@@ -172,33 +219,52 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
                 )
             become_quantized(layer, config).named_whole = True
         assert isinstance(layer, QuantLayer)
-        layer.bits = asked
+        layer.bits, layer.quant_groups = asked, groups
         layer.reads_images = "first" in ends_of(layer) and "fm" in asked
     for rule in config.layer_bits:
         for pattern in rule.names:
-            _check_pattern(str(rule), pattern, own, reached)
+            _check_pattern(str(rule), pattern, own, reached, fixed)
 
 
-def _check_left(name: str, layer: nn.Module, asked: Mapping[str, AskedBits]) -> None:
-    """Refuse other bits for a layer that has quantizers already."""
+def _check_left(
+    name: str, layer: nn.Module, bits: Mapping[str, AskedBits], groups: Mapping[str, AskedGroups]
+) -> None:
+    """Refuse other bits and groups for a layer that has quantizers already, and groups for one that gets none."""
     if not isinstance(layer, QuantLayer):
+        _refuse_groups(name, groups)
         return
-    for tag, one in asked.items():
-        if tag not in layer.bits or layer.bits[tag].bits != one.bits:
-            raise UserError(f"{one.source}: {name} is quantized already: leave it out")
+    for noted, asked in ((layer.bits, bits), (layer.quant_groups, groups)):
+        for tag, one in asked.items():
+            if tag not in noted or noted[tag][0] != one[0]:
+                raise UserError(f"{one.source}: {name} is quantized already: leave it out")
+
+
+def _refuse_groups(name: str, groups: Mapping[str, AskedGroups]) -> None:
+    for one in groups.values():
+        raise UserError(f"{one.source}: {name} is in full precision: give it bits too, or leave it out")
 
 
 def _check_pattern(
-    rule: str, pattern: str, names: Mapping[str, Sequence[str]], whole: Mapping[str, bool]
+    rule: str,
+    pattern: str,
+    names: Mapping[str, Sequence[str]],
+    whole: Mapping[str, bool],
+    fixed: Mapping[str, str],
 ) -> None:
     """Refuse a pattern that selects no layer."""
     found = [name for name in names if matches(pattern, names[name]) or pattern in names[name]]
     if any(not whole[name] or pattern in names[name] for name in found):
         return
-    if found:
+    shown = printable(pattern)
+    if found and all(name in fixed for name in found):
         raise UserError(
-            f"{rule}: {pattern} selects no quantized layer, only {some_names(found)}: write such a name out to give "
+            f"{rule}: {shown} selects no layer that can get bits: {found[0]} {fixed[found[0]]}: leave it out"
+        )
+    if found:
+        found = [name for name in found if name not in fixed]
+        raise UserError(
+            f"{rule}: {shown} selects no quantized layer, only {some_names(found)}: write such a name out to give "
             "the layer bits"
         )
     known = [name for each in names.values() for name in each]
-    raise UserError(f"{rule}: no layer is called {pattern}{close_layers(pattern, known)}")
+    raise UserError(f"{rule}: no layer is called {shown}{close_layers(pattern, known)}")

@@ -6,34 +6,22 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from model.layers.asked import AskedBits, AskedGroups, with_bits, with_groups
 from model.quantizers.frame import Quantizer
 from model.quantizers.kernels import in_processes
 from model.quantizers.registry import build_quantizer
-from model.quantizers.site import LayerSite
+from model.quantizers.site import LayerSite, group_count
 from utils.config.checks import shown
-from utils.config.layer_bits import FULL_BITS, levels_of
-from utils.config.methods import record_of, unfit_levels
+from utils.config.layer_bits import FULL_BITS
 from utils.config.schema import QuantConfig, QuantizerConfig, Rule
 from utils.errors import UserError
-
-
-class AskedBits(NamedTuple):
-    """Bits of a layer's quantizer apart from those of its tag, and the option that says them.
-
-    Attributes:
-        bits: 1 to 16, "ternary", or 32 for full precision.
-        source: the option, for messages.
-    """
-
-    bits: int | str
-    source: str
 
 
 class QuantLayer(nn.Module):
@@ -46,6 +34,7 @@ class QuantLayer(nn.Module):
         quant_output: quantizes the output.
         signed_input: the input goes below zero, so that its levels are symmetric whatever the configuration says.
         bits: tag -> the bits of its quantizer where they are not those of the tag (`model.layers.bits`).
+        quant_groups: tag -> the groups of its quantizer, likewise.
         reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
         named_whole: only an entry of `--layer_bits` that writes its name out is for it.
         recompute: keep no quantized input for the backward pass, but compute it again there from the input.
@@ -65,6 +54,7 @@ class QuantLayer(nn.Module):
     quant_output: nn.Module
     signed_input: bool = False
     bits: Mapping[str, AskedBits] = MappingProxyType({})
+    quant_groups: Mapping[str, AskedGroups] = MappingProxyType({})
     reads_images: bool = False
     named_whole: bool = False
     recompute: bool = False
@@ -73,17 +63,21 @@ class QuantLayer(nn.Module):
         """Create the quantizers of this layer, which messages call `name`."""
         for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
             settings: QuantizerConfig = getattr(config, tag)
+            site, groups = self._site(tag, name), self.quant_groups.get(tag)
+            if groups is not None and settings.enable and not self.left_full(tag):
+                settings = with_groups(settings, groups, site)
+            given = settings
             if tag == "fm" and (self.signed_input or self.reads_images):
                 settings = dataclasses.replace(settings, half_range=False)
             asked = self.bits.get(tag)
             if asked is not None:
-                settings = _with_bits(settings, asked, images=tag == "fm" and self.reads_images, name=name)
+                settings = with_bits(settings, asked, images=tag == "fm" and self.reads_images, name=name)
             try:
-                setattr(self, f"quant_{part}", build_quantizer(settings, self._site(tag, name)))
+                setattr(self, f"quant_{part}", build_quantizer(settings, site))
             except UserError as error:
                 if asked is not None:
                     raise UserError(f"{asked.source}: {name}: {error}") from error
-                if settings is getattr(config, tag):
+                if settings is given:
                     raise
                 raise UserError(
                     f"{name} has symmetric levels, since its input goes below zero: {error}"
@@ -94,6 +88,11 @@ class QuantLayer(nn.Module):
 
     def _site(self, tag: str, name: str) -> LayerSite:
         raise NotImplementedError
+
+    def group_count(self, tag: str, requested: int | None) -> int | None:
+        """The number of groups of a tag's channels; None or 0 requests the default. None: they cannot be divided so."""
+        channels = self._site(tag, "").channels
+        return group_count(requested or (channels if tag == "wt" else 1), channels)
 
     def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
         """The quantizers of the layer that are not the identity, with their attribute names."""
@@ -163,28 +162,6 @@ class QuantLayer(nn.Module):
                     f"{quantizer.site.name}: an empty input on this process, while others wait for the statistics that "
                     f"its {part} ({quantizer.config.method}) gathers; give each process something in every step"
                 )
-
-
-def _with_bits(settings: QuantizerConfig, asked: AskedBits, *, images: bool, name: str) -> QuantizerConfig:
-    """The options of a quantizer at other bits.
-
-    Levels on both sides of zero get one at zero where the method has such: those for images, and those of 8 bits and
-    more, whose codes are odd numbers beyond 8 bits otherwise, which no engine multiplies as integers.
-    """
-    levels = levels_of(asked.bits)
-    if levels is None or not settings.enable:
-        return dataclasses.replace(settings, enable=False)
-    wanted = (images and levels > 2) or (levels > 128 and not settings.half_range)
-    centred = wanted and record_of(settings.method, settings.tag).reads_option("grid")
-    changed = dataclasses.replace(
-        settings,
-        levels=levels,
-        binary_scale=settings.binary_scale and levels == 2,
-        grid="midtread" if centred else settings.grid,
-    )
-    if fault := unfit_levels(changed):
-        raise UserError(f"{asked.source}: {name}: {fault}")
-    return changed
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):

@@ -1,17 +1,18 @@
-"""Bits of each layer under a budget: `tools.py --keyword plan`. Without torch."""
+"""Bits of each layer under a budget: `tools.py --keyword plan`. Without torch, but for `--engine`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.mixed.integer_bits import ENGINES, integer_bits
 from utils.errors import UserError
 from utils.report import sensitivity_record
 from utils.report.sensitivity_record import MOST, Sensitivity
-from utils.text import format_table, printable
+from utils.text import closest, format_table, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 _BYTES = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -47,6 +48,7 @@ def plan(options: Options) -> int:
     if (options.budget_size is None) == (options.budget_bops is None):
         raise UserError("the word plan needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")
     record = sensitivity_record.read(old)
+    widths = _widths(options, record)
     size = options.budget_size is not None
     option, units, example = (
         ("--budget_size", _BYTES, "96KiB") if size else ("--budget_bops", _COUNTS, "0.5G")
@@ -55,23 +57,55 @@ def plan(options: Options) -> int:
     budget = _amount(given, units)
     if budget is None:
         raise UserError(f"{option} {given}: write a number with its unit, such as {example}")
-    costs = {bits: _total(record, bits, size=size) for bits in record.bits}
+    costs = {bits: _total(record, bits, size=size) for bits in widths}
     least, most = min(costs.values()), max(costs.values())
     if budget < least:
         raise UserError(
-            f"{option} {given} is too small: {min(record.bits)} bits everywhere take {_shown(least, size=size)}; give "
+            f"{option} {given} is too small: {min(widths)} bits everywhere take {_shown(least, size=size)}; give "
             "at least that, or measure fewer bits (sensitivity --bits)"
         )
     if budget >= most:
         raise UserError(
-            f"{option} {given} needs no plan: {max(record.bits)} bits everywhere take {_shown(most, size=size)}; give "
+            f"{option} {given} needs no plan: {max(widths)} bits everywhere take {_shown(most, size=size)}; give "
             "less, or take these bits for all layers"
         )
-    chosen = best(record, budget, size=size)
+    chosen = best(record, budget, size=size, widths=widths)
     _write(new, record, chosen, f"{option} {given}")
-    print(as_text(record, chosen))
+    print(as_text(record, chosen, widths))
     print(f"written: {printable(str(new))}, for main.py --layer_bits {printable(str(new))}")
     return 0
+
+
+def _widths(options: Options, record: Sensitivity) -> tuple[int, ...]:
+    """The bits to choose from, the most first: those asked for, or all that are measured and that the engine takes."""
+    asked, engine = options.bits, options.engine
+    if engine is not None and engine not in ENGINES:
+        raise UserError(f"--engine {engine}: write one of {', '.join(ENGINES)}{closest(engine, ENGINES)}")
+    if asked is not None and (unknown := sorted({*asked} - {*record.bits})):
+        raise UserError(
+            f"--bits: {unknown[0]} bits are not measured in {options.old}, but {_listed(record.bits)}: leave them out, "
+            "or measure again with sensitivity --bits"
+        )
+    widths = tuple(sorted(asked or record.bits, reverse=True))
+    if engine is None:
+        return widths
+    taken = integer_bits(widths)
+    if asked is not None and len(taken) < len(widths):
+        other = next(width for width in widths if width not in taken)
+        raise UserError(
+            f"--bits: {engine} does not multiply {other} by {other} bits as integers, but in float: leave {other} out, "
+            "or leave --engine out"
+        )
+    if not taken:
+        raise UserError(
+            f"--engine {engine}: multiplies none of {_listed(widths)} bits as integers: measure fewer bits "
+            "(sensitivity --bits)"
+        )
+    return taken
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths))
 
 
 def _amount(text: str, units: Mapping[str, int]) -> int | None:
@@ -94,7 +128,7 @@ def _total(record: Sensitivity, bits: int, *, size: bool) -> int:
     return record.bytes_with(all_bits) if size else record.bit_operations_with(all_bits)
 
 
-def best(record: Sensitivity, budget: int, *, size: bool) -> Plan:
+def best(record: Sensitivity, budget: int, *, size: bool, widths: Sequence[int] = ()) -> Plan:
     """The bits with the least sum of changes of the loss whose cost is within a budget.
 
     A linear program with one variable, 0 or 1, for each layer and number of bits, solved exactly by HiGHS through
@@ -104,11 +138,12 @@ def best(record: Sensitivity, budget: int, *, size: bool) -> Plan:
         record: the changes.
         budget: bytes of all weights, or bit operations of an image; at least what the fewest bits take.
         size: whether it is bytes.
+        widths: the bits to choose from, of those of the record; default: all.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    choices = [(layer, bits) for layer in record.layers for bits in record.bits]
+    choices = [(layer, bits) for layer in record.layers for bits in widths or record.bits]
     loss = np.array([layer.loss_at(bits) for layer, bits in choices])
     # Where losses are equal, more bits: a millionth of the largest loss decides nothing else.
     loss += 1e-6 * max(loss.max(), 1e-9) * np.array([max(record.bits) - bits for _, bits in choices]) / 8
@@ -140,8 +175,8 @@ def of_bits(record: Sensitivity, bits: Mapping[str, int]) -> Plan:
     )
 
 
-def as_text(record: Sensitivity, chosen: Plan) -> str:
-    """The bits of each layer, and totals beside those of the same bits everywhere."""
+def as_text(record: Sensitivity, chosen: Plan, widths: Sequence[int]) -> str:
+    """The bits of each layer, and totals beside those of the same bits everywhere, as far as a plan may have them."""
     rows = [
         (
             printable(layer.name), layer.kind, f"{layer.weights:,}", f"{layer.macs:,}", str(chosen.bits[layer.name]),
@@ -150,7 +185,7 @@ def as_text(record: Sensitivity, chosen: Plan) -> str:
         for layer in record.layers
     ]  # fmt: skip
     plans = {"plan": chosen} | {
-        f"{bits} bit": of_bits(record, dict.fromkeys(chosen.bits, bits)) for bits in record.bits
+        f"{bits} bit": of_bits(record, dict.fromkeys(chosen.bits, bits)) for bits in widths
     }
     totals = [
         (name, f"{one.bytes / 1024:.1f}", f"{one.bit_operations / 1e6:.1f}", f"{one.loss:+.4f}")

@@ -10,6 +10,7 @@ from model.convert import full_precision
 from model.training.assemble import Assembled
 from model.training.starting_point import Origin, Surroundings
 from model.watch.accumulators import accumulators
+from model.watch.peak import peak_bytes
 from utils.checkpoint import run_state
 from utils.config.image_size import sides
 from utils.data.loader import Loader
@@ -47,6 +48,7 @@ def plan_of(here: Surroundings, origin: Origin, assembled: Assembled) -> Plan:
         warnings=(*assembled.warnings, *[failure] * bool(failure)),
         folder=here.folder,
         checkpoints=here.files.folder,
+        peak_bytes=peak_bytes(assembled.model, here.config.model.input_size, here.config.model.channels),
         accumulators=accumulators(assembled.model),
     )
 

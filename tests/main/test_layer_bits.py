@@ -20,9 +20,12 @@ def test_the_checkpoint_holds_the_bits(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = Path("bits.yaml")
-    file.write_text("- {name: layer1.*, wt_bit: 3, fm_bit: ternary}\n", encoding="utf-8")
+    file.write_text("- {name: layer1.*, wt_bit: 3, fm_bit: ternary, wt_quant_group: 1}\n", encoding="utf-8")
     with_file = [*TINY.split(), "--layer_bits", str(file)]
 
+    assert main.main([*with_file, "--epochs", "1", "--dry_run", "--verbose"]) == 0
+    said = capsys.readouterr().out
+    assert "lsq 3 bit, 8 levels, 1 gr." in said
     assert main.main([*with_file, "--epochs", "1", "--dry_run"]) == 0
     said = capsys.readouterr().out
     rows = [line.split() for line in said.splitlines()]
@@ -59,12 +62,18 @@ def test_the_checkpoint_holds_the_bits(
     capsys.readouterr()
     assert main.main([*TINY.split(), "--epochs", "3", "-r"]) == 2
     assert "--layer_bits was 1 entries and is none now" in capsys.readouterr().err
+    own = Path("per-channel.yaml")
+    own.write_text("- {name: layer1.*, wt_bit: 3, fm_bit: ternary}\n", encoding="utf-8")
+    assert main.main([*TINY.split(), "--epochs", "3", "-r", "--layer_bits", str(own)]) == 2
+    assert "--layer_bits has other entries now" in capsys.readouterr().err
     evaluate = ["-e", "--pretrained", CHECKPOINT, "--layer_bits", str(file)]
     for entries, status in (
         (
-            "- {name: layer1.*, bit: 3}\n- {name: [layer1.*, fc], tag: fm, bit: ternary}\n- {name: fc, bit: 8}",
+            "- {name: layer1.*, bit: 3, quant_group: 1}\n- {name: [layer1.*, fc], tag: fm, bit: ternary}\n"
+            "- {name: fc, bit: 8}",
             0,
         ),
+        ("- {name: layer1.*, wt_bit: 3, fm_bit: ternary}", 2),
         ("- {name: layer1.*, wt_bit: 3}", 2),
     ):
         file.write_text(entries, encoding="utf-8")

@@ -210,7 +210,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "on        fake: 32 images, 8 for validation; 4 steps an epoch, each of 8 images",
         "from      random weights; clip values from the weights and a batch (--re_init)",
         f"bits      weights: {bits}; inputs: {bits}; full precision: conv1, fc",
-        "size      weights 18.6 KiB, 265.6 KiB in float32; 2,578,752 MACs an image",
+        "size      weights 18.6 KiB, 265.6 KiB in float32; 2,578,752 MACs an image, tensors of 24.0 KiB at once",
         "sums      integers of at most 10 bits in 20 layers, the most in layer2.1.conv1.0",
         "schedule  5 epochs, adam, learning rate from epoch 0: 0.05, 3: 0.005",
         "writes    exp/default, weights/resnet20",

@@ -1,4 +1,4 @@
-"""The bits of single layers: an entry of `--layer_bits`, and what a number of bits means."""
+"""The bits and groups of single layers: an entry of `--layer_bits`, and what a number of bits means."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from utils.errors import UserError
 FULL_BITS, MOST_BITS, TERNARY = 32, 16, "ternary"
 WIDTHS = f"a number of bits from 1 to {MOST_BITS}, {TERNARY}, or {FULL_BITS} for full precision"
 SINGLE_LAYERS = ("first_bit", "last_bit", "layer_bits")  # options, and fields of a `QuantConfig`
+MOST_GROUPS = 2**20  # and channels in a group
 BOTH = ""  # in place of a tag: weights and inputs, as far as they are quantized
 
 
@@ -47,11 +48,12 @@ def levels_of(bits: int | str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBits:
-    """The bits of some layers: one entry of `--layer_bits`.
+    """The bits and the groups of channels of some layers: one entry of `--layer_bits`.
 
     Attributes:
         names: shell patterns of whole names of layers; it is for the layers that match one of them.
         bits: tag -> bits, "ternary", or 32 for full precision; "" in place of a tag means weights and inputs.
+        groups: tag, as in `bits`, -> groups of channels that share a range, -k for groups of k, or 0 for the default.
         number: of the entry, from 1.
 
     Raises:
@@ -67,18 +69,29 @@ class LayerBits:
     names: tuple[str, ...]
     bits: Mapping[str, int | str] = field(hash=False)  # which has no hash, but counts for equality
     number: int = 1
+    # Left out of files that have none, which earlier versions read.
+    groups: Mapping[str, int] = field(default_factory=dict, hash=False, metadata={"optional": True})
 
     def __post_init__(self) -> None:
-        """Refuse what is no pattern and what is no number of bits."""
+        """Refuse what is no pattern, no number of bits and no number of groups."""
         check = Checks(self)
         check.strings("names")
         check.integer("number", 1)
         check.names("bits")
-        if not self.names or not self.bits:
-            raise UserError(f"{self}: give it patterns of names and bits")
+        check.names("groups")
+        if not self.names or not (self.bits or self.groups):
+            raise UserError(f"{self}: give it patterns of names and bits or groups")
+        for name, values in (("bits", self.bits), ("groups", self.groups)):
+            for tag in values:
+                if tag not in (BOTH, "fm", "wt", "ot"):
+                    raise UserError(f"{self}: {name} of {tag!r}: a tag is fm, wt or ot")
+        for tag, groups in self.groups.items():
+            if not isinstance(groups, int) or isinstance(groups, bool) or abs(groups) > MOST_GROUPS:
+                raise UserError(
+                    f"{self}: {tag}{'_' * bool(tag)}quant_group {shown(groups)} must be a number of groups, -k for "
+                    "groups of k channels, or 0 for the default"
+                )
         for tag, bits in self.bits.items():
-            if tag not in (BOTH, "fm", "wt", "ot"):
-                raise UserError(f"{self}: bits of {tag!r}: a tag is fm, wt or ot")
             if not is_width(bits):
                 raise UserError(f"{self}: {tag}{'_' * bool(tag)}bit {shown(bits)} must be {WIDTHS}")
 

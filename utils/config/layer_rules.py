@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from utils.config.checks import shown
@@ -16,7 +14,8 @@ from utils.errors import UserError
 from utils.text import closest
 
 OPTION = "--layer_bits"
-FIELDS = ("name", "tag", "bit", "wt_bit", "fm_bit", "ot_bit")
+KINDS = ("bit", "quant_group")
+FIELDS = ("name", "tag", *(f"{tag}{kind}" for kind in KINDS for tag in ("", "wt_", "fm_", "ot_")))
 EXAMPLE = "- name: layer1.*, then wt_bit: 4 and fm_bit: 4"
 
 
@@ -28,20 +27,9 @@ def read_layer_bits(path: str | os.PathLike[str]) -> tuple[LayerBits, ...]:
     Raises:
         UserError: the file cannot be read, or an entry is wrong for every network.
     """
-    import yaml
+    from utils.config.yaml_file import read_yaml  # imports yaml, which takes its time
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"{OPTION} {path}: cannot be read ({reason})") from error
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):  # YAML has nearly all of JSON, but no tabs
-        try:
-            content = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{OPTION} {path}: is no YAML ({' '.join(str(error).split()):.200})") from error
+    content = read_yaml(path, OPTION)
     if isinstance(content, dict) and list(content) == ["init"]:
         content = content["init"]
     return layer_rules(content, f"{OPTION} {path}")
@@ -100,7 +88,11 @@ def plain_entries(rules: Sequence[LayerBits]) -> list[dict[str, Any]]:
     """
     return [
         {"name": rule.names[0] if len(rule.names) == 1 else list(rule.names)}
-        | {f"{tag}_bit" if tag else "bit": bits for tag, bits in rule.bits.items()}
+        | {
+            f"{tag}_{kind}" if tag else kind: value
+            for kind, values in zip(KINDS, (rule.bits, rule.groups), strict=True)
+            for tag, value in values.items()
+        }
         for rule in rules
     ]
 
@@ -124,12 +116,17 @@ def _rule(number: int, entry: Any) -> LayerBits:
     names: list[Any] = patterns if isinstance(patterns, list) and patterns else [patterns]
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{where}: name must be a pattern of layers like 'layer1.*', or a list of patterns")
-    written = [name for name in FIELDS if name in entry and name.endswith("bit")]
-    if not written:
+    found: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        written = [name for name in FIELDS if name in entry and name.endswith(kind)]
+        if kind in written and len(written) > 1:
+            raise UserError(f"{where}: {kind} and {written[1]} contradict each other: give one")
+        if "tag" in entry and written not in ([], [kind]):
+            raise UserError(f"{where}: tag belongs to {kind}, not to {written[0]}: leave it out")
+        found[kind] = {
+            tag if name == kind else name.removesuffix(f"_{kind}"): entry[name] for name in written
+        }
+    bits, groups = (found[kind] for kind in KINDS)
+    if not bits and not groups:
         raise UserError(f"{where}: sets no bits: add bit, or wt_bit and fm_bit")
-    if "bit" in written and len(written) > 1:
-        raise UserError(f"{where}: bit and {written[1]} contradict each other: give one")
-    if "tag" in entry and written != ["bit"]:
-        raise UserError(f"{where}: tag belongs to bit, not to {written[0]}: leave it out")
-    bits = {tag if name == "bit" else name.removesuffix("_bit"): entry[name] for name in written}
-    return LayerBits(names=tuple(names), bits=bits, number=number)
+    return LayerBits(names=tuple(names), bits=bits, groups=groups, number=number)

@@ -10,6 +10,7 @@ from utils.config.checks import LARGEST, shown
 from utils.config.options import OPTIONS
 from utils.config.schema import LEAST, MOST, TAGS, TRAINING, Rule
 from utils.errors import UserError
+from utils.text import printable
 
 SECTIONS = ("init", "epoch", "iteration")
 SELECTORS = ("index", "name", "tag")
@@ -26,21 +27,17 @@ def read_policy(path: Path) -> tuple[Rule, ...]:
     Raises:
         UserError: the file cannot be read, or an entry is wrong for every network.
     """
-    import yaml
+    from utils.config.yaml_file import read_yaml  # imports yaml, which takes its time
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"--policy {path}: cannot be read ({reason})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--policy {path}: is no YAML ({' '.join(str(error).split()):.200})") from error
+    content = read_yaml(path, "--policy")
     if not isinstance(content, dict) or not content:
         raise UserError(f"--policy {path}: give entries under {', '.join(SECTIONS)}")
     rules: list[Rule] = []
     for section, entries in content.items():
         if section not in SECTIONS:
-            raise UserError(f"--policy {path}: section {section} is not known: use {', '.join(SECTIONS)}")
+            raise UserError(
+                f"--policy {path}: section {printable(str(section))} is not known: use {', '.join(SECTIONS)}"
+            )
         if not isinstance(entries, list) or not entries:
             raise UserError(f"--policy {path}: {section} must be a list of entries, each beginning with '-'")
         rules += [_rule(section, number, entry) for number, entry in enumerate(entries, 1)]
@@ -57,7 +54,7 @@ def _rule(section: str, number: int, entry: Any) -> Rule:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-            raise UserError(f"{where}: {name} is not known: {hint}")
+            raise UserError(f"{where}: {printable(str(name))} is not known: {hint}")
     values = {name: value for name, value in entry.items() if name not in ("at", *SELECTORS)}
     if not values:
         raise UserError(f"{where}: changes nothing; set one of bit, {', '.join((*ATTRIBUTES, *TRAINING))}")

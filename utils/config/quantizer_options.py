@@ -20,7 +20,7 @@ LAYERS = (
         "layer_bits",
         str,
         None,
-        "YAML or JSON file with the bits of single layers; see docs/mixed.md",
+        "YAML or JSON file with bits and quant_group of single layers; see docs/mixed.md",
         unset=("none",),
     ),
 )

@@ -429,7 +429,12 @@ class Config:
 def to_dict(config: Any) -> Any:
     """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
     if dataclasses.is_dataclass(config):
-        return {item.name: to_dict(getattr(config, item.name)) for item in dataclasses.fields(config)}
+        values = {item: getattr(config, item.name) for item in dataclasses.fields(config)}
+        return {
+            item.name: to_dict(value)
+            for item, value in values.items()
+            if value or not item.metadata.get("optional")
+        }
     if isinstance(config, Mapping):
         return {str(name): to_dict(value) for name, value in config.items()}
     if isinstance(config, tuple | list):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.text import counted, format_table
+from utils.text import counted, format_table, some_names
+
+SHORT = 16  # bits of the shortest accumulators in use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,12 @@ def accumulator_table(rows: Sequence[Accumulator]) -> str:
 
 
 def accumulator_remark(rows: Sequence[Accumulator]) -> str:
-    """A few words about the longest sums; empty where there are none."""
+    """A few words about the longest sums, and the layers with more than `SHORT` bits; empty where there are none."""
     if not rows:
         return ""
     longest = max(rows, key=lambda row: row.bits)
     seen = [row.seen_bits for row in rows if row.seen_bits is not None]
     images = f"; those of the images at most {max(seen)}" if seen else ""
-    return f"at most {longest.bits} bits in {counted(len(rows), 'layer')}, the most in {longest.name}{images}"
+    long = [row.name for row in rows if row.bits > SHORT]
+    named = f"; above {SHORT} bits in {counted(len(long), 'layer')}: {some_names(long)}" if long else ""
+    return f"at most {longest.bits} bits in {counted(len(rows), 'layer')}, the most in {longest.name}{images}{named}"

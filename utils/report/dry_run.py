@@ -42,6 +42,7 @@ class Plan:
         warnings: all warnings.
         folder: of the log.
         checkpoints: where they go.
+        peak_bytes: the largest sum of tensors alive at once while one image runs, at their bits.
         accumulators: the integer sums of its layers in the worst case, with the weights and ranges that it starts from.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     warnings: tuple[str, ...]
     folder: Path
     checkpoints: Path
+    peak_bytes: int
     accumulators: tuple[Accumulator, ...] = ()
 
 
@@ -123,7 +125,7 @@ def _screen(plan: Plan) -> str:
         (
             "size",
             f"weights {cost.weight_bytes / 1024:,.1f} KiB, {cost.float_weight_bytes / 1024:,.1f} KiB in float32; "
-            f"{cost.macs:,} MACs an image",
+            f"{cost.macs:,} MACs an image, tensors of {plan.peak_bytes / 1024:,.1f} KiB at once",
         ),
         *([("sums", f"integers of {accumulator_remark(plan.accumulators)}")] if plan.accumulators else []),
         *([] if evaluate else [("schedule", _schedule(plan))]),

@@ -41,6 +41,7 @@ class Options:
     samples: int | None = None
     budget_size: str | None = None
     budget_bops: str | None = None
+    engine: str | None = None
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None
@@ -54,6 +55,13 @@ def given_path(path: Path | None) -> Path:
     if path is None:
         raise TypeError("an option that the word needs is not declared in tools.WORDS")
     return path
+
+
+def refuse_pipes(*paths: Path | None) -> None:
+    """Refuse a path that is neither file nor folder: reading a pipe might never end."""
+    for path in paths:
+        if path is not None and path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is a pipe or a device: name a file")
 
 
 def refuse_existing(options: Options, *paths: Path | None) -> None:

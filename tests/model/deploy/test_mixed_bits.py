@@ -23,10 +23,10 @@ from utils.config.schema import to_dict
 from utils.data.transform import ImageTransform
 
 ENTRIES = [
-    {"name": "features.1.*", "wt_bit": 3, "fm_bit": 4},
+    {"name": "features.1.*", "wt_bit": 3, "fm_bit": 4, "wt_quant_group": 1},
     {"name": ["features.2.*", "features.4.*"], "bit": 4},
     {"name": "features.5.conv", "tag": "wt", "bit": 32},
-    {"name": "features.6.*", "bit": "ternary"},
+    {"name": "features.6.*", "bit": "ternary", "quant_group": 2},
 ]
 
 

@@ -153,6 +153,59 @@ def test_later_entries_win() -> None:
     }
 
 
+def test_groups_of_layers() -> None:
+    """Without an entry a weight has a range for each output channel, an input one range."""
+    model, quant = small(
+        [
+            {"name": "*", "wt_quant_group": 1},
+            {"name": "layer1.*", "quant_group": -1},
+            {"name": "layer2.0.*", "bit": 3, "fm_quant_group": 2},
+            {"name": "layer2.0.conv2.0", "wt_quant_group": 0},
+            {"name": "fc", "bit": 8},
+        ],
+        last_bit=4,
+    )
+    shapes = {name: tuple(one.clip_val.shape) for name, one in quantizers(model)}  # pyright: ignore
+    channels = model.get_submodule("layer1.0.conv1.0").out_channels
+    assert shapes["layer1.0.conv1.0.quant_weight"] == (channels, 1, 1, 1)
+    assert shapes["layer1.0.conv1.0.quant_activation"] == (1, channels, 1, 1)
+    assert shapes["layer2.0.conv1.0.quant_weight"] == (1, 1, 1, 1)
+    assert shapes["layer2.0.conv1.0.quant_activation"] == (1, 2, 1, 1)
+    assert shapes["layer2.0.conv2.0.quant_weight"] == (2 * channels, 1, 1, 1)
+    assert shapes["layer3.0.conv1.0.quant_weight"] == (1, 1, 1, 1)
+    assert shapes["layer3.0.conv1.0.quant_activation"] == (1,)
+    assert shapes["fc.quant_weight"] == (10, 1)  # which a wildcard does not reach
+    assert not audit(model, [images()], quant).problems
+
+
+@pytest.mark.parametrize(
+    ("options", "entry", "words"),
+    [
+        ("lsq --bits 2", {"name": "layer1.*", "wt_quant_group": 3}, r"entry 1: layer1\.0\.conv1\.0: .* not divide"),
+        ("lsq --bits 2", {"name": "fc", "quant_group": 1}, "entry 1: fc is in full precision: give it bits too"),
+        ("lsq --bits 2", {"ot_quant_group": 1}, "ot_quant_group: outputs are not quantized: add --ot_enable"),
+        ("dorefa --bits 2", {"quant_group": 1}, "has no groups of weights: leave quant_group out"),
+    ],
+)  # fmt: skip
+def test_groups_that_cannot_be(options: str, entry: dict[str, Any], words: str) -> None:
+    config = read(f"--model resnet20 --keyword cifar10,cbsa,{options} --width_alpha 0.125".split()).model
+    quant = with_layer_bits(config.quant, None, None, [entry])
+    with pytest.raises(UserError, match=words):
+        build_network(dataclasses.replace(config, quant=quant))
+
+
+def test_groups_for_a_layer_that_is_quantized_already() -> None:
+    network = linears()
+    quantize(network, config(), layer_bits=[{"name": "1", "wt_quant_group": 2}])
+    assert network[1].quant_weight.groups == 2 and network[2].quant_weight.groups == 4  # pyright: ignore
+    for entry in ({"name": "1", "wt_quant_group": 1}, {"name": "2", "wt_quant_group": 2}):
+        with pytest.raises(UserError, match=r"[12] is quantized already: leave it out"):
+            quantize(network, config(), last_bit=8, layer_bits=[entry])
+    quantize(network, config(), last_bit=8, layer_bits=[{"name": "1", "wt_quant_group": 2}])
+    with pytest.raises(UserError, match="0 is in full precision: give it bits too, or leave it out"):
+        quantize(network, config(), layer_bits=[{"name": "0", "wt_quant_group": 2}])
+
+
 def test_wildcards_leave_the_bits_of_the_ends() -> None:
     model, _ = small([{"name": "*", "bit": 4}], first_bit=8, last_bit=8)
     levels = bits_of(model)
@@ -170,6 +223,7 @@ def test_wildcards_leave_the_bits_of_the_ends() -> None:
         ([{"name": "layer5.*", "bit": 4}], "entry 1: no layer is called layer5.*; did you mean layer3.*"),
         ([{"name": ["layer1.*", "fcc"], "bit": 4}], "no layer is called fcc; did you mean fc?"),
         ([{"name": "f*", "bit": 4}], "f* selects no quantized layer, only fc: write such a name out"),
+        ([{"name": "fc\n", "bit": 4}], r"no layer is called fc\n; did you mean fc?"),
         ([{"name": "layer1.*", "ot_bit": 4}], "entry 1: ot_bit: outputs are not quantized: add --ot_enable"),
     ],
 )
@@ -284,6 +338,16 @@ def test_a_mistake_leaves_the_network_as_it_was() -> None:
             {"exclude": ("2",)},
             {"layer_bits": [{"name": "*", "bit": 4}, {"name": "2", "bit": 3}]},
             "--layer_bits: entry 2: 2 is excluded by 2: leave it out",
+        ),
+        (
+            {"exclude": ("1", "2")},
+            {"layer_bits": [{"name": "[12]", "bit": 4}]},
+            r"\[12\] selects no layer that can get bits: 1 is excluded by 1: leave it out",
+        ),
+        (
+            {"exclude": ("2",)},
+            {"layer_bits": [{"name": "[23]", "bit": 4}]},
+            r"\[23\] selects no quantized layer, only 3: write such a name out to give the layer bits",
         ),
     ],
 )

@@ -8,10 +8,17 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 import tools
+from model.convert import quantize
+from model.deploy.graph import deploy_graph
+from model.deploy.onnx_qdq import integer_layers
+from model.mixed.integer_bits import integer_bits
 from model.mixed.plan import best, of_bits
+from model.quant import QuantConfig, QuantizerConfig
 from utils.report.sensitivity_record import Change, LayerSensitivity, Sensitivity
 
 BITS = (8, 4, 2)
@@ -60,6 +67,60 @@ def test_a_loss_that_falls_or_rises_with_more_bits_is_noise() -> None:
         changes={b: Change(loss=x, weight_loss=x, top1=0.0, estimate=0.0) for b, x in changes.items()},
     )  # fmt: skip
     assert [layer.loss_at(bits) for bits in BITS] == [0.2, 0.2, 0.3]
+
+
+def test_bits_for_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 bits on both sides overflow 16-bit sums of two products: nobody chooses them, unless they are asked for."""
+    monkeypatch.chdir(tmp_path)
+    found = record()
+    Path("found.json").write_text(found.as_json())
+    least, half, most = (found.bytes_with({layer.name: bits for layer in found.layers}) for bits in (2, 4, 8))
+    words = ["--keyword", "plan", "--old", "found.json", "--new", "bits.yaml", "--force"]
+    for arguments, message in (
+        (["--engine", "onnxruntim"], "write one of onnxruntime, openvino; did you mean onnxruntime?"),
+        (
+            ["--engine", "openvino", "--bits", "8,4"],
+            "does not multiply 8 by 8 bits as integers, but in float",
+        ),
+        (["--bits", "6,4"], "6 bits are not measured in found.json, but 8, 4, 2"),
+        (["--bits", "8,4", "--engine", "qonnx"], "--engine qonnx: write one of"),
+    ):
+        assert tools.main([*words, "--budget_size", f"{half}B", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not Path("bits.yaml").exists()
+
+    budget = f"{(half + most) // 2}B"
+    assert tools.main([*words, "--budget_size", budget]) == 0
+    assert 8 in {entry["wt_bit"] for entry in yaml.safe_load(Path("bits.yaml").read_text())}
+    for engine in ("onnxruntime", "openvino"):
+        assert tools.main([*words, "--budget_size", budget, "--engine", engine]) == 2
+        assert "needs no plan: 4 bits everywhere take" in capsys.readouterr().err
+    assert tools.main([*words, "--budget_size", f"{(least + half) // 2}B", "--engine", "openvino"]) == 0
+    assert {entry["wt_bit"] for entry in yaml.safe_load(Path("bits.yaml").read_text())} == {4, 2}
+    assert tools.main([*words, "--budget_size", f"{(least + most) // 2}B", "--bits", "8,2"]) == 0
+    assert {entry["wt_bit"] for entry in yaml.safe_load(Path("bits.yaml").read_text())} == {8, 2}
+
+
+@pytest.mark.parametrize(("bits", "integer"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 0)])
+def test_integer_bits_are_those_of_an_exported_layer(bits: int, integer: int) -> None:
+    """By the network's own file: how many layers in it multiply integers."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    parts = {
+        tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4, half_range=tag == "fm")
+        for tag in ("fm", "wt")
+    }
+    quantize(network, QuantConfig(**parts, first_last=True), layer_bits=[{"name": "2", "bit": bits}])  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        layer = network[2]
+        layer.weight.copy_(
+            torch.linspace(-1, 1, layer.weight.numel()).reshape(layer.weight.shape)
+        )  # all codes
+        layer.quant_weight.set_range(torch.ones_like(layer.quant_weight.current_range()))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    assert integer_layers(deploy_graph(network, (4, 8, 8))) == 1 + integer
+    assert integer_bits((bits,)) == (bits,) * integer
 
 
 def test_the_file_and_the_mistakes(

@@ -84,6 +84,9 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("epoch: [{at: [1.5], bit: 2}]", "whole numbers"),
         ("epoch: [{at: [1], grad_type: Square}]", "must be one of none"),
         ("epoch: [{", "is no YAML"),
+        ("epoch: [{at: [1], bit: 2, bit: 4}]", "'bit' is written twice in one mapping"),
+        ("epoch: [{at: [1], bit: 2}]\nepoch: [{at: [2], bit: 4}]", "'epoch' is written twice in one mapping"),
+        ('epoch: [{at: [1], "bit\\n": 2}]', r"bit\n is not known"),
         # what only the network and the run tell
         ("epoch: [{at: [1], index: 1, bit: 2}]", "index 1 has no layer"),
         ("epoch: [{at: [1], name: 'layer9.*', bit: 2}]", "selects no quantizer; "),

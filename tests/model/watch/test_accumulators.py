@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -14,7 +15,7 @@ from model.convert import quantize
 from model.quant import QuantConfig, QuantizerConfig
 from model.selection import Selection
 from model.watch.accumulators import accumulators
-from utils.report.accumulator_record import accumulator_remark, sum_bits
+from utils.report.accumulator_record import Accumulator, accumulator_remark, sum_bits
 
 METHODS = {  # name -> method, and further fields, of weights and of inputs
     "lsq": ({"method": "lsq"}, {"method": "lsq"}),
@@ -112,6 +113,17 @@ def test_layers_without_integer_sums_are_left_out() -> None:
     assert accumulator_remark(()) == ""
     assert " bits in 3 layers, the most in 5" in accumulator_remark(
         accumulators(network(*METHODS["lsq"], 4, signed=False))
+    )
+    row = Accumulator(name="x", products=9, lowest=-(2**15), highest=2**15 - 1)
+    rows = (
+        row,
+        dataclasses.replace(row, name="a", highest=2**15),
+        dataclasses.replace(row, name="b", lowest=-(2**20)),
+    )
+    assert accumulator_remark(rows[:1]) == "at most 16 bits in 1 layer, the most in x"
+    assert (
+        accumulator_remark(rows)
+        == "at most 21 bits in 3 layers, the most in b; above 16 bits in 2 layers: a, b"
     )
 
 

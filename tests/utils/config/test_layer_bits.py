@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ NETWORK = ["--keyword", "cifar10,cbsa,lsq"]
 ENTRIES = [
     {"name": "layer1.*", "bit": 4},
     {"name": ["layer2.*", "fc"], "wt_bit": 3, "fm_bit": "ternary"},
-    {"tag": "wt", "bit": 32},
+    {"tag": "wt", "bit": 32, "quant_group": 1},
+    {"name": "fc", "fm_quant_group": -4, "wt_quant_group": 0},
 ]
 RULES = (
     LayerBits(names=("layer1.*",), bits={"": 4}, number=1),
     LayerBits(names=("layer2.*", "fc"), bits={"wt": 3, "fm": "ternary"}, number=2),
-    LayerBits(names=("*",), bits={"wt": 32}, number=3),
+    LayerBits(names=("*",), bits={"wt": 32}, groups={"wt": 1}, number=3),
+    LayerBits(names=("fc",), bits={}, groups={"fm": -4, "wt": 0}, number=4),
 )
 YAML = """
 - name: layer1.*
@@ -33,6 +36,8 @@ YAML = """
   fm_bit: ternary
 - tag: wt
   bit: 32
+  quant_group: 1
+- {name: fc, fm_quant_group: -4, wt_quant_group: 0}
 """
 
 
@@ -78,12 +83,25 @@ def test_rules_as_entries_and_back() -> None:
         ("- {name: fc, bit: }", "bit None must be"),
         ("- {name: fc, bit: 4, fm_bit: 4}", "bit and fm_bit contradict"),
         ("- {name: fc, tag: wt, fm_bit: 4}", "tag belongs to bit"),
+        (
+            "- {name: fc, tag: wt, bit: 4, wt_quant_group: 1}",
+            "tag belongs to quant_group, not to wt_quant_group",
+        ),
+        ("- {name: fc, quant_group: 1, fm_quant_group: 1}", "quant_group and fm_quant_group contradict"),
+        ("- {name: fc, quant_group: 1.5}", "quant_group 1.5 must be a number of groups"),
+        ("- {name: fc, wt_quant_group: true}", "wt_quant_group True must be a number of groups"),
+        ("- {name: fc, wt_quant_group: 99999999999999999999}", "must be a number of groups"),
+        ("- {name: fc, wt_quant_groups: 1}", "'wt_quant_groups' is not known; did you mean wt_quant_group"),
         ("- {name: fc, tag: weights, bit: 4}", "tag 'weights' must be one of fm, wt, ot"),
         ("- {name: fc, tag: [wt], bit: 4}", "entry 1: tag ['wt'] must be one of fm, wt, ot"),
         ('[{"tag": {}, "bit": 4}]', "entry 1: tag {} must be one of fm, wt, ot"),
         ("- {name: 3, bit: 4}", "name must be a pattern"),
         ("- {name: [fc, 3], bit: 4}", "name must be a pattern"),
         ("- {name: '', bit: 4}", "name must be a pattern"),
+        ("- name: fc\n  bit: 4\n  bit: 3", "'bit' is written twice in one mapping: keep one of them"),
+        ('[{"name": "fc", "bit": 4, "bit": 3}]', "'bit' is written twice in one mapping"),
+        ("init: [{name: fc, bit: 4}]\ninit: [{name: fc, bit: 3}]", "'init' is written twice in one mapping"),
+        ('- {name: fc, "\\e[31m\\n": 4}', r"entry 1: '\x1b[31m\n' is not known"),
     ],
 )
 def test_a_file_with_a_mistake(tmp_path: Path, text: str, words: str) -> None:
@@ -99,6 +117,24 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     for name, words in (("none.yaml", "No such file"), ("", "Is a directory"), ("bytes", "not a text file")):
         with pytest.raises(UserError, match=f"cannot be read .*{words}"):
             read([*NETWORK, "--bits", "2", "--layer_bits", str(tmp_path / name)])
+
+
+def test_a_merged_mapping_may_be_replaced_in_part(tmp_path: Path) -> None:
+    path = tmp_path / "bits.yaml"
+    path.write_text(
+        "- &first {name: fc, wt_bit: 4, fm_bit: 4}\n- {<<: *first, fm_bit: 3}\n", encoding="utf-8"
+    )
+    assert [rule.bits for rule in read_layer_bits(path)] == [{"wt": 4, "fm": 4}, {"wt": 4, "fm": 3}]
+
+
+@pytest.mark.parametrize("option", ["--layer_bits", "--policy"])
+def test_a_pipe_is_no_file(tmp_path: Path, option: str) -> None:
+    """Reading one that nobody writes to would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(
+        UserError, match=f"{option} .*pipe: is a pipe or a device: write its text into a file"
+    ):
+        read([*NETWORK, "--bits", "2", option, str(tmp_path / "pipe")])
 
 
 # The first and the last layer ------------------------------------------------------------------------
@@ -204,6 +240,12 @@ def test_configurations_are_keys_of_mappings() -> None:
     assert {one: 1}[same] == 1 and hash(Config()) == hash(Config())
     other = QuantConfig(layer_bits=layer_rules([{"name": "layer1.*", "bit": 3}]))
     assert len({one, same, other}) == 2
+
+
+def test_entries_without_groups_are_written_as_before() -> None:
+    """Checkpoints of earlier versions compare equal, and earlier versions read the new ones."""
+    written = to_dict(QuantConfig(layer_bits=layer_rules([{"name": "fc", "bit": 4}])))["layer_bits"]
+    assert written == [{"names": ["fc"], "bits": {"": 4}, "number": 1}]
 
 
 def test_old_configurations_have_no_bits_of_their_own() -> None:

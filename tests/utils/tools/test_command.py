@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -31,6 +32,18 @@ def test_help_lists_every_word_without_loading_torch() -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "numpy", "PIL", "tqdm"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["load --old", "plan --budget_size 1KiB --new x.yaml --old", "export --to onnx --new x.onnx --old",
+     "verify --old x.pth.tar"],
+)  # fmt: skip
+def test_a_pipe_is_no_file(call: Call, tmp_path: Path, words: str) -> None:
+    """Reading one that nobody writes to would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    status, out, err = call("--keyword", *words.split(), str(tmp_path / "pipe"))
+    assert (status, out) == (2, "") and "pipe is a pipe or a device: name a file" in err
 
 
 @pytest.mark.parametrize(

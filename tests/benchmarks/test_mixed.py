@@ -1,0 +1,104 @@
+"""The comparison of planned and uniform bits: its table, pictures and commands, without a training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tools
+from tests import ROOT
+from tests.model.mixed.test_plan import record
+from utils.report.sensitivity_record import FILE
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import digits
+import mixed
+
+sys.path.pop(0)
+
+
+def outcome(seed: int, bits: int, ends: str, planned: bool, top1: float) -> mixed.Outcome:
+    return mixed.Outcome(
+        seed=seed, bits=bits, ends=ends, planned=planned, top1=top1, bytes=2048 * bits, bit_operations=bits * 10**6,
+        layers={f"layer{i}": bits for i in range(20)}, command="python main.py",
+    )  # fmt: skip
+
+
+FOUND = [
+    outcome(seed, bits, ends, planned, 90 + seed + planned * (0.5 * bits - 0.4 * (ends == "8")))
+    for seed in (1, 2)
+    for bits in mixed.WIDTHS
+    for ends in ("full", "8")
+    for planned in (False, True)
+]
+
+
+def test_the_table() -> None:
+    """Means and spans over the seeds, gains of each seed, goals where both ends are in full precision."""
+    lines = mixed.table([95.0, 96.0], FOUND)
+    assert lines[0] == "In full precision: 95.50 (95.00 - 96.00)."
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[:3] for row in rows] == [
+        ["3/3", "in full precision", "6.0"], ["3/3", "at 8 bits", "6.0"],
+        ["2/2", "in full precision", "4.0"], ["2/2", "at 8 bits", "4.0"],
+    ]  # fmt: skip
+    assert rows[0][3:] == [
+        "91.50", "91.00 - 92.00", "93.00", "92.50 - 93.50", "+1.50", "+1.50 - +1.50", "+0.7", "yes", "3", "3",
+    ]  # fmt: skip
+    assert rows[1][7:11] == ["+1.10", "+1.10 - +1.10", "", ""]
+    assert rows[2][7:11] == ["+1.00", "+1.00 - +1.00", "+1.5", "no"]
+
+
+def test_the_pictures(tmp_path: Path) -> None:
+    mixed.draw([95.0, 96.0], FOUND, tmp_path / "x.json", "title")
+    for part in ("size", "bits"):
+        assert (tmp_path / f"x-{part}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_steps_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned networks get a real plan of the size of the uniform one beside them, and start where it does."""
+    monkeypatch.setattr(mixed, "ROOT", tmp_path)
+    measured, trained = record(layers=20), {}
+    names = [layer.name for layer in measured.layers]
+
+    def run(case: str, argv: list[str], fresh: bool) -> dict[str, object]:
+        """The summary of a training, without it."""
+        trained[case] = " ".join(argv)
+        (tmp_path / "exp" / case).mkdir(parents=True)
+        size = measured.bytes_with(dict.fromkeys(names, 4 if "-3-" in case else 2)) + 8
+        layers = [{"name": name, "weight_bits": 2} for name in names]
+        return {
+            "last_top1": 90.0,
+            "network": "x",
+            "layers": layers,
+            "weight_bytes": size,
+            "bit_operations": 1,
+        }
+
+    def tool(*words: str) -> None:
+        if words[0] == "sensitivity":
+            (tmp_path / "exp" / "mixed-digits-quick-fp-1" / FILE).write_text(measured.as_json())
+        else:
+            assert tools.main(["--keyword", *words]) == 0
+
+    monkeypatch.setattr(digits, "run", run)
+    monkeypatch.setattr(mixed, "tool", tool)
+    full, found, _ = mixed.of_seed("digits-quick", 1, ["full", "8"], False)
+    assert (full, len(found), len(trained)) == (90.0, 8, 9)
+    for uniform, planned in zip(found[::2], found[1::2], strict=True):
+        assert (uniform.bits, uniform.ends, uniform.planned) == (
+            planned.bits,
+            planned.ends,
+            not planned.planned,
+        )
+        file = tmp_path / planned.command.rpartition("--layer_bits ")[2].split()[0]
+        bits = {entry["name"]: entry["wt_bit"] for entry in yaml.safe_load(file.read_text())}
+        assert list(bits) == names and measured.bytes_with(bits) <= uniform.bytes
+    for case, line in trained.items():
+        assert ("--layer_bits" in line) == ("planned" in case)
+        assert ("--pretrained mixed-digits-quick-fp-1-checkpoint.pth.tar" in line) == ("-fp-" not in case)
+        assert ("--first_last_bit 8" in line) == ("at-8-bits-uniform" in case)
