@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -106,6 +106,10 @@ class Bench:
     def __init__(self, setup: Setup) -> None:
         import torch
 
+        with suppress(ImportError):  # a checkout from before main.py did so
+            from utils.processes.memory import keep_freed_memory
+
+            keep_freed_memory()
         torch.set_num_threads(1)
         self.setup, self.made = setup, dict[str, dict[str, Work]]()
         _, size, classes = NETWORKS[setup.network]
