@@ -8,8 +8,8 @@
 Parts: `quantizers`, forward and backward of a quantizer alone, beside a ReLU of the same tensor; `step`, a whole SGD
 step; `evaluation`, a forward pass of the network; `saved`, the bytes that a step keeps for its backward pass; `peak`,
 the most memory that the process takes in a step beyond what it has before it (Linux). All but the first are beside the
-same network in full precision. Quantizers of torch, and of Brevitas and torchao where they are installed, are measured
-alone.
+same network in full precision. The quantizers of torch, and of Brevitas and torchao where they are installed
+(`requirement-peers.txt`), take the places of ours in the same network: at 2 bits and more, in networks of convolutions.
 
 `--recompute` measures each method also with quantized inputs computed again in the backward pass.
 
@@ -27,19 +27,20 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import importlib.util
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = "full precision"
@@ -106,6 +107,10 @@ class Bench:
     def __init__(self, setup: Setup) -> None:
         import torch
 
+        with suppress(ImportError):  # a checkout from before main.py did so
+            from utils.processes.memory import keep_freed_memory
+
+            keep_freed_memory()
         torch.set_num_threads(1)
         self.setup, self.made = setup, dict[str, dict[str, Work]]()
         _, size, classes = NETWORKS[setup.network]
@@ -139,10 +144,11 @@ class Bench:
         import torch
         from torch.nn import functional
 
-        if row.removesuffix(AGAIN) not in (FULL, *METHODS):
-            self.made[row] = {"quantizers, fm": self.alone(PEERS[row]()[1], self.hidden("fm"))}
-            return self.made[row]
-        model = self.compiled(self.network(row))
+        if row in peers.PEERS:
+            model = self.network("LSQ")
+            theirs = peers.swapped(model, row, self.setup.bits)
+        else:
+            model, theirs = self.compiled(self.network(row)), None
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         parameters = {value.untyped_storage().data_ptr() for value in (*model.parameters(), self.images)}
 
@@ -173,7 +179,9 @@ class Bench:
         found: dict[str, Work] = {"step": step, "evaluation": evaluation, "saved": saved, "peak": peak}
         for tag, part in (("fm", "activation"), ("wt", "weight")):
             quantizer = torch.nn.ReLU()
-            if row != FULL:
+            if theirs is not None:
+                quantizer = theirs
+            elif row != FULL:
                 from model.quant import quantized_layers
 
                 quantizer = getattr(next(quantized_layers(model))[1], f"quant_{part}")
@@ -221,36 +229,6 @@ class Bench:
                 quantizer(x).backward(arriving)
 
         return work
-
-
-def brevitas() -> Any:
-    """The version, and the learned 2-bit quantizer of activations after a ReLU."""
-    import brevitas  # pyright: ignore[reportMissingImports]
-    from brevitas.nn import QuantReLU  # pyright: ignore[reportMissingImports]
-
-    return brevitas.__version__, QuantReLU(bit_width=2)
-
-
-def torchao() -> Any:
-    """The version, and the 8-bit fake quantizer of activations, per token; it has no learned one."""
-    import torch
-    import torchao  # pyright: ignore[reportMissingImports]
-    from torchao.quantization import qat  # pyright: ignore[reportMissingImports]
-
-    config = qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
-    return torchao.__version__, qat.FakeQuantizerBase.from_config(config)
-
-
-def learnable() -> Any:
-    """Torch's own kernel for a learned step and zero point per tensor, which is not public."""
-    import torch
-
-    step, zero = torch.full((1,), 0.3, requires_grad=True), torch.zeros(1, requires_grad=True)
-    kernel = torch.ops.aten._fake_quantize_learnable_per_tensor_affine
-    return torch.__version__, lambda x: kernel(x, step, zero, 0, 3, 1.0)
-
-
-PEERS = {"torch, learnable": learnable, "Brevitas, QuantReLU": brevitas, "torchao, 8 bits": torchao}
 
 
 def serve(folder: str, setup: Setup, pipe: Connection) -> None:
@@ -346,14 +324,15 @@ def main(argv: list[str] | None = None) -> int:
 
     commits = [f"{name} {commit(folder)}" for name, folder in folders.items()]
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}; {', '.join(commits)}")
-    peers = [name for name, make in PEERS.items() if installed(make.__name__)]
+    others = peers.installed() if options.how == "eager" else {}
+    print(", ".join(f"{name}: {version}" for name, version in others.items()))
     checkouts = {name: Checkout(folder, setup) for name, folder in folders.items()}
     try:
         for part in options.parts:
             for table in ("quantizers, fm", "quantizers, wt") if part == "quantizers" else (part,):
                 again = [m + AGAIN for m in options.methods if options.recompute and m not in CHANGES]
                 again = [] if part in ("quantizers", "evaluation") else again
-                rows = [FULL, *options.methods, *again, *(peers if table == "quantizers, fm" else ())]
+                rows = [FULL, *options.methods, *again, *(others if table != "quantizers, wt" else ())]
                 print()
                 for line in measure(checkouts, table, rows, options.rounds, compiles=options.how != "eager"):
                     print(line, flush=True)
@@ -367,11 +346,6 @@ def commit(folder: Path) -> str:
     """The commit of a checkout."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def installed(package: str) -> bool:
-    """Whether a peer can be measured; torch's own always."""
-    return package == learnable.__name__ or importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":

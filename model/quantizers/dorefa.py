@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.gradient import apply
 from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
@@ -64,7 +65,7 @@ class DoReFaActivation(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClipSTE.apply(*self.on_grid(x), self.config.grad_type == "STE-scale")
+        return apply(ClipSTE, *self.on_grid(x), self.config.grad_type == "STE-scale")
 
     def on_grid(self, x: Tensor) -> tuple[Tensor, Tensor, Grid]:
         """See `Quantizer`."""
@@ -102,9 +103,9 @@ class DoReFaWeight(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to levels in [-1, 1], or to +-mean|x|."""
         if self.config.binary_scale:
-            return SignTimesMean.apply(x)
-        return TanhRound.apply(
-            x, Grid.of(self.levels, half_range=False)
+            return apply(SignTimesMean, x)
+        return apply(
+            TanhRound, x, Grid.of(self.levels, half_range=False)
         )  # nothing lies outside for `STE-scale`
 
     def check_levels(self, levels: int) -> None:

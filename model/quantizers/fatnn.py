@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.gradient import apply
 from model.quantizers.grid import FLOOR, PositiveClip, between, next_up
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
@@ -108,18 +109,20 @@ class _FATNN(Quantizer):
 
     def thresholds(self) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Slopes and shifts [ramps, ...] broadcastable to the tensor, and the lows of the ramps."""
-        slopes = torch.stack([PositiveClip.apply(getattr(self, f"alpha{i}")) for i in range(self.ramps)])
+        slopes = torch.stack([apply(PositiveClip, getattr(self, f"alpha{i}")) for i in range(self.ramps)])
         if self.config.half_range:
             widths = 1 / slopes
             shifts, lows = widths.cumsum(dim=0) - widths, (0,) * self.ramps
         else:
             shifts, lows = torch.zeros_like(slopes), (-1, 0)
+        if self.groups in (1, self.site.channels):
+            return slopes, shifts, lows
         spread = [self.per_channel(value) for value in (*slopes, *shifts)]
         return torch.stack(spread[: self.ramps]), torch.stack(spread[self.ramps :]), lows
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to integers, or with `closed_form` to their multiples."""
-        codes = RoundedRamps.apply(x, *self.thresholds())
+        codes = apply(RoundedRamps, x, *self.thresholds())
         if not self.config.closed_form:
             return codes
         if self.training:
@@ -145,7 +148,7 @@ class _FATNN(Quantizer):
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Integer codes; the scale is 1 without `closed_form`."""
         lowest = 0 if self.config.half_range else -1
-        codes = RoundedRamps.apply(x, *self.thresholds()).long()
+        codes = apply(RoundedRamps, x, *self.thresholds()).long()
         scale = self.per_channel(self.output_scale.float()) if self.config.closed_form else x.new_ones(1)
         codebook = torch.arange(lowest, lowest + self.levels, device=x.device, dtype=torch.float32).unsqueeze(
             0

@@ -5,6 +5,7 @@ Formulas of the methods and of the options: docs/quantizers.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -158,38 +159,42 @@ class Quantizer(Grouped):
         """
         if x.numel() == 0:
             raise ValueError(f"{self.site.name}: cannot quantize an empty tensor of shape {tuple(x.shape)}")
-        # A layer keeps its input and weight anyway, but in half precision a copy; an output may be changed in place.
-        kind = x.device.type
-        mixed = x.dtype != torch.float32 or (
-            torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        )
-        self.keeps_output = self.config.tag != "ot" and not mixed and not self.generated
-        counts = self.training and not self._repeats()
         compiling = torch.compiler.is_compiling()
+        if not compiling and self.enabled and KeptWeight.fits(self, x):
+            return self.kept.of(self, x, lambda: self._chosen(x, False, compiling))
+        counts = self.training and not self._repeats()
         if counts and self.iteration.device.type == "cpu" and not compiling:
             self.settle()
+        return self._chosen(x, counts, compiling)
+
+    def _chosen(self, x: Tensor, counts: bool, compiling: bool) -> Tensor:
+        """`_compute`, in generated kernels where they are wanted and fit."""
         kernels = self.generated and not compiling and kernels_fit(gathers=self.gathers())
-
-        def compute() -> Tensor:
-            return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
-
-        keeps = not compiling and self.enabled and KeptWeight.fits(self, x)
-        return self.kept.of(self, x, compute) if keeps else compute()
+        return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
 
     def _compute(self, x: Tensor, counts: bool) -> Tensor:
         """`forward` of a tensor that is not empty; `counts`: it is a training pass."""
-        with torch.autocast(x.device.type, enabled=False):
-            full = x.float()
-            if counts:
-                self.iteration.add_(1)
-                if self.calibrating:
-                    self._collect_range(full)
-            if not self.enabled:
-                return x
-            result = self._transform(full)
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if torch.is_grad_enabled():
+            # A layer keeps its input and weight, but in half precision a copy; an output may be changed in place.
+            mixed = autocast or x.dtype != torch.float32
+            self.keeps_output = self.config.tag != "ot" and not mixed and not self.generated
+        with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+            return self._computed(x, counts)
+
+    def _computed(self, x: Tensor, counts: bool) -> Tensor:
+        full = x.float()
+        if counts:
+            self.iteration.add_(1)
             if self.calibrating:
-                result = torch.where(self.warming_up(), full, result)
-            return result.to(x.dtype)
+                self._collect_range(full)
+        if not self.enabled:
+            return x
+        result = self._transform(full)
+        if self.calibrating:
+            result = torch.where(self.warming_up(), full, result)
+        return result.to(x.dtype)
 
     def train(self, mode: bool = True) -> Self:
         """See `nn.Module`; then `settle`, since nothing waits for the counter in a pass."""

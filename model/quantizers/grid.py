@@ -73,23 +73,34 @@ class Grid:
         the formulas of the papers step by step. Values on a threshold, such as those near zero on a mid-rise grid,
         therefore go to the same side as in published code.
         """
-        return self.numbers_(ratio.clone())
+        if self.midtread:
+            return (ratio * self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
+        return self._rounded_(ratio.clamp(0 if self.half_range else -1, 1))
 
     def numbers_(self, ratio: Tensor) -> Tensor:
         """`numbers`, computed in place. Factors of two are taken together, which changes no bit."""
-        if self.half_range:
-            return ratio.clamp_(0, 1).mul_(self.steps).round_()
         if self.midtread:
-            return ratio.mul_(self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
-        return ratio.clamp_(-1, 1).add_(1).mul_(self.steps / 2).round_()
+            return times_(ratio, self.top).clamp_(self.bottom, self.top).round_().sub_(self.bottom)
+        return self._rounded_(ratio.clamp_(0 if self.half_range else -1, 1))
+
+    def _rounded_(self, clamped: Tensor) -> Tensor:
+        if self.half_range:
+            return times_(clamped, self.steps).round_()
+        return times_(clamped.add_(1), self.steps / 2).round_()
 
     def ratios(self, numbers: Tensor) -> Tensor:
         """The levels by their numbers, divided by c, float32; computed in place."""
         if self.half_range:
-            return numbers.div_(self.steps)
+            return over_(numbers, self.steps)
         if self.midtread:
-            return numbers.add_(self.bottom).div_(self.top)
-        return numbers.div_(self.steps / 2).sub_(1)
+            return over_(numbers.add_(self.bottom), self.top)
+        return over_(numbers, self.steps / 2).sub_(1)
+
+    def nearest(self, x: Tensor, clip: Tensor) -> Tensor:
+        """The levels nearest to `x`, as a new tensor; float32, the shape of x, to which the clip value broadcasts."""
+        if known(clip, x) and clip.item() == 1:  # by which nothing needs to be divided or multiplied
+            return self.ratios(self.numbers(x))
+        return self.ratios(self.numbers_(x / clip)).mul_(clip)
 
     def bounded(self, x: Tensor, clip: Tensor) -> tuple[Tensor, float, float]:
         """A tensor to compare with the ends of the range, and these: x / c, or x where c is known to Python."""
@@ -98,6 +109,16 @@ class Grid:
             return x / clip, (low * SPLIT) - (low * SPLIT - low), 1.0
         top = clip.item()
         return x, 0.0 if self.half_range else -top, top
+
+
+def times_(x: Tensor, factor: float) -> Tensor:
+    """`x` times a number, in place; a pass over memory less where it is 1."""
+    return x if factor == 1 else x.mul_(factor)
+
+
+def over_(x: Tensor, divisor: float) -> Tensor:
+    """`x` over a number, in place; see `times_`."""
+    return x if divisor == 1 else x.div_(divisor)
 
 
 def known(value: Tensor, x: Tensor) -> bool:
@@ -143,7 +164,7 @@ class ClipSTE(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, clip: Tensor, grid: Grid, balance: bool = False, keep: bool = False
     ) -> Tensor:
-        result = grid.ratios(grid.numbers_(x / clip)).mul_(clip)
+        result = grid.nearest(x, clip)
         ctx.save_for_backward(x, clip, *([result] if keep else []))
         ctx.grid, ctx.balance = grid, balance
         return result
@@ -156,7 +177,7 @@ class ClipSTE(torch.autograd.Function):
         passed = between(grad, measured, low, next_up(high))
         grad_clip = None
         if ctx.needs_input_grad[1]:
-            result = kept[0] if kept else grid.ratios(grid.numbers_(x / clip)).mul_(clip)
+            result = kept[0] if kept else grid.nearest(x, clip)
             # The sum of grad * (q - x) inside and of grad * q outside, over c.
             if measured is x:
                 grad_clip = (grad * result).addcmul_(passed, x, value=-1).sum_to_size(clip.shape) / clip
@@ -260,9 +281,8 @@ class PositiveClip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, clip: Tensor) -> Tensor:
-        ctx.save_for_backward(
-            clip < 0
-        )  # not the parameter, which a warm-up may change before the backward pass
+        if ctx.needs_input_grad[0]:  # not the parameter, which a warm-up may change before the backward pass
+            ctx.save_for_backward(clip < 0)
         return clip.float().abs().clamp_min(FLOOR)
 
     @staticmethod

@@ -12,7 +12,7 @@ from model.quantizers.groups import Grouped
 from model.quantizers.site import LayerSite
 from utils.config.schema import QuantizerConfig
 
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, LayerSite, QuantizerConfig)
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype, LayerSite, QuantizerConfig})
 _OF_MODULES = vars(nn.Module()).keys() - {"training"} | {"kept"}
 
 

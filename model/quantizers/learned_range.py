@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.gradient import apply
 from model.quantizers.grid import ClipSTE, Grid, PositiveClip, ScaleGradient, encode_on_grid, initial_clip
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.sign import mean_magnitude
@@ -71,10 +72,10 @@ class LearnedRange(Quantizer):
 
     def clip(self, x: Tensor) -> Tensor:
         """The clip value, float32 > 0, broadcastable to x."""
-        clip = self.per_channel(PositiveClip.apply(self.clip_val))
+        clip = self.per_channel(apply(PositiveClip, self.clip_val))
         if self.config.grad_scale == "none":
             return clip
-        return ScaleGradient.apply(clip, self.gradient_factor(x, self.grid().qp))
+        return apply(ScaleGradient, clip, self.gradient_factor(x, self.grid().qp))
 
     def gradient_factor(self, x: Tensor, qp: float) -> float:
         """The factor on the gradient of the learned clip value c (`xx_grad_scale`).

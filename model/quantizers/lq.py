@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.gradient import apply
 from model.quantizers.grid import known
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
@@ -136,7 +137,7 @@ class LQ(Quantizer):
         top = self.per_channel(levels[:, -1].reshape(self.range_shape())) if self.config.tag != "wt" else None
         if equations is not None:
             self._update(*equations)
-        return BelowTop.apply(x, quantized, top, self.config.tag == "ot")
+        return apply(BelowTop, x, quantized, top, self.config.tag == "ot")
 
     def compare(self, x: Tensor, levels: Tensor, count: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Compare `x` with each threshold between the sorted levels [g, levels], in passes that a CPU vectorises.
@@ -149,7 +150,9 @@ class LQ(Quantizer):
         def each(value: Tensor) -> Tensor:
             return self.per_channel(value.reshape(self.range_shape()))
 
-        quantized = x.clamp(0, 0).add_(each(levels[:, 0]))  # NaN stays NaN, so that it is noticed
+        lowest = each(levels[:, 0])
+        # NaN stays NaN, so that it is noticed. Clamping to a tensor is slow on a CPU.
+        quantized = x.clamp(lowest.item(), lowest.item()) if known(lowest, x) else x.clamp(0, 0).add_(lowest)
         reached = torch.empty_like(x)  # 0 and 1
         counts: list[Tensor] = []  # at each level or above; Dynamo cannot trace `list[Tensor]()`
         sums: list[Tensor] = []

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from model.quantizers.gradient import apply
 from model.quantizers.grid import ClipSTE, Grid
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
@@ -49,4 +50,4 @@ class LSQ(LearnedRange):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClipSTE.apply(*self.on_grid(x), False, self.keeps_output)
+        return apply(ClipSTE, *self.on_grid(x), False, self.keeps_output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers.dorefa import DoReFaWeight
+from model.quantizers.gradient import apply
 from model.quantizers.grid import ClipSTE, balance_factor, between, next_up
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
@@ -43,7 +44,7 @@ class PACT(LearnedRange):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return ClippedRound.apply(*self.on_grid(x), self.config.grad_type == "STE-scale")
+        return apply(ClippedRound, *self.on_grid(x), self.config.grad_type == "STE-scale")
 
 
 register("pact", "wt")(DoReFaWeight)  # the paper quantizes weights as DoReFa-Net does

@@ -10,7 +10,8 @@ from model.quantizers.integers import QuantizedTensor
 
 def sign(x: Tensor) -> Tensor:
     """-1 where x < 0 and +1 where x >= 0; NaN stays NaN, so that it is noticed; float32, the shape of x."""
-    return x.clamp(-1, 0.5).floor_().mul_(2).add_(1)  # on a CPU a tenth of the time of comparing and choosing
+    below = x.clamp(-1, 0.5).floor_()  # -1 or 0; on a CPU a tenth of the time of comparing and choosing
+    return torch.add(x.new_ones(1), below, alpha=2, out=below)
 
 
 def mean_magnitude(x: Tensor, dim: int | list[int] | None = None) -> Tensor:

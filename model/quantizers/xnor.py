@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.gradient import apply
+from model.quantizers.grid import known
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.sign import binary, mean_magnitude, sign
@@ -25,7 +27,8 @@ class ScaledSign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.mask = mask
-        return sign(x).mul_(scale)
+        signs = sign(x)
+        return signs if known(scale, x) and scale.item() == 1 else signs.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,7 +49,7 @@ class _Binary(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to +-scale."""
-        return ScaledSign.apply(x, self.scale(x.detach()), self.config.grad_type)
+        return apply(ScaledSign, x, self.scale(x.detach()), self.config.grad_type)
 
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes -1 and +1 and their scale."""

@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
 from utils.processes.distributed import Place
+from utils.processes.memory import keep_freed_memory
 from utils.step import optimizer, precision
 from utils.step.compiled import check_compiler
 
@@ -83,6 +84,8 @@ def find_surroundings(config: Config) -> Surroundings:
     device, warnings = distributed.device_of(place, config.devices)
     warnings += precision.check_precision(config.precision, device)
     check_compiler(config.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill

@@ -336,3 +336,18 @@ def test_what_depends_on_the_number_of_passes_is_not_recomputed(options: dict[st
     x = torch.randn(4, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="fc: lsq with these options changes with each training pass"):
         checkpoint(quantizer, x, use_reentrant=False).sum().backward()
+
+
+@over(cases())
+def test_without_gradients_the_bits_are_the_same(case: Case) -> None:
+    quantizer, x = make(case).eval(), tensor(case)
+    expected = quantizer(x.clone().requires_grad_()).detach()
+    before = x.clone()
+    with torch.no_grad():
+        found = quantizer(x)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        quantizer.set_range(torch.ones(quantizer.range_shape()))  # passes over a range of 1 are left out
+        quantizer.train(False)
+        assert torch.equal(quantizer(x), quantizer.integers(x).dequantize())

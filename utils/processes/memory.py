@@ -1,0 +1,25 @@
+"""Memory that is freed stays with the process, which takes it again without waiting for the system."""
+
+from __future__ import annotations
+
+import ctypes
+
+# Of malloc.h: from how many free bytes on the end of the heap goes back, and from how many bytes on a block is no
+# part of the heap.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_MOST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Let the GNU C library keep what is freed; with another one this does nothing.
+
+    By default it gives megabytes back as soon as they are free. Each step then takes the memory of its activations
+    from the system again, page by page, which can be a third of the time of an evaluation. The process keeps as much
+    memory as it has once needed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_TRIM_THRESHOLD, _MOST)
+    mallopt(_MMAP_THRESHOLD, _MOST)
