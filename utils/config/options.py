@@ -146,8 +146,15 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "evaluate",
             bool,
             False,
-            "validate only; writes the log, classes.csv and confusion.csv; train/ may be missing",
+            "validate only; writes the log, and predictions, mistakes and more to log_dir/CASE; train/ may be missing",
             aliases=("-e",),
+        ),
+        option(
+            "reference",
+            str,
+            None,
+            "with -e: another checkpoint, such as that in full precision; images that change their class are listed",
+            unset=("none", ""),
         ),
         option(
             "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"

@@ -379,6 +379,9 @@ class RunConfig:
     resume_file: Path | None = None
     pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
     ema_weights: bool = False  # take the averaged weights of that checkpoint
+    reference: str | None = (
+        None  # of an evaluation: as `pretrained`, the network beside which classes are compared
+    )
     keyword_file: str | None = None  # the user's file that registered more keywords
     unresume_scope: tuple[str, ...] = ()
     weights_dir: Path = Path("weights")

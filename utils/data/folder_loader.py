@@ -199,6 +199,10 @@ class FolderLoader(Loader):
         """As in `Loader`; with the classes and the names of the files."""
         return super().identity() | self._names.identity()
 
+    def name(self, number: int) -> str:
+        """The path of an image."""
+        return self._names.path(number)
+
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         self._loader = self._loader or self._open()
         asked = self._asked

@@ -28,6 +28,7 @@ class Options:
     files: tuple[Path, ...] | None = None
     to: str | None = None
     topk: int | None = None
+    reference: Path | None = None
     batch_size: int | None = None
     keyword_file: str | None = None
     ema_weights: bool = False

@@ -125,6 +125,7 @@ def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         resume_file=resume_file(given),
         pretrained=given["pretrained"],
         ema_weights=bool(given["ema_weights"]),
+        reference=given["reference"] if given["evaluate"] else None,
         keyword_file=given["keyword_file"],
         unresume_scope=given["unresume_scope"],
         weights_dir=Path(given["weights_dir"]),

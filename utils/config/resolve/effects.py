@@ -29,6 +29,7 @@ NAMING = {
     "re_init_percentile": ("re_init_range", "add --re_init --re_init_range percentile"),
     "mixup_alpha": ("mixup_enable", "add --mixup_enable"),
     "cutmix_alpha": ("cutmix_enable", "add --cutmix_enable"),
+    "reference": ("evaluate", "add -e to evaluate beside it"),
     "freeze_momentum": ("freeze_threshold", "add --freeze_threshold"),
     "proxquant_step": ("keyword", "add the keyword proxquant"),
 }
@@ -84,6 +85,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             name: (bool(given["evaluate"]), "with --evaluate")
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
+        "reference": (not given["evaluate"], "without --evaluate"),
         "balanced_sampler": (bool(given["evaluate"]) and not given["bn_batches"], "with --evaluate"),
         "class_weights": (
             bool(given["evaluate"]) or (not untaught and given["distill_loss_alpha"] == 1),
