@@ -35,6 +35,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
             False,
             "draw training images so that all classes are seen equally often",
         ),
+        option(
+            "val_split",
+            float,
+            0.0,
+            "of a folder of images without val/: share of each class's images that is for validation; 0: none",
+        ),
         option("workers", int, 2, "processes that decode images", aliases=("-j",)),
         option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",)),
         option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
@@ -271,7 +277,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
         ),
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
-        option("num_classes", int, None, "classes; default: the data set keyword's"),
+        option(
+            "num_classes",
+            int,
+            None,
+            "classes; default: the number of class folders, or the data set keyword's",
+        ),
         option(
             "input_size",
             input_size,

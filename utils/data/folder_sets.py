@@ -29,16 +29,25 @@ def check_imagenet(config: DataConfig) -> dict[str, ImageNames]:
     """List the images; raises `UserError` for folders that are missing or another number of classes."""
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
+    from utils.data.split import check_split, split_folder
 
     val = bool(config.val_batch_size)
     train, known = config.train or not val, bool(config.classes)
-    names = check_folders(config.root, config.dataset, val=val, train=train, known=known)
+    # A checkpoint's split gives way to a val/ that the folder has now.
+    split = config.val_split and not (config.val_files and config.root and (config.root / "val").is_dir())
+    if split:
+        names = split_folder(config.root, config.dataset, config.val_split)
+        check_split(names["val"], config.val_files, config.root)
+        names = names if train else {"val": names["val"]}
+    else:
+        names = check_folders(config.root, config.dataset, val=val, train=train, known=known)
     if known:
         for part in names.values():
             _number_as(config, part)
     part = next(iter(names.values()))
     left_out = f" ({said})" if (said := part.left_out()) else ""
-    check_classes(config, len(part.classes), f"{config.root}{left_out}")
+    if not config.count_classes:
+        check_classes(config, len(part.classes), f"{config.root}{left_out}")
     return names
 
 
