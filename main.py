@@ -173,15 +173,14 @@ def evaluate(training: TrainingState, loaders: Loaders) -> int:
     from model import audit
     from model.training import validation
 
-    assert loaders.val is not None  # checked with the options
-    outcome = validation.outcome_of(training)
-    row = validation.validation_row(training, loaders, 0, Stop(), outcome)
+    row, lines = validation.evaluation(training, loaders)
     settings, first = training.config.run, training.config.data.rank == 0
-    outcome.write(settings.log_dir / settings.case, first=first)
     for name, what in (("val", ""), ("ema", "averaged weights: ")):
         if f"{name}_loss" in row:
             top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
             training.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
+    for line in lines:
+        training.logger.info("%s", line)
     if not settings.audit or not first:
         return 0
     with training.precision.autocast():

@@ -58,7 +58,7 @@ WORDS: dict[str, Word] = {
     "predict": Word(
         predict.predict,
         ("images", "old"),
-        ("topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
+        ("reference", "topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
     ),
     "verify": Word(
         verify.verify, ("files", "old"), ("root", "threads", "output", "ema_weights", "keyword_file", "force")
@@ -206,6 +206,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--topk", type=_positive, metavar="K", help="predict: classes of each image; default: 5"
     )
+    parser.add_argument(
+        "--reference", type=Path, metavar="FILE",
+        help="predict: another network, such as that in full precision; lists images that change their class",
+    )  # fmt: skip
     parser.add_argument(
         "--batch_size", "-b", type=_positive, metavar="N", help="predict: images; default: 64"
     )

@@ -6,6 +6,7 @@ torch is imported where it is used, so that `--help` and mistakes answer at once
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.deploy import changed
 from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, kind_of
 from utils.errors import UserError
-from utils.text import format_table, printable
+from utils.report.changes import Change, changes_text
+from utils.text import format_table, printable, some_names
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -155,15 +158,21 @@ def predict(options: Options) -> int:
         if output.is_dir() or not output.parent.is_dir():
             raise UserError(f"--output {output}: name a file in a folder that exists")
         refuse_existing(options, output)
+        if options.reference is not None:
+            refuse_existing(options, output.with_suffix(".png"))
     paths = image_paths(options.images or ())
-    predictor = open_network(options)
+    predictor, reference = open_network(options), open_reference(options)
+    if reference is not None and (other := {*predictor.classes} ^ {*reference.classes}):
+        raise UserError(f"--reference {options.reference} has other classes: {some_names(sorted(other))}")
     unreadable: list[str] = []
-    rows = list(
-        predictions(predictor, paths, options.topk or 5, options.batch_size or BATCH, unreadable.append)
-    )
+    size = options.batch_size or BATCH
+    rows = list(predictions(predictor, paths, options.topk or 5, size, unreadable.append))
     if not rows:
         raise UserError(unreadable[0])
-    if output is None:
+    if reference is not None:
+        before = list(predictions(reference, paths, 1, size, lambda _: None))
+        _print_changes(options, predictor, changed.changes_of(rows, before, predictor.classes), len(rows))
+    elif output is None:
         print(as_text(rows))
     else:
         from utils.checkpoint import archive  # imports torch
@@ -173,6 +182,30 @@ def predict(options: Options) -> int:
     for line in unreadable:
         print(f"tools.py: {line}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def open_reference(options: Options) -> Predictor | None:
+    """What predicts with --reference; None without one."""
+    if options.reference is None:
+        return None
+    if options.topk is not None:
+        raise UserError("--topk: beside a --reference the most probable class alone counts; leave it out")
+    return open_network(dataclasses.replace(options, old=options.reference, ema_weights=False))
+
+
+def _print_changes(options: Options, predictor: Predictor, changes: Sequence[Change], images: int) -> None:
+    """Print the images whose class is not the reference's, or write them, and a sheet of them."""
+    output = options.output
+    if output is not None:
+        from utils.checkpoint import archive  # imports torch
+
+        archive.write_atomic(
+            output, changed.FORMATS[output.suffix](changes).encode("utf-8", "surrogateescape")
+        )
+        changed.draw_changes(changes, predictor.transform, output.with_suffix(".png"))
+    elif changes:
+        print(changed.as_text(changes))
+    print(changes_text(changes, images))
 
 
 def image_paths(places: Sequence[Path]) -> list[Path]:

@@ -18,6 +18,7 @@ from model.pretrained import load_pretrained
 from model.trained import check_as_trained, network_changed
 from model.training.policy import Change, PolicyScheduler, initialise
 from model.training.recompute import recompute_inputs
+from model.training.reference import load_reference
 from model.training.starting_point import Origin, Surroundings
 from model.training.teacher import Teacher
 from model.training.training_methods import TrainingMethods, build_training_methods
@@ -74,6 +75,7 @@ class Assembled:
         loaded: the report on loading `--pretrained`; None without it.
         initialised: number of quantizers that `--re_init` initialised.
         warnings: all warnings.
+        reference: an evaluation's other network; None without one.
     """
 
     model: nn.Module
@@ -91,6 +93,7 @@ class Assembled:
     loaded: LoadReport | None
     initialised: int
     warnings: tuple[str, ...]
+    reference: nn.Module | None
 
     def training_state(self, here: Surroundings, logger: Logger) -> TrainingState:
         """The state of the training loop; from here on the processes share gradients."""
@@ -122,6 +125,7 @@ class Assembled:
             classes=self.loaders.classes,
             max_value=self.loaders.max_value,
             transform=transform_of(here.config.data, self.loaders),
+            reference=self.reference,
         )
 
 
@@ -186,6 +190,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         initial=initial,
         loaded=loaded,
         initialised=initialised,
+        reference=load_reference(config, loaders, here.device),
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
             *(() if config.run.evaluate else norms.untrained_statistics(model)), *policy.warnings, *changed,

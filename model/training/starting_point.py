@@ -15,8 +15,8 @@ from model.training.teacher import find_teacher
 from utils.checkpoint import case_files
 from utils.checkpoint.case_files import CheckpointFiles, Found
 from utils.checkpoint.exported import what_instead
-from utils.config.schema import Config
-from utils.data.sources import check_data, class_weights_of_file
+from utils.config.schema import Config, DataConfig
+from utils.data.sources import check_data, settled
 from utils.errors import UserError
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
@@ -91,12 +91,27 @@ def find_surroundings(config: Config) -> Surroundings:
     distill = None if settings.evaluate else config.loss.distill
     teacher = None if distill is None else find_teacher(distill, settings.weights_dir)
     checked = check_data(config.data)
-    values = class_weights_of_file(config.data, checked)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_weight_values=values))
+    config = _with_data(config, settled(config.data, checked))
     return Surroundings(
         config=config, place=place, device=device, folder=settings.log_dir / settings.case, files=files,
         teacher=teacher, checked_data=checked, warnings=warnings,
     )  # fmt: skip
+
+
+def _with_data(config: Config, data: DataConfig) -> Config:
+    """The configuration with this data set, and networks of its number of classes."""
+    if data.num_classes == config.model.num_classes:
+        return dataclasses.replace(config, data=data)
+    classes, distill = {"num_classes": data.num_classes}, config.loss.distill
+    if distill is not None:
+        distill = dataclasses.replace(distill, teacher=dataclasses.replace(distill.teacher, **classes))
+    return dataclasses.replace(
+        config,
+        data=data,
+        model=dataclasses.replace(config.model, **classes),
+        loss=dataclasses.replace(config.loss, distill=distill),
+        origins={**config.origins, "model.num_classes": "the class folders"},
+    )
 
 
 def find_origin(here: Surroundings) -> Origin:

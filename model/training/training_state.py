@@ -37,6 +37,7 @@ class TrainingState:
         classes: names of the classes; empty where they have none.
         max_value: the value of 16-bit images that becomes white; None without such images.
         transform: how an image becomes the network's input.
+        reference: an evaluation's other network; None without one.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class TrainingState:
     classes: tuple[str, ...] = ()
     max_value: int | None = None
     transform: ImageTransform | None = None
+    reference: nn.Module | None = None
 
     def save(self, progress: RunState, output: Output, *, best: bool = False) -> None:
         """Start writing the checkpoints that are due; see `utils.checkpoint.run_state.save`."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from model.layers import batch_statistics
 from model.training import finite
+from model.training.reference import reference_logits
 from model.training.training_state import TrainingState
 from utils.checkpoint.run_state import RunState
 from utils.data.loader import Loader
@@ -58,11 +59,15 @@ def validation_row(
     }
 
 
-def outcome_of(training: TrainingState) -> Outcome:
-    """A record for the predictions of an evaluation."""
-    assert training.transform is not None  # an assembled run has one
+def evaluation(training: TrainingState, loaders: Loaders) -> tuple[dict[str, float], list[str]]:
+    """Validate, and write the predictions into the folder of the run; returns the metrics, and lines for the log."""
+    assert loaders.val is not None and training.transform is not None  # checked with the options; assembled
+    settings = training.config.run
     names = training.classes or tuple(map(str, range(training.config.model.num_classes)))
-    return Outcome(names, training.transform.mean, training.transform.std)
+    outcome = Outcome(names, training.transform.mean, training.transform.std)
+    row = validation_row(training, loaders, 0, Stop(), outcome)
+    first = training.config.data.rank == 0
+    return row, outcome.write(settings.log_dir / settings.case, first=first, name=loaders.val.name)
 
 
 def validate(
@@ -85,10 +90,12 @@ def validate(
             target = target.to(training.device, non_blocking=True)
             output = training.compiled(training.images(images)).float()
             if outcome is not None:
-                outcome.update(images, target, output)
+                outcome.update(images, target, output, reference_logits(training, images))
             totals.update(functional.cross_entropy(output, target), output, target)
             batches.append(output.isfinite().all())  # looked at in the end, so that the host need not wait
     finite.check_validation(training, batches, loader)
+    if outcome is not None:
+        outcome.numbers = loader.delivered
     return meters.Totals.means(distributed.summed(totals.sums))
 
 

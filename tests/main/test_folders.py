@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections import Counter
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.main.runs import assert_same_run, call, done_in, metrics, summary
+import tools
+from tests.main.runs import assert_same_run, call, checkpoint, done_in, metrics, summary
 from tests.utils.data.helpers import CLASSES, write_folder
+from tests.utils.processes.lines import together
 from utils.report.run_files import read
 from utils.tools.comparison import grouped
 
@@ -127,3 +130,144 @@ def test_class_weights_act_on_the_labels_and_are_logged(
     assert [row["differs"] for row in rows] == [
         {"data.class_weight_values": value} for value in ("[3.0, 3.0, 3.0]", "[3.0, 3.0, 9.0]")
     ]
+
+
+# Numbers of classes, and validation images, that follow from the folders ---------------------------
+
+
+UNCOUNTED = FOLDER.replace("--num_classes 3 ", "")
+
+
+def test_the_number_of_classes_follows_from_the_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the network, its records and a teacher; one that is given and does not fit is an error."""
+    write_folder(tmp_path / "images", train=4, val=2)
+    assert call(f"{UNCOUNTED} --dry_run") == 0
+    assert ", 3 classes, images of 32 pixels" in capsys.readouterr().out
+    assert call(f"{UNCOUNTED} --dry_run --verbose") == 0
+    assert "model.num_classes: the class folders" in capsys.readouterr().out
+    done_in(
+        tmp_path,
+        f"{UNCOUNTED} --case counted --epochs 1 --mixup_enable",
+        f"{FOLDER} --case given --epochs 1 --mixup_enable",
+    )
+    assert_same_run((tmp_path, "counted"), (tmp_path, "given"))
+    assert checkpoint(tmp_path, "counted")["config"]["model"]["num_classes"] == 3
+    taught = (
+        "--distill_teacher resnet20 --distill_pretrained counted-checkpoint.pth.tar --case taught --epochs 1"
+    )
+    done_in(tmp_path, f"{UNCOUNTED} {taught}", f"{UNCOUNTED} --case counted -r --epochs 2")
+    capsys.readouterr()
+    assert call(f"{FOLDER} --num_classes 4") == 2
+    assert "images has 3 classes, not 4: write --num_classes 3" in capsys.readouterr().err
+    assert call("-e --pretrained counted-checkpoint.pth.tar --model resnet20") == 2
+    assert call("-e --pretrained weights/resnet20/counted-checkpoint.pth.tar -j 0") == 0
+
+
+SPLIT = f"{UNCOUNTED} --val_split 0.25"
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images of which there are 8 a class in `train/` alone, and a run on them, case `split`."""
+    root = tmp_path_factory.mktemp("split")
+    write_folder(root / "images", train=8, val=1)
+    shutil.rmtree(root / "images" / "val")
+    return done_in(root, f"{SPLIT} --case split --epochs 1")
+
+
+def validated(folder: Path, case: str) -> list[str]:
+    """The images that an evaluation has predicted."""
+    with (folder / "exp" / case / "predictions.csv").open(newline="") as file:
+        return [row["image"] for row in csv.DictReader(file)]
+
+
+def test_a_folder_is_split(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations, resumed runs, verify and other seeds use the same validation images, which the run holds."""
+    shutil.copytree(split, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    file = "weights/resnet20/split-checkpoint.pth.tar"
+    assert call(f"{SPLIT} --dry_run") == 0
+    assert ": 18 images, 6 for validation;" in capsys.readouterr().out
+    digest = checkpoint(tmp_path, "split")["config"]["data"]["val_files"]
+    assert digest and digest in (tmp_path / "exp" / "split" / "config.yaml").read_text()
+    top1 = float(metrics(tmp_path, "split")[-1]["val_top1"])
+    evaluations = (
+        f"-e --case bare --pretrained {file} -j 0",
+        f"{SPLIT} -e --case whole --pretrained {file}",
+        f"{SPLIT} -e -r --case split",
+        f"-e --case elsewhere --pretrained {file} --root moved -j 0",
+    )
+    for line in evaluations:
+        if "moved" in line:
+            Path("images/train").rename("moved")  # class folders directly in the root
+        assert call(line) == 0
+        assert f"\ntop-1 {top1:.2f}, " in capsys.readouterr().out
+    Path("moved").rename("images/train")
+    names = validated(tmp_path, "bare")
+    assert len(names) == 6 and names == validated(tmp_path, "whole") == validated(tmp_path, "split")
+    done_in(tmp_path, f"{SPLIT} --case other --epochs 1 --seed 7", f"{SPLIT} --case split -r --epochs 2")
+    assert checkpoint(tmp_path, "other")["config"]["data"]["val_files"] == digest
+    assert tools.main(f"--keyword export --to packed --old {file} --new x.safetensors".split()) == 0
+    capsys.readouterr()
+    assert tools.main(f"--keyword verify x.safetensors --old {file}".split()) == 0
+    assert "on 6 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ("-e --pretrained {}", "--val_split: images has other images than in the training"),
+        (f"{SPLIT} -e --pretrained {{}}", "--val_split: images has other images than in the training"),
+        (f"{SPLIT} --case split -r --epochs 2", "its validation images were others"),
+        (f"{SPLIT} --case split -e -r", "its validation images were others"),
+        (f"{UNCOUNTED} --val_split 0.5 --case split -r --epochs 2", "its validation images were others"),
+    ],
+)
+def test_a_changed_folder_is_noticed(
+    split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    options: str, text: str,
+) -> None:  # fmt: skip
+    shutil.copytree(split, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    if "0.5" not in options:
+        for name in CLASSES:
+            for i in range(8, 16):
+                shutil.copy(f"images/train/{name}/0.jpg", f"images/train/{name}/{i}.jpg")
+    assert call(options.format("weights/resnet20/split-checkpoint.pth.tar")) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and text in err, err
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (f"{UNCOUNTED} --val_split 1", "--val_split 1.0: must be at least 0 and less than 1"),
+        (f"{UNCOUNTED} --val_split nan", "--val_split nan: must be"),
+        (f"{SPLIT} -v 0", "--val_split and --val_batch_size 0"),
+        (f"{SPLIT}", "images has validation images of its own, in val/"),
+        ("--dataset digits --val_split 0.1", "--val_split 0.1 has no effect with the data set digits"),
+    ],
+)
+def test_mistakes_of_a_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, text: str
+) -> None:
+    write_folder(tmp_path / "images", train=2, val=1)
+    assert call(f"{line} --dry_run") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and text in err, err
+
+
+def test_several_processes_split_alike(split: Path, tmp_path: Path, interpreter: str) -> None:
+    """Each image is validated once, those that one process validates."""
+    shutil.copytree(split, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "network.py").touch()
+    line = f"{SPLIT} --epochs 1 -v 1 --case two"
+    done = together(interpreter, tmp_path, {"two": {"world": 2, "line": line}})
+    assert done["two"]["status"] == [0, 0], done
+    found = checkpoint(tmp_path, "two")["config"]["data"]["val_files"]
+    assert found == checkpoint(split, "split")["config"]["data"]["val_files"]
+    assert float(metrics(tmp_path, "two")[-1]["val_top1"]) * 6 % 100 == pytest.approx(0, abs=1e-6)

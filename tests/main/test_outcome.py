@@ -347,7 +347,8 @@ def test_evaluation(tmp_path: Path, lsq: Path, capsys: pytest.CaptureFixture[str
     expected = f"top-1 {row['val_top1']:.2f}, top-5 {row['val_top5']:.2f}, loss {row['val_loss']:.4f}"
     assert expected in capsys.readouterr().out
     changed = {name for name, content in files(tmp_path).items() if content != before.get(name)}
-    written = ("log.txt", "classes.csv", "confusion.csv", "examples.json")
+    written = ("log.txt", "classes.csv", "confusion.csv", "calibration.csv", "predictions.csv", "predictions.jsonl",
+               "examples.json", "pictures.json", "mistakes.png")  # fmt: skip
     assert changed == {f"exp/{source.split()[-1]}/{name}" for name in written}
     assert before.keys() <= files(tmp_path).keys()
 

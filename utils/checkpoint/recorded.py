@@ -99,6 +99,9 @@ def resolve(given: Given) -> Config:
     classes = weights.class_names_of(payload)
     if given.explicit & {"model", "keyword"} or not isinstance(payload.get("config"), Mapping):
         config = resolve_options(given)
+        if config.data.val_split and isinstance(payload.get("config"), Mapping):
+            files = from_dict(payload["config"], str(path)).data.val_files
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_files=files))
     else:
         config = _evaluation(spread_bits(given), payload, path)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, classes=classes))
@@ -168,6 +171,8 @@ def _data(now: DataConfig, old: DataConfig, payload: Mapping[str, Any], given: G
         "ignore_orientation": old.ignore_orientation,
         "max_value": weights.max_value_of(payload),
         "fake_size": old.fake_size,
+        "val_split": old.val_split,
+        "val_files": old.val_files if "val_split" not in given.explicit else "",
     }
     if given["batch_size"] != old.batch_size and "batch_size" in given.explicit:
         fields["val_batch_size"] = given["batch_size"]

@@ -67,6 +67,11 @@ def restore(
     different = differences(payload.get("config", {}), to_dict(config))
     for name, line in different.items():
         network = name.startswith("model.") and name.rpartition(".")[2] not in CHANGEABLE
+        if name == "data.val_files" and not (config.run.evaluate and not config.data.val_split):
+            raise UserError(
+                f"{path} cannot be continued: its validation images were others; --val_split and the files in --root "
+                "must be those of then, and --pretrained starts another run from it"
+            )
         if network or name == "optim.name":
             raise UserError(f"{path} cannot be continued: {line}; --pretrained starts another run from it")
     state = weights.state_dict_of(payload, source=str(path))

@@ -50,6 +50,12 @@ COMMON: dict[str, tuple[Option, ...]] = {
             False,
             "draw training images so that all classes are seen equally often",
         ),
+        option(
+            "val_split",
+            float,
+            0.0,
+            "of a folder of images without val/: share of each class's images that is for validation; 0: none",
+        ),
         option("workers", int, 2, "processes that decode images", aliases=("-j",)),
         option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",)),
         option("rand_augment", int, None, "RandAugment's magnitude, 0 to 30; default: none"),
@@ -161,8 +167,15 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "evaluate",
             bool,
             False,
-            "validate only; writes the log, classes.csv and confusion.csv; train/ may be missing",
+            "validate only; writes the log, and predictions, mistakes and more to log_dir/CASE; train/ may be missing",
             aliases=("-e",),
+        ),
+        option(
+            "reference",
+            str,
+            None,
+            "with -e: another checkpoint, such as that in full precision; images that change their class are listed",
+            unset=("none", ""),
         ),
         option(
             "audit", bool, False, "check on real data that every quantizer quantizes (always after training)"
@@ -279,7 +292,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
         ),
         option("keyword_file", str, None, "Python file that registers more keywords"),
         option("list_keywords", bool, False, "print every keyword and exit"),
-        option("num_classes", int, None, "classes; default: the data set keyword's"),
+        option(
+            "num_classes",
+            int,
+            None,
+            "classes; default: the number of class folders, or the data set keyword's",
+        ),
         option(
             "input_size",
             input_size,

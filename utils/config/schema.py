@@ -240,6 +240,9 @@ class DataConfig:
     train: bool = True  # False: an evaluation, which needs no training images
     workers: int = 2
     num_classes: int = 10
+    count_classes: bool = False  # num_classes is not given and becomes the number of class folders
+    val_split: float = 0.0  # of each class, for validation where the folder has no val/; 0: it has
+    val_files: str = ""  # digest of the names of the validation images that are so split off
     classes: tuple[str, ...] = ()  # of an evaluated checkpoint, whose classes the data may be a part of
     input_size: InputSize = 32
     channels: int = 3  # 1: colours become grey
@@ -379,6 +382,9 @@ class RunConfig:
     resume_file: Path | None = None
     pretrained: str | None = None  # a path, or a name in weights_dir/MODEL
     ema_weights: bool = False  # take the averaged weights of that checkpoint
+    reference: str | None = (
+        None  # of an evaluation: as `pretrained`, the network beside which classes are compared
+    )
     keyword_file: str | None = None  # the user's file that registered more keywords
     unresume_scope: tuple[str, ...] = ()
     weights_dir: Path = Path("weights")

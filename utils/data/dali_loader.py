@@ -108,6 +108,10 @@ class DaliLoader(Loader):
         """As in `Loader`; with the classes and the names of the files."""
         return super().identity() | self._images.identity()
 
+    def name(self, number: int) -> str:
+        """Where an image lies."""
+        return self._images.name(number)
+
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         # `_idle` is None while the pipeline has batches in it: an iteration may be abandoned at any time.
         pipeline, self._idle = self._idle or self._pipeline(self._delivery.batch_size), None

@@ -200,6 +200,10 @@ class FolderLoader(Loader):
         """As in `Loader`; with the classes and the names of the files."""
         return super().identity() | self._images.identity()
 
+    def name(self, number: int) -> str:
+        """Where an image lies."""
+        return self._images.name(number)
+
     def _read(self, batches: Sequence[Tensor], epoch: int) -> Iterator[Raw]:
         self._loader = self._loader or self._open()
         asked = self._asked

@@ -30,12 +30,26 @@ def check_imagenet(config: DataConfig) -> dict[str, Images]:
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
     from utils.data.shards.images import check_shards, is_shards
+    from utils.data.split import check_split, split_folder
 
     val = bool(config.val_batch_size)
     train, known = config.train or not val, bool(config.classes)
+    in_shards = config.root is not None and (config.dataset == "shards" or is_shards(config.root))
+    # A checkpoint's split gives way to a val/ that the folder has now.
+    split = config.val_split and not (config.val_files and config.root and (config.root / "val").is_dir())
     names: dict[str, Images]
-    if config.root is not None and (config.dataset == "shards" or is_shards(config.root)):
+    if in_shards:
+        assert config.root is not None
+        if config.val_split and not config.val_files:
+            raise UserError(
+                f"--val_split {config.val_split:g} is for folders, and {config.root} has shards: leave it out; "
+                "make-shards --from a folder with val/ writes validation images too"
+            )
         names = {**check_shards(config.root, val=val, train=train)}
+    elif split:
+        both = split_folder(config.root, config.dataset, config.val_split)
+        check_split(both["val"], config.val_files, config.root)
+        names = {**both} if train else {"val": both["val"]}
     else:
         names = {**check_folders(config.root, config.dataset, val=val, train=train, known=known)}
     if known:
@@ -43,7 +57,8 @@ def check_imagenet(config: DataConfig) -> dict[str, Images]:
             _number_as(config, part)
     part = next(iter(names.values()))
     left_out = f" ({said})" if (said := part.left_out()) else ""
-    check_classes(config, len(part.classes), f"{config.root}{left_out}")
+    if not config.count_classes:
+        check_classes(config, len(part.classes), f"{config.root}{left_out}")
     return names
 
 

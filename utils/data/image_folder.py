@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -75,6 +76,12 @@ class ImageNames(Images):
         # Arrays, not lists of objects: they reach the workers quickly and are stored once per worker.
         self._paths = np.array([os.fsencode(path) for paths in images for path in paths])
         self.target = np.repeat(np.arange(len(self.classes)), [len(paths) for paths in images])
+
+    def part(self, chosen: np.ndarray) -> ImageNames:
+        """Some of the images, bool [samples], with all classes and without hidden files."""
+        part = copy.copy(self)
+        part._paths, part.target, part.hidden = self._paths[chosen], self.target[chosen], []
+        return part
 
     def path(self, index: int) -> str:
         """Return the path of an image."""
@@ -179,15 +186,7 @@ def check_folders(
     Raises:
         UserError: as `ImageNames`; or the classes differ.
     """
-    if root is None:
-        what = (
-            "a folder of images (--dataset folder or imagenet)"
-            if dataset == "imagenet"
-            else f"--dataset {dataset}"
-        )
-        raise UserError(f"{what} needs --root: the folder that holds train/ and val/")
-    if not root.is_dir():
-        raise UserError(f"--root {root} is not a folder: name the one that holds train/ and val/")
+    root = check_root(root, dataset)
     wanted = {"train": train or (root / "train").is_dir(), "val": val}
     parts = {name: ImageNames(root / name) for name, is_wanted in wanted.items() if is_wanted}
     if len(parts) == 2:
@@ -201,13 +200,29 @@ def check_folders(
     return parts
 
 
+def check_root(root: Path | None, dataset: str) -> Path:
+    """The folder of a data set. Raises UserError where it is not given, or is no folder."""
+    if root is None and dataset == "shards":
+        raise UserError("--dataset shards needs --root: a folder that make-shards has written, or its URL")
+    if root is None:
+        what = (
+            "a folder of images (--dataset folder or imagenet)"
+            if dataset == "imagenet"
+            else f"--dataset {dataset}"
+        )
+        raise UserError(f"{what} needs --root: the folder that holds train/ and val/")
+    if not root.is_dir():
+        raise UserError(f"--root {root} is not a folder: name the one that holds train/ and val/")
+    return root
+
+
 def _class_folders(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the class folders, sorted, and paths of hidden ones; raises `UserError` unless there are some."""
     if not folder.is_dir():
         alone = "; only --evaluate without --bn_batches needs no train/" if folder.name == "train" else ""
         raise UserError(
             f"{folder} is missing: --root names the folder that holds train/ and val/, each with a folder "
-            f"per class{alone}"
+            f"per class; --val_split 0.1 takes validation images from a folder without val/{alone}"
         )
     everything = sorted(os.scandir(folder), key=lambda entry: entry.name)
     entries = [entry for entry in everything if not is_hidden(entry.name)]

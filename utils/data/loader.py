@@ -211,6 +211,7 @@ class Loader(ABC):
         self._delivery = delivery
         self._normalisation = Normalisation(delivery.mean, delivery.std, delivery.device)
         self._samples: tuple[int, Tensor] | None = None  # of an epoch, drawn when it is needed
+        self._delivered: list[Tensor] = []
         self._epoch = 0
         self._position = 0
 
@@ -245,6 +246,7 @@ class Loader(ABC):
     def __iter__(self) -> Iterator[Batch]:
         # Not a generator: epoch and position are taken here and now, not when the first batch is fetched.
         first, self._position = self._position, 0
+        self._delivered = []
         batches = self._deliver(self._batches()[first:], self._epoch, first)
         return _on_side_stream(batches, self._delivery.device) if self._on_cuda else batches
 
@@ -277,6 +279,8 @@ class Loader(ABC):
         delivered = False
         for number, raw in enumerate(self._read(batches, epoch), first):
             delivered = True
+            if not delivery.train:
+                self._delivered.append(raw.index)
             images = raw.images.to(delivery.device, non_blocking=True)
             target = raw.target.to(delivery.device, non_blocking=True)
             if colours is not None:
@@ -296,6 +300,18 @@ class Loader(ABC):
                 f"no image of the validation set{part} can be read: replace them (tools.py --keyword verify-data says "
                 "what is wrong), or write --val_batch_size 0"
             )
+
+    @property
+    def delivered(self) -> Tensor:
+        """The numbers in the set of the validation images of the last pass, in the order of its batches, int64 [N].
+
+        Images that could not be read are not among them.
+        """
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *self._delivered])
+
+    def name(self, number: int) -> str:
+        """The name of an image by its number in the set: the path of its file, or that number."""
+        return str(number)
 
     def drawn(self, numbers: Tensor, epoch: int) -> Tensor:
         """The numbers in the set of images with these numbers in an epoch, int64 [N] each."""

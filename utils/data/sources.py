@@ -138,6 +138,21 @@ def class_weights_of_file(config: DataConfig, checked: Any) -> tuple[float, ...]
     return class_weights.read_weights(Path(config.class_weights), _names(config, checked))
 
 
+def settled(config: DataConfig, checked: Any) -> DataConfig:
+    """The configuration with what its files say: weights and number of classes, which validation images are split off.
+
+    Args:
+        config: the data set.
+        checked: what `check_data` returned for this configuration.
+    """
+    config = replace(config, class_weight_values=class_weights_of_file(config, checked))
+    if config.dataset not in FOLDER_SETS:
+        return config
+    if config.val_split and not config.val_files:
+        config = replace(config, val_files=checked["val"].identity()["files"])
+    return replace(config, num_classes=len(_names(config, checked)), count_classes=False)
+
+
 _PUBLISHED = {
     **dict.fromkeys(FOLDER_SETS, (IMAGENET_MEAN, IMAGENET_STD)),
     "cifar10": (CIFAR10_SET.mean, CIFAR10_SET.std),
@@ -178,6 +193,7 @@ def open_data(config: DataConfig, device: torch.device = CPU, checked: Any = Non
         UserError: as `check_data`; or the CIFAR files are missing and cannot be downloaded, or are damaged.
     """
     checked = check_data(config) if checked is None else checked
+    config = settled(config, checked)
     loaders = SOURCES[config.dataset].build(config, device, checked)
     if config.class_weights is None:
         return loaders

@@ -62,19 +62,21 @@ class ImageTransform:
         Raises:
             UserError: the file cannot be read, or has pixels of 32 bits.
         """
+        return self._normalised(torch.from_numpy(np.array(self.decoded(image))))
+
+    def decoded(self, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
+        """An image, or that of a file, in RGB and upright, in its own size; raises as a call does."""
         decoding = Decoding(
             ignore_orientation=self.ignore_orientation,
             max_value=65535 if self.max_value is None else self.max_value,
         )
         try:
             if isinstance(image, Image.Image):
-                decoded = as_rgb(image, decoding)
-            else:
-                decoded = decode(read(os.fspath(image)), decoding)
+                return as_rgb(image, decoding)
+            return decode(read(os.fspath(image)), decoding)
         except DECODE_ERRORS as error:
             what = "the image" if isinstance(image, Image.Image) else f"the image {os.fspath(image)}"
             raise UserError(f"cannot read {what} ({reason_of(error)})") from error
-        return self._normalised(torch.from_numpy(np.array(decoded)))
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """The tensor of uint8 [H, W, 3]."""

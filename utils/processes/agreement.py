@@ -22,8 +22,8 @@ from utils.text import printable, some_names
 MAY_DIFFER = (
     "data.class_weight_values", "data.class_weights", "data.rank", "data.root", "data.workers",
     "devices.distributed", "devices.ids", "devices.rank", "devices.world_size", "loss.distill.pretrained",
-    "run.keyword_file", "run.log_dir", "run.pretrained", "run.resume_file", "run.verbose", "run.weights_dir",
-    "keywords", "origins", "warnings",
+    "run.keyword_file", "run.log_dir", "run.pretrained", "run.reference", "run.resume_file", "run.verbose",
+    "run.weights_dir", "keywords", "origins", "warnings",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm")  # they compute, draw numbers and define networks
 _SHOWN = 3  # fields in the message

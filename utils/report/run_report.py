@@ -138,7 +138,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file of a run."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))  # names of files may be any bytes
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror}): choose another folder with --log_dir"

@@ -32,6 +32,7 @@ class Options:
     quality: int | None = None
     shard_size: int | None = None
     topk: int | None = None
+    reference: Path | None = None
     batch_size: int | None = None
     keyword_file: str | None = None
     ema_weights: bool = False

@@ -101,6 +101,7 @@ def test_a_typical_line() -> None:
     )
     assert config.data == DataConfig(
         dataset="imagenet",
+        count_classes=True,
         root=Path("/data/imagenet"),
         batch_size=256,
         val_batch_size=100,

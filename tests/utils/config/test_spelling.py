@@ -20,6 +20,8 @@ WORDLESS = {
     "data.train",
     "data.classes",
     "data.class_weight_values",
+    "data.count_classes",
+    "data.val_files",
     "model.norm",
     "model.block.skip",
     "model.stem.space_to_depth",

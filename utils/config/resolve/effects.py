@@ -11,7 +11,7 @@ from utils.config.layer_bits import SINGLE_LAYERS
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER, OPTIONS
 from utils.config.resolve.bits import is_full_precision
-from utils.config.resolve.data_and_run import resume_file
+from utils.config.resolve.data_and_run import CLASS_FOLDERS, resume_file
 from utils.config.schema import READ_ETA_MIN, TAGS, WITHOUT_FILES
 from utils.errors import UserError
 
@@ -21,7 +21,7 @@ NAMING = {
     "root": ("dataset", "write --dataset folder to train on a folder of images"),
     **{
         name: ("dataset", "write --dataset folder and --root for image files of your own")
-        for name in ("skip_corrupt", "max_value", "ignore_orientation")
+        for name in ("skip_corrupt", "max_value", "ignore_orientation", "val_split")
     },
     "fake_size": ("dataset", "write --dataset fake for computed images"),
     "opt_level": ("fp16", "add --fp16"),
@@ -29,6 +29,7 @@ NAMING = {
     "re_init_percentile": ("re_init_range", "add --re_init --re_init_range percentile"),
     "mixup_alpha": ("mixup_enable", "add --mixup_enable"),
     "cutmix_alpha": ("cutmix_enable", "add --cutmix_enable"),
+    "reference": ("evaluate", "add -e to evaluate beside it"),
     "freeze_momentum": ("freeze_threshold", "add --freeze_threshold"),
     "proxquant_step": ("keyword", "add the keyword proxquant"),
 }
@@ -75,8 +76,8 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         **{
-            name: (dataset not in ("imagenet", "shards", "dali"), f"with the data set {dataset}")
-            for name in ("skip_corrupt", "max_value", "ignore_orientation")
+            name: (dataset not in CLASS_FOLDERS, f"with the data set {dataset}")
+            for name in ("skip_corrupt", "max_value", "ignore_orientation", "val_split")
         },
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),
         "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
@@ -84,6 +85,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             name: (bool(given["evaluate"]), "with --evaluate")
             for name in ("probe_list", "probe_index", "probe_iteration")
         },
+        "reference": (not given["evaluate"], "without --evaluate"),
         "balanced_sampler": (bool(given["evaluate"]) and not given["bn_batches"], "with --evaluate"),
         "class_weights": (
             bool(given["evaluate"]) or (not untaught and given["distill_loss_alpha"] == 1),

@@ -42,7 +42,7 @@ def check_numbers(given: Given) -> None:
         "wakeup", "wakeup_epoch", "warmup", "warmup_epoch", "stable", "stable_epoch", "save_freq", "delay", "lr_decay",
         "save_every", "skip_corrupt", "bn_batches", "focal_gamma", "quant_loss", "dampen",
     )  # fmt: skip
-    _share(given, "momentum", "label_smooth", "ema_decay")
+    _share(given, "momentum", "label_smooth", "ema_decay", "val_split")
     _check_methods(given)
     for name in ("unresume_scope", "full_precision"):
         if "none" in given[name]:
@@ -93,6 +93,10 @@ def check_numbers(given: Given) -> None:
             raise UserError(f"--{tag}_correlate {given[f'{tag}_correlate']}: give a finite number")
     if not 0 <= given["seed"] < 2**63:
         raise UserError(f"--seed {given['seed']}: must be from 0 to 2^63 - 1")
+    if given["val_split"] and given["val_batch_size"] == 0:
+        raise UserError(
+            "--val_split and --val_batch_size 0: nothing would be validated; leave one of them out"
+        )
     if given["evaluate"] and given["val_batch_size"] == 0:
         raise UserError("--evaluate needs validation images: give a --val_batch_size above 0")
 

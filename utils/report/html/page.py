@@ -15,6 +15,7 @@ from plotly import graph_objects
 from plotly.offline import get_plotlyjs
 
 from utils.config.schema import TAGS
+from utils.report.calibration import Bin, calibration_error
 from utils.report.confusion import Confusion
 from utils.report.run_files import Run
 from utils.report.verified import HEAD
@@ -51,6 +52,8 @@ def render(runs: Sequence[Run]) -> str:
     for i, run in enumerate(evaluated):
         if run.confusion is not None and len(run.confusion.classes) <= MOST_CLASSES:
             figures[f"confusion{i}"] = _confusion(run.confusion)
+        if run.confusion is not None and run.confusion.bins:
+            figures[f"reliability{i}"] = _reliability(run.confusion.bins)
     data = {
         "figures": {name: json.loads(str(figure.to_json())) for name, figure in figures.items()},
         "runs": [_explored(run, colour(i)) for i, run in enumerate(runs)],
@@ -66,6 +69,7 @@ def render(runs: Sequence[Run]) -> str:
         verified=[run for run in runs if run.verified],
         verified_head=HEAD,
         most_classes=MOST_CLASSES,
+        calibration_error=calibration_error,
         quantized=[run for run in runs if run.quantizers],
         tags=TAGS,
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
@@ -237,6 +241,30 @@ def _confusion(confusion: Confusion) -> graph_objects.Figure:
         x=places, y=places, z=shares, text=confusion.matrix, customdata=hover, colorscale="Blues", zmin=0, zmax=100,
         texttemplate="%{text}" if len(names) <= 20 else None, hovertemplate="%{customdata}<extra></extra>",
         colorbar={"title": {"text": "% of row"}},
+    )  # fmt: skip
+    return figure
+
+
+def _reliability(bins: Sequence[Bin]) -> graph_objects.Figure:
+    """The accuracy of the images of each bin of probabilities, and the line where both are equal."""
+    axis = {"range": [0, 100], "dtick": 20}
+    figure = _figure(
+        f"Calibration, expected error {100 * calibration_error(bins):.2f} %", 0,
+        xaxis={"title": {"text": "probability of the predicted class, %", "standoff": 4}, **axis},
+        yaxis={"title": {"text": "accuracy, %"}, **axis},
+    )  # fmt: skip
+    figure.add_bar(
+        x=[50 * (one.low + one.high) for one in bins], y=[100 * one.accuracy for one in bins],
+        width=[100 * (one.high - one.low) for one in bins], marker={"color": COLOURS[0]},
+        customdata=[
+            f"{one.images} images: accuracy {100 * one.accuracy:.2f} %, mean probability {100 * one.confidence:.2f} %"
+            for one in bins
+        ],
+        hovertemplate="%{customdata}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[100 * one.confidence for one in bins], y=[100 * one.confidence for one in bins], mode="lines+markers",
+        line={"color": COLOURS[1], "dash": "dot"}, hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     return figure
 

@@ -100,7 +100,7 @@ def titles(browser: WebDriver, parent: str) -> list[str]:
 def test_every_figure_is_drawn(browser: WebDriver) -> None:
     """With lines or bars in it, as wide as its place and nothing beside it."""
     figures = find(browser, ".figure")
-    assert len(figures) == 3 + 1 + 2 + 2 + 1 + 1  # curves, size, levels, over epochs, confusion, operations
+    assert len(figures) == 3 + 1 + 2 + 2 + 2 + 1  # curves, size, levels, over epochs, classes, operations
     for figure in figures:
         assert figure.find_elements(
             "css selector", ".scatterlayer .trace, .barlayer .trace, .heatmaplayer image"
@@ -238,7 +238,7 @@ def test_the_contents_lead_to_the_sections(browser: WebDriver) -> None:
 
 
 def test_a_cell_of_the_confusion_matrix_shows_its_images(browser: WebDriver) -> None:
-    (figure,), (plot,) = find(browser, "#classes .figure"), find(browser, "#classes .nsewdrag")
+    (figure,), (plot, _) = find(browser, "#classes [data-examples]"), find(browser, "#classes .nsewdrag")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
     for cell, pictures in browser.execute_script("return DATA.examples[0]").items():
         true, called = map(int, cell.split(","))

@@ -438,6 +438,10 @@ def test_classes_are_those_of_the_evaluation(
         ("examples.json", '{"0,0": ["<script>"]}'),
         ("examples.json", '{"7,0": []}'),
         ("examples.json", "[]"),
+        ("calibration.csv", "low,high,images,accuracy,confidence\n0.1,0.2,0,nan,nan\n"),
+        ("pictures.json", '{"mistakes": [{"image": "a.png"}]}'),
+        ("pictures.json", '{"mistakes": [{"image": "x", "title": "", "caption": "", "picture": "<b>"}]}'),
+        ("pictures.json", "[]"),
     ],
 )
 def test_damaged_files_of_an_evaluation(two: Path, name: str, text: str) -> None:
@@ -449,7 +453,7 @@ def test_damaged_files_of_an_evaluation(two: Path, name: str, text: str) -> None
         (two / known).write_text(content)
     assert page.render(run_files.read([two]))
     (two / name).write_text(text)
-    with pytest.raises(UserError, match=r"two: confusion.csv, classes.csv or examples.json is damaged"):
+    with pytest.raises(UserError, match=r"two: confusion.csv, classes.csv, .* is damaged: evaluate"):
         run_files.read([two])
 
 

@@ -1,0 +1,94 @@
+"""Validation images taken from the training folder, where a data set has no `val/`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.image_folder import ImageNames, check_root
+from utils.errors import UserError
+from utils.text import printable, some_names
+
+_PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")  # no names of classes
+_SEED = b"validation images\0"  # of the split, the same in every run
+
+
+def split_folder(root: Path | None, dataset: str, share: float) -> dict[str, ImageNames]:
+    """The images of a root without `val/`, split into `train` and `val`.
+
+    The class folders are those of `train/`, or where there is none those of the root itself.
+
+    Args:
+        root: the folder.
+        dataset: the data set's name, for messages.
+        share: of each class that is for validation, see `validation_images`.
+
+    Raises:
+        UserError: as `ImageNames`; there is a `val/`; or a class has a single image.
+    """
+    root = check_root(root, dataset)
+    if os.path.lexists(root / "val"):
+        raise UserError(
+            f"--val_split {share:g}: {root} has validation images of its own, in val/; leave it out"
+        )
+    names = ImageNames(root / "train" if (root / "train").is_dir() else root)
+    if names.folder == root and (parts := [name for name in names.classes if name.lower() in _PARTS]):
+        raise UserError(
+            f"--val_split {share:g}: {root} has no train/, and its folders {some_names(parts)} do not look like "
+            "classes: call the folder of the training images train/, or that of a class otherwise"
+        )
+    counts = np.bincount(names.target, minlength=len(names.classes))
+    if few := [name for name, count in zip(names.classes, counts, strict=True) if count < 2]:
+        raise UserError(
+            f"--val_split {share:g}: a class needs two images, one of them for validation, and {names.folder} has one "
+            f"of {some_names(few)}: add images or remove the folder"
+        )
+    skipped = len(os.fsencode(os.path.join(names.folder, "")))
+    relative = [os.fsencode(names.path(i))[skipped:] for i in range(len(names))]
+    chosen = validation_images(names.target, relative, share)
+    return {"train": names.part(~chosen), "val": names.part(chosen)}
+
+
+def validation_images(target: np.ndarray, names: list[bytes], share: float) -> np.ndarray:
+    """Choose the validation images of a set; returns bool [N].
+
+    Of a class with n images, round(share * n) are chosen, at least 1 and at most n - 1: those whose names have the
+    smallest SHA-256. So the choice depends on names and classes alone, on no run's seed, no order and no version of a
+    library, and an image that is added changes it little.
+
+    Args:
+        target: classes, int64 [N], each with two images or more.
+        names: of the images within the set.
+        share: above 0 and below 1.
+    """
+    digests = np.array([hashlib.sha256(_SEED + name).digest() for name in names], dtype="S32")
+    order = np.lexsort((digests, target))
+    counts = np.bincount(target)
+    wanted = np.clip(np.round(share * counts), 1, counts - 1)
+    places = np.arange(len(target)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
+    chosen = np.zeros(len(target), bool)
+    chosen[order] = places < wanted[target[order]]
+    return chosen
+
+
+def check_split(names: ImageNames, before: str, root: Path | None) -> str:
+    """The digest of a split's validation images, which a checkpoint holds.
+
+    Args:
+        names: of the validation images.
+        before: the digest in the checkpoint that is evaluated; empty without one.
+        root: the folder, for the message.
+
+    Raises:
+        UserError: they are others than those of the checkpoint.
+    """
+    found = names.identity()["files"]
+    if before and found != before:
+        raise UserError(
+            f"--val_split: {printable(str(root))} has other images than in the training, which may have seen some of "
+            "those that would be validated: bring the files back, or put validation images into val/"
+        )
+    return found
