@@ -85,6 +85,8 @@ def data_of(trained: Trained, root: Path | None = None, *, train: bool = False) 
     """
     config, images = trained.config.data, trained.transform
     refuse_root(root, config.dataset)
+    if root is not None and config.dataset == "shards":  # another root may be a folder; imagenet finds out
+        config = dataclasses.replace(config, dataset="imagenet")
     config = dataclasses.replace(
         config, train=train, rank=0, world_size=1, root=root or config.root, classes=trained.classes,
         mean=images.mean, std=images.std, max_value=images.max_value,

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import tools
+from model.load import data_of, load_trained
 from tests.main.runs import assert_same_run, call, checkpoint, done_in, metrics, summary
 from tests.utils.data.helpers import CLASSES, write_folder
+from tests.utils.data.shards.helpers import make
 from tests.utils.processes.lines import together
 from utils.report.run_files import read
 from utils.tools.comparison import grouped
@@ -82,12 +84,15 @@ def test_training_images_are_missed_where_they_are_needed(
     assert not Path("exp/other").exists()
 
 
-@pytest.mark.parametrize("dataset", ["imagenet", "dali"])
+@pytest.mark.parametrize("dataset", ["imagenet", "shards", "dali"])
 def test_images_that_are_not_square_are_trained_resumed_and_evaluated(tmp_path: Path, dataset: str) -> None:
     if dataset == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
     write_folder(tmp_path / "images", train=4, val=2)
     wide = f"{QUANTIZED} --dataset {dataset} --input_size 32x64 --balanced_sampler"
+    if dataset == "shards":
+        make(tmp_path / "images", tmp_path / "shards")
+        wide += " --root shards"
     done_in(tmp_path, f"{wide} --case one --epochs 3", f"{wide} --case two --epochs 3 --save_every 1")
     backup = tmp_path / "weights" / "resnet20" / "two-backup1-checkpoint.pth.tar"
     backup.replace(backup.with_name("two-checkpoint.pth.tar"))  # as if it had been interrupted
@@ -95,6 +100,11 @@ def test_images_that_are_not_square_are_trained_resumed_and_evaluated(tmp_path: 
     assert_same_run((tmp_path, "one"), (tmp_path, "two"))
     first, *_ = summary(tmp_path, "two")["layers"]
     assert (first["name"], first["output"]) == ("conv1", [8, 16, 32])
+    if dataset == "shards":  # other images may lie in a folder
+        trained = load_trained(tmp_path / "weights" / "resnet20" / "two-checkpoint.pth.tar")
+        for root in ("images", "shards"):
+            loader = data_of(trained, tmp_path / root).val
+            assert loader is not None and loader.samples == 6
 
 
 def test_class_weights_act_on_the_labels_and_are_logged(

@@ -169,7 +169,8 @@ def open_shards(root: Path | str, parts: Collection[str] = tuple(PARTS)) -> dict
             raise UserError(f"--root {root}: {error.strerror}: name a folder of shards") from error
         if not names:
             raise UserError(
-                f"--root {root} has neither {MANIFEST} nor tar files: name a folder that make-shards has written"
+                f"--root {root} has neither {MANIFEST} nor tar files: name a folder that make-shards has "
+                "written, or write --dataset imagenet for a folder with train/ and val/"
             )
     return _without_manifest(files, names, parts)
 

@@ -243,6 +243,13 @@ def test_roots_that_are_no_shards(imagenet: DataConfig, shards: DataConfig, tmp_
     ):
         with pytest.raises(UserError, match=reason):
             check_data(replace(shards, root=root))
+    for dataset in ("shards", "imagenet", "dali"):
+        with pytest.raises(UserError, match=r"--val_split 0.2 is for folders, and .* has shards"):
+            check_data(replace(shards, dataset=dataset, val_split=0.2))
+    with pytest.raises(
+        UserError, match=r"--dataset shards needs --root: a folder that make-shards has written"
+    ):
+        check_data(replace(shards, root=None))
     (tmp_path / "0.tar").write_bytes(tar_of(sample("a", 0)))
     with pytest.raises(UserError, match=r"0.tar: are these for training or for validation"):
         check_data(replace(shards, root=tmp_path))
