@@ -40,8 +40,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import peers
-
 ROOT = Path(__file__).resolve().parent.parent
 FULL = "full precision"
 METHODS = {
@@ -141,6 +139,7 @@ class Bench:
         """What can be measured of a row, by the names of parts."""
         if row in self.made:
             return self.made[row]
+        import peers  # beside this file, which tests import from elsewhere
         import torch
         from torch.nn import functional
 
@@ -320,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     setup = Setup(options.network, options.batch, options.bits, options.how)
     folders = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
+    import peers
     import torch
 
     commits = [f"{name} {commit(folder)}" for name, folder in folders.items()]

@@ -25,6 +25,12 @@ from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class Quantizer(Grouped):
     """The frame around a method: precision, warm-up, groups, normalisation and learned scale.
 
@@ -169,18 +175,16 @@ class Quantizer(Grouped):
 
     def _chosen(self, x: Tensor, counts: bool, compiling: bool) -> Tensor:
         """`_compute`, in generated kernels where they are wanted and fit."""
+        if torch.is_grad_enabled():
+            # A layer keeps its input and weight, but in half precision a copy; an output may be changed in place.
+            mixed = x.dtype != torch.float32 or autocasts(x)
+            self.keeps_output = self.config.tag != "ot" and not mixed and not self.generated
         kernels = self.generated and not compiling and kernels_fit(gathers=self.gathers())
         return (generated(Quantizer._compute) if kernels else Quantizer._compute)(self, x, counts)
 
     def _compute(self, x: Tensor, counts: bool) -> Tensor:
         """`forward` of a tensor that is not empty; `counts`: it is a training pass."""
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        if torch.is_grad_enabled():
-            # A layer keeps its input and weight, but in half precision a copy; an output may be changed in place.
-            mixed = autocast or x.dtype != torch.float32
-            self.keeps_output = self.config.tag != "ot" and not mixed and not self.generated
-        with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext():
             return self._computed(x, counts)
 
     def _computed(self, x: Tensor, counts: bool) -> Tensor:

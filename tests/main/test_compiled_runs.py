@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import ROOT
 from tests.kill import COMMON, NETWORK
@@ -15,7 +16,17 @@ from tests.main.runs import assert_same
 from utils.checkpoint import archive
 from utils.config.resolve import read
 from utils.errors import UserError
+from utils.processes.interrupt import SAVED
 
+STOPPED = """
+import os, signal
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+steps = iter(range(int(os.environ.get("STOP_AFTER", 10**6)) - 1))
+register_optimizer_step_post_hook(
+    lambda *_: next(steps, None) is None and os.kill(os.getpid(), signal.SIGTERM)
+)
+"""
 BRANCHING = """
 import torch
 from torch import nn
@@ -39,17 +50,17 @@ def run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["--compile default", "--kernels compiled"])
+@pytest.mark.parametrize("how", ["--compile default", "--kernels compiled --stable 8"])
 def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path, interpreter: str) -> None:
-    """Also with dropout and a last batch of its own shape; evaluation has the loss that it has uncompiled."""
-    (tmp_path / "network.py").write_text(NETWORK)
+    """It was stopped within an epoch, and a warm-up; also with dropout and a last batch of its own shape.
+
+    Evaluation has the loss that it has uncompiled.
+    """
+    (tmp_path / "network.py").write_text(NETWORK + STOPPED)
     line = f"{COMMON} {how} --fake_size 92 --lr_policy fix --epochs 2"
-    for options in (
-        "--case whole -s 1",
-        "--case parts --resume_file weights/tiny/whole-epoch1-checkpoint.pth.tar",
-    ):
-        done = run(tmp_path, f"{line} {options}", interpreter)
-        assert done.returncode == 0, done.stderr
+    for options, stop, status in (("whole", "1000", 0), ("parts", "5", SAVED), ("parts -r", "1000", 0)):
+        done = run(tmp_path, f"{line} --case {options}", interpreter, STOP_AFTER=stop)
+        assert done.returncode == status, done.stderr
         assert ("2 quantizers run in kernels" in done.stdout) == ("--kernels" in how)
     whole, parts = (
         archive.read(tmp_path / "weights" / "tiny" / f"{case}-checkpoint.pth.tar")
@@ -62,6 +73,32 @@ def test_a_resumed_run_has_the_same_bits(how: str, tmp_path: Path, interpreter: 
         assert done.returncode == 0, done.stderr
         losses.append(float(done.stdout.split("loss ")[-1].split()[0]))
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_compile_to_the_weights_that_they_have_uncompiled(
+    tmp_path: Path, interpreter: str
+) -> None:
+    (tmp_path / "network.py").write_text(NETWORK.replace("nn.Dropout(0.2)", "nn.Identity()"))
+    launcher = "-m utils.processes.launch --standalone --nproc_per_node 2"
+    weights = []
+    for case, how in (("plain", ""), ("compiled", "--compile default")):
+        line = f"{COMMON} --fake_size 32 --lr_policy fix --epochs 1 --case {case} {how}".replace(
+            "--delay 0.01", ""
+        )
+        done = subprocess.run(
+            [interpreter, *launcher.split(), str(ROOT / "main.py"), *line.split()], cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        weights.append(
+            archive.read(tmp_path / "weights" / "tiny" / f"{case}-checkpoint.pth.tar")["state_dict"]
+        )
+    plain, compiled = weights
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_mistakes(tmp_path: Path, interpreter: str) -> None:
