@@ -8,6 +8,7 @@ import ctypes
 # part of the heap.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
+_OLD_MOST = 32 * 2**20  # of blocks in the heap, in older versions
 
 
 def keep_freed_memory() -> None:
@@ -21,5 +22,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_TRIM_THRESHOLD, _MOST)
-    mallopt(_MMAP_THRESHOLD, _MOST)
+    # Setting one ends the library's own adapting of both, so that the first must have been accepted.
+    if mallopt(_MMAP_THRESHOLD, _MOST) or mallopt(_MMAP_THRESHOLD, _OLD_MOST):
+        mallopt(_TRIM_THRESHOLD, _MOST)
