@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
 from utils.processes.distributed import Place
+from utils.report.tracking import check_tracker
 from utils.step import optimizer, precision
 from utils.step.compiled import check_compiler
 
@@ -83,6 +84,7 @@ def find_surroundings(config: Config) -> Surroundings:
     device, warnings = distributed.device_of(place, config.devices)
     warnings += precision.check_precision(config.precision, device)
     check_compiler(config.precision, device)
+    check_tracker(config)
     files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill
