@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from utils.data.loader import Loader
     from utils.data.loaders import Loaders
     from utils.report.epoch_files import MetricsFile
+    from utils.report.tracking import Tracking
 
 METRICS = (
     "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5",
@@ -102,6 +103,7 @@ def run(config: Config) -> int:
     from utils.checkpoint import earlier_runs
     from utils.processes import distributed
     from utils.report import log
+    from utils.report.tracking import tracked
     from utils.step.compiled import compiling
 
     here = find_surroundings(config)
@@ -117,13 +119,14 @@ def run(config: Config) -> int:
                 here.folder, here.files, origin.found, config.run.resume_file, writes=writes
             ),
             log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger,
+            tracked(here.config, here.folder, logger, resumed=origin.found.path is not None) as tracking,
             compiling(config.precision),
         ):
             announce(here, origin, assembled, logger)
             training = assembled.training_state(here, logger)
             if config.run.evaluate:
                 return evaluate(training, assembled.loaders)
-            recorder = open_recorder(here, assembled)
+            recorder = open_recorder(here, assembled, tracking)
             progress, stopped = train_until_stopped(here, origin, assembled, training, recorder)
             if stopped:
                 return SAVED
@@ -173,15 +176,9 @@ def evaluate(training: TrainingState, loaders: Loaders) -> int:
     from model import audit
     from model.training import validation
 
-    row, lines = validation.evaluation(training, loaders)
-    settings, first = training.config.run, training.config.data.rank == 0
-    for name, what in (("val", ""), ("ema", "averaged weights: ")):
-        if f"{name}_loss" in row:
-            top1, top5, loss = (row[f"{name}_{part}"] for part in ("top1", "top5", "loss"))
-            training.logger.info("%stop-1 %.2f, top-5 %.2f, loss %.4f", what, top1, top5, loss)
-    for line in lines:
+    for line in validation.evaluation(training, loaders):
         training.logger.info("%s", line)
-    if not settings.audit or not first:
+    if not training.config.run.audit or training.config.data.rank != 0:
         return 0
     with training.precision.autocast():
         batches = validation.audit_batches(training, loaders)
@@ -190,7 +187,7 @@ def evaluate(training: TrainingState, loaders: Loaders) -> int:
     return AUDIT_FAILED if found.problems else 0
 
 
-def open_recorder(here: Surroundings, assembled: Assembled) -> Recorder | None:
+def open_recorder(here: Surroundings, assembled: Assembled, tracking: Tracking) -> Recorder | None:
     """Open the first process's files beside log and checkpoints; returns None in other processes."""
     from model.watch.recorder import Recorder
     from utils.report import run_report
@@ -200,7 +197,7 @@ def open_recorder(here: Surroundings, assembled: Assembled) -> Recorder | None:
         return None
     metrics_file(here).truncate_after(progress.epoch + 1)
     run_report.write_text(here.folder / "config.yaml", run_report.dump_yaml(config))
-    recorder = Recorder(here.folder, assembled.model, config, progress.epoch, progress.position)
+    recorder = Recorder(here.folder, assembled.model, config, progress.epoch, progress.position, tracking)
     if assembled.probe is not None:
         assembled.probe.board = recorder.board
     if config.run.tensorboard:

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 
 from tests import ROOT
 from tests.utils.data.helpers import CLASSES, write_folder
 
-NEEDED = ("main.py", "tools.py", "train.sh", "config", "model", "utils")
+NEEDED = ("main.py", "tools.py", "train.sh", "start_on_terminate.sh", "config", "model", "utils")
 
 
 def steps(number: int) -> list[tuple[str, str]]:
@@ -121,3 +122,25 @@ def test_from_imagenet_weights(tmp_path: Path, interpreter: str) -> None:
     assert "120 loaded, 2 skipped (fc.weight, fc.bias)" in said
     summary = json.loads((tmp_path / "exp" / "pets-lsq-2bit" / "summary.json").read_text(encoding="utf-8"))
     assert summary["audit"].startswith("passed")
+
+
+@pytest.mark.slow
+def test_sweeps(tmp_path: Path, interpreter: str) -> None:
+    """Those of docs/tracking.md, with fewer images: a run for each pair of values, in a loop and in a queue."""
+    environment = copy_project(tmp_path, interpreter) | {"POLL_SECONDS": "1"}
+    page = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8").partition("\n## Sweeps")[2]
+    loop, queue = re.findall(r"^```sh\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    with subprocess.Popen(["true"]) as ended:
+        pid = ended.pid
+    said = shell(loop.replace("--seed $seed", "--seed $seed --fake_size 64"), tmp_path, environment)
+    seeds = queue.replace("in 1 2;", "in 1;").replace("4711", str(pid))
+    shell(seeds.replace("--seed $seed", "--seed $seed --fake_size 64"), tmp_path, environment)
+    found = {
+        path.parent.name: yaml.safe_load(path.with_name("config.yaml").read_text(encoding="utf-8"))
+        for path in (tmp_path / "exp").glob("*/summary.json")
+    }
+    pairs = [(lr, seed) for lr in ("0.1", "0.02") for seed in (1, 2)]
+    names = {f"sweep-lr{lr}-seed{seed}": (float(lr), seed) for lr, seed in pairs}
+    names |= {f"queue-lr{lr}-seed1": (float(lr), 1) for lr in ("0.1", "0.02")}
+    assert {name: (run["optim"]["lr"], run["run"]["seed"]) for name, run in found.items()} == names
+    assert len(re.findall(r"^sweep-", said, flags=re.MULTILINE)) == 2, said  # a row for two seeds

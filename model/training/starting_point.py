@@ -22,6 +22,7 @@ from utils.processes import distributed
 from utils.processes.agreement import check_agreement, file_digest, run_fields
 from utils.processes.distributed import Place
 from utils.processes.memory import keep_freed_memory
+from utils.report.tracking import check_tracker
 from utils.step import optimizer, precision
 from utils.step.compiled import check_compiler
 
@@ -86,6 +87,7 @@ def find_surroundings(config: Config) -> Surroundings:
     check_compiler(config.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
+    check_tracker(config)
     files = CheckpointFiles(settings.weights_dir, config.model.name, settings.case)
     optimizer.check_optimizer(config.optim)
     distill = None if settings.evaluate else config.loss.distill

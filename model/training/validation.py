@@ -21,6 +21,7 @@ from utils.report.progress import progress
 from utils.step import meters
 
 AUDIT_BATCHES = 4
+METRICS = ("top1", "top5", "loss")
 
 
 def train_row(training: TrainingState, state: RunState) -> dict[str, float]:
@@ -59,15 +60,21 @@ def validation_row(
     }
 
 
-def evaluation(training: TrainingState, loaders: Loaders) -> tuple[dict[str, float], list[str]]:
-    """Validate, and write the predictions into the folder of the run; returns the metrics, and lines for the log."""
+def evaluation(training: TrainingState, loaders: Loaders) -> list[str]:
+    """Validate, and write the predictions into the folder of the run; returns lines for the log."""
     assert loaders.val is not None and training.transform is not None  # checked with the options; assembled
     settings = training.config.run
     names = training.classes or tuple(map(str, range(training.config.model.num_classes)))
     outcome = Outcome(names, training.transform.mean, training.transform.std)
     row = validation_row(training, loaders, 0, Stop(), outcome)
     first = training.config.data.rank == 0
-    return row, outcome.write(settings.log_dir / settings.case, first=first, name=loaders.val.name)
+    written = outcome.write(settings.log_dir / settings.case, first=first, name=loaders.val.name)
+    metrics = [
+        what + "top-1 {:.2f}, top-5 {:.2f}, loss {:.4f}".format(*(row[f"{name}_{part}"] for part in METRICS))
+        for name, what in (("val", ""), ("ema", "averaged weights: "))
+        if f"{name}_loss" in row
+    ]
+    return metrics + written
 
 
 def validate(

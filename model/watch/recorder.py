@@ -19,6 +19,7 @@ from utils.report import quantizer_record
 from utils.report.epoch_files import RecordsFile
 from utils.report.run_report import hyperparameters
 from utils.report.tensorboard import Board, metric_tag, quantizer_tag
+from utils.report.tracking import Tracking
 
 SHOWN_IMAGES = 32
 
@@ -32,12 +33,17 @@ class Recorder:
         config: the run's configuration.
         done: epochs that the run has done; records of later ones are dropped.
         position: images of the next epoch already seen.
+        tracking: gets the metrics and the outcome, too.
 
     Raises:
         UserError: TensorBoard is not installed, a folder cannot be written, a file is damaged.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, config: Config, done: int, position: int = 0) -> None:
+    def __init__(
+        self, folder: Path, model: nn.Module, config: Config, done: int, position: int = 0,
+        tracking: Tracking | None = None,
+    ) -> None:  # fmt: skip
+        self._tracking = tracking
         self.board = Board(folder / "tensorboard" if config.run.tensorboard else None, purge_step=done + 1)
         self._file = RecordsFile(folder / "quantizers.jsonl")
         self._file.truncate_after(done + 1)
@@ -64,6 +70,8 @@ class Recorder:
             logger: gets the table of quantizers, for `--verbose`.
         """
         epoch = int(row["epoch"])
+        if self._tracking is not None:
+            self._tracking.epoch(row)
         curves = {
             metric_tag(name): value for name, value in row.items() if name != "epoch" and math.isfinite(value)
         }
@@ -100,3 +108,5 @@ class Recorder:
         }
         self.board.outcome(hyperparameters(self._config), metrics, self._last)
         self.board.close()
+        if self._tracking is not None:
+            self._tracking.finish(self._config, summary)

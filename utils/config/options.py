@@ -9,7 +9,7 @@ from __future__ import annotations
 from utils.config.image_size import input_size
 from utils.config.option import Option, dataset, floats, integer, integers, keywords, loss_type, option, words
 from utils.config.quantizer_options import LAYERS, quantizer_options
-from utils.config.schema import COMPILES, KERNELS, LAYOUTS, RANGE_SEARCHES, TAGS
+from utils.config.schema import COMPILES, KERNELS, LAYOUTS, RANGE_SEARCHES, TAGS, TRACKERS
 
 COMMON: dict[str, tuple[Option, ...]] = {
     "data": (
@@ -221,6 +221,14 @@ COMMON: dict[str, tuple[Option, ...]] = {
         option("keep", int, 2, "how many of the latest checkpoints stay: the latest and those before it"),
         option("report_freq", integer, 50, "iterations between two lines of the log"),
         option("tensorboard", bool, False, "write TensorBoard files"),
+        option(
+            "track",
+            str,
+            None,
+            "send configuration, metrics and files to MLflow or Weights & Biases; see docs/tracking.md",
+            choices=TRACKERS,
+            unset=("none",),
+        ),
         option(
             "verbose",
             bool,

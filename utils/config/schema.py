@@ -32,6 +32,7 @@ GRAD_SCALES = ("none", "fan-scale", "scale-fan", "element-scale", "scale-element
 CUSTOM_SCALES = ("none", "channel", "resolution")
 KERNELS = ("eager", "compiled")
 LAYOUTS = ("channels_last", "contiguous")
+TRACKERS = ("mlflow", "wandb", "none")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
 WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that are computed or come with a package
@@ -394,6 +395,7 @@ class RunConfig:
     keep: int = 2  # how many of the latest checkpoints stay
     report_freq: int = 50  # iterations between two lines of the log
     tensorboard: bool = False
+    track: str | None = None  # "mlflow" or "wandb"
     verbose: bool = False
     shortened: bool = False  # epochs or data were replaced on the command line: warm-ups shrink to fit
     bn_batches: int = 0  # training batches for batch norms' statistics before each validation; 0: as trained

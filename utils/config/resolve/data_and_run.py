@@ -138,6 +138,7 @@ def run_config(given: Given, fields: Mapping[str, Any]) -> RunConfig:
         keep=given["keep"],
         report_freq=given["report_freq"],
         tensorboard=bool(given["tensorboard"]),
+        track=given["track"],
         verbose=bool(given["verbose"]) or bool(fields.get("run.verbose", False)),
         shortened=bool(given.replaced.keys() & {"epochs", "dataset", "fake_size"}),
         bn_batches=given["bn_batches"],

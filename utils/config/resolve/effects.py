@@ -83,7 +83,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "cutmix_alpha": (not given["cutmix_enable"], "without --cutmix_enable"),
         **{
             name: (bool(given["evaluate"]), "with --evaluate")
-            for name in ("probe_list", "probe_index", "probe_iteration")
+            for name in ("track", "probe_list", "probe_index", "probe_iteration")
         },
         "reference": (not given["evaluate"], "without --evaluate"),
         "balanced_sampler": (bool(given["evaluate"]) and not given["bn_batches"], "with --evaluate"),
