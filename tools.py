@@ -53,7 +53,9 @@ WORDS: dict[str, Word] = {
         images.make_fake_imagenet, ("root",), ("num_classes", "fake_size", "image_size")
     ),
     "make-shards": Word(
-        shards.make_shards, ("source", "to"), ("max_side", "quality", "shard_size", "workers", "force")
+        shards.make_shards,
+        ("source", "to"),
+        ("max_side", "quality", "val_split", "shard_size", "workers", "force"),
     ),
     "predict": Word(
         predict.predict,
@@ -199,6 +201,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--max_side", type=_positive, metavar="PIXELS",
         help="make-shards: reduce images whose longer side is above it, and write them as JPEG",
     )  # fmt: skip
+    parser.add_argument(
+        "--val_split", type=_share, metavar="SHARE",
+        help="make-shards: the share of each class for validation, of a folder without val/",
+    )  # fmt: skip
     parser.add_argument("--quality", type=_positive, metavar="Q", help="make-shards: of JPEG; default: 90")
     parser.add_argument(
         "--shard_size", type=_positive, metavar="N", help="make-shards: images of a tar file; default: 2000"
@@ -292,6 +298,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1, like 0.1")
+    return share
 
 
 def _bits(text: str) -> tuple[int, ...]:

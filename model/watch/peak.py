@@ -52,6 +52,11 @@ def _place(x: Tensor) -> int:
 class _Alive(TorchDispatchMode):
     """Notes what each operator reads and makes; keeps all tensors, so that no memory is used twice."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """See `model.observe.ParameterProducts`."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self._steps: list[list[int]] = []  # places that an operator touches

@@ -30,7 +30,11 @@ def read_yaml(path: str | os.PathLike[str], option: str) -> Any:
         try:
             return json.loads(text, object_pairs_hook=_mapping)
         except (ValueError, RecursionError):  # YAML has nearly all of JSON, but no tabs
-            return yaml.load(text, _Loader)
+            loader = _Loader(text)
+            try:
+                return loader.get_single_data()
+            finally:
+                loader.dispose()
     except _TwiceError as error:
         raise UserError(f"{where}: {error} is written twice in one mapping: keep one of them") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ class Unreadable:
     limit: int
     paths: set[str] = field(default_factory=set)
 
-    def add(self, path: str, reason: str) -> None:
+    def add(self, path: str, reason: str, instead: str = "replace or remove it") -> None:
         """Leave an image out and say so in the log. Raises `UserError` when it is one too many."""
         if path in self.paths:
             return
@@ -41,7 +41,7 @@ class Unreadable:
                 f"{self.limit} others are left out already" if self.limit else "--skip_corrupt N leaves out N"
             )
             raise UserError(
-                f"cannot read the image {shown} ({reason}): replace or remove it ({more}; "
+                f"cannot read the image {shown} ({reason}): {instead} ({more}; "
                 "tools.py --keyword verify-data lists all such files)"
             )
         self.paths.add(path)
@@ -80,7 +80,9 @@ class ImageNames(Images):
     def part(self, chosen: np.ndarray) -> ImageNames:
         """Some of the images, bool [samples], with all classes and without hidden files."""
         part = copy.copy(self)
-        part._paths, part.target, part.hidden = self._paths[chosen], self.target[chosen], []
+        # As long as the longest of them: the digest must not depend on names that are not in it.
+        part._paths = np.array(self._paths[chosen].tolist())
+        part.target, part.hidden = self.target[chosen], []
         return part
 
     def path(self, index: int) -> str:
@@ -161,7 +163,7 @@ def note(
     Raises `UserError` also when a training batch has only one image left, or none: too few for batch statistics.
     """
     for index, reason in bad:
-        unreadable.add(images.name(index), reason)
+        unreadable.add(images.name(index), reason, images.instead())
     if bad and train and left <= 1:
         few = f"{'a single' if left else 'no'} image of a training batch"
         raise UserError(

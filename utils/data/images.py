@@ -57,6 +57,10 @@ class Images(ABC):
         except OSError:
             return None
 
+    def instead(self) -> str:
+        """What to do about an image that cannot be read, for the end of a message."""
+        return "replace or remove it"
+
     def left_out(self) -> str:
         """Say what is left out of the set; empty where nothing is."""
         return ""

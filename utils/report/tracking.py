@@ -20,6 +20,9 @@ from utils.text import printable
 
 FILE = "track.json"  # in the folder of the run: by which each tracker finds it again
 FILES = ("config.yaml", "metrics.csv", "summary.json", "audit.txt", "curves.png", "log.txt")
+_REFUSED = (
+    2  # items in one go after which the tracker does not seem to answer at all; each attempt takes its time
+)
 _SUMMARY = ("last_top1", "best_top1", "weight_bytes", "bit_operations", "macs")
 
 
@@ -79,8 +82,9 @@ class Tracking:
     def end(self, *, failed: bool = False) -> None:
         """End the run at the tracker."""
         outcome = "failed" if failed else self._outcome
-        self._waiting.append(lambda tracker: tracker.end(outcome))
-        if self._send():
+        said = self._send()
+        waiting, self._waiting = self._waiting, [lambda tracker: tracker.end(outcome)]
+        if self._send(warn=not said) or waiting:
             self._logger.warning(
                 "--track %s: not everything could be sent; metrics.csv and the other files of the run have it all",
                 self._name,
@@ -92,15 +96,25 @@ class Tracking:
             return ""
         try:
             self._tracker = self._tracker or self._open()
-            while self._waiting:
-                self._waiting[0](self._tracker)
-                self._waiting.pop(0)
         except Exception as error:  # each tracker has exceptions of its own
-            said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
-            if warn:
-                self._logger.warning("--track %s: %s", self._name, said)
-            return said
-        return ""
+            return self._said(error, warn)
+        said, refused = "", []
+        while self._waiting and len(refused) < _REFUSED:
+            item = self._waiting.pop(0)
+            try:
+                item(self._tracker)
+            except Exception as error:
+                said = self._said(error, warn and not said)
+                refused.append(item)
+        self._waiting = refused + self._waiting
+        return said
+
+    def _said(self, error: Exception, warn: bool) -> str:
+        """What the tracker says, in one line."""
+        said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
+        if warn:
+            self._logger.warning("--track %s: %s", self._name, said)
+        return said
 
 
 @contextmanager

@@ -88,17 +88,21 @@ def _verify_shards(root: Path) -> int:
     """Compare each shard with its checksum, where its manifest has one."""
     from tqdm import tqdm
 
-    from utils.data.shards.files import Files
     from utils.data.shards.images import open_shards
 
-    files, bad = Files(root), 0
-    shards = [shard for images in open_shards(root).values() for shard in images.shards]
-    for shard in tqdm(shards, unit="shard", disable=None):
-        with files.open(shard.file) as file:
-            if shard.sha256 and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                bad += 1
-                _tell(root / shard.file, "changed: its SHA-256 is not that of the manifest")
-    print(f"{counted(len(shards), 'shard')}: {f'{bad} changed' if bad else 'nothing found'}")
+    shards = [(images.files, shard) for images in open_shards(root).values() for shard in images.shards]
+    bad, unknown = 0, sum(not shard.sha256 for _, shard in shards)
+    for files, shard in tqdm(shards, unit="shard", disable=None):
+        try:
+            with files.open(shard.file) as file:
+                whole = not shard.sha256 or hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+        except OSError as error:
+            raise UserError(f"{files.path(shard.file)} cannot be read: {error.strerror or error}") from error
+        if not whole:
+            bad += 1
+            _tell(Path(files.path(shard.file)), "changed: its SHA-256 is not that of the manifest")
+    more = f"; {unknown} without a checksum, of which only headers and classes were read" if unknown else ""
+    print(f"{counted(len(shards), 'shard')}: {f'{bad} changed' if bad else 'nothing found'}{more}")
     return 1 if bad else 0
 
 

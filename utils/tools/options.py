@@ -29,6 +29,7 @@ class Options:
     source: str | None = None
     to: str | None = None
     max_side: int | None = None
+    val_split: float | None = None
     quality: int | None = None
     shard_size: int | None = None
     topk: int | None = None

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from utils.data.images import Images, short_digest
 from utils.data.shards.files import Files
+from utils.data.shards.index import check_end
 from utils.errors import UserError
 from utils.text import printable, some_names
 
@@ -111,9 +113,6 @@ class ArchiveImages(Images):
 
 def _devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     """The WordNet number of each class of the challenge by its number, and the numbers of the validation images."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
         with tarfile.open(path) as tar:
             members = {member.name: member for member in tar if member.isreg()}
@@ -126,20 +125,31 @@ def _devkit(path: Path) -> tuple[dict[int, str], list[int]]:
                     )
                 opened = tar.extractfile(members[names[0]])
                 parts[end] = opened.read() if opened else b""
-        synsets: Any = loadmat(io.BytesIO(parts[_META]), squeeze_me=True)["synsets"]
+        synsets = _synsets(parts[_META])
         leaves = synsets[synsets["num_children"] == 0]
         names_by_number = {
             int(number): str(name)
             for number, name in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)
         }
         truth = [int(line) for line in parts[_TRUTH].split()]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: no archive, or a damaged one ({error})") from error
-    except (MatReadError, ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
         raise UserError(f"{path}: {_META} or {_TRUTH} in it is damaged ({error})") from error
     if len(set(names_by_number.values())) != len(leaves) or len(names_by_number) != len(leaves):
         raise UserError(f"{path}: {_META} in it has a class twice")
     return names_by_number, truth
+
+
+def _synsets(data: bytes) -> Any:
+    """The record of classes in `meta.mat`. Raises `ValueError`, or `KeyError` without one."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+    except (MatReadError, zlib.error, OSError, EOFError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _training(path: Path, classes: tuple[str, ...]) -> Images:
@@ -169,6 +179,8 @@ def _training(path: Path, classes: tuple[str, ...]) -> Images:
                             keys.append(f"{name}/{Path(image.name).stem}")
                             places.append((member.offset_data + image.offset_data, image.size))
                             target.append(classes.index(name))
+                    check_end(inner, f"{path}: {printable(member.name)}")
+            check_end(outer, str(path))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: no tar of tars, or a damaged one ({error}): fetch it again") from error
     if missing := [name for name in classes if name not in set(seen)]:
@@ -206,6 +218,7 @@ def _validation(path: Path, classes: tuple[str, ...], names: dict[int, str], tru
                 keys.append(Path(member.name).stem)
                 places.append((member.offset_data, member.size))
                 target.append(classes.index(names[number]))
+            check_end(tar, str(path))
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path}: no tar file, or a damaged one ({error}): fetch it again") from error
     if len(set(keys)) != len(truth):

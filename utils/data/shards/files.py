@@ -6,15 +6,19 @@ import functools
 import io
 import os
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from utils.data.image_file import is_hidden
 from utils.errors import UserError
 
 T = TypeVar("T")
 
-_OPEN = 256  # files of one process that stay open; many systems allow 1,024
+_OPEN = (
+    resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+)  # files of one process that stay open, of those it may
 
 
 def url_of(root: Path | str) -> str | None:
@@ -26,8 +30,11 @@ def url_of(root: Path | str) -> str | None:
         >>> url_of(Path("https://example.org/photos")), url_of("photos/train")
         ('https://example.org/photos', None)
     """
-    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", str(root))
-    return f"{found[1]}://{found[2]}" if found else None
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.+)", str(root))
+    if not found:
+        return None
+    slashes = "///" if found[1] == "file" else "//" if len(found[2]) == 1 else found[2]
+    return f"{found[1]}:{slashes}{found[3]}"
 
 
 class Files:
@@ -97,11 +104,10 @@ class Files:
         return f"{found.st_size} {found.st_mtime_ns}"
 
     def names(self) -> list[str]:
-        """Names of the files in the folder and the folders in it, below it, sorted. Raises `OSError`."""
+        """Names of the files in the folder and in the folders in it, sorted, without hidden ones. Raises `OSError`."""
         root = Path(self.root)
-        paths = [
-            path for folder in (root, *(p for p in root.iterdir() if p.is_dir())) for path in folder.iterdir()
-        ]
+        inside = [path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)]
+        paths = [path for folder in (root, *inside) for path in folder.iterdir() if not is_hidden(path.name)]
         return sorted(str(path.relative_to(root)) for path in paths if path.is_file())
 
     def asked(self, ask: Callable[[], T]) -> T:

@@ -13,11 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import read_array
 
 from utils.checkpoint.archive import write_atomic
+from utils.data.image_file import is_hidden
 from utils.data.images import Images, short_digest
 from utils.data.shards.files import Files, url_of
 from utils.data.shards.index import (
+    ENTRY,
     MANIFEST,
     UNFINISHED,
     Manifest,
@@ -31,10 +34,11 @@ from utils.data.shards.index import (
 from utils.errors import UserError
 from utils.text import some_names
 
-PARTS = {"train": {"train", "training"}, "val": {"val", "valid", "validation", "test"}}
+PARTS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
 """Parts of a set, and words of which one is in the names of its files where no manifest says so."""
 
 HEADER = tarfile.BLOCKSIZE  # bytes before a member's data
+_VERSION = 1  # of the indexes in the cache
 
 
 class ShardImages(Images):
@@ -54,7 +58,7 @@ class ShardImages(Images):
         self.shards = tuple(shards)
         self.classes = tuple(classes)
         self.target = entries["label"].astype(np.int64)
-        self._files = files
+        self.files = files
         self._entries = entries
 
     def read(self, index: int) -> bytes:
@@ -72,7 +76,7 @@ class ShardImages(Images):
         """The header of an image's member, and its first bytes."""
         start = int(self._entries["offset"][index]) - HEADER
         try:
-            read = self._files.read(self._shard(index), start, HEADER + size)
+            read = self.files.read(self._shard(index), start, HEADER + size)
         except OSError as error:
             raise OSError(f"{self._shard(index)}: {error.strerror or error}") from error
         return read[:HEADER], read[HEADER:]
@@ -84,11 +88,23 @@ class ShardImages(Images):
         """Of the sample, as its member has it; its number where the shard cannot be read or the name is a long one."""
         with contextlib.suppress(OSError, tarfile.HeaderError):
             header, _ = self._member(index, 0)
+            if header[99]:  # the field is full, and the whole name perhaps elsewhere
+                return str(index)
             return split(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
         return str(index)
 
     def name(self, index: int) -> str:
-        return f"{self._files.path(self._shard(index))}: {self.key(index)}.{self.kind(index)}"
+        key = self.key(index) if self.files.url is None else str(index)  # which would be a request for each
+        return f"{self.files.path(self._shard(index))}: {key}.{self.kind(index)}"
+
+    def instead(self) -> str:
+        return "fetch the shards again, or make them again without it"
+
+    def largest_value(self, index: int) -> int | None:
+        with contextlib.suppress(OSError):
+            if self._member(index, 25)[1].startswith(b"\x89PNG") and self._member(index, 25)[1][-1] != 16:
+                return None  # its bits; what follows is not needed
+        return super().largest_value(index)
 
     def kind(self, index: int) -> str:
         return self._entries["kind"][index].decode()
@@ -108,7 +124,12 @@ def is_shards(root: Path) -> bool:
     if url_of(root) or is_pattern(root):
         return True
     with contextlib.suppress(OSError):
-        return (root / MANIFEST).is_file() or any(root.glob("*.tar"))
+        if (root / MANIFEST).is_file():
+            return True
+        folders = [root / part for part in ("train", "val") if (root / part).is_dir()]
+        if any(path.is_dir() and not is_hidden(path.name) for folder in folders for path in folder.iterdir()):
+            return False  # class folders; a tar file beside them is something else
+        return any(name.endswith(".tar") for name in Files(root).names())
     return False
 
 
@@ -130,7 +151,7 @@ def check_shards(root: Path, *, val: bool, train: bool) -> dict[str, ShardImages
     return found
 
 
-def open_shards(root: Path | str, parts: Collection[str] = tuple(PARTS)) -> dict[str, ShardImages]:
+def open_shards(root: Path | str, parts: Collection[str] = ("train", "val")) -> dict[str, ShardImages]:
     """Open the parts of a set that it has.
 
     A folder or URL that `make-shards` has written has a manifest and an index. Other tar files are read once by their
@@ -153,7 +174,7 @@ def open_shards(root: Path | str, parts: Collection[str] = tuple(PARTS)) -> dict
             manifest = manifest_of(text, files.path(MANIFEST))
             return {
                 part: _with_manifest(files, manifest, part)
-                for part in PARTS
+                for part in ("train", "val")
                 if part in parts and part in manifest.parts
             }
         if files.url is None and (root / UNFINISHED).exists():
@@ -187,15 +208,23 @@ def _manifest_text(files: Files) -> bytes | None:
 def _with_manifest(files: Files, manifest: Manifest, part: str) -> ShardImages:
     shards, name = manifest.parts[part], index_name(part)
     try:
-        entries = np.load(io.BytesIO(files.read(name)), allow_pickle=False)
+        entries = read_array(io.BytesIO(files.read(name)), allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{files.path(name)} is missing: make the shards again") from error
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise UserError(f"{files.path(name)} cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{files.path(name)} is damaged: make the shards again") from error
     entries = check_entries(entries, shards, len(manifest.classes), files.path(name))
-    if files.url is None:  # a thousand questions to a server would take minutes; reading finds it there
+    if files.url is None:
         for shard in shards:
             _check_size(files, shard)
+    else:  # a thousand questions to a server would take minutes: one, and reading finds the rest
+        try:
+            files.read(shards[0].file, 0, HEADER)
+        except OSError as error:
+            where = files.path(shards[0].file)
+            raise UserError(f"the shard {where} cannot be read: {error.strerror or error}") from error
     return ShardImages(files, shards, entries, manifest.classes)
 
 
@@ -233,7 +262,7 @@ def _expanded(root: Path | str) -> tuple[Files, list[str]]:
 
 
 def part_of(name: str) -> str:
-    """The part that a file belongs to by the words of its name; empty where that is not clear.
+    """The part that a file belongs to by the words of its name: train, val or test; empty where that is not clear.
 
     Example:
         >>> from utils.data.shards.images import part_of
@@ -244,15 +273,28 @@ def part_of(name: str) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _without_manifest(files: Files, names: Sequence[str], parts: Collection[str]) -> dict[str, ShardImages]:
-    unclear = [name for name in names if not part_of(name)]
-    if unclear:
+def sorted_into_parts(names: Sequence[str], where: Path | str) -> dict[str, list[str]]:
+    """Names of files, or words, by `train` and `val`; those of `test` are `val` where there are no others.
+
+    Raises:
+        UserError: a name does not say what it is for, or there are both.
+    """
+    if unclear := [name for name in names if not part_of(name)]:
         raise UserError(
-            f"{files.root}: {some_names(unclear)}: are these for training or for validation? write train or val into "
-            "their names, or --keyword make-shards --from them"
+            f"{where}: {some_names(unclear)}: for training or for validation? train, val or test must be in the name"
         )
-    found = {part: [name for name in names if part_of(name) == part] for part in PARTS if part in parts}
-    indexed = {part: _indexed(files, of_part) for part, of_part in found.items() if of_part}
+    found = {part: [name for name in names if part_of(name) == part] for part in PARTS}
+    if found["val"] and found["test"]:
+        raise UserError(
+            f"{where} has images for val and for test, {some_names(found['test'])}: keep one of the two there"
+        )
+    parts = {"train": found["train"], "val": found["val"] or found["test"]}
+    return {part: of_part for part, of_part in parts.items() if of_part}
+
+
+def _without_manifest(files: Files, names: Sequence[str], parts: Collection[str]) -> dict[str, ShardImages]:
+    found = sorted_into_parts(names, files.root)
+    indexed = {part: _indexed(files, of_part) for part, of_part in found.items() if part in parts}
     if not indexed:
         raise UserError(f"{files.root} has no shards for {' or '.join(parts)}")
     classes = [str(n) for n in range(1 + max(int(entries["label"].max()) for _, entries in indexed.values()))]
@@ -270,23 +312,38 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
             shown = f"the shard {files.path(name)}"
             stamps.append(f"{files.path(name)} {files.stamp(name)}")
         key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:32]
-        cached = cache_folder() / f"{key}.npy"
+        folder = cache_folder()
+        cached = folder / f"{_VERSION}-{key}.npy" if folder else None
         entries = _cached(cached)
-        if entries is None:
+        sizes = [files.size(name) for name in names]
+        if entries is None or not _fits(entries, sizes):
             parts = []
             for number, name in enumerate(tqdm(names, unit="shard", desc="reading headers", disable=None)):
                 shown = f"the shard {files.path(name)}"
                 parts.append(files.asked(partial(_scan, files, name, number)))
             entries = np.concatenate(parts)
             _keep(cached, entries)
-        counts = np.bincount(entries["shard"], minlength=len(names))
-        shards = []
-        for name, count in zip(names, counts.tolist(), strict=True):
-            shown = f"the shard {files.path(name)}"
-            shards.append(Shard(file=name, samples=count, bytes=files.size(name), sha256=""))
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror or error}") from error
-    return shards, check_entries(entries, shards, 2**31, str(cached))
+    counts = np.bincount(entries["shard"], minlength=len(names)).tolist()
+    shards = [
+        Shard(file=name, samples=count, bytes=size, sha256="")
+        for name, count, size in zip(names, counts, sizes, strict=True)
+    ]
+    return shards, entries
+
+
+def _fits(entries: np.ndarray, sizes: Sequence[int]) -> bool:
+    """Whether entries from the cache belong to tar files of these sizes."""
+    if (
+        entries.dtype != ENTRY
+        or entries.ndim != 1
+        or not len(entries)
+        or entries["shard"].max() >= len(sizes)
+    ):
+        return False
+    ends = entries["offset"] + entries["size"]
+    return entries["label"].min() >= 0 and bool((ends <= np.array(sizes)[entries["shard"]]).all())
 
 
 def _scan(files: Files, name: str, number: int) -> np.ndarray:
@@ -294,21 +351,29 @@ def _scan(files: Files, name: str, number: int) -> np.ndarray:
         return scan(file, files.path(name), number)
 
 
-def cache_folder() -> Path:
-    """Where indexes of tar files without a manifest are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def cache_folder() -> Path | None:
+    """Where indexes of tar files without a manifest are kept; None for a user without a home."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return Path(base) / "lowbit" / "shards"
 
 
-def _cached(path: Path) -> np.ndarray | None:
+def _cached(path: Path | None) -> np.ndarray | None:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        if path is None:
+            return None
+        with path.open("rb") as file:
+            return read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError):
         return None
 
 
-def _keep(path: Path, entries: np.ndarray) -> None:
+def _keep(path: Path | None, entries: np.ndarray) -> None:
     """Keep an index for the next run; where that is not possible it is made anew each time."""
+    if path is None:
+        return
     data = io.BytesIO()
     np.save(data, entries, allow_pickle=False)
     with contextlib.suppress(UserError):

@@ -27,7 +27,8 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # beside shards that are being written
 LABEL = "cls"
 _VERSION = 1
-_DIGITS = 9  # of a class's number, at most
+MOST_CLASSES = 10**6  # larger numbers are no classes, but damage
+_DIGITS = len(str(MOST_CLASSES)) - 1
 
 
 def index_name(part: str) -> str:
@@ -94,7 +95,7 @@ def manifest_of(text: str | bytes, where: str) -> Manifest:
         }
         manifest = Manifest(**{**found, "classes": tuple(found["classes"]), "parts": parts})
         _check(manifest)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where} is damaged: make the shards again (tools.py --keyword make-shards)"
         ) from error
@@ -177,6 +178,7 @@ def scan(file: BinaryIO, name: str, shard: int = 0) -> np.ndarray:
                         )
                     sample |= {"image": (member.offset_data, member.size), "kind": kind.encode()}
             end()
+            check_end(tar, name)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{name}: no tar file, or a damaged one ({error}): write or fetch it again"
@@ -187,6 +189,17 @@ def scan(file: BinaryIO, name: str, shard: int = 0) -> np.ndarray:
             "make-shards reads other archives"
         )
     return np.array(entries, ENTRY)
+
+
+def check_end(tar: tarfile.TarFile, name: str) -> None:
+    """Raise `UserError` where what was read of a tar file to the last ends in something else than an empty block.
+
+    `tarfile` stops without a word at a damaged header, and at the end of a file that has lost the rest.
+    """
+    file: Any = tar.fileobj
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"{name} is damaged or truncated at byte {tar.offset:,}: write or fetch it again")
 
 
 def split(member: str) -> tuple[str, str]:
@@ -213,14 +226,18 @@ def _label(text: bytes, name: str, key: str) -> int:
     digits = text.strip()
     if not digits.isdigit() or len(digits) > _DIGITS:
         shown = printable(digits.decode("latin1"))
-        raise UserError(f"{name}: the class of {printable(key)} is {shown!r}, not a number from 0")
+        raise UserError(
+            f"{name}: the class of {printable(key)} is {shown!r}, not a number below {MOST_CLASSES:,}"
+        )
     return int(digits)
 
 
 def check_entries(entries: Any, shards: Sequence[Shard], classes: int, where: str) -> np.ndarray:
     """Return entries that were read from a file, when they fit the shards. Raises `UserError` otherwise."""
-    fits = isinstance(entries, np.ndarray) and entries.dtype == ENTRY and entries.ndim == 1
-    if fits:
+    fits = (
+        isinstance(entries, np.ndarray) and entries.dtype == ENTRY and entries.ndim == 1 and len(entries) > 0
+    )
+    if fits := fits and entries["shard"].max() < len(shards):
         counts = np.bincount(entries["shard"], minlength=len(shards))
         sizes = np.array([shard.bytes for shard in shards])
         fits = (

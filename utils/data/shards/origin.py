@@ -10,6 +10,7 @@ from utils.data.shards.archives import archives_in, open_archives
 from utils.data.shards.files import url_of
 from utils.data.shards.images import is_pattern, is_shards, open_shards
 from utils.data.shards.tables import open_csv, open_parquet
+from utils.data.split import split_folder
 from utils.errors import UserError
 
 FORMS = (
@@ -18,15 +19,18 @@ FORMS = (
 )
 
 
-def open_origin(place: Path | str) -> dict[str, Images]:
+def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, Images]:
     """The parts of a set of images, `train`, `val` or both, wherever they lie.
 
     Args:
         place: folder, file, URL, or the names of tar files with `{000..127}` in them.
+        val_split: the share of each class that becomes `val`, of a folder without `val/`; see `split_folder`.
 
     Raises:
         UserError: it is none of the forms that are known, or a faulty one.
     """
+    if val_split is not None:
+        return dict(split_folder(Path(place), "folder", val_split))
     if url_of(place) or is_pattern(place):
         return dict(open_shards(place))
     path = Path(place)
@@ -45,4 +49,6 @@ def open_origin(place: Path | str) -> dict[str, Images]:
     if (path / "train").is_dir() or (path / "val").is_dir():
         parts = {name: (path / name).is_dir() for name in ("train", "val")}
         return dict(check_folders(path, "imagenet", **parts))
-    raise UserError(f"--from {path}: no images are found; it may be {FORMS}")
+    raise UserError(
+        f"--from {path}: no images are found so; it may be {FORMS}; class folders alone need --val_split 0.1"
+    )

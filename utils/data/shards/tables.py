@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import numpy as np
 
 from utils.data.image_file import read
 from utils.data.images import Images, short_digest
-from utils.data.shards.images import PARTS, part_of
+from utils.data.shards.images import part_of, sorted_into_parts
+from utils.data.shards.index import MOST_CLASSES
 from utils.errors import UserError
 from utils.text import printable, some_names
 
+_GROUPS = 3  # of rows that are kept, since threads read some images ahead
 _PATH, _LABEL, _SPLIT = ("path", "image", "file", "filename"), ("label", "class"), ("split",)
 
 
@@ -76,36 +79,36 @@ def open_csv(table: Path) -> dict[str, Images]:
                 cells = [(row[column] or "").strip() if column else "train" for column in columns]
                 if not all(cells):
                     raise UserError(f"{table}, line {lines.line_num}: an empty cell")
-                if not (part := part_of(cells[2])):
+                if not part_of(cells[2]):
                     raise UserError(
                         f"{table}, line {lines.line_num}: split is {printable(cells[2])}: write train or val"
                     )
-                rows.append((cells[0], cells[1], part))
+                rows.append((cells[0], cells[1], cells[2]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{table} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not rows:
         raise UserError(f"{table} lists no images")
     paths = [path for path, _, _ in rows]
     if len(set(paths)) != len(paths):
-        twice = sorted(path for path in set(paths) if paths.count(path) > 1)[:3]
+        twice = sorted(path for path, times in Counter(paths).items() if times > 1)
         raise UserError(f"{table} lists images twice: {some_names(twice)}")
     if lost := [path for path in paths if not (table.parent / path).is_file()]:
         raise UserError(f"{table} lists files that are not in {table.parent}: {some_names(lost)}")
     classes = in_order(label for _, label, _ in rows)
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, Images] = {}
-    for part in PARTS:
-        chosen = [(path, numbers[label]) for path, label, of_part in rows if of_part == part]
-        if chosen:
-            target = np.array([number for _, number in chosen], np.int64)
-            parts[part] = ListedImages(table, [path for path, _ in chosen], target, classes)
+    for part, words in sorted_into_parts(sorted({split for _, _, split in rows}), table).items():
+        chosen = [(path, numbers[label]) for path, label, split in rows if split in words]
+        target = np.array([number for _, number in chosen], np.int64)
+        parts[part] = ListedImages(table, [path for path, _ in chosen], target, classes)
     return parts
 
 
 def in_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Names of classes in the order of their numbers: by value where all are numbers, otherwise by name."""
     names = set(labels)
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names))
+    numbers = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names))
 
 
 class ParquetImages(Images):
@@ -123,21 +126,23 @@ class ParquetImages(Images):
     def __init__(
         self, paths: Sequence[Path], rows: np.ndarray, target: np.ndarray, classes: tuple[str, ...]
     ) -> None:
-        self.place, self.classes, self.target = paths[0].parent, classes, target
+        self.place, self.classes, self.target = _where(paths), classes, target
         self._paths, self._rows = tuple(paths), rows
         self._lock = threading.Lock()
-        self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)  # the one that was read last
+        self._groups: dict[tuple[int, int], Any] = {}  # those that were read last
 
     def _cell(self, index: int) -> Any:
         from pyarrow import parquet
 
         file, group, row = map(int, self._rows[index])
         with self._lock:
-            if self._group[0] != (file, group):
+            if (file, group) not in self._groups:
+                if len(self._groups) == _GROUPS:
+                    del self._groups[next(iter(self._groups))]
                 with parquet.ParquetFile(self._paths[file]) as opened:
                     column = opened.read_row_group(group, columns=["image"]).column("image")
-                self._group = (file, group), column
-            return self._group[1][row].as_py()
+                self._groups[file, group] = column
+            return self._groups[file, group][row].as_py()
 
     def read(self, index: int) -> bytes:
         cell = self._cell(index)
@@ -194,22 +199,33 @@ def open_parquet(paths: Sequence[Path]) -> dict[str, Images]:
     values = [value for of_file in labels.values() for value in of_file]
     if not values or None in values:
         raise UserError(
-            f"{paths[0].parent}: the column label is {'empty' if not values else 'empty in some rows'}"
+            f"{_where(paths)}: the column label is {'empty' if not values else 'empty in some rows'}"
         )
-    classes = names or in_order(map(str, values))
-    if all(isinstance(value, int) for value in values):
-        classes = classes if names else tuple(map(str, range(max(values) + 1)))
-        if min(values) < 0 or max(values) >= len(classes):
+    if len({type(value) for value in values}) > 1:
+        raise UserError(f"{_where(paths)}: the column label has numbers in some files and names in others")
+    if isinstance(values[0], int):
+        classes = names or tuple(map(str, range(min(max(values), MOST_CLASSES) + 1)))
+        if min(values) < 0 or max(values) >= min(len(classes), MOST_CLASSES):
             wrong = min(values) if min(values) < 0 else max(values)
             raise UserError(
-                f"{paths[0].parent}: the label {wrong} is out of range: {len(classes)} classes are named"
+                f"{_where(paths)}: the label {wrong} is out of range: "
+                + (f"{len(names)} classes are named" if names else f"write 0 to {MOST_CLASSES - 1:,}")
             )
         numbers: dict[Any, int] = {number: number for number in range(len(classes))}
     else:
+        classes = names or in_order(values)
         numbers = {name: number for number, name in enumerate(classes)}
+        if unknown := sorted(set(values) - set(classes)):
+            raise UserError(
+                f"{_where(paths)}: the labels {some_names(unknown)} are none of the classes that are named"
+            )
+    # A single file need not say what it is for.
+    found = sorted_into_parts([path.name for path in paths], _where(paths)) if len(paths) > 1 else None
     parts: dict[str, Images] = {}
-    for part in PARTS:
-        of_part = [path for path in paths if (part_of(path.name) or "train") == part]
+    for part in ("train", "val"):
+        of_part = list(paths) if found is None and part == _part_of_one(paths[0]) else []
+        if found is not None:
+            of_part = [path for path in paths if path.name in found.get(part, ())]
         if of_part:
             rows = [
                 (n, g, row)
@@ -220,6 +236,16 @@ def open_parquet(paths: Sequence[Path]) -> dict[str, Images]:
             target = np.array([numbers[value] for path in of_part for value in labels[path]], np.int64)
             parts[part] = ParquetImages(of_part, np.array(rows, np.int64), target, classes)
     return parts
+
+
+def _where(paths: Sequence[Path]) -> Path:
+    """What files have in common, for messages."""
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
+def _part_of_one(path: Path) -> str:
+    """The part of a file that is alone: training images unless its name says otherwise."""
+    return "val" if part_of(path.name) in ("val", "test") else "train"
 
 
 def _check_columns(path: Path, schema: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,16 @@ import numpy as np
 from PIL import Image
 
 from utils.checkpoint.archive import write_atomic
-from utils.data.image_file import DECODE_ERRORS, PLAIN, decode, has_16_bits, parse, reason_of, stored_size
+from utils.data.image_file import (
+    DECODE_ERRORS,
+    PLAIN,
+    decode,
+    has_16_bits,
+    parse,
+    reason_of,
+    stored_size,
+    values_of,
+)
 from utils.data.images import Images
 from utils.data.shards.index import LABEL, MANIFEST, UNFINISHED, Manifest, Shard, index_name, scan
 from utils.errors import UserError
@@ -95,6 +105,11 @@ def write_set(
     Raises:
         UserError: `folder` holds something else; an image cannot be read; a class is missing in a part; no space.
     """
+    for images in parts.values():
+        if folder.resolve() in (place := Path(images.place).resolve(), *place.parents):
+            raise UserError(
+                f"--to {folder} holds the images that are read, {images.place}: name another folder"
+            )
     classes = _classes(parts)
     wanted = {
         "parts": {name: images.identity() for name, images in parts.items()},
@@ -102,6 +117,31 @@ def write_set(
         "reduction": None if reduction is None else asdict(reduction),
     }
     _begin(folder, json.dumps(wanted, indent=1) + "\n", force)
+    try:
+        written = _write_parts(parts, folder, per_shard, reduction, threads, progress)
+    except BaseException:
+        _leave(folder)
+        raise
+    manifest = Manifest(
+        classes=classes,
+        max_side=reduction.max_side if reduction else 0,
+        quality=reduction.quality if reduction else 0,
+        parts=written,
+    )
+    write_atomic(folder / MANIFEST, manifest.as_json().encode())
+    (folder / UNFINISHED).unlink()
+    return manifest
+
+
+def _write_parts(
+    parts: Mapping[str, Images],
+    folder: Path,
+    per_shard: int,
+    reduction: Reduction | None,
+    threads: int,
+    progress: Callable[[int], object],
+) -> dict[str, tuple[Shard, ...]]:
+    """Write the shards that are not there yet, and the index of all."""
     written: dict[str, tuple[Shard, ...]] = {}
     with ThreadPoolExecutor(threads) as pool:
         for part, images in parts.items():
@@ -131,15 +171,15 @@ def write_set(
             np.save(data, np.concatenate(entries), allow_pickle=False)
             write_atomic(folder / index_name(part), data.getbuffer())
             written[part] = tuple(shards)
-    manifest = Manifest(
-        classes=classes,
-        max_side=reduction.max_side if reduction else 0,
-        quality=reduction.quality if reduction else 0,
-        parts=written,
-    )
-    write_atomic(folder / MANIFEST, manifest.as_json().encode())
-    (folder / UNFINISHED).unlink()
-    return manifest
+    return written
+
+
+def _leave(folder: Path) -> None:
+    """Leave nothing behind where no shard has been written."""
+    if not any(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 def _classes(parts: Mapping[str, Images]) -> tuple[str, ...]:
@@ -169,17 +209,22 @@ def _begin(folder: Path, wanted: str, force: bool) -> None:
     if not force:
         if manifest.exists():
             raise UserError(f"{manifest} exists: the shards are made; --force makes them again")
-        if unfinished.exists() and unfinished.read_text("utf-8") != wanted:
+        if unfinished.exists() and unfinished.read_bytes() != wanted.encode():
             raise UserError(
                 f"{folder} holds unfinished shards of other images or options; --force begins anew"
             )
         if present and not unfinished.exists():
             raise UserError(f"--to {folder} is not empty ({some_names(present)}): name a new folder")
-    same = unfinished.exists() and unfinished.read_text("utf-8") == wanted
+    same = unfinished.exists() and unfinished.read_bytes() == wanted.encode()
     if force and not same:
         for name in present:
             if name in (MANIFEST, UNFINISHED, *map(index_name, ("train", "val"))) or _OURS.fullmatch(name):
-                (folder / name).unlink()
+                try:
+                    (folder / name).unlink()
+                except OSError as error:
+                    raise UserError(
+                        f"{folder / name} cannot be removed ({reason_of(error)}): name another folder"
+                    ) from error
     for left in folder.glob(".*.tar.part"):
         left.unlink()
     write_atomic(unfinished, wanted.encode())
@@ -210,11 +255,16 @@ def _samples(
                 data = reduced(data, reduction)
             with parse(data) as image:
                 kind = _KINDS.get(str(image.format), "")
-            if not kind:  # GIF and JPEG 2000, which not all readers of shards know
-                data, kind = _png(decode(data, PLAIN)), "png"
+                if not kind:  # GIF and JPEG 2000, which not all readers of shards know
+                    deep = has_16_bits(image)
+                    data, kind = (
+                        _png(Image.fromarray(values_of(image, data)) if deep else decode(data, PLAIN)),
+                        "png",
+                    )
         except DECODE_ERRORS as error:
             raise UserError(
-                f"cannot read the image {printable(images.name(number))} ({reason_of(error)}): replace or remove it"
+                f"cannot read the image {printable(images.name(number))} ({reason_of(error)}): replace or remove it; "
+                "once it is removed, --force begins the shards anew"
             ) from error
         return images.key(number), kind, int(images.target[number]), data
 
@@ -236,7 +286,7 @@ def _write(path: Path, samples: Iterator[Sample], progress: Callable[[int], obje
         with unfinished.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for key, kind, label, data in samples:
-                    key = _free(re.sub(r"[^A-Za-z0-9_/-]+", "_", key).strip("/")[-_KEY:] or "image", used)
+                    key = _free(re.sub(r"[^A-Za-z0-9_/-]+", "_", key)[-_KEY:].strip("/") or "image", used)
                     _add(tar, f"{key}.{kind}", data)
                     _add(tar, f"{key}.{LABEL}", str(label).encode())
                     progress(1)

@@ -60,12 +60,17 @@ KIT, VAL, TRAIN = "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_val.tar", "ILS
         (KIT, devkit(wnids=(*WNIDS, "n09")), r"has no archive of n09, which are in the devkit"),
         (KIT, devkit(wnids=("n01", "n02", "n03", "n03")), r"has a class twice"),
         (KIT, b"no archive", r"devkit_t12.tar.gz: no archive, or a damaged one"),
+        (KIT, bytes([*devkit()[:100], 255, *devkit()[101:]]), r"devkit_t12.tar.gz"),
         (KIT, devkit()[:200], r"devkit_t12.tar.gz: no archive, or a damaged one"),
         (KIT, tar_of({"x/data/meta.mat": b"x"}, "w:gz"), r"has 0 files validation_ground_truth.txt, not one"),
         (KIT, tar_of({"x/data/meta.mat": b"x", "y/data/a_validation_ground_truth.txt": b"1"}, "w:gz"),
          r"meta.mat or validation_ground_truth.txt in it is damaged"),
         (VAL, b"no archive", r"img_val.tar: no tar file, or a damaged one"),
         (TRAIN, tar_of({"n01.tar": b"no archive" * 100}), r"img_train.tar: no tar of tars, or a damaged one"),
+        (TRAIN, tar_of({f"{name}.tar": tar_of({"a.JPEG": b"x"})[:1024] for name in WNIDS}),
+         r"img_train.tar: n01.tar is damaged or truncated at byte 1,024"),
+        (TRAIN, tar_of({f"{name}.tar": tar_of({"a.JPEG": b"x"}) for name in WNIDS})[:-10240],
+         r"img_train.tar"),
         (TRAIN, tar_of({"n01.tar": tar_of({"a.JPEG": b"x"})}), r"has no archive of n02, n03"),
         ("ILSVRC2012_img_val_2.tar", b"", r"has two archives for val, ILSVRC2012_img_val.tar and"),
     ],
@@ -186,11 +191,22 @@ def test_parquet_files_with_mistakes(tmp_path: Path) -> None:
         ([b"x"], [0.5], None, r"the column label is of the type double: it must hold numbers or names"),
         (["x"], [0], None, r"the column image is of the type string: it must hold image files"),
         ([b"no image"], [0], None, r"cannot read the image .*train.parquet: train/0 \(no image\)"),
+        ([b"x"], [2_000_000_000], None, r"the label 2000000000 is out of range: write 0 to 999,999"),
+        ([b"x", b"x"], ["ant", "bird"], names, r"the labels bird are no classes|the labels bird are none"),
         ([None, b"x"], [0, 0], None, r"cannot read the image .*train.parquet: train/0 \(an empty cell\)"),
     ):
         write_parquet(path, images, labels, metadata)
         with pytest.raises(UserError, match=reason):
             make(path, tmp_path / "shards", force=True)
+    write_parquet(path, [b"x"], [0])
+    for name, labels, reason in (
+        ("val.parquet", ["ant"], r"the column label has numbers in some files and names in others"),
+        ("dev-0.parquet", [0], r"dev-0.parquet: for training or for validation\?"),
+    ):
+        write_parquet(tmp_path / name, [b"x"], labels)
+        with pytest.raises(UserError, match=reason):
+            open_origin(tmp_path)
+        (tmp_path / name).unlink()
     import pyarrow
     from pyarrow import parquet
 
@@ -208,7 +224,7 @@ def test_parquet_files_with_mistakes(tmp_path: Path) -> None:
 def test_places_without_images(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("x")
     for place, reason in (
-        (tmp_path, r"no images are found; it may be a folder with train/ and val/, ImageNet's archives"),
+        (tmp_path, r"no images are found so; it may be a folder with train/ and val/, ImageNet's archives"),
         (tmp_path / "note.txt", r"no such folder or file"),
         (tmp_path / "nowhere", r"no such folder or file"),
         (tmp_path / "x.csv", r"no such folder or file"),

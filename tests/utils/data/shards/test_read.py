@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import shutil
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ import tools
 from tests.utils.data.helpers import read, same, validation
 from tests.utils.data.shards.helpers import pairs, sample, tar_of
 from utils.config.schema import DataConfig
+from utils.data.shards.files import url_of
 from utils.data.shards.images import cache_folder, is_shards, open_shards, part_of
 from utils.data.shards.index import ENTRY, scan
 from utils.data.sources import check_data, open_data
@@ -130,7 +132,7 @@ def test_parts_by_name() -> None:
         "latest.tar",
         "train-val.tar",
     )
-    assert [part_of(name) for name in names] == ["train", "train", "val", "val", "", ""]
+    assert [part_of(name) for name in names] == ["train", "train", "val", "test", "", ""]
 
 
 def test_an_index_of_a_million_samples(tmp_path: Path) -> None:
@@ -214,6 +216,7 @@ def test_a_shard_that_changes_is_found_when_it_is_read(copy: DataConfig) -> None
         ([*sample("a", 0), *sample("b", 1), *sample("a", 1)], r"x.tar: a comes twice"),
         ([("a.jpg", b"x")], r"a has no .cls with the number of its class"),
         ([("a.cls", b"1")], r"a has no image"),
+        (sample("a", 999_999_999), r"the class of a is '999999999', not a number below 1,000,000"),
         ([("a.jpg", b"x"), ("a.cls", b"bee")], r"the class of a is 'bee', not a number"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], r"the class of a is '-1'"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], r"a has two members that are its image"),
@@ -227,8 +230,21 @@ def test_tar_files_that_are_no_shards(members: list[tuple[str, bytes]], reason: 
         scan(io.BytesIO(tar_of(members)), "x.tar")
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar file" * 100, tar_of(sample("a", 0))[:1500]])
-def test_no_tar_file(data: bytes) -> None:
+TWO = tar_of([*sample("a", 0), *sample("b", 1)])
+SECOND = TWO.index(b"b.jpg")  # where its header begins
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"no tar file" * 100, tar_of(sample("a", 0))[:1500],
+        TWO[:SECOND], TWO[: SECOND + 100], TWO[: SECOND + 50] + b"\1" + TWO[SECOND + 51 :],
+    ],
+    ids=["empty", "text", "data", "member", "header", "checksum"],
+)  # fmt: skip
+def test_no_tar_file_or_a_part_of_one(data: bytes) -> None:
+    """tarfile itself ends without a word where a header is damaged or the rest is missing."""
+    assert len(scan(io.BytesIO(TWO), "x.tar")) == 2
     with pytest.raises(UserError, match=r"x.tar"):
         scan(io.BytesIO(data), "x.tar")
 
@@ -251,7 +267,9 @@ def test_roots_that_are_no_shards(imagenet: DataConfig, shards: DataConfig, tmp_
     ):
         check_data(replace(shards, root=None))
     (tmp_path / "0.tar").write_bytes(tar_of(sample("a", 0)))
-    with pytest.raises(UserError, match=r"0.tar: are these for training or for validation"):
+    with pytest.raises(
+        UserError, match=r"0.tar: for training or for validation\? train, val or test must be in"
+    ):
         check_data(replace(shards, root=tmp_path))
     (tmp_path / "0.tar").rename(tmp_path / "train.tar")
     with pytest.raises(UserError, match=r"has no shards for val: --val_batch_size 0 trains without"):
@@ -314,7 +332,7 @@ def test_shards_behind_a_url(
     asked.clear()
     half = open_data(replace(remote, rank=0, world_size=2, workers=0))
     read(half.train)
-    assert len([part for _, part in asked if part != "bytes=0-"]) == sum(len(t) for _, t in read(half.train))
+    assert len([part for _, part in asked if part not in ("bytes=0-", "bytes=0-511")]) == sum(len(t) for _, t in read(half.train))
     assert pickle.loads(pickle.dumps(images)).read(0) == images.read(0)
     (copy.root / "train-000000.tar").unlink()
     with pytest.raises(UserError, match=r"train-000000.tar: FileNotFoundError|train-000000.tar: http"):
@@ -329,7 +347,8 @@ def test_a_pattern_behind_a_url(served: tuple[str, list[tuple[str, str | None]]]
     assert [data for data, _ in pairs(found["train"])] == [
         data for data, _ in pairs(open_shards(shards.root)["train"])
     ]
-    assert cache_folder().is_dir()
+    folder = cache_folder()
+    assert folder is not None and folder.is_dir()
 
 
 def test_changed_shards_are_listed(copy: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,3 +379,60 @@ def test_servers_that_cannot_serve_shards(
     monkeypatch.setattr(Server, "parts", False)
     with pytest.raises(UserError, match="the server sends a whole file when it is asked for a part"):
         read(open_data(remote).train)
+
+
+def test_long_names_stay_apart(tmp_path: Path) -> None:
+    """Their headers have only a part of the name."""
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+            for i in range(3):
+                for name, data in sample(f"{'x' * 150}{i}", i, seed=i):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        (tmp_path / "train.tar").write_bytes(file.getvalue())
+        images = open_shards(tmp_path)["train"]
+        assert len({images.name(i) for i in range(3)}) == 3 and images.target.tolist() == [0, 1, 2]
+        assert [images.read(i) for i in range(3)] == [dict(sample("k", 0, seed=i))["k.jpg"] for i in range(3)]
+
+
+def test_tar_files_in_folders_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the hidden files that systems leave, and for a user without a home."""
+    for part in ("train", "val", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "0.tar").write_bytes(tar_of(sample("a", 0)))
+    (tmp_path / "train" / "._0.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match="has images for val and for test"):
+        open_shards(tmp_path)
+    (tmp_path / "val" / "0.tar").unlink()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert is_shards(tmp_path) and {part: len(images) for part, images in open_shards(tmp_path).items()} == {
+        "train": 1, "val": 1,
+    }  # fmt: skip
+
+
+def test_a_tar_file_beside_folders_is_none_of_the_set(
+    folder: Path, imagenet: DataConfig, tmp_path: Path
+) -> None:
+    root = shutil.copytree(folder, tmp_path / "photos")
+    (root / "train-backup.tar").write_bytes(b"x")
+    assert not is_shards(root)
+    assert len(check_data(replace(imagenet, root=root))["train"]) == 18
+
+
+def test_urls() -> None:
+    for text in ("https://a/b", "s3://a/b", "file:///a/b"):
+        assert url_of(text) == url_of(Path(text)) == text
+    assert url_of("/a/b") is url_of("a:/b") is url_of("a") is None
+
+
+def test_shards_without_checksums_are_said_to_be_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train-0.tar").write_bytes(tar_of(sample("a", 0)))
+    assert tools.main(["--keyword", "verify-data", "--root", f"{tmp_path}/train-{{0..0}}.tar"]) == 0
+    assert capsys.readouterr().out == (
+        "1 shard: nothing found; 1 without a checksum, of which only headers and classes were read\n"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils.data.shards import write
 from utils.data.shards.images import open_shards
 from utils.data.shards.origin import open_origin
 from utils.data.shards.write import Reduction, reduced
+from utils.data.split import split_folder
 from utils.errors import UserError
 
 
@@ -78,10 +80,13 @@ def test_an_interrupted_writing_goes_on(
     arguments = {"per_shard": 7, "reduction": None, "threads": 2, "force": False}
     with pytest.raises(KeyboardInterrupt):
         write.write_set(open_origin(photos), folder, **arguments, progress=interrupt)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"is not finished: call make-shards again"):
-        open_shards(folder)
-    with pytest.raises(UserError, match="unfinished shards of other images or options; --force"):
-        make(photos, folder, per_shard=6)
+    if images < 7:  # nothing is left of a set without a single shard
+        assert not folder.exists()
+    else:
+        with pytest.raises(UserError, match=r"is not finished: call make-shards again"):
+            open_shards(folder)
+        with pytest.raises(UserError, match="unfinished shards of other images or options; --force"):
+            make(photos, folder, per_shard=6)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     make(photos, folder)
     assert content(folder) == content(whole)
@@ -207,3 +212,27 @@ def test_mistakes_of_the_word(photos: Path, tmp_path: Path, capsys: pytest.Captu
         found = capsys.readouterr()
         assert reason in found.err and found.err.count("\n") == 1 and not found.out
     assert not (tmp_path / "shards").exists()
+
+
+def test_the_source_is_never_written_over(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    make(photos, folder)
+    before = content(folder)
+    for source, to in ((folder, folder), (photos, photos), (f"{folder}/train-000000.tar", folder)):
+        with pytest.raises(UserError, match="holds the images that are read"):
+            make(source, to, force=True)
+    assert content(folder) == before
+
+
+def test_a_folder_without_val_is_split(photos: Path, tmp_path: Path) -> None:
+    shutil.rmtree(photos / "val")
+    make(photos, tmp_path / "one")
+    assert list(open_shards(tmp_path / "one")) == ["train"]
+    arguments = ["--keyword", "make-shards", "--from", str(photos / "train"), "--to", str(tmp_path / "two")]
+    assert tools.main([*arguments, "--val_split", "0.4"]) == 0
+    found, expected = open_shards(tmp_path / "two"), split_folder(photos, "folder", 0.4)
+    assert {part: pairs(images) for part, images in found.items()} == {
+        part: pairs(images) for part, images in expected.items()
+    }
+    assert len(found["val"]) == 6
+    assert tools.main([*arguments, "--val_split", "1"]) == 2
