@@ -103,7 +103,7 @@ def run(config: Config) -> int:
     from utils.checkpoint import earlier_runs
     from utils.processes import distributed
     from utils.report import log
-    from utils.report.tracking import tracked
+    from utils.report.tracking import begun, tracked
     from utils.step.compiled import compiling
 
     here = find_surroundings(config)
@@ -114,12 +114,13 @@ def run(config: Config) -> int:
             return describe(here, origin, assembled)
         # Nothing is written before this line, so that a mistake leaves no trace.
         writes = here.place.first and not config.run.evaluate
+        tracker = begun(here.config, resumed=origin.found.path is not None)
         with (
             earlier_runs.prepared(
                 here.folder, here.files, origin.found, config.run.resume_file, writes=writes
             ),
             log.opened(here.folder, here.place.rank, verbose=config.run.verbose) as logger,
-            tracked(here.config, here.folder, logger, resumed=origin.found.path is not None) as tracking,
+            tracked(here.config, here.folder, logger, tracker) as tracking,
             compiling(config.precision),
         ):
             announce(here, origin, assembled, logger)

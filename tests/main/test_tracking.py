@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.main.runs import FP, call, log_of, metrics, summary
+from tests.main.runs import FP, call, files, log_of, metrics, summary
 from utils.processes.interrupt import Stop
 from utils.report.trackers import PACKAGES, MLflow
 
@@ -138,6 +138,9 @@ def test_a_tracker_that_does_not_answer(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert call(f"{FP} --track mlflow --case a --epochs 1") == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    before = files(tmp_path)
+    assert call(f"{FP} --track mlflow --case a --epochs 1") == 2  # the earlier run stays where it is
+    assert files(tmp_path) == before
     assert call(f"{FP} --track mlflow --case a --epochs 2 -r") == 0
     log = log_of(tmp_path, "a")
     assert "not everything could be sent; metrics.csv" in log and summary(tmp_path, "a")["epochs"] == 2

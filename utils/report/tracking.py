@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import Logger
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,11 @@ class Tracking:
         self._waiting: list[Callable[[Tracker], None]] = []
         self._outcome = "stopped"
 
-    def start(self, options: Mapping[str, object], *, required: bool) -> None:
-        """Open the run and record its configuration; where that is `required`, raise `UserError` if it fails."""
-        self._waiting.append(lambda tracker: tracker.options(options))
-        failure = self._send(warn=not required)
-        if failure and required:
-            raise UserError(f"--track {self._name}: {failure}; mend that, or leave --track out")
+    def start(self, options: Mapping[str, object]) -> None:
+        """Open the run and record its configuration, if there is some to record."""
+        if options:
+            self._waiting.append(lambda tracker: tracker.options(options))
+        self._send()
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Record an epoch's metrics."""
@@ -111,24 +110,49 @@ class Tracking:
 
     def _said(self, error: Exception, warn: bool) -> str:
         """What the tracker says, in one line."""
-        said = printable(" ".join(str(error).split()))[:300] or type(error).__name__
+        said = _line(error)
         if warn:
             self._logger.warning("--track %s: %s", self._name, said)
         return said
 
 
+def begun(config: Config, *, resumed: bool) -> Tracker | None:
+    """Open a new run at the tracker of a training that asks for one, before anything is written or moved.
+
+    None where there is no tracker, and where a run goes on, which does so without its tracker too.
+
+    Raises:
+        UserError: the tracker refuses it.
+    """
+    name = config.run.track
+    if name is None or config.run.evaluate or config.data.rank != 0 or resumed:
+        return None
+    tracker = None
+    try:
+        tracker = TRACKERS[name](config.run.case, "")
+        tracker.options(hyperparameters(config))
+    except Exception as error:  # each tracker has exceptions of its own
+        if tracker is not None:
+            with suppress(Exception):
+                tracker.end("failed")
+        raise UserError(f"--track {name}: {_line(error)}; mend that, or leave --track out") from error
+    return tracker
+
+
+def _line(error: Exception) -> str:
+    """What a tracker says, in one line."""
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
 @contextmanager
-def tracked(config: Config, folder: Path, logger: Logger, *, resumed: bool) -> Iterator[Tracking]:
+def tracked(config: Config, folder: Path, logger: Logger, tracker: Tracker | None) -> Iterator[Tracking]:
     """The tracking of a run while the context is open: in the first process, of a training that asks for it.
 
     Args:
         config: the run's.
         folder: the run's.
         logger: gets warnings about the tracker.
-        resumed: whether the run goes on from a checkpoint of its own; it then goes on in the same run of the tracker.
-
-    Raises:
-        UserError: the tracker refuses a new run. One that goes on does so without.
+        tracker: of a new run, from `begun`; None: the run goes on, here and at the tracker.
     """
     name = config.run.track
     if name is None or config.run.evaluate or config.data.rank != 0:
@@ -136,13 +160,13 @@ def tracked(config: Config, folder: Path, logger: Logger, *, resumed: bool) -> I
         return
 
     def open_() -> Tracker:
-        known = _known(folder / FILE) if resumed else {}
-        tracker = TRACKERS[name](config.run.case, known.get(name, ""))
-        write_text(folder / FILE, json.dumps({**known, name: tracker.run}) + "\n")
-        return tracker
+        known = {} if tracker else _known(folder / FILE)
+        opened = tracker or TRACKERS[name](config.run.case, known.get(name, ""))
+        write_text(folder / FILE, json.dumps({**known, name: opened.run}) + "\n")
+        return opened
 
     tracking = Tracking(open_, name, logger)
-    tracking.start(hyperparameters(config), required=not resumed)
+    tracking.start({} if tracker else hyperparameters(config))
     try:
         yield tracking
     except BaseException:

@@ -332,7 +332,9 @@ def test_shards_behind_a_url(
     asked.clear()
     half = open_data(replace(remote, rank=0, world_size=2, workers=0))
     read(half.train)
-    assert len([part for _, part in asked if part not in ("bytes=0-", "bytes=0-511")]) == sum(len(t) for _, t in read(half.train))
+    assert len([part for _, part in asked if part not in ("bytes=0-", "bytes=0-511")]) == sum(
+        len(t) for _, t in read(half.train)
+    )
     assert pickle.loads(pickle.dumps(images)).read(0) == images.read(0)
     (copy.root / "train-000000.tar").unlink()
     with pytest.raises(UserError, match=r"train-000000.tar: FileNotFoundError|train-000000.tar: http"):
