@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import tools
 from tests.browser import browser as start_browser
 from tests.browser import needs_browser
 from tests.main.runs import done_in
@@ -35,16 +33,11 @@ LINES = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page about three real runs, one of them exported and verified."""
+    """The page about three real runs."""
     folder = done_in(
         tmp_path_factory.mktemp("runs"), *(f"{line} --case {case}" for case, line in LINES.items()),
         "-e --case two --pretrained weights/resnet20/two-checkpoint.pth.tar",
     )  # fmt: skip
-    with contextlib.chdir(folder):
-        old = ["--old", "weights/resnet20/two-checkpoint.pth.tar"]
-        for word in ("export_packed --new two.safetensors", "export_onnx --new two.onnx",
-                     "verify two.safetensors two.onnx"):  # fmt: skip
-            assert tools.main(["--keyword", *word.split(), *old]) == 0
     path = folder / "report.html"
     path.write_text(page.render(run_files.read([folder / "exp" / case for case in LINES])), encoding="utf-8")
     return path
@@ -206,18 +199,6 @@ def test_figures_over_epochs(browser: WebDriver) -> None:
     assert not none.is_displayed()
     for value in ("dead", "update", "changed", "range") * 2:  # faster than they are drawn
         metric.select_by_value(value)
-
-
-def test_exported_files(browser: WebDriver) -> None:
-    """A row for each file in each engine, sorted by size too."""
-    table = "#exported table"
-    names = column(browser, table, 1)
-    assert set(names) == {"two.safetensors", "two.onnx"} and len(names) > 2
-    sizes, heads = column(browser, table, 8), find(browser, f"{table} .sort")
-    click(browser, heads[7])
-    assert column(browser, table, 8) == sorted(sizes, key=float) and len(set(sizes)) == 2
-    click(browser, heads[7])
-    assert column(browser, table, 8) == sorted(sizes, key=float, reverse=True)
 
 
 def test_only_what_differs(browser: WebDriver) -> None:
