@@ -220,17 +220,23 @@ def small_sets(device: torch.device, rounds: int) -> list[tuple[str, str]]:
     return rows
 
 
-def main() -> int:
-    """Measure and print the tables."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of measurements on photographs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, help="folder with train/ and val/; default: one that is made")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts [1 2]")
     parser.add_argument("--images", type=int, default=512, help="training images that are made [512]")
     parser.add_argument("--rounds", type=int, default=7, help="rounds [7]")
-    parser.add_argument("--steps", type=int, default=12, help="training steps, for the share of waiting [12]")
     parser.add_argument("-b", "--batch_size", type=int, default=32, help="images per batch [32]")
+    return parser
+
+
+def main() -> int:
+    """Measure and print the tables."""
+    parser = options(__doc__)
+    parser.add_argument("--steps", type=int, default=12, help="training steps, for the share of waiting [12]")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as made:

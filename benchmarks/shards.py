@@ -12,7 +12,6 @@ samples is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from data import epoch, options
 from torch import Tensor
 
 from utils.config.schema import DataConfig
@@ -37,7 +37,7 @@ from utils.data.crop import crop_and_flip, put, resize
 from utils.data.fake import write_folder
 from utils.data.folder_sets import IMAGENET_MEAN, IMAGENET_STD
 from utils.data.image_file import decode
-from utils.data.loader import Loader
+from utils.data.loaders import CPU
 from utils.data.shards.images import open_shards
 from utils.data.shards.index import MANIFEST, Manifest, index_name
 from utils.data.shards.origin import open_origin
@@ -46,12 +46,6 @@ from utils.text import format_table
 
 SIZE = (224, 224)
 MILLION = 1_000_000
-
-
-def epoch(loader: Loader) -> None:
-    """Only take all batches of an epoch."""
-    for _ in loader:
-        pass
 
 
 def fitted(data: bytes, number: int) -> Tensor:
@@ -116,7 +110,7 @@ def speeds(
         "shards": ("shards", folders["shards"]),
         "shards, reduced": ("shards", folders["reduced"]),
     }.items():
-        ways[name] = partial(epoch, sources.open_data(replace(config, dataset=dataset, root=root)).train)
+        ways[name] = partial(epoch, sources.open_data(replace(config, dataset=dataset, root=root)).train, CPU)
     for name, root in (("webdataset", folders["shards"]), ("webdataset, reduced", folders["reduced"])):
         ways[name] = webdataset_epoch(root, config.workers, config.batch_size)
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -176,15 +170,8 @@ def size_row(name: str, folder: Path, part: str = "train") -> tuple[str, ...]:
 
 def main() -> int:
     """Measure and print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, help="folder with train/ and val/; default: one that is made")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker counts [1 2]")
-    parser.add_argument("--images", type=int, default=512, help="training images that are made [512]")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds [7]")
+    parser = options(__doc__)
     parser.add_argument("--max_side", type=int, default=400, help="pixels, of the reduced set [400]")
-    parser.add_argument("-b", "--batch_size", type=int, default=32, help="images per batch [32]")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         base = Path(made)

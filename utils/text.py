@@ -1,10 +1,14 @@
-"""Text for people: escaping for terminals and logs, close matches of a word, tables."""
+"""Text for people: escaping for terminals and logs, close matches of a word, tables; and for programs, by line."""
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
+import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 SHOWN = 5  # names listed in a message before "..."
 
@@ -55,3 +59,17 @@ def format_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A CSV file with a first line of names."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A JSON object in each line."""
+    return "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.report.changes import HEAD, Change, as_csv
+from utils.report.changes import HEAD, HEADING, Change, as_csv
 from utils.report.sheet import SHOWN, Shown, as_picture, draw_sheet
-from utils.text import format_table, printable
+from utils.text import format_table, json_lines, printable
 
 if TYPE_CHECKING:
     from utils.data.transform import ImageTransform
@@ -54,7 +53,7 @@ def as_text(changes: Sequence[Change]) -> str:
 
 def as_json_lines(changes: Sequence[Change]) -> str:
     """The images as JSON, an object in each line; `class` is null where it is not known."""
-    return "".join(f"{json.dumps(change.row, allow_nan=False)}\n" for change in changes)
+    return json_lines(change.row for change in changes)
 
 
 def draw_changes(changes: Sequence[Change], transform: ImageTransform, path: Path) -> None:
@@ -69,7 +68,7 @@ def draw_changes(changes: Sequence[Change], transform: ImageTransform, path: Pat
         )
         for one in first
     ]
-    draw_sheet(shown, path, "Changed classes, the reference's highest probabilities first")
+    draw_sheet(shown, path, HEADING)
 
 
 FORMATS = {".csv": as_csv, ".jsonl": as_json_lines}

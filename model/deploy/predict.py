@@ -22,7 +22,7 @@ from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, kind_of
 from utils.errors import UserError
 from utils.report.changes import Change, changes_text
-from utils.text import format_table, printable, some_names
+from utils.text import format_table, json_lines, printable, some_names
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -311,9 +311,4 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def as_json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as JSON, an object with image, classes and probabilities in each line."""
-    return "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
-
-
-_FORMATS = {".csv": as_csv, ".jsonl": as_json_lines}
+_FORMATS = {".csv": as_csv, ".jsonl": json_lines}

@@ -38,9 +38,10 @@ from utils.checkpoint.weights import (
     max_value_of,
     state_dict_of,
 )
+from utils.config.data_sets import FOLDER_SETS
 from utils.config.schema import Config
 from utils.data.loaders import Loaders
-from utils.data.sources import FOLDER_SETS, open_data
+from utils.data.sources import open_data
 from utils.data.transform import transform_of
 from utils.processes import distributed
 from utils.processes.agreement import check_agreement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -11,10 +12,10 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -50,7 +51,14 @@ _DAMAGE = (
 def write_atomic(
     path: Path, data: bytes | memoryview, *, before: Callable[[], object] = lambda: None
 ) -> None:
-    """Write `data` so that `path` holds either its old or its new content, whatever happens.
+    """Write `data` so that `path` holds either its old or its new content, whatever happens; see `atomic`."""
+    with atomic(path, before=before) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic(path: Path, *, before: Callable[[], object] = lambda: None) -> Iterator[BinaryIO]:
+    """Open a file to write, so that `path` holds either its old or its new content, whatever happens.
 
     A temporary file in the same folder is written, flushed to the disk and renamed over `path`;
     then the folder is flushed. Missing folders are made. `before` is called between flushing and renaming, when
@@ -61,7 +69,7 @@ def write_atomic(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             before()

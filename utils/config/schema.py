@@ -35,7 +35,6 @@ LAYOUTS = ("channels_last", "contiguous")
 TRACKERS = ("mlflow", "wandb", "none")
 RANGE_SEARCHES = ("paper", "mse", "percentile")
 READ_ETA_MIN = {"poly", "sgdr", "sgdr_step", "cos"}  # learning-rate policies that read `eta_min`
-WITHOUT_FILES = ("digits", "glyphs", "fake")  # data sets that are computed or come with a package
 # Training options that policies may set.
 TRAINING = ("lr", "weight_decay", "custom_lr", "custom_decay", "momentum", "grad_clip")
 RECORDED = -1  # number of a policy's entry that restores a checkpoint's state

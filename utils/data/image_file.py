@@ -171,6 +171,11 @@ def values_of(image: ImageFile.ImageFile, data: bytes) -> np.ndarray:
     return 256 * high[..., :3] + low[..., :3]
 
 
+def is_8_bit_png(start: bytes) -> bool:
+    """Whether the first 25 bytes of a file are those of a PNG of 8 bits or fewer; far faster than opening it."""
+    return start.startswith(b"\x89PNG") and start[-1] != 16
+
+
 def largest_value(file: str | bytes) -> int | None:
     """The largest value of an image of 16 bits, a path or its data; None for one of 8, and for what cannot be read."""
     try:
@@ -181,7 +186,7 @@ def largest_value(file: str | bytes) -> int | None:
                 start = opened.read(25)
         else:
             start = file[:25]
-        if start.startswith(b"\x89PNG") and start[-1] != 16:  # its bits; far faster than opening it
+        if is_8_bit_png(start):
             return None
         with Image.open(file if isinstance(file, str) else io.BytesIO(file), formats=FORMATS) as image:
             if not has_16_bits(image):

@@ -14,7 +14,7 @@ import numpy as np
 from torchvision.datasets.folder import is_image_file
 
 from utils.data.image_file import is_hidden, largest_value, read, walk
-from utils.data.images import Images, short_digest
+from utils.data.images import REPLACE, Images, short_digest
 from utils.errors import UserError
 from utils.text import printable
 
@@ -31,7 +31,7 @@ class Unreadable:
     limit: int
     paths: set[str] = field(default_factory=set)
 
-    def add(self, path: str, reason: str, instead: str = "replace or remove it") -> None:
+    def add(self, path: str, reason: str, instead: str = REPLACE) -> None:
         """Leave an image out and say so in the log. Raises `UserError` when it is one too many."""
         if path in self.paths:
             return

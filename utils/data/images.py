@@ -11,6 +11,11 @@ import numpy as np
 
 from utils.data.image_file import largest_value
 
+PARTS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
+"""Parts of a set, and words of which one is in the names of their files and folders."""
+
+REPLACE = "replace or remove it"
+
 
 class Images(ABC):
     """Encoded images, numbered from 0, and their classes.
@@ -46,9 +51,9 @@ class Images(ABC):
     def digest(self) -> str:
         """Of what the set holds, wherever it lies: twelve digits."""
 
-    @abstractmethod
     def kind(self, index: int) -> str:
-        """The ending of an image's name in lower case, without a dot."""
+        """The ending of an image's name in lower case, without a dot; empty where that is not known."""
+        return ""
 
     def largest_value(self, index: int) -> int | None:
         """The largest value of an image of 16 bits; None for one of 8, and for what cannot be read."""
@@ -59,7 +64,7 @@ class Images(ABC):
 
     def instead(self) -> str:
         """What to do about an image that cannot be read, for the end of a message."""
-        return "replace or remove it"
+        return REPLACE
 
     def left_out(self) -> str:
         """Say what is left out of the set; empty where nothing is."""

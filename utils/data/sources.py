@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from utils.config.data_sets import FOLDER_SETS, WITHOUT_FILES
 from utils.config.image_size import RESIZE_RATIO
-from utils.config.schema import WITHOUT_FILES, DataConfig
+from utils.config.schema import DataConfig
 from utils.data import class_weights, workers
 from utils.data.cifar import CIFAR10_SET, CIFAR100_SET
 from utils.data.folder_sets import (
@@ -59,8 +60,6 @@ SOURCES: dict[str, Source] = {
     "dali": Source(check_dali, build_dali),
 }
 """Every data set by its name."""
-
-FOLDER_SETS = ("imagenet", "shards", "dali")  # photographs in --root, whose classes have names
 
 
 # Largest mean and std, and 1 over the smallest std, for images in [0, 1]; float32 has room for the quotients.
@@ -145,11 +144,16 @@ def settled(config: DataConfig, checked: Any) -> DataConfig:
         config: the data set.
         checked: what `check_data` returned for this configuration.
     """
-    config = replace(config, class_weight_values=class_weights_of_file(config, checked))
+    config = _counted(replace(config, class_weight_values=class_weights_of_file(config, checked)), checked)
+    if config.dataset in FOLDER_SETS and config.val_split and not config.val_files:
+        config = replace(config, val_files=checked["val"].identity()["files"])
+    return config
+
+
+def _counted(config: DataConfig, checked: Any) -> DataConfig:
+    """The configuration with the number of classes that its files have."""
     if config.dataset not in FOLDER_SETS:
         return config
-    if config.val_split and not config.val_files:
-        config = replace(config, val_files=checked["val"].identity()["files"])
     return replace(config, num_classes=len(_names(config, checked)), count_classes=False)
 
 
@@ -193,7 +197,7 @@ def open_data(config: DataConfig, device: torch.device = CPU, checked: Any = Non
         UserError: as `check_data`; or the CIFAR files are missing and cannot be downloaded, or are damaged.
     """
     checked = check_data(config) if checked is None else checked
-    config = settled(config, checked)
+    config = _counted(config, checked)
     loaders = SOURCES[config.dataset].build(config, device, checked)
     if config.class_weights is None:
         return loaders

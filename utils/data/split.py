@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.image_folder import ImageNames, check_root
+from utils.data.images import PARTS
 from utils.errors import UserError
 from utils.text import printable, some_names
 
-_PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")  # no names of classes
+_NO_CLASSES = {"dev"}.union(*PARTS.values())  # names of parts of a set
 _SEED = b"validation images\0"  # of the split, the same in every run
 
 
@@ -35,7 +36,7 @@ def split_folder(root: Path | None, dataset: str, share: float) -> dict[str, Ima
             f"--val_split {share:g}: {root} has validation images of its own, in val/; leave it out"
         )
     names = ImageNames(root / "train" if (root / "train").is_dir() else root)
-    if names.folder == root and (parts := [name for name in names.classes if name.lower() in _PARTS]):
+    if names.folder == root and (parts := [name for name in names.classes if name.lower() in _NO_CLASSES]):
         raise UserError(
             f"--val_split {share:g}: {root} has no train/, and its folders {some_names(parts)} do not look like "
             "classes: call the folder of the training images train/, or that of a class otherwise"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from utils.text import counted
+from utils.text import counted, csv_text
 
 HEAD: tuple[str, ...] = (
     "image",
@@ -20,6 +18,7 @@ HEAD: tuple[str, ...] = (
     "change",
 )
 KINDS = ("right to wrong", "wrong to right", "wrong to other wrong")
+HEADING = "Changed classes, the reference's highest probabilities first"  # of a sheet
 UNKNOWN = "class not known"
 
 
@@ -69,13 +68,13 @@ class Change:
 
 def as_csv(changes: Sequence[Change]) -> str:
     """A line for each image; the class is empty where it is not known."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, HEAD, lineterminator="\n")
-    writer.writeheader()
-    for change in changes:
-        shares = {name: f"{change.row[name]:.6f}" for name in ("reference_probability", "probability")}
-        writer.writerow(change.row | shares)
-    return file.getvalue()
+    return csv_text(
+        HEAD,
+        [
+            [f"{value:.6f}" if isinstance(value, float) else value for value in change.row.values()]
+            for change in changes
+        ],
+    )
 
 
 def changes_text(changes: Sequence[Change], images: int) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from utils.report.calibration import BINS, Bin, calibration_bins, calibration_error
-from utils.report.changes import Change, as_csv, changes_text
+from utils.report.changes import HEADING, Change, as_csv, changes_text
 from utils.report.confusion import CALIBRATION, CLASSES, EXAMPLES, MATRIX, PICTURES
 from utils.report.predicted import Predicted, highest
 from utils.report.run_report import write_text
 from utils.report.sheet import SHOWN, Shown, draw_sheet
+from utils.text import csv_text, json_lines
 
 MOST = 20  # classes, above which there are no examples
 PREDICTIONS, LINES, CHANGES = "predictions.csv", "predictions.jsonl", "changes.csv"
@@ -66,11 +64,9 @@ def write(folder: Path, found: Evaluation) -> list[str]:
 
     right = predicted.called == predicted.true
     bins = calibration_bins(predicted.probabilities[:, 0].double().numpy(), right.numpy())
-    _write_csv(
-        folder / CALIBRATION,
-        [field.name for field in dataclasses.fields(Bin)],
-        [[f"{v:.6f}" if isinstance(v, float) else v for v in dataclasses.astuple(one)] for one in bins],
-    )
+    head = [field.name for field in dataclasses.fields(Bin)]
+    rows = [[f"{v:.6f}" if isinstance(v, float) else v for v in dataclasses.astuple(one)] for one in bins]
+    write_text(folder / CALIBRATION, csv_text(head, rows))
     lines = [f"expected calibration error {100 * calibration_error(bins):.2f} % ({BINS} bins)"]
 
     numbers = (predicted.called != predicted.reference).nonzero()[:, 0].tolist()
@@ -101,9 +97,7 @@ def write(folder: Path, found: Evaluation) -> list[str]:
     draw_sheet(
         mistakes, folder / "mistakes.png", "Worst mistakes: the highest probabilities of a wrong class"
     )
-    draw_sheet(
-        changed, folder / "changes.png", "Changed classes, the reference's highest probabilities first"
-    )
+    draw_sheet(changed, folder / "changes.png", HEADING)
     return lines
 
 
@@ -128,18 +122,15 @@ def _write_classes(folder: Path, found: Evaluation) -> None:
     precision, recall, _, _ = precision_recall_fscore_support(
         true, called, labels=numbers, zero_division=np.nan,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
-    _write_csv(
-        folder / CLASSES,
-        ("class", "images", "accuracy", "precision"),
-        [
-            (name, count, _percent(one), _percent(other))
-            for name, count, one, other in zip(
-                classes, matrix.sum(axis=1), np.asarray(recall), np.asarray(precision), strict=True
-            )
-        ],
-    )
+    rows = [
+        (name, count, _percent(one), _percent(other))
+        for name, count, one, other in zip(
+            classes, matrix.sum(axis=1), np.asarray(recall), np.asarray(precision), strict=True
+        )
+    ]
+    write_text(folder / CLASSES, csv_text(("class", "images", "accuracy", "precision"), rows))
     rows = [(name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)]
-    _write_csv(folder / MATRIX, ("class", *classes), rows)
+    write_text(folder / MATRIX, csv_text(("class", *classes), rows))
 
 
 def _write_predictions(folder: Path, found: Evaluation) -> None:
@@ -147,14 +138,12 @@ def _write_predictions(folder: Path, found: Evaluation) -> None:
     predicted, classes = found.predicted, found.classes
     true, called = predicted.true.tolist(), predicted.classes.tolist()
     shares, own = predicted.probabilities.tolist(), predicted.own.tolist()
-    _write_csv(
-        folder / PREDICTIONS,
-        ("image", "class", "called", "probability", "class_probability"),
-        [
-            (name, classes[true[i]], classes[called[i][0]], f"{shares[i][0]:.6f}", f"{own[i]:.6f}")
-            for i, name in enumerate(found.names)
-        ],
-    )
+    head = ("image", "class", "called", "probability", "class_probability")
+    table = [
+        (name, classes[true[i]], classes[called[i][0]], f"{shares[i][0]:.6f}", f"{own[i]:.6f}")
+        for i, name in enumerate(found.names)
+    ]
+    write_text(folder / PREDICTIONS, csv_text(head, table))
     rows = (
         {
             "image": name,
@@ -164,16 +153,8 @@ def _write_predictions(folder: Path, found: Evaluation) -> None:
         }
         for i, name in enumerate(found.names)
     )
-    write_text(folder / LINES, "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
+    write_text(folder / LINES, json_lines(rows))
 
 
 def _percent(share: float) -> str:
     return "" if np.isnan(share) else f"{100 * share:.2f}"
-
-
-def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    write_text(path, file.getvalue())

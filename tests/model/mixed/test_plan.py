@@ -69,13 +69,16 @@ def test_a_loss_that_falls_or_rises_with_more_bits_is_noise() -> None:
     assert [layer.loss_at(bits) for bits in BITS] == [0.2, 0.2, 0.3]
 
 
-def test_bits_for_an_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """8 bits on both sides overflow 16-bit sums of two products: nobody chooses them, unless they are asked for."""
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sensitivity:
+    """A record, and its file `found.json` in the current folder."""
     monkeypatch.chdir(tmp_path)
-    found = record()
-    Path("found.json").write_text(found.as_json())
+    Path("found.json").write_text((made := record()).as_json())
+    return made
+
+
+def test_bits_for_an_engine(found: Sensitivity, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 bits on both sides overflow 16-bit sums of two products: nobody chooses them, unless they are asked for."""
     least, half, most = (found.bytes_with({layer.name: bits for layer in found.layers}) for bits in (2, 4, 8))
     words = ["--keyword", "plan", "--old", "found.json", "--new", "bits.yaml", "--force"]
     for arguments, message in (
@@ -123,12 +126,7 @@ def test_integer_bits_are_those_of_an_exported_layer(bits: int, integer: int) ->
     assert integer_bits((bits,)) == (bits,) * integer
 
 
-def test_the_file_and_the_mistakes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = record()
-    Path("found.json").write_text(found.as_json())
+def test_the_file_and_the_mistakes(found: Sensitivity, capsys: pytest.CaptureFixture[str]) -> None:
     most, least = (found.bytes_with({layer.name: bits for layer in found.layers}) for bits in (8, 2))
     words = ["--keyword", "plan", "--old", "found.json"]
     for arguments, message in (

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.command_line import Given
+from utils.config.data_sets import FOLDER_SETS
 from utils.config.schema import DataConfig, DeviceConfig, ModelConfig, ProbeConfig, RunConfig
 from utils.errors import UserError
 
 DATASETS = {"digits": "digits", "glyphs": "glyphs", "cifar10": "cifar10", "cifar100": "cifar100",
             "imagenet": "imagenet", "shards": "imagenet", "dali": "imagenet"}  # --dataset -> its keyword  # fmt: skip
-CLASS_FOLDERS = ("imagenet", "shards", "dali")  # data sets of photographs, whose classes have names
 CLASSES = {"digits": 10, "glyphs": 62, "cifar10": 10, "cifar100": 100}  # of data sets whose classes are fixed
 
 
@@ -62,8 +62,8 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         train=not given["evaluate"] or given["bn_batches"] > 0,
         workers=given["workers"],
         num_classes=model.num_classes,
-        count_classes=dataset in CLASS_FOLDERS and "num_classes" not in given.explicit,
-        val_split=given["val_split"] if dataset in CLASS_FOLDERS else 0.0,
+        count_classes=dataset in FOLDER_SETS and "num_classes" not in given.explicit,
+        val_split=given["val_split"] if dataset in FOLDER_SETS else 0.0,
         input_size=model.input_size,
         channels=model.channels,
         mean=given["mean"],

@@ -7,12 +7,13 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
+from utils.config.data_sets import FOLDER_SETS, WITHOUT_FILES
 from utils.config.layer_bits import SINGLE_LAYERS
 from utils.config.methods import PROJECT, record_of
 from utils.config.options import OLDER, OPTIONS
 from utils.config.resolve.bits import is_full_precision
-from utils.config.resolve.data_and_run import CLASS_FOLDERS, resume_file
-from utils.config.schema import READ_ETA_MIN, TAGS, WITHOUT_FILES
+from utils.config.resolve.data_and_run import resume_file
+from utils.config.schema import READ_ETA_MIN, TAGS
 from utils.errors import UserError
 
 # Options that name what a run shall use: option -> the option that decides whether it does, and what to write.
@@ -76,7 +77,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         **{
-            name: (dataset not in CLASS_FOLDERS, f"with the data set {dataset}")
+            name: (dataset not in FOLDER_SETS, f"with the data set {dataset}")
             for name in ("skip_corrupt", "max_value", "ignore_orientation", "val_split")
         },
         "mixup_alpha": (not given["mixup_enable"], "without --mixup_enable"),

@@ -104,9 +104,6 @@ class ArchiveImages(Images):
     def name(self, index: int) -> str:
         return f"{self.place}: {self.key(index)}"
 
-    def kind(self, index: int) -> str:
-        return "jpg"
-
     def digest(self) -> str:
         return short_digest(self._keys.tobytes() + self._places.tobytes() + self.target.tobytes())
 

@@ -15,6 +15,7 @@ from utils.data.image_file import is_hidden
 from utils.errors import UserError
 
 T = TypeVar("T")
+_STAMPS = ("size", "ETag", "etag", "LastModified", "mtime", "created")  # what servers say of a file
 
 _OPEN = (
     resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
@@ -84,31 +85,24 @@ class Files:
             return cast(io.BufferedReader, self.asked(lambda: self._connect().open(self.path(name), "rb")))
         return open(self.path(name), "rb")
 
-    def size(self, name: str) -> int:
-        """The bytes of a file. Raises `OSError`, also where the server does not say."""
-        if self.url is None:
-            return os.stat(self.path(name)).st_size
-        size = self.asked(lambda: self._connect().info(self.path(name))).get("size")
-        if size is None:
-            raise OSError("the server does not tell its size")
-        return size
+    def facts(self, name: str) -> tuple[int, str]:
+        """The bytes of a file, and text that changes with its content, by its time or what the server says.
 
-    def stamp(self, name: str) -> str:
-        """Text that changes with a file's content, by its size and time or what the server says."""
-        if self.url is not None:
-            info = self.asked(lambda: self._connect().info(self.path(name)))
-            return repr(
-                [info.get(field) for field in ("size", "ETag", "etag", "LastModified", "mtime", "created")]
-            )
-        found = os.stat(self.path(name))
-        return f"{found.st_size} {found.st_mtime_ns}"
+        Raises `OSError`, also where the server does not tell the size.
+        """
+        if self.url is None:
+            found = os.stat(self.path(name))
+            return found.st_size, f"{found.st_size} {found.st_mtime_ns}"
+        info = self.asked(lambda: self._connect().info(self.path(name)))
+        if (size := info.get("size")) is None:
+            raise OSError("the server does not tell its size")
+        return size, repr([info.get(field) for field in _STAMPS])
 
     def names(self) -> list[str]:
         """Names of the files in the folder and in the folders in it, sorted, without hidden ones. Raises `OSError`."""
-        root = Path(self.root)
-        inside = [path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)]
-        paths = [path for folder in (root, *inside) for path in folder.iterdir() if not is_hidden(path.name)]
-        return sorted(str(path.relative_to(root)) for path in paths if path.is_file())
+        here = _visible(self.root)
+        below = [entry for folder in here if folder.is_dir() for entry in _visible(folder.path)]
+        return sorted(os.path.relpath(entry, self.root) for entry in (*here, *below) if entry.is_file())
 
     def asked(self, ask: Callable[[], T]) -> T:
         """What a server or the disk answers. Raises `OSError`, also for what servers' own libraries raise."""
@@ -128,6 +122,12 @@ class Files:
             except (ImportError, ValueError) as error:
                 raise UserError(f"--root {self.root}: {error}") from error
         return self._system
+
+
+def _visible(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What is in a folder, without hidden files; of a million names it asks the disk for nothing more."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not is_hidden(entry.name)]
 
 
 class _Opened:

@@ -16,26 +16,25 @@ import numpy as np
 from numpy.lib.format import read_array
 
 from utils.checkpoint.archive import write_atomic
-from utils.data.image_file import is_hidden
-from utils.data.images import Images, short_digest
+from utils.data.image_file import is_8_bit_png, is_hidden
+from utils.data.images import PARTS, Images, short_digest
 from utils.data.shards.files import Files, url_of
 from utils.data.shards.index import (
-    ENTRY,
     MANIFEST,
     UNFINISHED,
     Manifest,
     Shard,
+    as_npy,
     check_entries,
+    fits,
     index_name,
     manifest_of,
+    samples_of,
     scan,
     split,
 )
 from utils.errors import UserError
 from utils.text import some_names
-
-PARTS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}, "test": {"test", "testing"}}
-"""Parts of a set, and words of which one is in the names of its files where no manifest says so."""
 
 HEADER = tarfile.BLOCKSIZE  # bytes before a member's data
 _VERSION = 1  # of the indexes in the cache
@@ -102,8 +101,8 @@ class ShardImages(Images):
 
     def largest_value(self, index: int) -> int | None:
         with contextlib.suppress(OSError):
-            if self._member(index, 25)[1].startswith(b"\x89PNG") and self._member(index, 25)[1][-1] != 16:
-                return None  # its bits; what follows is not needed
+            if is_8_bit_png(self._member(index, 25)[1]):
+                return None
         return super().largest_value(index)
 
     def kind(self, index: int) -> str:
@@ -231,7 +230,7 @@ def _with_manifest(files: Files, manifest: Manifest, part: str) -> ShardImages:
 def _check_size(files: Files, shard: Shard) -> None:
     path = files.path(shard.file)
     try:
-        size = files.size(shard.file)
+        size, _ = files.facts(shard.file)
     except OSError as error:
         raise UserError(
             f"the shard {path} cannot be read ({error.strerror}): fetch it or make the shards again"
@@ -305,18 +304,19 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
     """The shards and the entries of tar files without a manifest, from the cache where they have not changed."""
     from tqdm import tqdm
 
-    shown = f"the shard {files.path(names[0])}"
+    shown = ""
     try:
-        stamps = []
+        sizes, stamps = [], []
         for name in names:
             shown = f"the shard {files.path(name)}"
-            stamps.append(f"{files.path(name)} {files.stamp(name)}")
+            size, stamp = files.facts(name)
+            sizes.append(size)
+            stamps.append(f"{files.path(name)} {stamp}")
         key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:32]
         folder = cache_folder()
         cached = folder / f"{_VERSION}-{key}.npy" if folder else None
         entries = _cached(cached)
-        sizes = [files.size(name) for name in names]
-        if entries is None or not _fits(entries, sizes):
+        if entries is None or not fits(entries, sizes):
             parts = []
             for number, name in enumerate(tqdm(names, unit="shard", desc="reading headers", disable=None)):
                 shown = f"the shard {files.path(name)}"
@@ -325,25 +325,12 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
             _keep(cached, entries)
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror or error}") from error
-    counts = np.bincount(entries["shard"], minlength=len(names)).tolist()
+    counts = samples_of(entries, len(names))
     shards = [
         Shard(file=name, samples=count, bytes=size, sha256="")
         for name, count, size in zip(names, counts, sizes, strict=True)
     ]
     return shards, entries
-
-
-def _fits(entries: np.ndarray, sizes: Sequence[int]) -> bool:
-    """Whether entries from the cache belong to tar files of these sizes."""
-    if (
-        entries.dtype != ENTRY
-        or entries.ndim != 1
-        or not len(entries)
-        or entries["shard"].max() >= len(sizes)
-    ):
-        return False
-    ends = entries["offset"] + entries["size"]
-    return entries["label"].min() >= 0 and bool((ends <= np.array(sizes)[entries["shard"]]).all())
 
 
 def _scan(files: Files, name: str, number: int) -> np.ndarray:
@@ -374,7 +361,5 @@ def _keep(path: Path | None, entries: np.ndarray) -> None:
     """Keep an index for the next run; where that is not possible it is made anew each time."""
     if path is None:
         return
-    data = io.BytesIO()
-    np.save(data, entries, allow_pickle=False)
     with contextlib.suppress(UserError):
-        write_atomic(path, data.getbuffer())
+        write_atomic(path, as_npy(entries))

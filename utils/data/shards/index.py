@@ -6,6 +6,7 @@ as text. This is the naming of WebDataset, which DALI reads too; other members o
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -232,21 +233,41 @@ def _label(text: bytes, name: str, key: str) -> int:
     return int(digits)
 
 
-def check_entries(entries: Any, shards: Sequence[Shard], classes: int, where: str) -> np.ndarray:
-    """Return entries that were read from a file, when they fit the shards. Raises `UserError` otherwise."""
-    fits = (
-        isinstance(entries, np.ndarray) and entries.dtype == ENTRY and entries.ndim == 1 and len(entries) > 0
+def samples_of(entries: np.ndarray, shards: int) -> list[int]:
+    """How many samples each of so many tar files has."""
+    return np.bincount(entries["shard"], minlength=shards).tolist()
+
+
+def fits(entries: np.ndarray, sizes: Sequence[int]) -> bool:
+    """Whether an array that was read from a file has samples that lie in tar files of these bytes."""
+    if (
+        entries.dtype != ENTRY
+        or entries.ndim != 1
+        or not len(entries)
+        or entries["shard"].max() >= len(sizes)
+    ):
+        return False
+    ends = entries["offset"] + entries["size"]
+    return bool(
+        entries["label"].min() >= 0
+        and entries["offset"].min() >= tarfile.BLOCKSIZE
+        and (ends <= np.array(sizes)[entries["shard"]]).all()
     )
-    if fits := fits and entries["shard"].max() < len(shards):
-        counts = np.bincount(entries["shard"], minlength=len(shards))
-        sizes = np.array([shard.bytes for shard in shards])
-        fits = (
-            counts.tolist() == [shard.samples for shard in shards]
-            and entries["label"].min() >= 0
-            and entries["label"].max() < classes
-            and entries["offset"].min() >= tarfile.BLOCKSIZE
-            and bool((entries["offset"] + entries["size"] <= sizes[entries["shard"]]).all())
-        )
-    if not fits:
+
+
+def as_npy(entries: np.ndarray) -> memoryview:
+    """The file of an index."""
+    data = io.BytesIO()
+    np.save(data, entries, allow_pickle=False)
+    return data.getbuffer()
+
+
+def check_entries(entries: np.ndarray, shards: Sequence[Shard], classes: int, where: str) -> np.ndarray:
+    """Return entries that were read from a file, when they fit the shards. Raises `UserError` otherwise."""
+    if (
+        not fits(entries, [shard.bytes for shard in shards])
+        or entries["label"].max() >= classes
+        or samples_of(entries, len(shards)) != [shard.samples for shard in shards]
+    ):
         raise UserError(f"{where} is damaged or belongs to other shards: make the shards again")
     return entries

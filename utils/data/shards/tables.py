@@ -49,9 +49,6 @@ class ListedImages(Images):
     def key(self, index: int) -> str:
         return os.path.splitext(self._paths[index])[0]
 
-    def kind(self, index: int) -> str:
-        return os.path.splitext(self._paths[index])[1].lower().removeprefix(".")
-
     def digest(self) -> str:
         return short_digest("\n".join(self._paths).encode(errors="surrogateescape") + self.target.tobytes())
 
@@ -160,9 +157,6 @@ class ParquetImages(Images):
         path = cell.get("path") if isinstance(cell, dict) else None
         return os.path.splitext(path)[0] if path else f"{self._paths[int(self._rows[index][0])].stem}/{index}"
 
-    def kind(self, index: int) -> str:
-        return "jpg"
-
     def digest(self) -> str:
         names = "\n".join(f"{path.name} {path.stat().st_size}" for path in self._paths)
         return short_digest(names.encode() + self.target.tobytes())
@@ -219,33 +213,28 @@ def open_parquet(paths: Sequence[Path]) -> dict[str, Images]:
             raise UserError(
                 f"{_where(paths)}: the labels {some_names(unknown)} are none of the classes that are named"
             )
-    # A single file need not say what it is for.
-    found = sorted_into_parts([path.name for path in paths], _where(paths)) if len(paths) > 1 else None
+    files = {path.name: path for path in paths}
+    if len(paths) == 1 and not part_of(paths[0].name):  # a single file need not say what it is for
+        found = {"train": [*files]}
+    else:
+        found = sorted_into_parts([*files], _where(paths))
     parts: dict[str, Images] = {}
-    for part in ("train", "val"):
-        of_part = list(paths) if found is None and part == _part_of_one(paths[0]) else []
-        if found is not None:
-            of_part = [path for path in paths if path.name in found.get(part, ())]
-        if of_part:
-            rows = [
-                (n, g, row)
-                for n, path in enumerate(of_part)
-                for g, size in enumerate(sizes[path])
-                for row in range(size)
-            ]
-            target = np.array([numbers[value] for path in of_part for value in labels[path]], np.int64)
-            parts[part] = ParquetImages(of_part, np.array(rows, np.int64), target, classes)
+    for part, chosen in found.items():
+        of_part = [files[name] for name in chosen]
+        rows = [
+            (n, g, row)
+            for n, path in enumerate(of_part)
+            for g, size in enumerate(sizes[path])
+            for row in range(size)
+        ]
+        target = np.array([numbers[value] for path in of_part for value in labels[path]], np.int64)
+        parts[part] = ParquetImages(of_part, np.array(rows, np.int64), target, classes)
     return parts
 
 
 def _where(paths: Sequence[Path]) -> Path:
     """What files have in common, for messages."""
     return paths[0] if len(paths) == 1 else paths[0].parent
-
-
-def _part_of_one(path: Path) -> str:
-    """The part of a file that is alone: training images unless its name says otherwise."""
-    return "val" if part_of(path.name) in ("val", "test") else "train"
 
 
 def _check_columns(path: Path, schema: Any) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 from collections import deque
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.checkpoint.archive import write_atomic
+from utils.checkpoint.archive import atomic, write_atomic
 from utils.data.image_file import (
     DECODE_ERRORS,
     PLAIN,
@@ -30,7 +29,7 @@ from utils.data.image_file import (
     values_of,
 )
 from utils.data.images import Images
-from utils.data.shards.index import LABEL, MANIFEST, UNFINISHED, Manifest, Shard, index_name, scan
+from utils.data.shards.index import LABEL, MANIFEST, UNFINISHED, Manifest, Shard, as_npy, index_name, scan
 from utils.errors import UserError
 from utils.text import printable, some_names
 
@@ -167,9 +166,7 @@ def _write_parts(
                     Shard(file=path.name, samples=len(found), bytes=path.stat().st_size, sha256=digest)
                 )
                 entries.append(found)
-            data = io.BytesIO()
-            np.save(data, np.concatenate(entries), allow_pickle=False)
-            write_atomic(folder / index_name(part), data.getbuffer())
+            write_atomic(folder / index_name(part), as_npy(np.concatenate(entries)))
             written[part] = tuple(shards)
     return written
 
@@ -225,12 +222,12 @@ def _begin(folder: Path, wanted: str, force: bool) -> None:
                     raise UserError(
                         f"{folder / name} cannot be removed ({reason_of(error)}): name another folder"
                     ) from error
-    for left in folder.glob(".*.tar.part"):
+    for left in folder.glob(".*.tar.*.tmp"):  # of a process that was killed
         left.unlink()
     write_atomic(unfinished, wanted.encode())
 
 
-_OURS = re.compile(r"\.?(train|val)-\d{6}\.tar(\.part)?")
+_OURS = re.compile(r"(train|val)-\d{6}\.tar")
 
 
 def _order(images: Images, part: str) -> np.ndarray:
@@ -257,10 +254,8 @@ def _samples(
                 kind = _KINDS.get(str(image.format), "")
                 if not kind:  # GIF and JPEG 2000, which not all readers of shards know
                     deep = has_16_bits(image)
-                    data, kind = (
-                        _png(Image.fromarray(values_of(image, data)) if deep else decode(data, PLAIN)),
-                        "png",
-                    )
+                    pixels = Image.fromarray(values_of(image, data)) if deep else decode(data, PLAIN)
+                    data, kind = _png(pixels), "png"
         except DECODE_ERRORS as error:
             raise UserError(
                 f"cannot read the image {printable(images.name(number))} ({reason_of(error)}): replace or remove it; "
@@ -279,28 +274,14 @@ def _samples(
 
 
 def _write(path: Path, samples: Iterator[Sample], progress: Callable[[int], object]) -> None:
-    """Write a shard under another name, and rename it when it is whole."""
-    unfinished = path.with_name(f".{path.name}.part")
+    """Write a shard."""
     used: set[str] = set()
-    try:
-        with unfinished.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for key, kind, label, data in samples:
-                    key = _free(re.sub(r"[^A-Za-z0-9_/-]+", "_", key)[-_KEY:].strip("/") or "image", used)
-                    _add(tar, f"{key}.{kind}", data)
-                    _add(tar, f"{key}.{LABEL}", str(label).encode())
-                    progress(1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written ({reason_of(error)}); make room or name another folder"
-        ) from error
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with atomic(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, kind, label, data in samples:
+            key = _free(re.sub(r"[^A-Za-z0-9_/-]+", "_", key)[-_KEY:].strip("/") or "image", used)
+            _add(tar, f"{key}.{kind}", data)
+            _add(tar, f"{key}.{LABEL}", str(label).encode())
+            progress(1)
 
 
 def _free(key: str, used: set[str]) -> str:
