@@ -125,7 +125,7 @@ def test_an_unreadable_image_leaves_no_part_of_a_shard(photos: Path, tmp_path: P
     ):
         make(photos, tmp_path / "shards")
     assert (
-        not list((tmp_path / "shards").glob("*.part"))
+        not list((tmp_path / "shards").glob(".*"))
         and not (tmp_path / "shards" / "manifest.json").exists()
     )
 
