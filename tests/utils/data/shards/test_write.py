@@ -124,10 +124,7 @@ def test_an_unreadable_image_leaves_no_part_of_a_shard(photos: Path, tmp_path: P
         UserError, match=r"cannot read the image .*bee/1.jpg \(no image\): replace or remove it"
     ):
         make(photos, tmp_path / "shards")
-    assert (
-        not list((tmp_path / "shards").glob(".*"))
-        and not (tmp_path / "shards" / "manifest.json").exists()
-    )
+    assert not list((tmp_path / "shards").glob(".*")) and not (tmp_path / "shards" / "manifest.json").exists()
 
 
 def test_a_class_that_is_missing_in_a_part(photos: Path, tmp_path: Path) -> None:
