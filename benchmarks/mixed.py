@@ -1,13 +1,13 @@
-"""Compares bits of each layer that a plan chose with the same bits everywhere, and writes the table of docs/mixed.md.
+"""Compares bits of each layer that were planned or learned with the same bits everywhere, for docs/mixed.md.
 
-    python benchmarks/mixed.py                       # glyphs, seeds 1-3: full precision, uniform and planned bits
-    python benchmarks/mixed.py --ends full           # without uniform networks of 8 bits at their ends
-    python benchmarks/mixed.py --dataset digits --quick      # images of 8 pixels
+    python benchmarks/mixed.py                       # glyphs, seeds 1-3: full precision and the three choices of bits
+    python benchmarks/mixed.py --dataset digits
 
 All networks of a seed start from its network in full precision and have the recipe of `benchmarks/digits.py`. Uniform
 networks keep their first and last layer in full precision, as is usual, or at 8 bits, as in LSQ's paper; each plan may
-take no more bytes for all weights than the uniform network beside it. Finished trainings are not repeated, except with
-`--fresh`.
+take no more bytes for all weights than the uniform network beside it. Bits are also learned by
+`benchmarks/learned_bits.py`, at the sizes of the networks with full precision at their ends. Finished trainings are not
+repeated, except with `--fresh`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import digits
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = digits.ROOT
 sys.path.insert(0, str(ROOT))  # the project is no package
@@ -37,6 +41,7 @@ KEYWORDS = "dorefa,lsq"
 WIDTHS = (3, 2)
 ENDS = {"full": "", "8": "--first_last_bit 8"}  # the first and the last layer of uniform networks
 SAID = {"full": "in full precision", "8": "at 8 bits"}
+CHOICES = ("uniform", "planned", "learned")  # how the bits of the layers were found
 TRIED = "8,6,5,4,3,2"  # bits that a plan may choose
 GOAL = {3: 0.7, 2: 1.5}  # points above the uniform network
 
@@ -49,7 +54,7 @@ class Outcome:
         seed: of it.
         bits: of the uniform network whose size it has.
         ends: how the uniform network's first and last layer are.
-        planned: whether a plan chose its bits.
+        choice: how its bits were found, one of CHOICES.
         top1: percent, after the last epoch.
         bytes: of all weights.
         bit_operations: of one image.
@@ -60,7 +65,7 @@ class Outcome:
     seed: int
     bits: int
     ends: str
-    planned: bool
+    choice: str
     top1: float
     bytes: int
     bit_operations: int
@@ -84,78 +89,83 @@ def sensitivity(case: str, network: str, fresh: bool) -> Path:
 
 def tool(*words: str) -> None:
     """A job of tools.py."""
+    python("tools.py", "--keyword", *words)
+
+
+def python(*argv: str) -> None:
+    """A program of this repository, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "tools.py", "--keyword", *words]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{shlex.join(argv[1:])}\nfailed:\n{done.stderr}")
+        raise SystemExit(f"{shlex.join(argv)}\nfailed:\n{done.stderr}")
 
 
-def of_seed(
-    setup: str, seed: int, wanted: Sequence[str], fresh: bool
-) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
-    """Top-1 in full precision, the uniform and the planned networks, and the rank correlations."""
+def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
+    """Top-1 in full precision, the networks with quantizers, and the rank correlations."""
     start = f"mixed-{setup}-fp-{seed}"
     full, _ = trained(setup, start, seed, "", digits.FULL, fresh)
     record = sensitivity(start, full["network"], fresh)
-    found = []
+    found: list[Outcome] = []
     for bits in WIDTHS:
-        for ends in wanted:
-            name, option = f"mixed-{setup}-{bits}-{digits.slug(SAID[ends])}", ENDS[ends]
-            tune = f"{digits.TUNE} {digits.bits(bits)} --pretrained {start}-checkpoint.pth.tar"
-            uniform = outcome(
-                setup, f"{name}-uniform-{seed}", seed, f"{tune} {option}", bits, ends, False, fresh
-            )
-            file = ROOT / "exp" / start / f"{name}.yaml"
-            words = ("plan", "--old", str(record), "--new", str(file), "--force")
-            tool(*words, "--budget_size", f"{uniform.bytes}B")
-            file = file.rename(file.with_stem(f"{name}-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"))
-            option = f"--layer_bits {file.relative_to(ROOT)}"  # another plan is another command
-            planned = outcome(
-                setup, f"{name}-planned-{seed}", seed, f"{tune} {option}", bits, ends, True, fresh
-            )
-            found += [uniform, planned]
+        tune = f"{digits.TUNE} {digits.bits(bits)} --pretrained {start}-checkpoint.pth.tar"
+        for ends in ENDS:
+            name, size = f"mixed-{setup}-{bits}-{digits.slug(SAID[ends])}", 0
+            for choice in CHOICES if ends == "full" else CHOICES[:2]:
+                option = ENDS[ends]
+                if choice != "uniform":
+                    file = layer_bits(choice, record, f"{name}-{choice}", size, seed, fresh)
+                    option = f"--layer_bits {file.relative_to(ROOT)}"
+                case = f"{name}-{choice}-{seed}"
+                summary, command = trained(setup, case, seed, KEYWORDS, f"{tune} {option}", fresh)
+                size = size or summary["weight_bytes"]
+                outcome = Outcome(
+                    seed=seed, bits=bits, ends=ends, choice=choice, top1=summary["last_top1"],
+                    bytes=summary["weight_bytes"], bit_operations=summary["bit_operations"],
+                    layers={layer["name"]: layer["weight_bits"] for layer in summary["layers"]}, command=command,
+                )  # fmt: skip
+                found.append(outcome)
     return full["last_top1"], found, sensitivity_record.read(record).correlations()
 
 
-def outcome(
-    setup: str, case: str, seed: int, options: str, bits: int, ends: str, planned: bool, fresh: bool
-) -> Outcome:
-    """A network with quantizers."""
-    summary, command = trained(setup, case, seed, KEYWORDS, options, fresh)
-    layers = {layer["name"]: layer["weight_bits"] for layer in summary["layers"]}
-    return Outcome(
-        seed=seed, bits=bits, ends=ends, planned=planned, top1=summary["last_top1"], bytes=summary["weight_bytes"],
-        bit_operations=summary["bit_operations"], layers=layers, command=command,
-    )  # fmt: skip
+def layer_bits(choice: str, record: Path, name: str, size: int, seed: int, fresh: bool) -> Path:
+    """The file with the bits of each layer, planned or learned, within so many bytes; other bits are another name."""
+    file = record.parent / f"{name}.yaml"
+    if choice == "planned":
+        tool("plan", "--old", str(record), "--new", str(file), "--force", "--budget_size", f"{size}B")
+    elif fresh or not file.exists():
+        words = ("--record", str(record), "--bytes", str(size), "--seed", str(seed))
+        python("benchmarks/learned_bits.py", *words, "--new", str(file))
+    text = file.read_bytes()
+    copy = file.with_stem(f"{file.stem}-{hashlib.sha256(text).hexdigest()[:8]}")
+    copy.write_bytes(text)
+    return copy
 
 
 def table(full: Sequence[float], found: Sequence[Outcome]) -> list[str]:
-    """A row for each uniform network and its plan, means over the seeds."""
+    """A row for each number of bits, ends and choice, means over the seeds; gains are to the uniform network."""
+    yardstick: Sequence[float] = ()
     lines = [
-        "| bits w/a | first and last layer | KiB | top-1 %, uniform | lowest - highest | top-1 %, planned "
-        "| lowest - highest | gain, points | lowest - highest | goal | reached | million bit operations: uniform "
-        "| planned |",
-        "|" + "---|" * 13,
+        "| size of bits w/a | first and last layer | bits | KiB | top-1 % | lowest - highest | gain, points "
+        "| lowest - highest | goal | reached | million bit operations |",
+        "|" + "---|" * 11,
     ]
-    for bits in WIDTHS:
-        for ends in dict.fromkeys(o.ends for o in found):
-            mine = [o for o in found if (o.bits, o.ends) == (bits, ends)]
-            uniform, planned = ([o for o in mine if o.planned is one] for one in (False, True))
-            gains = [b.top1 - a.top1 for a, b in zip(uniform, planned, strict=True)]
-            cells = [f"{bits}/{bits}", SAID[ends], f"{uniform[0].bytes / 1024:.1f}"]
-            for values in ([o.top1 for o in uniform], [o.top1 for o in planned], gains):
-                sign = "+" if values is gains else ""
-                cells += [
-                    f"{statistics.mean(values):{sign}.2f}",
-                    f"{min(values):{sign}.2f} - {max(values):{sign}.2f}",
-                ]
-            goal = "" if ENDS[ends] else f"{GOAL[bits]:+.1f}"
-            reached = "" if ENDS[ends] else ("yes" if statistics.mean(gains) >= GOAL[bits] else "no")
-            operations = [
-                f"{statistics.mean(o.bit_operations for o in each) / 1e6:.0f}" for each in (uniform, planned)
-            ]
-            lines.append(f"| {' | '.join([*cells, goal, reached, *operations])} |")
+    for bits, ends, choice in dict.fromkeys((o.bits, o.ends, o.choice) for o in found):
+        mine = [o for o in found if (o.bits, o.ends, o.choice) == (bits, ends, choice)]
+        cells = [f"{bits}/{bits}", SAID[ends], choice, f"{statistics.mean(o.bytes for o in mine) / 1024:.1f}"]
+        top1 = [o.top1 for o in mine]
+        cells += [f"{statistics.mean(top1):.2f}", f"{min(top1):.2f} - {max(top1):.2f}"]
+        if choice == "uniform":
+            yardstick = top1
+            cells += [""] * 4
+        else:
+            gains = [mine - other for mine, other in zip(top1, yardstick, strict=True)]
+            gain, goal = statistics.mean(gains), GOAL[bits] if ends == "full" else None
+            cells += [f"{gain:+.2f}", f"{min(gains):+.2f} - {max(gains):+.2f}"]
+            cells += ["", ""] if goal is None else [f"{goal:+.1f}", "yes" if gain >= goal else "no"]
+        cells.append(f"{statistics.mean(o.bit_operations for o in mine) / 1e6:.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     whole = f"{statistics.mean(full):.2f} ({min(full):.2f} - {max(full):.2f})"
     return [f"In full precision: {whole}.", "", *lines]
 
@@ -166,21 +176,20 @@ def draw(full: Sequence[float], found: Sequence[Outcome], path: Path, title: str
 
     figure = Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    looks = {"full": ("o", "#0072b2"), "8": ("^", "#009e73")}
-    for planned in (False, True):
-        for ends in dict.fromkeys(o.ends for o in found):
-            mine = [o for o in found if (o.planned, o.ends) == (planned, ends)]
-            marker, colour = ("s", "#d55e00") if planned else looks[ends]
-            label = "planned" if planned else f"uniform, first and last layer {SAID[ends]}"
-            shown = None if planned and ends != found[0].ends else label
-            axes.plot(
-                [o.bytes / 1024 for o in mine],
-                [o.top1 for o in mine],
-                marker,
-                color=colour,
-                alpha=0.7,
-                label=shown,
-            )
+    looks = {
+        "full": ("o", "#0072b2"),
+        "8": ("^", "#009e73"),
+        "planned": ("s", "#d55e00"),
+        "learned": ("D", "#cc79a7"),
+    }
+    for key in dict.fromkeys((o.choice, o.ends if o.choice == "uniform" else "") for o in found):
+        choice, ends = key
+        mine = [o for o in found if o.choice == choice and ends in ("", o.ends)]
+        marker, colour = looks[ends or choice]
+        axes.plot(
+            [o.bytes / 1024 for o in mine], [o.top1 for o in mine], marker, color=colour, alpha=0.7,
+            label=f"uniform, first and last layer {SAID[ends]}" if ends else choice,
+        )  # fmt: skip
     axes.axhline(statistics.mean(full), color="black", linewidth=0.8, label="full precision")
     axes.set_xlabel("KiB of all weights")
     axes.set_ylabel("top-1 (%)")
@@ -189,11 +198,19 @@ def draw(full: Sequence[float], found: Sequence[Outcome], path: Path, title: str
     axes.legend(frameon=False)
     figure.savefig(path.with_name(f"{path.stem}-size.png"))
 
-    plans = [o for o in found if o.planned and o.seed == found[0].seed and not ENDS[o.ends]]
-    names = list(plans[0].layers)
-    figure = Figure(figsize=(0.4 * len(names) + 1.5, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for number, plan in enumerate(plans):
+    mine = [o for o in found if o.seed == found[0].seed and o.ends == "full"]
+    names = list(mine[0].layers)
+    figure = Figure(figsize=(0.4 * len(names) + 1.5, 6), dpi=120, layout="constrained")
+    for axes, choice in zip(figure.subplots(2, sharex=True), CHOICES[1:], strict=True):
+        bars(axes, [o for o in mine if o.choice == choice], choice)
+    figure.suptitle(f"{title}: bits of seed {found[0].seed}")
+    figure.savefig(path.with_name(f"{path.stem}-bits.png"))
+
+
+def bars(axes: Axes, found: Sequence[Outcome], choice: str) -> None:
+    """The bits of each layer."""
+    names = list(found[0].layers)
+    for number, plan in enumerate(found):
         places = [place + 0.4 * number - 0.2 for place in range(len(names))]
         values = [plan.layers[name] for name in names]
         axes.bar(
@@ -204,10 +221,8 @@ def draw(full: Sequence[float], found: Sequence[Outcome], path: Path, title: str
             color=("#0072b2", "#d55e00")[number],
         )
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-    axes.set_ylabel("bits of weight and input")
-    axes.set_title(f"{title}: plans of seed {plans[0].seed}")
+    axes.set_ylabel(f"bits of weight and input, {choice}")
     axes.legend(frameon=False)
-    figure.savefig(path.with_name(f"{path.stem}-bits.png"))
 
 
 def main() -> int:
@@ -217,21 +232,11 @@ def main() -> int:
     )
     digits.add_arguments(parser)
     parser.set_defaults(dataset="glyphs")
-    parser.add_argument(
-        "--ends", choices=tuple(ENDS), nargs="+", default=list(ENDS), help="of uniform networks"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small images or a narrow network, as the quick table of digits.py",
-    )
     options = parser.parse_args()
 
-    setup = f"{options.dataset}-{'quick' if options.quick else 'all'}"
+    setup = f"{options.dataset}-all"
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(
-            pool.map(lambda seed: of_seed(setup, seed, options.ends, options.fresh), options.seeds)
-        )
+        results = list(pool.map(lambda seed: of_seed(setup, seed, options.fresh), options.seeds))
     full, found = [result[0] for result in results], [o for result in results for o in result[1]]
     lines = table(full, found)
     lines += ["", "Rank correlations over the layers, lowest and highest of the seeds:", ""]
