@@ -43,7 +43,7 @@ WORDS: dict[str, Word] = {
     "report": Word(runs.report, ("runs",), ("output", "force")),
     "verbose": Word(checkpoints.verbose, ("old",), ("verbose_list",)),
     "load": Word(checkpoints.load, ("old",)),
-    "save": Word(checkpoints.save, ("old", "new"), ("raw", "force")),
+    "save": Word(checkpoints.save, ("old", "new"), ("raw", "earlier_names", "force")),
     "update": Word(checkpoints.update, ("old", "new", "mf", "mt"), ("raw", "force")),
     "swap": Word(checkpoints.swap, ("old", "new", "mf", "mt"), ("raw", "force")),
     "sort": Word(checkpoints.sort, ("mf", "mt"), ("new_mf", "new_mt", "force")),
@@ -169,6 +169,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         help="the checkpoint to read; predict: or an exported file or page; plan: the record of sensitivity",
     )
     parser.add_argument("--new", type=Path, metavar="FILE", help="the checkpoint to write")
+    parser.add_argument(
+        "--earlier_names", action="store_true",
+        help="save: MobileNets and VGG-Small with the names that they had in an earlier implementation",
+    )  # fmt: skip
     parser.add_argument("--mf", type=Path, metavar="FILE", help="mapping file: names to map from")
     parser.add_argument("--mt", type=Path, metavar="FILE", help="mapping file: names to map to")
     parser.add_argument("--new_mf", type=Path, metavar="FILE", help="default: the --mf name + .sorted")

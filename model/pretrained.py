@@ -19,6 +19,7 @@ from model.quantizers.frame import Quantizer
 from model.quantizers.integers import QuantizedTensor
 from model.trained import check_as_trained, levels_of
 from utils.checkpoint import archive, weights
+from utils.checkpoint.earlier_names import from_earlier
 from utils.checkpoint.weights import LoadReport
 from utils.config.schema import Config, ModelConfig
 from utils.errors import UserError
@@ -182,8 +183,9 @@ def _last_layer(model: nn.Module, classes: int) -> set[str]:
 def network_state(
     payload: Mapping[str, Any], network: nn.Module, config: ModelConfig, source: str
 ) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint under the network's names, see `state_dict_of` and `from_torchvision`."""
-    state = weights.state_dict_of(payload, source=source, names=network.state_dict())
+    """The weights of a checkpoint under the network's names, see `state_dict_of` and the libraries' ones."""
+    own = network.state_dict()
+    state = from_earlier(weights.state_dict_of(payload, source=source, names=own), config.name, own)
     return from_torchvision(state, network, config, source, reverse=_may_be_reverse(payload))
 
 

@@ -11,6 +11,7 @@ from model.convert import Selection, replace
 from model.layers import norms
 from model.networks.grey import take_grey
 from model.networks.resnet import Block, ResNet
+from utils.checkpoint.earlier_names import with_layers
 from utils.config.schema import BlockConfig, ModelConfig, StemConfig
 from utils.errors import UserError
 
@@ -75,7 +76,7 @@ def from_torchvision(
             f"write --keyword imagenet,{ORIGINAL} or --model torchvision:{config.name}"
         )
     layers = _torchvision_layers(network)
-    return {_renamed(name, layers): value for name, value in state.items()}
+    return with_layers(state, layers)  # a file may have entries that our layer lacks, such as a counter
 
 
 def _is_original(config: ModelConfig) -> bool:
@@ -106,13 +107,3 @@ def _torchvision_layers(network: ResNet) -> dict[str, str]:
         layers = [i for i, layer in block.skip.named_children() if layer.state_dict()]
         found |= {f"{place}.downsample.{theirs}": f"{place}.skip.{i}" for theirs, i in enumerate(layers)}
     return found
-
-
-def _renamed(name: str, layers: dict[str, str]) -> str:
-    """A name with that of its layer replaced; a file may have entries that our layer lacks, such as a counter."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        layer = ".".join(parts[:i])
-        if layer in layers:
-            return ".".join([layers[layer], *parts[i:]])
-    return name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from model.layers import factory
@@ -26,6 +28,10 @@ class VGGSmall(nn.Module):
     Raises:
         UserError: when the width leaves no channel, or the size no position.
     """
+
+    obsolete: ClassVar[frozenset[str]] = frozenset(
+        {"bn7"}
+    )  # a norm in published files that follows no convolution
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -259,7 +259,9 @@ def load_weights(
 
     def is_obsolete(name: str) -> bool:
         norm, _, last = name.rpartition(".")
-        return last in obsolete or (last in COUNTERS and f"{norm}.running_mean".removeprefix(".") in own)
+        if not obsolete.isdisjoint(name.split(".")):
+            return True
+        return last in COUNTERS and f"{norm}.running_mean".removeprefix(".") in own
 
     everything = dict.fromkeys((*own, *state))
     for word in scope or ():

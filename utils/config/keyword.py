@@ -175,7 +175,9 @@ def resolve(words: Iterable[str], family: str) -> Resolution:
     warnings = tuple(
         f"the keyword {k.name} has no effect on this network" for k in known if not _acts(k, family)
     )
-    warnings += tuple(f"the keyword {k.name} has no effect: it sets nothing" for k in known if not k.sets)
+    warnings += tuple(
+        f"the keyword {k.name} has no effect: it sets nothing" for k in known if not (k.sets or k.families)
+    )
     warnings += tuple(
         f"the keyword {k.name} has no effect beside {other}"
         for k in known

@@ -40,13 +40,15 @@ _declare(
 )
 _declare(
     "order of a unit",
-    ("cbas", "convolution, norm, activation, skip", _sets(block__order="cbas")),
+    ("cbas", "convolution, norm, activation, skip; MobileNets have no other",
+     {**_sets(block__order="cbas"), "families": ("resnet", "mobilenet")}),
     ("cbsa", "convolution, norm, skip, activation (the original ResNet)", _sets(block__order="cbsa")),
     ("cabs", "convolution, activation, norm, skip (Group-Net)", _sets(block__order="cabs")),
     ("bacs", "norm, activation, convolution, skip (pre-activation)", _sets(block__order="bacs")),
     ("bcas", "norm, convolution, activation, skip", _sets(block__order="bcas")),
+    ("cba", "convolution, norm, activation: vgg_small and nin have no other", {"families": ("classic",)}),
     families=("resnet",),
-)
+)  # fmt: skip
 _declare(
     "skip connection",
     ("origin", "one skip around the whole block, not around every convolution", _sets(block__skip="block")),

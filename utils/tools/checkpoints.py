@@ -69,8 +69,25 @@ def load(options: Options) -> int:
 def save(options: Options) -> int:
     """Write the weights of --old alone to --new."""
     refuse_existing(options, options.new)
-    _, state = _weights(options)
-    return _write(options, {}, state)
+    payload, state = _weights(options)
+    return _write(options, {}, _earlier(payload, state, options) if options.earlier_names else state)
+
+
+def _earlier(payload: dict[str, Any], state: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
+    """The weights with the names of an earlier implementation."""
+    from utils.checkpoint import earlier_names
+
+    config = payload.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    name = model.get("name") if isinstance(model, dict) else None
+    layers = earlier_names.earlier_layers(str(name), state)
+    if not layers:
+        raise UserError(
+            f"--earlier_names: {options.old} is of "
+            f"{'a network that it does not name' if name is None else printable(str(name))}, and only "
+            f"{', '.join(earlier_names.NETWORKS)} had other names: leave it out"
+        )
+    return earlier_names.with_layers(state, layers)
 
 
 def update(options: Options) -> int:

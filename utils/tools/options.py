@@ -50,6 +50,7 @@ class Options:
     image_size: tuple[int, int] | None = None
     force: bool = False
     raw: bool = False
+    earlier_names: bool = False
 
 
 def given_path(path: Path | None) -> Path:

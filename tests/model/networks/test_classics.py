@@ -228,9 +228,9 @@ def test_every_network_has_a_family() -> None:
 
 @pytest.mark.parametrize("model", NAMES)
 def test_words_of_the_resnet_have_no_effect(model: str) -> None:
-    config = read(f"--model {model} --keyword cifar10,cbas,origin,PReLU,instance-norm".split())
+    config = read(f"--model {model} --keyword cifar10,bacs,origin,PReLU,instance-norm".split())
     assert config.warnings == tuple(
-        f"the keyword {word} has no effect on this network" for word in ("cbas", "origin")
+        f"the keyword {word} has no effect on this network" for word in ("bacs", "origin")
     )
 
 

@@ -52,6 +52,11 @@ def model_config(
             "zir: a norm of reverse-bn has no gradient where its scale is zero, so that the blocks' last convolutions "
             "never learn: leave one of the two out"
         )
+    if family == "pytorch" and fields.get("model.norm") == "reverse":
+        warnings.append(
+            f"reverse-bn: the published code ignores it for {given['model']}, whose norms there are plain batch norms; "
+            "here it changes them: leave it out to repeat what was published"
+        )
     if given["base"] > 1 and family not in ("resnet", "own"):
         raise UserError(f"--base {given['base']}: {given['model']} has no branches; use a resnet")
     model = ModelConfig(
