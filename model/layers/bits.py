@@ -5,6 +5,7 @@ The bits are noted on the layers before `build_quantizers` builds the quantizers
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -26,20 +27,32 @@ from utils.config.schema import TAGS, QuantConfig
 from utils.errors import UserError
 from utils.text import printable, some_names
 
-LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+}  # and users'
 ENDS = ("first", "last")
 # Reasons for full precision that an entry overcomes which writes the layer's name out.
 BY_NAME = (*(f"is the {end} layer" for end in ENDS), "is depth-wise")
 _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
+def forms() -> dict[type[nn.Module], type[QuantLayer]]:
+    """The quantized class of each class of layers: `LAYERS`, and those of timm where it has been imported."""
+    if "timm.layers" not in sys.modules:
+        return LAYERS
+    from model.layers import of_timm
+
+    return {**of_timm.FORMS, **LAYERS}
+
+
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
-    """Turn a layer of a class in `LAYERS` into a quantized one without quantizers, in place.
+    """Turn a layer of a class of `forms` into a quantized one without quantizers, in place.
 
     A quantized class only adds quantizers, so that a layer becomes one without a copy; this also keeps hooks and
     shared parameters.
     """
-    layer.__class__ = LAYERS[type(layer)]
+    layer.__class__ = forms()[type(layer)]
     assert isinstance(layer, QuantLayer)
     if isinstance(layer, QuantConv2d):
         layer.padding_after_quant = config.padding_after_quant
@@ -212,7 +225,7 @@ def assign_bits(module: nn.Module, config: QuantConfig, only: Collection[str] | 
             if not quantizes(asked):
                 _refuse_groups(name, groups)
                 continue
-            if type(layer) not in LAYERS:
+            if type(layer) not in forms():
                 source = next(one.source for one in asked.values())
                 raise UserError(
                     f"{source}: {name} is a {type(layer).__name__}, which has no quantized form: leave it out"

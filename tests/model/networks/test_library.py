@@ -200,23 +200,18 @@ def test_weights_of_auxiliary_classifiers_are_passed_over(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "left"),
     [
-        ("test_vit", {"patch_embed.proj": "", "head": ""}),
-        ("efficientnet_lite0", {"conv_stem": "", "classifier": ""}),
-        ("convnext_atto", {"stem.0": "", "head.fc": ""}),
-        ("mobilenetv3_small_050", {"conv_stem": "", "classifier": ""}),
-        ("tf_mobilenetv3_small_minimal_100", {"conv_stem": "Conv2dSame", "classifier": ""}),
+        ("test_vit", {"patch_embed.proj", "head"}),
+        ("efficientnet_lite0", {"conv_stem", "classifier"}),
+        ("convnext_atto", {"stem.0", "head.fc"}),
+        ("mobilenetv3_small_050", {"conv_stem", "classifier"}),
+        ("tf_mobilenetv3_small_minimal_100", {"conv_stem", "classifier"}),
+        ("ghostnet_050", {"conv_stem", "classifier"}),
     ],
 )
-def test_a_network_of_timm(name: str, left: dict[str, str]) -> None:
+def test_a_network_of_timm(name: str, left: set[str]) -> None:
     net = network(f"timm:{name}", f"{LSQ} --num_classes 7 --input_size 64")
     full = full_precision(net)
-    assert set(left) <= set(full)
-    assert all(
-        type(net.get_submodule(layer)).__name__ in ("Conv2dSame", "Conv2d", "Linear") for layer in full
-    )
-    assert {layer for layer in full if type(net.get_submodule(layer)).__name__ != "Conv2dSame"} == {
-        layer for layer, kind in left.items() if not kind
-    }
+    assert {*full} == left
     x = torch.randn(2, 3, 64, 64)
     assert not audit(net, [x]).problems
     logits = net.train()(x)
