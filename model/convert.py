@@ -197,8 +197,9 @@ def quantize(
     for part in (config.fm, config.wt, config.ot):
         if part.enable:
             method_class(part)  # an unknown method is refused before anything has changed
-    order = None if example is None else called(module, *example)[1]
     with undone_on_error(module):
+        bits.call_layers(module)
+        order = None if example is None else called(module, *example)[1]
         report = replace(module, config, select or Selection(), order)
         assign_bits(module, config, report.replaced)
         for name in report.replaced:

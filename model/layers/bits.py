@@ -46,6 +46,14 @@ def forms() -> dict[type[nn.Module], type[QuantLayer]]:
     return {**of_timm.FORMS, **LAYERS}
 
 
+def call_layers(network: nn.Module) -> None:
+    """Let timm's networks call the layers whose weights they would use otherwise."""
+    if "timm.layers" in sys.modules:
+        from model.layers import of_timm
+
+        of_timm.call_layers(network)
+
+
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     """Turn a layer of a class of `forms` into a quantized one without quantizers, in place.
 

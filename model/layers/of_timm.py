@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from timm.layers import Conv2dSame, Linear
 from timm.layers.padding import pad_same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from model.layers.quantized import QuantConv2d, QuantLinear
@@ -49,6 +49,16 @@ class QuantConv2dSame(QuantConv2d, Conv2dSame):
 
 class QuantTimmLinear(QuantLinear, Linear):
     """`QuantLinear` in the place of timm's `Linear`, which computes the same as torch's."""
+
+
+def call_layers(network: nn.Module) -> None:
+    """Let attentions of BEiT, EVA-02 and Swin V2 call their layer `qkv`, to whose result they add the bias then.
+
+    By default they hand its weight to a function, past any quantizer. The results differ by rounding alone.
+    """
+    for module in network.modules():
+        if type(module).__module__.startswith("timm.") and hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True
 
 
 FORMS = {Conv2dSame: QuantConv2dSame, Linear: QuantTimmLinear}

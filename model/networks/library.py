@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import Selection, called, replace
+from model.layers.bits import call_layers
 from model.networks.grey import take_grey
 from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
@@ -101,6 +102,8 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         raise UserError(f"--width_alpha {config.width_alpha}: {config.name} has one width; leave it out")
     try:
         network = SOURCES[source](name, config)
+        if config.quant.enabled:
+            call_layers(network)
         output, order = called(network, torch.zeros(1, config.channels, *sides(config.input_size)))
     except _UNSUITABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__

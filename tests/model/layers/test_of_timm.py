@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from model.convert import full_precision, quantize
 from model.layers import bits
 from model.layers.of_timm import QuantConv2dSame, QuantTimmLinear
-from model.quant import QuantConfig, QuantizerConfig
+from model.quant import QuantConfig, QuantizerConfig, quantizers
+from model.selection import Selection
+from utils.errors import UserError
 
 WT = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
 
@@ -69,6 +71,48 @@ def test_linear() -> None:
     assert type(layer) is QuantTimmLinear
     expected = nn.functional.linear(layer.quant_activation(x), layer.quant_weight(layer.weight), layer.bias)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"]
+)
+def test_attentions_call_their_layer(name: str) -> None:
+    """`qkv` is quantized, gets a gradient, and its bias is still added: without quantizers the result is the same."""
+    torch.manual_seed(0)
+    small = {"depths": (1, 1), "num_heads": (1, 2)} if "swin" in name else {"depth": 1, "num_heads": 2}
+    network = timm.create_model(
+        name,
+        num_classes=4,
+        img_size=32,
+        embed_dim=16,
+        **small,
+        **({"patch_size": 4} if "swin" in name else {}),
+    ).eval()
+    for parameter in network.parameters():  # its biases start at zero
+        nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(2, 3, 32, 32)
+    full = network(x)
+    before = dict(network.state_dict())
+    report = quantize(network, config(half_range=False), example=(x,))
+    attentions = [name for name in report.replaced if name.endswith("qkv")]
+    assert attentions and not any(left.name.endswith("qkv") for left in report.left)
+    network.train()(x).sum().backward()
+    for place in attentions:
+        layer = network.get_submodule(place)
+        assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    for _, quantizer in quantizers(network):
+        quantizer.enabled = False
+    torch.testing.assert_close(network.eval()(x), full, rtol=1e-4, atol=1e-5)
+    assert set(before) <= set(network.state_dict())
+
+
+def test_a_refused_conversion_leaves_attentions_as_they_were() -> None:
+    network = timm.create_model(
+        "beit_base_patch16_224", num_classes=4, img_size=32, embed_dim=16, depth=1, num_heads=2
+    )
+    with pytest.raises(UserError, match="no layer"):
+        quantize(network, config(), select=Selection(include=("nothing",)))
+    assert not network.blocks[0].attn.qkv_bias_separate
 
 
 def test_timm_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
