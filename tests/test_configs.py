@@ -247,7 +247,7 @@ def test_those_for_a_folder_of_images_learn_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand, on computed photographs of four classes; smaller and shorter, for the time that it takes."""
-    made = f"--keyword make-fake-imagenet --root {tmp_path / 'photos'} --num_classes 4 --fake_size 240"
+    made = f"--keyword make-fake-imagenet --root {tmp_path / 'photos'} --num_classes 4 --fake_size 160"
     assert tools.main([*made.split(), "--image_size", "96x80"]) == 0
     monkeypatch.setenv("PHOTOS", str(tmp_path / "photos"))
     configs = {name: 5 if ".xnor." in name else 8 for name in CONFIGS if ".folder." in name}

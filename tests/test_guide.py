@@ -60,7 +60,10 @@ def shell(text: str, folder: Path, environment: dict[str, str]) -> str:
 
 @pytest.mark.slow
 def test_the_way_of_a_newcomer(tmp_path: Path, interpreter: str) -> None:
-    """Every command ends well, and 2 bits are about as good as full precision; the remedies are tried for an epoch."""
+    """Every command ends well, and 2 bits are about as good as full precision.
+
+    The remedies are tried for an epoch, without processes that read images.
+    """
     environment = copy_project(tmp_path, interpreter)
     blocks = steps(1)
     assert [name for name, _ in blocks if name] == ["config/config.photos.fp", "config/config.photos.2bit"]
@@ -69,7 +72,7 @@ def test_the_way_of_a_newcomer(tmp_path: Path, interpreter: str) -> None:
             (tmp_path / name).write_text(text, encoding="utf-8")
         else:
             remedy = r"(2bit --case photos-(?:mse|taught|4bit))"
-            shell(re.sub(remedy, r"\1 --epochs 1 --wakeup_epoch 0", text), tmp_path, environment)
+            shell(re.sub(remedy, r"\1 --epochs 1 --wakeup_epoch 0 -j 0", text), tmp_path, environment)
     summaries = {
         case: json.loads((tmp_path / "exp" / case / "summary.json").read_text(encoding="utf-8"))
         for case in ("photos-fp", "photos-lsq-2bit", "photos-mse", "photos-taught", "photos-4bit")
