@@ -8,7 +8,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.lib.format import read_array
 from utils.checkpoint.archive import write_atomic
 from utils.data.image_file import is_8_bit_png, is_hidden
 from utils.data.images import PARTS, Images, short_digest
+from utils.data.lock import exclusive
 from utils.data.shards.files import Files, url_of
 from utils.data.shards.index import (
     MANIFEST,
@@ -313,16 +314,17 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
             sizes.append(size)
             stamps.append(f"{files.path(name)} {stamp}")
         key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:32]
-        folder = cache_folder()
-        cached = folder / f"{_VERSION}-{key}.npy" if folder else None
-        entries = _cached(cached)
-        if entries is None or not fits(entries, sizes):
-            parts = []
-            for number, name in enumerate(tqdm(names, unit="shard", desc="reading headers", disable=None)):
-                shown = f"the shard {files.path(name)}"
-                parts.append(files.asked(partial(_scan, files, name, number)))
-            entries = np.concatenate(parts)
-            _keep(cached, entries)
+        with _one_index(key) as cached:
+            entries = _cached(cached)
+            if entries is None or not fits(entries, sizes):
+                parts = []
+                for number, name in enumerate(
+                    tqdm(names, unit="shard", desc="reading headers", disable=None)
+                ):
+                    shown = f"the shard {files.path(name)}"
+                    parts.append(files.asked(partial(_scan, files, name, number)))
+                entries = np.concatenate(parts)
+                _keep(cached, entries)
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror or error}") from error
     counts = samples_of(entries, len(names))
@@ -345,6 +347,20 @@ def cache_folder() -> Path | None:
     except RuntimeError:
         return None
     return Path(base) / "lowbit" / "shards"
+
+
+@contextlib.contextmanager
+def _one_index(key: str) -> Iterator[Path | None]:
+    """The file of an index in the cache, which one process of a machine makes while others wait; None without one."""
+    folder = cache_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    if folder is None or not folder.is_dir():
+        yield None
+        return
+    with exclusive(folder, f".{key}.lock"):
+        yield folder / f"{_VERSION}-{key}.npy"
 
 
 def _cached(path: Path | None) -> np.ndarray | None:

@@ -10,7 +10,9 @@ import pickle
 import shutil
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -351,6 +353,35 @@ def test_a_pattern_behind_a_url(served: tuple[str, list[tuple[str, str | None]]]
     ]
     folder = cache_folder()
     assert folder is not None and folder.is_dir()
+
+
+def test_one_process_of_a_machine_reads_the_headers(
+    served: tuple[str, list[tuple[str, str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others wait and take its index; a file system that refuses the cache costs time alone."""
+    url, asked = served
+    pattern = f"{url}/train-{{000000..000002}}.tar"
+
+    def parts_of_files() -> dict[str, int]:
+        return Counter(name for name, part in asked if part is not None)
+
+    images = open_shards(pattern)["train"]
+    alone = parts_of_files()
+    assert len(alone) == 3
+    asked.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    start = threading.Barrier(4)
+
+    def open_together(_: int) -> list[int]:
+        start.wait()
+        return open_shards(pattern)["train"].target.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(open_together, range(4))) == [images.target.tolist()] * 4
+    assert parts_of_files() == alone
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_shards(pattern)["train"].target.tolist() == images.target.tolist()
 
 
 def test_changed_shards_are_listed(copy: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:
