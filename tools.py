@@ -204,7 +204,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )  # fmt: skip
     parser.add_argument(
         "--val_split", type=_share, metavar="SHARE",
-        help="make-shards: the share of each class for validation, of a folder without val/",
+        help="make-shards: the share of each class for validation, of a folder or shards without val",
     )  # fmt: skip
     parser.add_argument("--quality", type=_positive, metavar="Q", help="make-shards: of JPEG; default: 90")
     parser.add_argument(

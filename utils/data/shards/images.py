@@ -109,6 +109,16 @@ class ShardImages(Images):
     def kind(self, index: int) -> str:
         return self._entries["kind"][index].decode()
 
+    def part(self, chosen: np.ndarray) -> ShardImages:
+        """Some of the images, bool [samples], with all classes and shards."""
+        return ShardImages(self.files, self.shards, self._entries[chosen], self.classes)
+
+    def places(self) -> list[bytes]:
+        """The tar file of each image and where it begins there, which tells it from all others."""
+        names = [os.fsencode(shard.file) for shard in self.shards]
+        shards, offsets = self._entries["shard"].tolist(), self._entries["offset"].tolist()
+        return [b"%s %d" % (names[shard], offset) for shard, offset in zip(shards, offsets, strict=True)]
+
     def digest(self) -> str:
         """Of the images' places, sizes and classes."""
         return short_digest(np.ascontiguousarray(self._entries).view(np.uint8).data)
@@ -144,7 +154,7 @@ def check_shards(root: Path, *, val: bool, train: bool) -> dict[str, ShardImages
     found = open_shards(root, [part for part, wanted in (("train", True), ("val", val)) if wanted])
     for part, is_wanted, instead in (
         ("train", train, "only --evaluate without --bn_batches needs none"),
-        ("val", val, "--val_batch_size 0 trains without"),
+        ("val", val, "--val_split 0.1 takes some of each class, --val_batch_size 0 trains without"),
     ):
         if is_wanted and part not in found:
             raise UserError(f"--root {next(iter(found.values())).place} has no shards for {part}: {instead}")

@@ -262,7 +262,7 @@ def test_roots_that_are_no_shards(imagenet: DataConfig, shards: DataConfig, tmp_
         with pytest.raises(UserError, match=reason):
             check_data(replace(shards, root=root))
     for dataset in ("shards", "imagenet", "dali"):
-        with pytest.raises(UserError, match=r"--val_split 0.2 is for folders, and .* has shards"):
+        with pytest.raises(UserError, match=r"--val_split 0.2: .* has shards for validation; leave it out"):
             check_data(replace(shards, dataset=dataset, val_split=0.2))
     with pytest.raises(
         UserError, match=r"--dataset shards needs --root: a folder that make-shards has written"
