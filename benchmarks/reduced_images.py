@@ -1,8 +1,8 @@
 """What reducing images once costs in accuracy: trainings on drawn photographs with and without `--max_side`.
 
 Letters in fonts of matplotlib, in any colour, before a background of coarse and fine texture, so that how an image is
-resized matters. JPEG files have 90 to 230 pixels in the longer side and are reduced to 114, which is to the network's 64
-pixels as 400 is to 224. Both trainings of a seed have the same start and the same batches.
+resized matters. JPEG files have 90 to 230 pixels in the longer side and are reduced to 114, which is to the network's
+64 pixels as 400 is to 224. Both trainings of a seed have the same start and the same batches.
 """
 
 from __future__ import annotations
