@@ -1,6 +1,6 @@
 """What reducing images once costs in accuracy: trainings on drawn photographs with and without `--max_side`.
 
-Letters in fonts of matplotlib, in any colour, before a background of coarse and fine texture, so that how an image is
+Letters in fonts of matplotlib, in light colours, before a background of coarse and fine texture, so that how an image is
 resized matters. JPEG files have 90 to 230 pixels in the longer side and are reduced to 114, which is to the network's
 64 pixels as 400 is to 224. Both trainings of a seed have the same start and the same batches.
 """
@@ -37,11 +37,12 @@ def photograph(letter: str, font: Path, rng: np.random.Generator) -> Image.Image
     for cells in (3, 12, 48):
         noise = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         pixels += np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)) / 3
-    texture = Image.fromarray((pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8))
+    pixels = 40 + 0.5 * pixels + rng.normal(0, 12, pixels.shape)
+    texture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     size = min(width, height) * rng.uniform(0.6, 0.9)
     draw = ImageDraw.Draw(texture)
     place = (width * rng.uniform(0.4, 0.6), height * rng.uniform(0.4, 0.6))
-    colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+    colour = tuple(int(value) for value in rng.integers(200, 256, 3))
     draw.text(place, letter, fill=colour, font=ImageFont.truetype(font, size), anchor="mm")
     return texture
 
@@ -64,7 +65,7 @@ def accuracy(folder: Path, shards: Path, seed: int) -> float:
     case = f"{shards.name}-{seed}"
     line = (
         f"--dataset shards --root {shards} --case {case} --seed {seed} --model resnet20 --width_alpha 0.25 -j 0 "
-        f"--keyword origin,cbas --input_size {INPUT} -b 64 -v 160 --epochs {EPOCHS} --lr 0.1 "
+        f"--keyword origin,cbas --input_size {INPUT} -b 16 -v 160 --epochs {EPOCHS} --lr 0.05 "
         "--lr_policy sgdr --nesterov --weight_decay 5e-4 --wakeup_epoch 1"
     )
     with contextlib.chdir(folder):
