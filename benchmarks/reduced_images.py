@@ -1,7 +1,7 @@
 """What reducing images once costs in accuracy: trainings on drawn photographs with and without `--max_side`.
 
-Letters in fonts of matplotlib, in light colours, before a background of coarse and fine texture, so that how an image is
-resized matters. JPEG files have 90 to 230 pixels in the longer side and are reduced to 114, which is to the network's
+Letters in fonts of matplotlib, in light colours, before a background of coarse and fine texture, so that resizing
+matters. JPEG files have 90 to 230 pixels in the longer side and are reduced to 114, which is to the network's
 64 pixels as 400 is to 224. Both trainings of a seed have the same start and the same batches.
 """
 
