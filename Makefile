@@ -24,7 +24,7 @@ setup: $(SETUP) ## make .venv, with uv where it is installed, otherwise with pip
 
 # An interrupted installation may hold half a package, so it is made anew. One made by hand, for instance with the
 # CPU build of torch, is kept and gets the missing packages.
-$(SETUP): requirement.txt requirement-engines.txt requirement-data.txt requirement.lock
+$(SETUP): requirement.txt requirement-engines.txt requirement-data.txt requirement-track.txt requirement.lock
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo 'make: error: $(PYTHON3) is not Python 3.11 or newer; name one that is: make PYTHON3=python3.12' >&2; \
 	  exit 1; }
@@ -33,7 +33,7 @@ $(SETUP): requirement.txt requirement-engines.txt requirement-data.txt requireme
 	mkdir -p .venv; \
 	rm -f $@; \
 	touch .venv/incomplete; \
-	pinned='-r requirement.txt -r requirement-engines.txt -r requirement-data.txt -c requirement.lock'; \
+	pinned='-r requirement.txt -r requirement-engines.txt -r requirement-data.txt -r requirement-track.txt -c requirement.lock'; \
 	if command -v uv >/dev/null; then \
 	  [[ -x $(BIN)/python ]] || uv venv --quiet --seed --allow-existing --python '$(PYTHON3)' .venv; \
 	  (set -x; uv pip install --python $(BIN)/python $$pinned); \
@@ -76,7 +76,7 @@ format: $(SETUP) ## sort imports and format the code
 lock: ## renew requirement.lock from the requirement files (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 --no-annotate \
 	  --custom-compile-command 'make lock' --output-file requirement.lock \
-	  requirement.txt requirement-engines.txt requirement-data.txt
+	  requirement.txt requirement-engines.txt requirement-data.txt requirement-track.txt
 
 clean: ## remove .venv and caches; trainings in exp/ and weights/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

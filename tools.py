@@ -60,7 +60,7 @@ WORDS: dict[str, Word] = {
     "predict": Word(
         predict.predict,
         ("images", "old"),
-        ("reference", "topk", "batch_size", "output", "ema_weights", "keyword_file", "force"),
+        ("reference", "topk", "batch_size", "output", "to", "ema_weights", "keyword_file", "force"),
     ),
     "verify": Word(
         verify.verify, ("files", "old"), ("root", "threads", "output", "ema_weights", "keyword_file", "force")
@@ -199,7 +199,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )  # fmt: skip
     parser.add_argument(
         "--to", metavar="FORMAT|FOLDER",
-        help=f"export: {', '.join(export.FORMATS)}; make-shards: the folder to write",
+        help=f"export: {', '.join(export.FORMATS)}; make-shards: the folder to write; predict: the folder of the files "
+        "of an evaluation, of images whose classes are known",
     )  # fmt: skip
     parser.add_argument(
         "--max_side", type=_positive, metavar="PIXELS",
@@ -207,7 +208,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )  # fmt: skip
     parser.add_argument(
         "--val_split", type=_share, metavar="SHARE",
-        help="make-shards: the share of each class for validation, of a folder without val/",
+        help="make-shards: the share of each class for validation, of a folder or shards without val",
     )  # fmt: skip
     parser.add_argument("--quality", type=_positive, metavar="Q", help="make-shards: of JPEG; default: 90")
     parser.add_argument(
@@ -253,7 +254,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument(
         "places", nargs="*", type=Path, metavar="RUN|IMAGE|FILE",
-        help="compare, report: folders of runs, exp/CASE; predict: images and folders of them; verify: exported files",
+        help="compare, report: folders of runs, exp/CASE; predict: images, folders, shards or tables of them; "
+        "verify: exported files",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",

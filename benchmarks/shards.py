@@ -2,6 +2,7 @@
 
     python benchmarks/shards.py                  # on generated photographs of 500x375 pixels
     python benchmarks/shards.py --root FOLDER    # on a folder of yours with train/ and val/
+    python benchmarks/shards.py --accuracy       # what --max_side costs in accuracy, see reduced_images.py; minutes
 
 Every round measures each way once, one after the other, so that other load on the machine affects all of them alike; a
 ratio is of two figures of the same round, and the median over the rounds is printed with the quartiles. WebDataset's
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from data import epoch, options
+from reduced_images import cost_in_accuracy
 from torch import Tensor
 
 from utils.config.schema import DataConfig
@@ -172,7 +174,13 @@ def main() -> int:
     """Measure and print the tables."""
     parser = options(__doc__)
     parser.add_argument("--max_side", type=int, default=400, help="pixels, of the reduced set [400]")
+    parser.add_argument("--accuracy", action="store_true", help="train with and without, and nothing else")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the trainings [1 2 3]")
     given = parser.parse_args()
+    if given.accuracy:
+        with tempfile.TemporaryDirectory() as made:
+            print(cost_in_accuracy(Path(made), given.seeds))
+        return 0
     with tempfile.TemporaryDirectory() as made:
         base = Path(made)
         files = given.root or base / "files"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,32 +11,34 @@ from utils.report.sheet import SHOWN, Shown, as_picture, draw_sheet
 from utils.text import format_table, json_lines, printable
 
 if TYPE_CHECKING:
+    from model.deploy.given import Given
     from utils.data.transform import ImageTransform
 
 
 def changes_of(
-    rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], classes: Sequence[str]
+    given: Sequence[Given],
+    rows: Sequence[Mapping[str, Any]],
+    reference: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
 ) -> list[Change]:
     """The images that have another class in `rows` than in `reference`.
 
     Args:
-        rows: of `model.deploy.predict.predictions`.
-        reference: the same of the other network, for the same images.
-        classes: names of the classes. An image is of a class where the folder that it lies in has its name.
+        given: the images.
+        rows: theirs by `model.deploy.predict.rows_of`.
+        reference: the same of the other network.
+        classes: names of the classes.
     """
-    before, known = {row["image"]: row for row in reference}, set(classes)
-    found = []
-    for row in rows:
-        other, folder = before[row["image"]], Path(row["image"]).resolve().parent.name
-        if other["classes"][0] != row["classes"][0]:
-            found.append(
-                Change(
-                    image=row["image"], true=folder if folder in known else None,
-                    reference=other["classes"][0], reference_probability=other["probabilities"][0],
-                    called=row["classes"][0], probability=row["probabilities"][0],
-                )
-            )  # fmt: skip
-    return found
+    known = set(classes)
+    return [
+        Change(
+            image=one.name, true=one.label if one.label in known else None,
+            reference=before["classes"][0], reference_probability=before["probabilities"][0],
+            called=row["classes"][0], probability=row["probabilities"][0],
+        )
+        for one, row, before in zip(given, rows, reference, strict=True)
+        if before["classes"][0] != row["classes"][0]
+    ]  # fmt: skip
 
 
 def as_text(changes: Sequence[Change]) -> str:
@@ -56,15 +58,23 @@ def as_json_lines(changes: Sequence[Change]) -> str:
     return json_lines(change.row for change in changes)
 
 
-def draw_changes(changes: Sequence[Change], transform: ImageTransform, path: Path) -> None:
-    """Draw the images with the reference's highest probabilities; without any, the file is removed."""
+def draw_changes(
+    changes: Sequence[Change],
+    files: Mapping[str, Callable[[], str | bytes]],
+    transform: ImageTransform,
+    path: Path,
+) -> None:
+    """Draw the images with the reference's highest probabilities; without any, the file is removed.
+
+    `files` has what the transform takes, by the names of the images.
+    """
     first = sorted(changes, key=lambda change: -change.reference_probability)[:SHOWN]
     shown = [
         Shown(
             image=one.image,
             title=one.true or "",
             caption=one.caption,
-            picture=as_picture(transform.decoded(one.image)),
+            picture=as_picture(transform.decoded(files[one.image]())),
         )
         for one in first
     ]

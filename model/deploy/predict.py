@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.deploy import changed
+from model.deploy.given import Given, given_images, numbers_of
 from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, kind_of
 from utils.errors import UserError
@@ -28,6 +29,7 @@ from utils.tools.options import Options, given_path, refuse_existing
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from model.deploy.evaluated import Evaluated
     from utils.data.transform import ImageTransform
 
 BATCH = 64  # images
@@ -151,7 +153,7 @@ def open_network(options: Options) -> Predictor:
 
 def predict(options: Options) -> int:
     """Print the most probable classes of images, and of all images below folders, by the network of --old."""
-    output = options.output
+    output, folder = options.output, None if options.to is None else Path(options.to)
     if output is not None:
         if output.suffix not in _FORMATS:
             raise UserError(f"--output {output}: end the file's name in {' or '.join(_FORMATS)}")
@@ -160,28 +162,51 @@ def predict(options: Options) -> int:
         refuse_existing(options, output)
         if options.reference is not None:
             refuse_existing(options, output.with_suffix(".png"))
-    paths = image_paths(options.images or ())
+    if folder is not None and os.path.lexists(folder):
+        if not folder.is_dir():
+            raise UserError(f"--to {folder} is no folder")
+        refuse_existing(options, *folder.iterdir())
+    given = given_images(options.images or ())
     predictor, reference = open_network(options), open_reference(options)
     if reference is not None and (other := {*predictor.classes} ^ {*reference.classes}):
         raise UserError(f"--reference {options.reference} has other classes: {some_names(sorted(other))}")
+    evaluated = None if folder is None else _evaluated(predictor, given, folder)
+    networks = [predictor] if reference is None else [predictor, reference]
     unreadable: list[str] = []
-    size = options.batch_size or BATCH
-    rows = list(predictions(predictor, paths, options.topk or 5, size, unreadable.append))
+    rows: list[dict[str, Any]] = []
+    changes: list[Change] = []
+    for batch, images, logits in batches(networks, given, options.batch_size or BATCH, unreadable.append):
+        found = [rows_of(batch, one, predictor.classes, options.topk or 5) for one in logits]
+        rows += found[0]
+        if reference is not None:
+            changes += changed.changes_of(batch, found[0], found[1], predictor.classes)
+        if evaluated is not None:
+            evaluated.update(batch, images, logits[0], None if reference is None else logits[1])
     if not rows:
         raise UserError(unreadable[0])
-    if reference is not None:
-        before = list(predictions(reference, paths, 1, size, lambda _: None))
-        _print_changes(options, predictor, changed.changes_of(rows, before, predictor.classes), len(rows))
-    elif output is None:
-        print(as_text(rows))
-    else:
+    if folder is not None and evaluated is not None:
+        for line in evaluated.write(folder):
+            print(printable(line))
+        print(printable(f"{folder}: {len(rows)} images"))
+    if reference is not None and (output is not None or folder is None):
+        _print_changes(options, predictor, changes, given, len(rows))
+    elif output is not None:
         from utils.checkpoint import archive  # imports torch
 
         archive.write_atomic(output, _FORMATS[output.suffix](rows).encode("utf-8", "surrogateescape"))
         print(printable(f"{output}: {len(rows)} images"))
+    elif folder is None:
+        print(as_text(rows))
     for line in unreadable:
         print(f"tools.py: {line}", file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _evaluated(predictor: Predictor, given: Sequence[Given], folder: Path) -> Evaluated:
+    from model.deploy.evaluated import Evaluated  # imports torch
+
+    numbers = numbers_of(given, predictor.classes, f"--to {folder}")
+    return Evaluated(predictor.classes, numbers, predictor.transform)
 
 
 def open_reference(options: Options) -> Predictor | None:
@@ -193,7 +218,9 @@ def open_reference(options: Options) -> Predictor | None:
     return open_network(dataclasses.replace(options, old=options.reference, ema_weights=False))
 
 
-def _print_changes(options: Options, predictor: Predictor, changes: Sequence[Change], images: int) -> None:
+def _print_changes(
+    options: Options, predictor: Predictor, changes: Sequence[Change], given: Sequence[Given], images: int
+) -> None:
     """Print the images whose class is not the reference's, or write them, and a sheet of them."""
     output = options.output
     if output is not None:
@@ -202,82 +229,82 @@ def _print_changes(options: Options, predictor: Predictor, changes: Sequence[Cha
         archive.write_atomic(
             output, changed.FORMATS[output.suffix](changes).encode("utf-8", "surrogateescape")
         )
-        changed.draw_changes(changes, predictor.transform, output.with_suffix(".png"))
+        files = {one.name: one.file for one in given}
+        changed.draw_changes(changes, files, predictor.transform, output.with_suffix(".png"))
     elif changes:
         print(changed.as_text(changes))
     print(changes_text(changes, images))
 
 
-def image_paths(places: Sequence[Path]) -> list[Path]:
-    """The images named, and those below the folders named, as the data sets list them.
-
-    Raises:
-        UserError: there is no such file, or no image in a folder.
-    """
-    from torchvision.datasets.folder import is_image_file
-
-    from utils.data.image_file import walk
-
-    found: list[Path] = []
-    for place in places:
-        if not os.path.lexists(place):
-            raise UserError(f"{place}: no such file or folder; name images or folders of images")
-        if not place.is_dir():
-            found.append(place)
-            continue
-        below = [Path(folder, name) for folder, names in walk(place) for name in names if is_image_file(name)]
-        if not below:
-            raise UserError(f"{place} has no image in it or in a folder below it")
-        found += sorted(below)
-    return found
-
-
-def predictions(
-    predictor: Predictor, paths: Sequence[Path], topk: int, batch_size: int, refuse: Callable[[str], object]
-) -> Iterator[dict[str, Any]]:
-    """A row for each image that can be read: its path, and its most probable classes with their probabilities.
+def batches(
+    networks: Sequence[Predictor], given: Sequence[Given], size: int, refuse: Callable[[str], object]
+) -> Iterator[tuple[list[Given], Tensor, list[Tensor]]]:
+    """Run networks of the same classes on the images that can be read.
 
     Args:
-        predictor: the network.
-        paths: the images.
-        topk: how many classes.
-        batch_size: images that are computed together.
+        networks: one or more.
+        given: the images.
+        size: images that are computed together.
         refuse: gets a line about each image that cannot be read.
+
+    Yields:
+        Images; their tensors for the first network, float32 [N, C, H, W]; and the logits of each network in the order
+        of the first one's classes, float32 [N, classes].
     """
     import torch
 
     from utils.report.progress import progress
 
-    topk = min(topk, len(predictor.classes))
-    with progress(paths, len(paths), "images", True) as bar:
-        images = _readable(predictor.transform, bar, refuse)
-        while batch := list(itertools.islice(images, batch_size)):
-            with torch.no_grad():
-                logits = predictor.logits(torch.stack([image for _, image in batch])).float()
-            if logits.shape != (len(batch), len(predictor.classes)):
-                raise UserError(
-                    f"the network puts out values of shape {tuple(logits.shape)} for {len(batch)} images, and its "
-                    f"file names {len(predictor.classes)} classes; export it anew from its checkpoint"
-                )
-            if not logits.isfinite().all():
-                raise UserError(
-                    f"the network puts out values that are not finite, of {batch[0][0]} for example"
-                )
-            best = logits.softmax(1).topk(topk, dim=1)
-            for (path, _), shares, numbers in zip(batch, best.values, best.indices, strict=True):
-                yield {
-                    "image": str(path),
-                    "classes": [predictor.classes[number] for number in numbers.tolist()],
-                    "probabilities": shares.tolist(),
-                }
+    classes = networks[0].classes
+    orders = [[network.classes.index(name) for name in classes] for network in networks]
+    with progress(given, len(given), "images", True) as bar:
+        readable = _readable([network.transform for network in networks], bar, refuse)
+        while batch := list(itertools.islice(readable, size)):
+            chosen = [one for one, _ in batch]
+            logits: list[Tensor] = []
+            inputs = [torch.stack(images) for images in zip(*(tensors for _, tensors in batch), strict=True)]
+            for network, images, order in zip(networks, inputs, orders, strict=True):
+                with torch.no_grad():
+                    found = network.logits(images).float()
+                _check_logits(found, chosen, network)
+                logits.append(found if network.classes == classes else found[:, order])
+            yield chosen, inputs[0], logits
+
+
+def _check_logits(logits: Tensor, given: Sequence[Given], network: Predictor) -> None:
+    if logits.shape != (len(given), len(network.classes)):
+        raise UserError(
+            f"the network puts out values of shape {tuple(logits.shape)} for {len(given)} images, and its "
+            f"file names {len(network.classes)} classes; export it anew from its checkpoint"
+        )
+    if not logits.isfinite().all():
+        raise UserError(f"the network puts out values that are not finite, of {given[0].name} for example")
+
+
+def rows_of(
+    given: Sequence[Given], logits: Tensor, classes: Sequence[str], topk: int
+) -> list[dict[str, Any]]:
+    """A row for each image: its name, and its most probable classes with their probabilities."""
+    best = logits.softmax(1).topk(min(topk, len(classes)), dim=1)
+    return [
+        {
+            "image": one.name,
+            "classes": [classes[number] for number in numbers.tolist()],
+            "probabilities": shares.tolist(),
+        }
+        for one, shares, numbers in zip(given, best.values, best.indices, strict=True)
+    ]
 
 
 def _readable(
-    transform: ImageTransform, paths: Iterable[Path], refuse: Callable[[str], object]
-) -> Iterator[tuple[Path, Tensor]]:
-    for path in paths:
+    transforms: Sequence[ImageTransform], given: Iterable[Given], refuse: Callable[[str], object]
+) -> Iterator[tuple[Given, list[Tensor]]]:
+    for one in given:
         try:
-            yield path, transform(path)
+            file = one.file()
+            yield one, [transform(file, one.name) for transform in transforms]
+        except OSError as error:  # of a set
+            refuse(f"cannot read the image {one.name} ({error.strerror or error})")
         except UserError as error:
             refuse(str(error))
 

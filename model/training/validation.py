@@ -70,7 +70,7 @@ def evaluation(training: TrainingState, loaders: Loaders) -> list[str]:
     first = training.config.data.rank == 0
     written = outcome.write(settings.log_dir / settings.case, first=first, name=loaders.val.name)
     metrics = [
-        what + "top-1 {:.2f}, top-5 {:.2f}, loss {:.4f}".format(*(row[f"{name}_{part}"] for part in METRICS))
+        what + meters.accuracy_text(*(row[f"{name}_{part}"] for part in METRICS))
         for name, what in (("val", ""), ("ema", "averaged weights: "))
         if f"{name}_loss" in row
     ]

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,59 @@ def test_mistakes_of_a_reference(
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and text in err, err
     assert not (world / "exp" / "wrong" / "predictions.csv").exists()
+
+
+@pytest.mark.slow
+def test_tools_write_the_files_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same bytes as main.py, of images in class folders; of shards and a table with other names of the images."""
+    write_folder(tmp_path / "images", train=4, val=5)
+    line = (
+        "--dataset imagenet --root images --keyword cbas,origin --width_alpha 0.125 --input_size 16 -b 4 -v 4 -j 0 "
+        "--epochs 1"
+    )
+    for seed, case in enumerate(("one", "two")):
+        assert call(f"{line} --case {case} --seed {seed}") == 0
+    assert (
+        call(f"{line} -e --case e --pretrained one-checkpoint.pth.tar --reference two-checkpoint.pth.tar")
+        == 0
+    )
+    old, reference = (next(Path("weights").rglob(f"{case}-checkpoint.pth.tar")) for case in ("one", "two"))
+    capsys.readouterr()
+
+    def predict(*options: object) -> tuple[int, str, str]:
+        arguments = ["--keyword", "predict", *options, "--old", old, "-b", 4, "--reference", reference]
+        return tools.main([*map(str, arguments)]), *capsys.readouterr()
+
+    status, out, _ = predict("images/val", "--to", "found")
+    assert status == 0 and "expected calibration error" in out and "changed the class of the reference" in out
+    assert f"{re.findall('top-1 .*', log_of(tmp_path, 'e'))[-1]}\n" in out
+    names = sorted(path.name for path in Path("found").iterdir())
+    assert {"classes.csv", "confusion.csv", "mistakes.png", "predictions.jsonl", "calibration.csv"} <= {
+        *names
+    }
+    for name in names:
+        assert (Path("found") / name).read_bytes() == (Path("exp/e") / name).read_bytes(), name
+
+    rows = [f"{path},{path.parent.name},val" for path in sorted(Path("images/val").rglob("*.jpg"))]
+    Path("table.csv").write_text("\n".join(["path,label,split", *rows]))
+    make = ["--keyword", "make-shards", "--from", "images", "--to", "shards", "--shard_size", "8"]
+    assert tools.main(make) == 0
+    for place in ("shards", "table.csv"):
+        status, _, err = predict(place, "--to", f"found-{place}")
+        assert status == 0, err
+        for name in ("classes.csv", "confusion.csv", "calibration.csv"):
+            assert (Path(f"found-{place}") / name).read_bytes() == (Path("found") / name).read_bytes(), name
+
+    status, out, err = predict("images/val", "--to", "found")
+    assert (status, out) == (2, "") and "exists; --force writes over it" in err
+    assert predict("images/val", "--to", "found", "--force")[0] == 0
+    Path("images/val/ant").rename("images/val/wasp")
+    status, out, err = predict("images/val", "--to", "other")
+    assert (status, out, err.count("\n")) == (2, "", 1) and not Path("other").exists()
+    assert (
+        "--to other: the class of images/val/wasp/0.jpg is not known: images must lie in folders that" in err
+    )
+    assert predict("images/val")[0] == 0
 
 
 def test_names_of_files_and_classes_may_be_any_bytes(tmp_path: Path) -> None:

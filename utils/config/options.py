@@ -54,7 +54,7 @@ COMMON: dict[str, tuple[Option, ...]] = {
             "val_split",
             float,
             0.0,
-            "of a folder of images without val/: share of each class's images that is for validation; 0: none",
+            "of a folder or shards without val: share of each class's images that is for validation; 0: none",
         ),
         option("workers", int, 2, "processes that decode images", aliases=("-j",)),
         option("addition_augment", bool, False, "colour jitter and PCA lighting", aliases=("--aa",)),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import http.client
-import os
 import pickle
 import tarfile
 import urllib.error
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +18,7 @@ from utils.config.schema import DataConfig
 from utils.data.augment import crop_flip
 from utils.data.download import patient
 from utils.data.loaders import Loaders, check_classes, tensor_loaders
+from utils.data.lock import exclusive
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,22 +34,6 @@ _CIFAR_ERRORS = (
     zlib.error,
 )
 """Exceptions of a failed download, a damaged archive and damaged files."""
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes: one unpacks the archive, and the others then find the files."""
-    try:
-        # NFS locks only files that are open for writing.
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -102,7 +83,7 @@ class Cifar:
         try:
             archived = archive.is_file()
             root.mkdir(exist_ok=True)
-            with _alone(root):
+            with exclusive(root):
                 missing = not all((folder / name).is_file() for name in names)
                 if missing:
                     with patient():

@@ -19,6 +19,8 @@ from utils.processes.distributed import broadcast
 from utils.text import some_names
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from utils.data.images import Images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,26 +32,23 @@ def check_imagenet(config: DataConfig) -> dict[str, Images]:
     # Here and below: other data sets need not wait for torchvision.
     from utils.data.image_folder import check_folders
     from utils.data.shards.images import check_shards, is_shards
-    from utils.data.split import check_split, split_folder
+    from utils.data.split import check_split, split_folder, split_shards
 
     val = bool(config.val_batch_size)
     train, known = config.train or not val, bool(config.classes)
     in_shards = config.root is not None and (config.dataset == "shards" or is_shards(config.root))
-    # A checkpoint's split gives way to a val/ that the folder has now.
-    split = config.val_split and not (config.val_files and config.root and (config.root / "val").is_dir())
     names: dict[str, Images]
-    if in_shards:
+    if config.val_split and not (config.val_files and _has_val(config.root, in_shards=in_shards)):
+        if in_shards:
+            assert config.root is not None
+            names = {**split_shards(config.root, config.val_split)}
+        else:
+            names = {**split_folder(config.root, config.dataset, config.val_split)}
+        check_split(names["val"], config.val_files, config.root)
+        names = names if train else {"val": names["val"]}
+    elif in_shards:
         assert config.root is not None
-        if config.val_split and not config.val_files:
-            raise UserError(
-                f"--val_split {config.val_split:g} is for folders, and {config.root} has shards: leave it out; "
-                "make-shards --from a folder with val/ writes validation images too"
-            )
         names = {**check_shards(config.root, val=val, train=train)}
-    elif split:
-        both = split_folder(config.root, config.dataset, config.val_split)
-        check_split(both["val"], config.val_files, config.root)
-        names = {**both} if train else {"val": both["val"]}
     else:
         names = {**check_folders(config.root, config.dataset, val=val, train=train, known=known)}
     if known:
@@ -60,6 +59,15 @@ def check_imagenet(config: DataConfig) -> dict[str, Images]:
     if not config.count_classes:
         check_classes(config, len(part.classes), f"{config.root}{left_out}")
     return names
+
+
+def _has_val(root: Path | None, *, in_shards: bool) -> bool:
+    """Whether a root has validation images by now, to which the split of a checkpoint gives way."""
+    from utils.data.shards.images import open_shards
+
+    if root is None:
+        return False
+    return "val" in open_shards(root) if in_shards else (root / "val").is_dir()
 
 
 def _number_as(config: DataConfig, part: Images) -> None:

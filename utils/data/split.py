@@ -1,4 +1,4 @@
-"""Validation images taken from the training folder, where a data set has no `val/`."""
+"""Validation images taken from the training images, where a folder or shards have none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.image_folder import ImageNames, check_root
-from utils.data.images import PARTS
+from utils.data.images import PARTS, Images
+from utils.data.shards.images import ShardImages, check_shards, open_shards
 from utils.errors import UserError
 from utils.text import printable, some_names
 
@@ -41,16 +42,40 @@ def split_folder(root: Path | None, dataset: str, share: float) -> dict[str, Ima
             f"--val_split {share:g}: {root} has no train/, and its folders {some_names(parts)} do not look like "
             "classes: call the folder of the training images train/, or that of a class otherwise"
         )
-    counts = np.bincount(names.target, minlength=len(names.classes))
-    if few := [name for name, count in zip(names.classes, counts, strict=True) if count < 2]:
-        raise UserError(
-            f"--val_split {share:g}: a class needs two images, one of them for validation, and {names.folder} has one "
-            f"of {some_names(few)}: add images or remove the folder"
-        )
     skipped = len(os.fsencode(os.path.join(names.folder, "")))
     relative = [os.fsencode(names.path(i))[skipped:] for i in range(len(names))]
-    chosen = validation_images(names.target, relative, share)
+    chosen = _chosen(names, relative, share, "add images or remove the folder")
     return {"train": names.part(~chosen), "val": names.part(chosen)}
+
+
+def split_shards(root: Path | str, share: float) -> dict[str, ShardImages]:
+    """The images of shards for training alone, split into `train` and `val`.
+
+    Images are chosen by their tar file and their place in it, so that none is read.
+
+    Args:
+        root: as for `utils.data.shards.images.open_shards`.
+        share: of each class that is for validation, see `validation_images`.
+
+    Raises:
+        UserError: as `open_shards`; there are shards for validation; or a class has a single image.
+    """
+    if "val" in open_shards(root):
+        raise UserError(f"--val_split {share:g}: {root} has shards for validation; leave it out")
+    images = check_shards(Path(root), val=False, train=True)["train"]
+    chosen = _chosen(images, images.places(), share, "add images, or make the shards without this class")
+    return {"train": images.part(~chosen), "val": images.part(chosen)}
+
+
+def _chosen(images: Images, names: list[bytes], share: float, instead: str) -> np.ndarray:
+    """As `validation_images`; raises `UserError` where a class has a single image."""
+    counts = np.bincount(images.target, minlength=len(images.classes))
+    if few := [name for name, count in zip(images.classes, counts, strict=True) if count < 2]:
+        raise UserError(
+            f"--val_split {share:g}: a class needs two images, one of them for validation, and {images.place} has one "
+            f"of {some_names(few)}: {instead}"
+        )
+    return validation_images(images.target, names, share)
 
 
 def validation_images(target: np.ndarray, names: list[bytes], share: float) -> np.ndarray:
@@ -75,7 +100,7 @@ def validation_images(target: np.ndarray, names: list[bytes], share: float) -> n
     return chosen
 
 
-def check_split(names: ImageNames, before: str, root: Path | None) -> str:
+def check_split(names: Images, before: str, root: Path | None) -> str:
     """The digest of a split's validation images, which a checkpoint holds.
 
     Args:
@@ -90,6 +115,6 @@ def check_split(names: ImageNames, before: str, root: Path | None) -> str:
     if before and found != before:
         raise UserError(
             f"--val_split: {printable(str(root))} has other images than in the training, which may have seen some of "
-            "those that would be validated: bring the files back, or put validation images into val/"
+            "those that would be validated: bring the files back, or name a root with validation images"
         )
     return found

@@ -56,15 +56,15 @@ class ImageTransform:
         """Channels of the tensor: 3, or 1 for grey."""
         return len(self.mean)
 
-    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Tensor:
-        """The tensor of an image or of a file's, float32 [C, H, W].
+    def __call__(self, image: Image.Image | str | os.PathLike[str] | bytes, name: str = "") -> Tensor:
+        """The tensor of an image, or of a file's by its path or bytes, float32 [C, H, W]; `name` is for messages.
 
         Raises:
             UserError: the file cannot be read, or has pixels of 32 bits.
         """
-        return self._normalised(torch.from_numpy(np.array(self.decoded(image))))
+        return self._normalised(torch.from_numpy(np.array(self.decoded(image, name))))
 
-    def decoded(self, image: Image.Image | str | os.PathLike[str]) -> Image.Image:
+    def decoded(self, image: Image.Image | str | os.PathLike[str] | bytes, name: str = "") -> Image.Image:
         """An image, or that of a file, in RGB and upright, in its own size; raises as a call does."""
         decoding = Decoding(
             ignore_orientation=self.ignore_orientation,
@@ -73,10 +73,11 @@ class ImageTransform:
         try:
             if isinstance(image, Image.Image):
                 return as_rgb(image, decoding)
-            return decode(read(os.fspath(image)), decoding)
+            return decode(image if isinstance(image, bytes) else read(os.fspath(image)), decoding)
         except DECODE_ERRORS as error:
-            what = "the image" if isinstance(image, Image.Image) else f"the image {os.fspath(image)}"
-            raise UserError(f"cannot read {what} ({reason_of(error)})") from error
+            if not name and not isinstance(image, Image.Image | bytes):
+                name = os.fspath(image)
+            raise UserError(f"cannot read {f'the image {name}'.strip()} ({reason_of(error)})") from error
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """The tensor of uint8 [H, W, 3]."""

@@ -55,6 +55,11 @@ class Totals:
         return {"loss": loss / images, "top1": 100 * hits1 / images, "top5": 100 * hits5 / images}
 
 
+def accuracy_text(top1: float, top5: float, loss: float) -> str:
+    """Accuracies in percent and a loss, for the log."""
+    return f"top-1 {top1:.2f}, top-5 {top5:.2f}, loss {loss:.4f}"
+
+
 def top_k(output: Tensor, target: Tensor, ks: Sequence[int] = (1, 5)) -> tuple[Tensor, ...]:
     """Count the images whose class is among the k highest scores.
 

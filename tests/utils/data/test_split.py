@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tools
 from tests.utils.data.helpers import CLASSES, read, validation, write_folder
+from tests.utils.data.shards.helpers import make, pairs
 from utils.config.schema import DataConfig
 from utils.data.image_folder import ImageNames
+from utils.data.shards.images import open_shards
 from utils.data.sources import check_data, open_data
 from utils.data.split import split_folder, validation_images
 from utils.errors import UserError
@@ -124,6 +127,36 @@ def test_folders_that_cannot_be_split(config: DataConfig, change: str, message: 
         (config.root / "validation" / "a" / "0.jpg").touch()
     with pytest.raises(UserError, match=message):
         check_data(replace(config, num_classes=4 if change == "single" else 3))
+
+
+@pytest.mark.parametrize("dataset", ["imagenet", "shards", "dali"])
+def test_shards_are_split(config: DataConfig, dataset: str, tmp_path: Path) -> None:
+    """By file and place, so that a set that is elsewhere is split alike; it may get shards for val."""
+    if dataset == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA's DALI is not installed")
+    assert config.root is not None
+    make(config.root, tmp_path / "shards", per_shard=7)
+    split = replace(config, dataset=dataset, root=tmp_path / "shards")
+    found = check_data(split)
+    train, val = (pairs(found[name]) for name in ("train", "val"))
+    assert (len(train), len(val)) == (54, 6) and np.bincount(found["val"].target).tolist() == [2, 2, 2]
+    assert sorted(train + val) == pairs(open_shards(tmp_path / "shards")["train"])
+    loaders = open_data(split)
+    assert (validation(loaders).samples, loaders.train.samples) == (6, 54)
+    assert sum(len(target) for _, target in read(validation(loaders))) == 6
+
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    known = replace(split, root=tmp_path / "moved", train=False, val_files=found["val"].identity()["files"])
+    assert {part: pairs(images) for part, images in check_data(known).items()} == {"val": val}
+    make(config.root, tmp_path / "others", per_shard=8)
+    with pytest.raises(UserError, match="has other images than in the training"):
+        check_data(replace(known, root=tmp_path / "others"))
+    arguments = ["--from", str(tmp_path / "moved"), "--to", str(tmp_path / "both"), "--val_split", "0.1"]
+    assert tools.main(["--keyword", "make-shards", *arguments]) == 0
+    assert pairs(open_shards(tmp_path / "both")["val"]) == val
+    assert pairs(check_data(replace(known, root=tmp_path / "both"))["val"]) == val
+    with pytest.raises(UserError, match=r"--val_split 0.1: .* has shards for validation; leave it out"):
+        check_data(replace(split, root=tmp_path / "both"))
 
 
 def test_a_checkpoints_split_gives_way_to_validation_images(config: DataConfig) -> None:

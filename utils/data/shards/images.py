@@ -8,7 +8,7 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from numpy.lib.format import read_array
 from utils.checkpoint.archive import write_atomic
 from utils.data.image_file import is_8_bit_png, is_hidden
 from utils.data.images import PARTS, Images, short_digest
+from utils.data.lock import exclusive
 from utils.data.shards.files import Files, url_of
 from utils.data.shards.index import (
     MANIFEST,
@@ -108,6 +109,16 @@ class ShardImages(Images):
     def kind(self, index: int) -> str:
         return self._entries["kind"][index].decode()
 
+    def part(self, chosen: np.ndarray) -> ShardImages:
+        """Some of the images, bool [samples], with all classes and shards."""
+        return ShardImages(self.files, self.shards, self._entries[chosen], self.classes)
+
+    def places(self) -> list[bytes]:
+        """The tar file of each image and where it begins there, which tells it from all others."""
+        names = [os.fsencode(shard.file) for shard in self.shards]
+        shards, offsets = self._entries["shard"].tolist(), self._entries["offset"].tolist()
+        return [b"%s %d" % (names[shard], offset) for shard, offset in zip(shards, offsets, strict=True)]
+
     def digest(self) -> str:
         """Of the images' places, sizes and classes."""
         return short_digest(np.ascontiguousarray(self._entries).view(np.uint8).data)
@@ -143,7 +154,7 @@ def check_shards(root: Path, *, val: bool, train: bool) -> dict[str, ShardImages
     found = open_shards(root, [part for part, wanted in (("train", True), ("val", val)) if wanted])
     for part, is_wanted, instead in (
         ("train", train, "only --evaluate without --bn_batches needs none"),
-        ("val", val, "--val_batch_size 0 trains without"),
+        ("val", val, "--val_split 0.1 takes some of each class, --val_batch_size 0 trains without"),
     ):
         if is_wanted and part not in found:
             raise UserError(f"--root {next(iter(found.values())).place} has no shards for {part}: {instead}")
@@ -313,16 +324,17 @@ def _indexed(files: Files, names: Sequence[str]) -> tuple[list[Shard], np.ndarra
             sizes.append(size)
             stamps.append(f"{files.path(name)} {stamp}")
         key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:32]
-        folder = cache_folder()
-        cached = folder / f"{_VERSION}-{key}.npy" if folder else None
-        entries = _cached(cached)
-        if entries is None or not fits(entries, sizes):
-            parts = []
-            for number, name in enumerate(tqdm(names, unit="shard", desc="reading headers", disable=None)):
-                shown = f"the shard {files.path(name)}"
-                parts.append(files.asked(partial(_scan, files, name, number)))
-            entries = np.concatenate(parts)
-            _keep(cached, entries)
+        with _one_index(key) as cached:
+            entries = _cached(cached)
+            if entries is None or not fits(entries, sizes):
+                parts = []
+                for number, name in enumerate(
+                    tqdm(names, unit="shard", desc="reading headers", disable=None)
+                ):
+                    shown = f"the shard {files.path(name)}"
+                    parts.append(files.asked(partial(_scan, files, name, number)))
+                entries = np.concatenate(parts)
+                _keep(cached, entries)
     except OSError as error:
         raise UserError(f"{shown} cannot be read: {error.strerror or error}") from error
     counts = samples_of(entries, len(names))
@@ -345,6 +357,20 @@ def cache_folder() -> Path | None:
     except RuntimeError:
         return None
     return Path(base) / "lowbit" / "shards"
+
+
+@contextlib.contextmanager
+def _one_index(key: str) -> Iterator[Path | None]:
+    """The file of an index in the cache, which one process of a machine makes while others wait; None without one."""
+    folder = cache_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+    if folder is None or not folder.is_dir():
+        yield None
+        return
+    with exclusive(folder, f".{key}.lock"):
+        yield folder / f"{_VERSION}-{key}.npy"
 
 
 def _cached(path: Path | None) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from utils.data.shards.archives import archives_in, open_archives
 from utils.data.shards.files import url_of
 from utils.data.shards.images import is_pattern, is_shards, open_shards
 from utils.data.shards.tables import open_csv, open_parquet
-from utils.data.split import split_folder
+from utils.data.split import split_folder, split_shards
 from utils.errors import UserError
 
 FORMS = (
@@ -24,11 +24,13 @@ def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, 
 
     Args:
         place: folder, file, URL, or the names of tar files with `{000..127}` in them.
-        val_split: the share of each class that becomes `val`, of a folder without `val/`; see `split_folder`.
+        val_split: the share of each class that becomes `val`, of a folder or shards without; see `split_folder`.
 
     Raises:
         UserError: it is none of the forms that are known, or a faulty one.
     """
+    if val_split is not None and is_shards(Path(place)):
+        return dict(split_shards(place, val_split))
     if val_split is not None:
         return dict(split_folder(Path(place), "folder", val_split))
     if url_of(place) or is_pattern(place):

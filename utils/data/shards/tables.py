@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def open_csv(table: Path) -> dict[str, Images]:
     """The images that a CSV file lists, by `train` and `val` of its column `split`; without one all are `train`.
 
     Raises:
-        UserError: no column `path` or `label`; an empty cell; an unknown split; a path twice, or one without a file.
+        UserError: no column `path` or `label`; an empty cell; labels out of range; an unknown split; a path twice, or
+            one without a file.
     """
     rows: list[tuple[str, str, str]] = []
     try:
@@ -91,7 +92,7 @@ def open_csv(table: Path) -> dict[str, Images]:
         raise UserError(f"{table} lists images twice: {some_names(twice)}")
     if lost := [path for path in paths if not (table.parent / path).is_file()]:
         raise UserError(f"{table} lists files that are not in {table.parent}: {some_names(lost)}")
-    classes = in_order(label for _, label, _ in rows)
+    classes = _in_order({label for _, label, _ in rows}, table)
     numbers = {name: number for number, name in enumerate(classes)}
     parts: dict[str, Images] = {}
     for part, words in sorted_into_parts(sorted({split for _, _, split in rows}), table).items():
@@ -101,11 +102,32 @@ def open_csv(table: Path) -> dict[str, Images]:
     return parts
 
 
-def in_order(labels: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in the order of their numbers: by value where all are numbers, otherwise by name."""
-    names = set(labels)
-    numbers = all(name.isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names))
+def _in_order(names: set[str], where: Path) -> tuple[str, ...]:
+    """Names of classes in the order of their numbers: by value where all are numbers, otherwise by name.
+
+    Raises:
+        UserError: all are numbers, and one is not whole, negative or too large; or a name is empty.
+    """
+    if "" in names:
+        raise UserError(f"{where}: the column label is empty in some rows")
+    if not all(map(_is_number, names)):
+        return tuple(sorted(names))
+    for name in sorted(names):
+        if not name.isdecimal() or float(name) >= MOST_CLASSES:
+            raise _out_of_range(where, name, f"write 0 to {MOST_CLASSES - 1:,}, or names of classes")
+    return tuple(sorted(names, key=lambda name: (float(name), name)))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _out_of_range(where: Path, label: object, instead: str) -> UserError:
+    return UserError(f"{where}: the label {printable(str(label))} is out of range: {instead}")
 
 
 class ParquetImages(Images):
@@ -201,13 +223,11 @@ def open_parquet(paths: Sequence[Path]) -> dict[str, Images]:
         classes = names or tuple(map(str, range(min(max(values), MOST_CLASSES) + 1)))
         if min(values) < 0 or max(values) >= min(len(classes), MOST_CLASSES):
             wrong = min(values) if min(values) < 0 else max(values)
-            raise UserError(
-                f"{_where(paths)}: the label {wrong} is out of range: "
-                + (f"{len(names)} classes are named" if names else f"write 0 to {MOST_CLASSES - 1:,}")
-            )
+            instead = f"{len(names)} classes are named" if names else f"write 0 to {MOST_CLASSES - 1:,}"
+            raise _out_of_range(_where(paths), wrong, instead)
         numbers: dict[Any, int] = {number: number for number in range(len(classes))}
     else:
-        classes = names or in_order(values)
+        classes = names or _in_order(set(values), _where(paths))
         numbers = {name: number for number, name in enumerate(classes)}
         if unknown := sorted(set(values) - set(classes)):
             raise UserError(

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections import deque
@@ -90,7 +91,8 @@ def write_set(
     """Write the shards of a set, their index, and at last the manifest, without which it is not finished.
 
     Training images are in an order of their own, which is always the same, for readers that shuffle little;
-    others as they come. The same call goes on with what an interrupted one has left.
+    others as they come. The same call goes on with what an interrupted one has left. What the folder held before stays
+    as it was until all of the new set is written, into a folder inside it.
 
     Args:
         parts: images of `train`, of `val` or of both, with the same classes.
@@ -115,11 +117,11 @@ def write_set(
         "per_shard": per_shard,
         "reduction": None if reduction is None else asdict(reduction),
     }
-    _begin(folder, json.dumps(wanted, indent=1) + "\n", force)
+    place = _begin(folder, json.dumps(wanted, indent=1) + "\n", force)
     try:
-        written = _write_parts(parts, folder, per_shard, reduction, threads, progress)
+        written = _write_parts(parts, place, per_shard, reduction, threads, progress)
     except BaseException:
-        _leave(folder)
+        _leave(place)
         raise
     manifest = Manifest(
         classes=classes,
@@ -127,7 +129,9 @@ def write_set(
         quality=reduction.quality if reduction else 0,
         parts=written,
     )
-    write_atomic(folder / MANIFEST, manifest.as_json().encode())
+    write_atomic(place / MANIFEST, manifest.as_json().encode())
+    if place != folder:
+        _move(place, folder)
     (folder / UNFINISHED).unlink()
     return manifest
 
@@ -197,37 +201,75 @@ def _classes(parts: Mapping[str, Images]) -> tuple[str, ...]:
     return first.classes
 
 
-def _begin(folder: Path, wanted: str, force: bool) -> None:
-    """Make the folder ready for the shards of a set, or go on with it."""
+def _begin(folder: Path, wanted: str, force: bool) -> Path:
+    """Make the folder ready for the shards of a set, or go on with it; returns where they are to be written."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to {folder} is no folder")
-    unfinished, manifest = folder / UNFINISHED, folder / MANIFEST
-    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if not force:
-        if manifest.exists():
-            raise UserError(f"{manifest} exists: the shards are made; --force makes them again")
-        if unfinished.exists() and unfinished.read_bytes() != wanted.encode():
+    present = (
+        sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
+        if folder.exists()
+        else []
+    )
+    if MANIFEST in present and not force:
+        raise UserError(f"{folder / MANIFEST} exists: the shards are made; --force makes them again")
+    if present and UNFINISHED not in present and not force:
+        raise UserError(f"--to {folder} is not empty ({some_names(present)}): name a new folder")
+    place = folder / _NEW if _NEW in present or (present and UNFINISHED not in present) else folder
+    unfinished = place / UNFINISHED
+    if unfinished.exists() and unfinished.read_bytes() != wanted.encode():
+        if not force:
             raise UserError(
                 f"{folder} holds unfinished shards of other images or options; --force begins anew"
             )
-        if present and not unfinished.exists():
-            raise UserError(f"--to {folder} is not empty ({some_names(present)}): name a new folder")
-    same = unfinished.exists() and unfinished.read_bytes() == wanted.encode()
-    if force and not same:
-        for name in present:
-            if name in (MANIFEST, UNFINISHED, *map(index_name, ("train", "val"))) or _OURS.fullmatch(name):
-                try:
-                    (folder / name).unlink()
-                except OSError as error:
-                    raise UserError(
-                        f"{folder / name} cannot be removed ({reason_of(error)}): name another folder"
-                    ) from error
-    for left in folder.glob(".*.tar.*.tmp"):  # of a process that was killed
-        left.unlink()
+        _remove_set(place)
+    if place.exists():
+        for left in place.iterdir():
+            if _LEFT.fullmatch(left.name):  # of a process that was killed
+                left.unlink()
     write_atomic(unfinished, wanted.encode())
+    return place
 
 
-_OURS = re.compile(r"(train|val)-\d{6}\.tar")
+def _move(new: Path, folder: Path) -> None:
+    """Put a whole set into the place of another one.
+
+    Where this is interrupted nothing reads the folder, and the same call of `write_set` goes on in `new`.
+    """
+    write_atomic(folder / UNFINISHED, (new / UNFINISHED).read_bytes())
+    _remove_set(folder)
+    try:
+        for name in reversed(_names_of_set(new)):  # the manifest at last
+            os.replace(new / name, folder / name)
+        (new / UNFINISHED).unlink()
+        with contextlib.suppress(OSError):  # something else is in it
+            new.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"{new} cannot be moved into {folder} ({reason_of(error)}): call make-shards again"
+        ) from error
+
+
+def _remove_set(folder: Path) -> None:
+    for name in _names_of_set(folder):
+        try:
+            (folder / name).unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder / name} cannot be removed ({reason_of(error)}): name another folder"
+            ) from error
+
+
+def _names_of_set(folder: Path) -> list[str]:
+    """The files of a set in a folder, its manifest first."""
+    return sorted(
+        (path.name for path in folder.iterdir() if path.name == MANIFEST or _OURS.fullmatch(path.name)),
+        key=lambda name: (name != MANIFEST, name),
+    )
+
+
+_NEW = "unfinished"  # the folder of a set that is to replace another one
+_OURS = re.compile(r"(train|val)(-\d{6}\.tar|\.index\.npy)")
+_LEFT = re.compile(rf"\.({MANIFEST}|{UNFINISHED}|{_OURS.pattern})\.\d+\.tmp")
 
 
 def _order(images: Images, part: str) -> np.ndarray:

@@ -132,6 +132,13 @@ def test_a_table_of_files(tmp_path: Path) -> None:
         ("path,label\n", r"labels.csv lists no images"),
         ("path,label\nimages/a.jpg,\n", r"labels.csv, line 2: an empty cell"),
         ("path,label\nimages/a.jpg\n", r"labels.csv, line 2: an empty cell"),
+        *(
+            (
+                f"path,label\nimages/a.jpg,{label}\nimages/b.jpg,0\n",
+                rf"labels.csv: the label {label} is out of range",
+            )
+            for label in ("-1", "1.5", "nan", "1e3", "1000000")
+        ),
         ("path,label,split\nimages/a.jpg,x,other\n", r"line 2: split is other: write train or val"),
         ("path,label\nimages/a.jpg,x\nimages/a.jpg,y\n", r"lists images twice: images/a.jpg"),
         ("path,label\nimages/a.jpg,x\nimages/z.jpg,y\n", r"lists files that are not in .*: images/z.jpg"),
@@ -193,6 +200,19 @@ def test_parquet_files_with_mistakes(tmp_path: Path) -> None:
         ([b"no image"], [0], None, r"cannot read the image .*train.parquet: train/0 \(no image\)"),
         ([b"x"], [2_000_000_000], None, r"the label 2000000000 is out of range: write 0 to 999,999"),
         ([b"x", b"x"], ["ant", "bird"], names, r"the labels bird are no classes|the labels bird are none"),
+        (
+            [b"x", b"x"],
+            ["1.5", "0"],
+            None,
+            r"the label 1.5 is out of range: write 0 to 999,999, or names of cl",
+        ),
+        ([b"x", b"x"], ["", "ant"], None, r"the column label is empty in some rows"),
+        (
+            [b"x", b"x"],
+            [1.0, 0.0],
+            None,
+            r"the column label is of the type double: it must hold numbers or names",
+        ),
         ([None, b"x"], [0, 0], None, r"cannot read the image .*train.parquet: train/0 \(an empty cell\)"),
     ):
         write_parquet(path, images, labels, metadata)

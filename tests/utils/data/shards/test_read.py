@@ -10,7 +10,9 @@ import pickle
 import shutil
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,7 +262,7 @@ def test_roots_that_are_no_shards(imagenet: DataConfig, shards: DataConfig, tmp_
         with pytest.raises(UserError, match=reason):
             check_data(replace(shards, root=root))
     for dataset in ("shards", "imagenet", "dali"):
-        with pytest.raises(UserError, match=r"--val_split 0.2 is for folders, and .* has shards"):
+        with pytest.raises(UserError, match=r"--val_split 0.2: .* has shards for validation; leave it out"):
             check_data(replace(shards, dataset=dataset, val_split=0.2))
     with pytest.raises(
         UserError, match=r"--dataset shards needs --root: a folder that make-shards has written"
@@ -272,7 +274,10 @@ def test_roots_that_are_no_shards(imagenet: DataConfig, shards: DataConfig, tmp_
     ):
         check_data(replace(shards, root=tmp_path))
     (tmp_path / "0.tar").rename(tmp_path / "train.tar")
-    with pytest.raises(UserError, match=r"has no shards for val: --val_batch_size 0 trains without"):
+    with pytest.raises(
+        UserError,
+        match=r"has no shards for val: --val_split 0.1 takes some of each class, --val_batch_size 0 ",
+    ):
         check_data(replace(shards, root=tmp_path))
     with pytest.raises(UserError, match=r"has 1 classes, not 3: write --num_classes 1"):
         check_data(replace(shards, root=tmp_path, val_batch_size=0))
@@ -351,6 +356,35 @@ def test_a_pattern_behind_a_url(served: tuple[str, list[tuple[str, str | None]]]
     ]
     folder = cache_folder()
     assert folder is not None and folder.is_dir()
+
+
+def test_one_process_of_a_machine_reads_the_headers(
+    served: tuple[str, list[tuple[str, str | None]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others wait and take its index; a file system that refuses the cache costs time alone."""
+    url, asked = served
+    pattern = f"{url}/train-{{000000..000002}}.tar"
+
+    def parts_of_files() -> dict[str, int]:
+        return Counter(name for name, part in asked if part is not None)
+
+    images = open_shards(pattern)["train"]
+    alone = parts_of_files()
+    assert len(alone) == 3
+    asked.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    start = threading.Barrier(4)
+
+    def open_together(_: int) -> list[int]:
+        start.wait()
+        return open_shards(pattern)["train"].target.tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(open_together, range(4))) == [images.target.tolist()] * 4
+    assert parts_of_files() == alone
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert open_shards(pattern)["train"].target.tolist() == images.target.tolist()
 
 
 def test_changed_shards_are_listed(copy: DataConfig, capsys: pytest.CaptureFixture[str]) -> None:

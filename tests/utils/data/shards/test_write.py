@@ -6,6 +6,9 @@ import hashlib
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,10 @@ def photos(tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.iterdir())
+    }
 
 
 def test_shards_hold_the_files_as_they_are(photos: Path, tmp_path: Path) -> None:
@@ -116,6 +122,86 @@ def test_folders_that_hold_something_are_kept(photos: Path, tmp_path: Path) -> N
         with pytest.raises(UserError, match=reason):
             make(photos, target)
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.data.shards import write
+from utils.data.shards.origin import open_origin
+
+source, folder, images, moved = sys.argv[1:]
+done = 0
+
+def progress(number):
+    global done
+    done += number
+    if done == int(images):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def replace(old, new, rename=os.replace):
+    rename(old, new)
+    if Path(new).parent == Path(folder) and Path(new).name == moved:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace
+write.write_set(
+    open_origin(source), Path(folder), per_shard=7, reduction=None, threads=2, force=True, progress=progress
+)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("earlier", "images", "shards", "moved"),
+    [
+        (False, 9, 1, ""),
+        (True, 3, 0, ""),
+        (True, 20, 3, ""),
+        (True, 0, 0, "train.index.npy"),
+        (True, 0, 0, "manifest.json"),
+    ],
+)
+def test_a_killed_writing_goes_on_and_leaves_an_earlier_set_as_it_was(
+    earlier: bool, images: int, shards: int, moved: str, photos: Path, tmp_path: Path
+) -> None:
+    """Killed inside a shard, after so many whole ones, or while the new set takes the place of the earlier one."""
+    folder, whole = tmp_path / "shards", tmp_path / "whole"
+    if earlier:
+        make(photos, folder, per_shard=100)
+    before = content(folder) if earlier else {}
+    make(photos, whole)
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(photos), str(folder), str(images), moved], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    place = folder / "unfinished" if earlier else folder
+    if moved:
+        assert (folder / moved).exists() and place.exists()
+    else:
+        assert len(list(place.glob(".*.tmp"))) == 1  # a half-written shard
+        assert len(list(place.glob("*.tar"))) == shards
+        assert before.items() <= content(folder).items()
+        if earlier:
+            with pytest.raises(UserError, match="the shards are made; --force"):
+                make(photos, folder)
+    make(photos, folder, force=True)
+    assert content(folder) == content(whole)
+
+
+def test_a_set_that_fails_leaves_an_earlier_set_as_it_was(photos: Path, tmp_path: Path) -> None:
+    folder, image = tmp_path / "shards", photos / "val" / "bee" / "1.jpg"
+    make(photos, folder)
+    before, good = content(folder), image.read_bytes()
+    image.write_bytes(b"no image")
+    for per_shard in (100, 5, 5):
+        with pytest.raises(UserError, match="cannot read the image"):
+            make(photos, folder, per_shard=per_shard, force=True)
+        assert content(folder) == before | {"unfinished": "folder"}
+    image.write_bytes(good)
+    make(photos, folder, per_shard=5, force=True)
+    make(photos, tmp_path / "whole", per_shard=5)
+    assert content(folder) == content(tmp_path / "whole")
 
 
 def test_an_unreadable_image_leaves_no_part_of_a_shard(photos: Path, tmp_path: Path) -> None:
