@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from timm.layers import Conv2dSame, Linear
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear
 from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.nn import functional
@@ -58,7 +59,7 @@ def call_layers(network: nn.Module) -> None:
     """
     for module in network.modules():
         if type(module).__module__.startswith("timm.") and hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = True
+            vars(module)["qkv_bias_separate"] = True
 
 
 FORMS = {Conv2dSame: QuantConv2dSame, Linear: QuantTimmLinear}
