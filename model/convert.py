@@ -395,7 +395,6 @@ def _obstacles(
 ) -> dict[str, str]:
     """Layers that cannot be quantized -> why not, the rest of a sentence about each."""
     found: dict[str, str] = {}
-    forms = bits.forms()
     for name, layer in layers.items():
         kind = type(layer)
         if isinstance(layer, nn.MultiheadAttention):
@@ -408,7 +407,7 @@ def _obstacles(
             found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
         elif parametrize.is_parametrized(layer):
             found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
-        elif kind not in forms:
+        elif kind not in bits.forms():
             base = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
             found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"
         elif "forward" in vars(layer):
