@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.data.image_folder import ImageNames, check_root
 from utils.data.images import PARTS, Images
-from utils.data.shards.images import ShardImages, check_shards, open_shards
+from utils.data.shards.images import ShardImages, open_shards
 from utils.errors import UserError
 from utils.text import printable, some_names
 
@@ -60,9 +60,10 @@ def split_shards(root: Path | str, share: float) -> dict[str, ShardImages]:
     Raises:
         UserError: as `open_shards`; there are shards for validation; or a class has a single image.
     """
-    if "val" in open_shards(root):
+    found = open_shards(root)
+    if "val" in found:
         raise UserError(f"--val_split {share:g}: {root} has shards for validation; leave it out")
-    images = check_shards(Path(root), val=False, train=True)["train"]
+    images = found["train"]
     chosen = _chosen(images, images.places(), share, "add images, or make the shards without this class")
     return {"train": images.part(~chosen), "val": images.part(chosen)}
 

@@ -366,7 +366,7 @@ def _one_index(key: str) -> Iterator[Path | None]:
     if folder is not None:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-    if folder is None or not folder.is_dir():
+    if folder is None or not os.path.isdir(folder):  # which is no error where it cannot be entered
         yield None
         return
     with exclusive(folder, f".{key}.lock"):

@@ -29,6 +29,10 @@ def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, 
     Raises:
         UserError: it is none of the forms that are known, or a faulty one.
     """
+    if val_split is not None and (kind := _with_parts_of_its_own(Path(place))):
+        raise UserError(
+            f"--val_split {val_split:g}: {place} is {kind}: leave it out, or split what they hold yourself"
+        )
     if val_split is not None and is_shards(Path(place)):
         return dict(split_shards(place, val_split))
     if val_split is not None:
@@ -54,3 +58,12 @@ def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, 
     raise UserError(
         f"--from {path}: no images are found so; it may be {FORMS}; class folders alone need --val_split 0.1"
     )
+
+
+def _with_parts_of_its_own(place: Path) -> str:
+    """What a place is that says itself which images are for validation; empty for all others."""
+    if place.suffix.lower() in (".csv", ".parquet") and place.is_file():
+        return "a table"
+    if place.is_dir() and any(place.glob("*.parquet")):
+        return "a folder of tables"
+    return "a folder of ImageNet's archives" if place.is_dir() and archives_in(place) else ""

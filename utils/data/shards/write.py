@@ -30,6 +30,7 @@ from utils.data.image_file import (
     values_of,
 )
 from utils.data.images import Images
+from utils.data.lock import exclusive
 from utils.data.shards.index import LABEL, MANIFEST, UNFINISHED, Manifest, Shard, as_npy, index_name, scan
 from utils.errors import UserError
 from utils.text import printable, some_names
@@ -104,10 +105,12 @@ def write_set(
         progress: called with the number of images that are done.
 
     Raises:
-        UserError: `folder` holds something else; an image cannot be read; a class is missing in a part; no space.
+        UserError: `folder` holds something else, or another process writes into it; an image cannot be read; a class is
+            missing in a part; no space.
     """
     for images in parts.values():
-        if folder.resolve() in (place := Path(images.place).resolve(), *place.parents):
+        source = Path(str(images.place).removeprefix("file://"))
+        if folder.resolve() in (place := source.resolve(), *place.parents):
             raise UserError(
                 f"--to {folder} holds the images that are read, {images.place}: name another folder"
             )
@@ -117,23 +120,41 @@ def write_set(
         "per_shard": per_shard,
         "reduction": None if reduction is None else asdict(reduction),
     }
-    place = _begin(folder, json.dumps(wanted, indent=1) + "\n", force)
-    try:
-        written = _write_parts(parts, place, per_shard, reduction, threads, progress)
-    except BaseException:
-        _leave(place)
-        raise
-    manifest = Manifest(
-        classes=classes,
-        max_side=reduction.max_side if reduction else 0,
-        quality=reduction.quality if reduction else 0,
-        parts=written,
-    )
-    write_atomic(place / MANIFEST, manifest.as_json().encode())
-    if place != folder:
-        _move(place, folder)
-    (folder / UNFINISHED).unlink()
+    with _alone(folder):
+        place = _begin(folder, json.dumps(wanted, indent=1) + "\n", force)
+        try:
+            written = _write_parts(parts, place, per_shard, reduction, threads, progress)
+        except BaseException:
+            _leave(place)
+            raise
+        manifest = Manifest(
+            classes=classes,
+            max_side=reduction.max_side if reduction else 0,
+            quality=reduction.quality if reduction else 0,
+            parts=written,
+        )
+        write_atomic(place / MANIFEST, manifest.as_json().encode())
+        if place != folder:
+            _move(place, folder)
+        (folder / UNFINISHED).unlink()
     return manifest
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and hold its lock where the file system has locks; a second process is refused."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"--to {folder} is no folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to {folder} cannot be made ({reason_of(error)}): name another folder") from error
+    with exclusive(folder, None) as mine:
+        if not mine:
+            raise UserError(
+                f"another process writes shards into {folder}: wait for it, or name another folder"
+            )
+        yield
 
 
 def _write_parts(
@@ -203,19 +224,17 @@ def _classes(parts: Mapping[str, Images]) -> tuple[str, ...]:
 
 def _begin(folder: Path, wanted: str, force: bool) -> Path:
     """Make the folder ready for the shards of a set, or go on with it; returns where they are to be written."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--to {folder} is no folder")
-    present = (
-        sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
-        if folder.exists()
-        else []
-    )
+    present = sorted(path.name for path in folder.iterdir() if not _LEFT.fullmatch(path.name))
     if MANIFEST in present and not force:
         raise UserError(f"{folder / MANIFEST} exists: the shards are made; --force makes them again")
     if present and UNFINISHED not in present and not force:
         raise UserError(f"--to {folder} is not empty ({some_names(present)}): name a new folder")
-    place = folder / _NEW if _NEW in present or (present and UNFINISHED not in present) else folder
+    replaces = _NEW in present or MANIFEST in present or (present and UNFINISHED not in present)
+    place = folder / _NEW if replaces else folder
     unfinished = place / UNFINISHED
+    if replaces and os.path.lexists(place):
+        if not place.is_dir() or (any(place.iterdir()) and not unfinished.exists()):
+            raise UserError(f"{place} is in the way of the new shards: move it away")
     if unfinished.exists() and unfinished.read_bytes() != wanted.encode():
         if not force:
             raise UserError(
@@ -235,7 +254,7 @@ def _move(new: Path, folder: Path) -> None:
 
     Where this is interrupted nothing reads the folder, and the same call of `write_set` goes on in `new`.
     """
-    write_atomic(folder / UNFINISHED, (new / UNFINISHED).read_bytes())
+    write_atomic(folder / UNFINISHED, b"moving\n")  # as of no set: what is in the folder belongs to two
     _remove_set(folder)
     try:
         for name in reversed(_names_of_set(new)):  # the manifest at last
@@ -267,7 +286,7 @@ def _names_of_set(folder: Path) -> list[str]:
     )
 
 
-_NEW = "unfinished"  # the folder of a set that is to replace another one
+_NEW = ".unfinished"  # the folder of a set that is to replace another one
 _OURS = re.compile(r"(train|val)(-\d{6}\.tar|\.index\.npy)")
 _LEFT = re.compile(rf"\.({MANIFEST}|{UNFINISHED}|{_OURS.pattern})\.\d+\.tmp")
 

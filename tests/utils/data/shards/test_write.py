@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from tests.utils.data.shards.helpers import make, pairs, picture
 from utils.data.image_file import decode
 from utils.data.shards import write
 from utils.data.shards.images import open_shards
+from utils.data.shards.index import UNFINISHED
 from utils.data.shards.origin import open_origin
 from utils.data.shards.write import Reduction, reduced
 from utils.data.split import split_folder
@@ -175,7 +178,7 @@ def test_a_killed_writing_goes_on_and_leaves_an_earlier_set_as_it_was(
         [sys.executable, "-c", _KILLED, str(photos), str(folder), str(images), moved], check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    place = folder / "unfinished" if earlier else folder
+    place = folder / ".unfinished" if earlier else folder
     if moved:
         assert (folder / moved).exists() and place.exists()
     else:
@@ -197,11 +200,64 @@ def test_a_set_that_fails_leaves_an_earlier_set_as_it_was(photos: Path, tmp_path
     for per_shard in (100, 5, 5):
         with pytest.raises(UserError, match="cannot read the image"):
             make(photos, folder, per_shard=per_shard, force=True)
-        assert content(folder) == before | {"unfinished": "folder"}
+        assert content(folder) == before | {".unfinished": "folder"}
     image.write_bytes(good)
     make(photos, folder, per_shard=5, force=True)
     make(photos, tmp_path / "whole", per_shard=5)
     assert content(folder) == content(tmp_path / "whole")
+
+
+def test_a_finished_set_with_its_mark_left_is_not_removed_first(photos: Path, tmp_path: Path) -> None:
+    """As where a process was killed behind the manifest."""
+    folder, image = tmp_path / "shards", photos / "val" / "bee" / "1.jpg"
+    make(photos, folder)
+    (folder / UNFINISHED).write_text("of another set")
+    before = content(folder)
+    image.write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot read the image"):
+        make(photos, folder, per_shard=5, force=True)
+    assert before.items() <= content(folder).items()
+
+
+def test_what_is_left_of_two_sets_is_no_set(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new set's folder is removed by hand after an end in the swap: its shards are not made of old ones."""
+    folder, whole, other = tmp_path / "shards", tmp_path / "whole", tmp_path / "other"
+    write_folder(other, train=6, val=3)
+    make(photos, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_remove_set", lambda place: (place / "manifest.json").unlink() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(other, folder, force=True)
+    shutil.rmtree(folder / ".unfinished")
+    assert (folder / "train-000000.tar").exists()
+    with pytest.raises(UserError, match="unfinished shards of other images or options; --force"):
+        make(other, folder)
+    make(other, folder, force=True)
+    make(other, whole)
+    assert content(folder) == content(whole)
+
+
+def test_one_process_writes_into_a_folder(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(UserError, match="another process writes shards into .*shards: wait for it"):
+            make(photos, folder, force=True)
+    finally:
+        os.close(handle)
+    make(photos, folder)
+    for other in ("file", "folder"):
+        way = folder / ".unfinished"
+        way.write_text("mine") if other == "file" else way.mkdir()
+        if other == "folder":
+            (way / "train-000000.tar").write_bytes(b"mine")
+        with pytest.raises(UserError, match=r"\.unfinished is in the way of the new shards: move it away"):
+            make(photos, folder, force=True)
+        way.unlink() if other == "file" else shutil.rmtree(way)
 
 
 def test_an_unreadable_image_leaves_no_part_of_a_shard(photos: Path, tmp_path: Path) -> None:
