@@ -72,7 +72,11 @@ WORDS: dict[str, Word] = {
         ("bits", "samples", "root", "output", "ema_weights", "keyword_file", "force"),
     ),
     "plan": Word(plan.plan, ("old", "new"), ("budget_size", "budget_bops", "bits", "engine", "force")),
-    "learn-bits": Word(learned.learn_bits, ("old", "new"), ("budget_size", "budget_bops", "epochs", "force")),
+    "learn-bits": Word(
+        learned.learn_bits,
+        ("old", "new"),
+        ("budget_size", "budget_bops", "epochs", "root", "ema_weights", "keyword_file", "force"),
+    ),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 

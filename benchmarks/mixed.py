@@ -125,7 +125,8 @@ def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], d
 
 def layer_bits(choice: str, record: Path, name: str, size: int, fresh: bool) -> Path:
     """The file with the bits of each layer, planned or learned, within so many bytes; other bits are another name."""
-    file = record.parent / f"{name}.yaml"
+    asked = hashlib.sha256(record.read_bytes() + str(size).encode()).hexdigest()[:8]
+    file = record.parent / f"{name}-{asked}.yaml"
     if choice == "planned" or fresh or not file.exists():
         word = {"planned": "plan", "learned": "learn-bits"}[choice]
         tool(word, "--old", str(record), "--new", str(file), "--force", "--budget_size", f"{size}B")

@@ -299,7 +299,7 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)
 
-    with observing(module) as hooks:
+    with bits.layers_called(module), observing(module) as hooks:
         hooks += [
             layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             for name, layer in weighted_layers(module)

@@ -22,6 +22,7 @@ from model.deploy.given import Given, given_images, numbers_of
 from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, kind_of
 from utils.errors import UserError
+from utils.processes.start import check_folder
 from utils.report.changes import Change, changes_text
 from utils.text import format_table, json_lines, printable, some_names
 from utils.tools.options import Options, given_path, refuse_existing
@@ -166,6 +167,8 @@ def predict(options: Options) -> int:
         if not folder.is_dir():
             raise UserError(f"--to {folder} is no folder")
         refuse_existing(options, *folder.iterdir())
+    if folder is not None:
+        check_folder(folder, "to")
     given = given_images(options.images or ())
     predictor, reference = open_network(options), open_reference(options)
     if reference is not None and (other := {*predictor.classes} ^ {*reference.classes}):

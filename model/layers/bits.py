@@ -54,6 +54,22 @@ def call_layers(network: nn.Module) -> None:
         of_timm.call_layers(network)
 
 
+@contextmanager
+def layers_called(network: nn.Module) -> Iterator[None]:
+    """`call_layers` for a while."""
+    if "timm.layers" not in sys.modules:
+        yield
+        return
+    from model.layers import of_timm
+
+    changed = of_timm.call_layers(network)
+    try:
+        yield
+    finally:
+        for module in changed:
+            of_timm.call_layers(module, yes=False)
+
+
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     """Turn a layer of a class of `forms` into a quantized one without quantizers, in place.
 

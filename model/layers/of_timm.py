@@ -52,14 +52,27 @@ class QuantTimmLinear(QuantLinear, Linear):
     """`QuantLinear` in the place of timm's `Linear`, which computes the same as torch's."""
 
 
-def call_layers(network: nn.Module) -> None:
+def call_layers(network: nn.Module, yes: bool = True) -> list[nn.Module]:
     """Let attentions of BEiT, EVA-02 and Swin V2 call their layer `qkv`, to whose result they add the bias then.
 
     By default they hand its weight to a function, past any quantizer. The results differ by rounding alone.
+
+    Args:
+        network: has such modules, or is one.
+        yes: False: undo it.
+
+    Returns:
+        The modules that did otherwise before.
     """
-    for module in network.modules():
-        if type(module).__module__.startswith("timm.") and hasattr(module, "qkv_bias_separate"):
-            vars(module)["qkv_bias_separate"] = True
+    found = [
+        module
+        for module in network.modules()
+        if type(module).__module__.startswith("timm.")
+        and getattr(module, "qkv_bias_separate", yes) is not yes
+    ]
+    for module in found:
+        vars(module)["qkv_bias_separate"] = yes
+    return found
 
 
 FORMS = {Conv2dSame: QuantConv2dSame, Linear: QuantTimmLinear}

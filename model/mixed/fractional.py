@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from model.calibrate import initialise_ranges
 from model.convert import below_zero, quantize
-from model.layers.quantized import QuantLayer
+from model.layers.quantized import QuantLayer, quantizers
 from model.load import Trained, data_of
 from model.quant import QuantConfig, QuantizerConfig
 from model.quantizers.frame import Quantizer
@@ -20,6 +21,7 @@ from utils.config.methods import EVEN
 from utils.errors import UserError
 from utils.report.progress import progress
 from utils.report.sensitivity_record import Sensitivity
+from utils.text import some_names
 
 START = 6.0  # bits of every layer at the beginning, whose ranges have the least squared error
 CLIP = 1.0  # most of the gradient's norm
@@ -63,7 +65,14 @@ def cost(record: Sensitivity, bits: Mapping[str, Tensor], *, size: bool) -> Tens
 
 
 def learn(
-    trained: Trained, record: Sensitivity, budget: int, *, size: bool, ends: tuple[int, int], epochs: int
+    trained: Trained,
+    record: Sensitivity,
+    budget: int,
+    *,
+    size: bool,
+    ends: tuple[int, int],
+    epochs: int,
+    root: Path | None = None,
 ) -> dict[str, float]:
     """Train a network in full precision with fractional bits; its weights are changed.
 
@@ -77,6 +86,7 @@ def learn(
         size: see `cost`.
         ends: the fewest and the most bits.
         epochs: passes over the images.
+        root: the folder of images; None: that of the training.
 
     Returns:
         Name of a layer -> bits of its weight and input.
@@ -86,8 +96,8 @@ def learn(
     """
     network, config = trained.network, trained.config
     torch.manual_seed(config.run.seed)
-    loader = data_of(trained, train=True).train
-    steps, least = len(loader), math.ceil((START - ends[0]) / RATE)
+    loader = data_of(trained, root, train=True).train
+    steps, least = len(loader), math.ceil((_start(ends) - ends[0]) / RATE)
     if steps * epochs < least:
         raise UserError(
             f"--epochs {epochs}: {steps * epochs} batches are too few for bits to change; write at least "
@@ -108,6 +118,11 @@ def learn(
             logits = network(images.float())
             loss = functional.cross_entropy(logits, target, label_smoothing=config.loss.label_smooth)
             loss = loss + PENALTY * functional.relu(cost(record, bits, size=size) / budget - 1)
+            if not bool(loss.isfinite()):
+                raise UserError(
+                    f"{trained.source}: the loss is not finite in epoch {epoch + 1}: its training's rate, "
+                    f"--lr {config.optim.lr:g}, of which half is taken, is too high for quantized layers"
+                )
             optimizer.zero_grad()
             bit_optimizer.zero_grad()
             loss.backward()
@@ -117,26 +132,31 @@ def learn(
             with torch.no_grad():
                 for parameter in bits.values():
                     parameter.clamp_(*ends)
-        if not bool(loss.isfinite()):
-            raise UserError(
-                f"{trained.source}: the loss is not finite with {ends[0]} to {ends[1]} bits: measure more bits "
-                "(sensitivity --bits)"
-            )
         schedule.step()
     return {name: float(parameter.detach()) for name, parameter in bits.items()}
+
+
+def _start(ends: tuple[int, int]) -> float:
+    return min(max(START, ends[0]), ends[1])
 
 
 def _fractional(
     network: nn.Module, images: Tensor, record: Sensitivity, depthwise: bool, ends: tuple[int, int]
 ) -> dict[str, nn.Parameter]:
     """Quantize the layers of a record, each with a number of bits of its own."""
-    start = min(max(START, ends[0]), ends[1])
+    if any(True for _ in quantizers(network)):
+        raise UserError(f"{record.checkpoint} is quantized by now: measure a network in full precision")
+    start = _start(ends)
     levels = 2 ** int(start)
     fm = QuantizerConfig(tag="fm", enable=True, method=EVEN, levels=levels, half_range=True)
     wt = QuantizerConfig(tag="wt", enable=True, method=EVEN, levels=levels)
     config = QuantConfig(fm=fm, wt=wt, first_last=True, depthwise=depthwise, re_init_range="mse")
     signed = tuple(name for name, share in below_zero(network, images).items() if share > 0)
-    quantize(network, config, select=Selection(signed=signed), example=(images[:1],))
+    replaced = quantize(network, config, select=Selection(signed=signed), example=(images[:1],)).replaced
+    if other := {layer.name for layer in record.layers} ^ {*replaced}:
+        raise UserError(
+            f"{record.checkpoint} has other layers than its record ({some_names(sorted(other))}): measure again"
+        )
     initialise_ranges(network, images, config)
     bits = {layer.name: nn.Parameter(torch.tensor(start)) for layer in record.layers}
     for name, parameter in bits.items():

@@ -33,14 +33,9 @@ def learn_bits(options: Options) -> int:
     from model.load import load_trained
     from model.mixed.fractional import learn
 
-    trained = load_trained(Path(record.checkpoint))
-    layers = dict(trained.network.named_modules())
-    missing = next((layer.name for layer in record.layers if layer.name not in layers), None)
-    if missing is not None:
-        raise UserError(
-            f"{record.checkpoint} has no layer {printable(missing)}, of which {options.old} tells: measure again"
-        )
-    learned = learn(trained, record, budget, size=size, ends=ends, epochs=options.epochs or EPOCHS)
+    trained = load_trained(Path(record.checkpoint), ema_weights=options.ema_weights)
+    epochs = options.epochs or EPOCHS
+    learned = learn(trained, record, budget, size=size, ends=ends, epochs=epochs, root=options.root)
     bits = rounded(learned, record, budget, size=size, ends=ends)
     write(new, record, bits, said)
     rows = [

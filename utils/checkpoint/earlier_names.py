@@ -25,11 +25,11 @@ def earlier_layers(network: str, names: Iterable[str]) -> dict[str, str]:
         {'fc': 'classifier', 'features.0.conv': 'conv1', 'features.0.bn': 'bn1'}
     """
     if network == "vgg_small":
-        places = dict.fromkeys(
+        places = {
             int(name.split(".")[1]) for name in names if name.startswith("features.") and ".conv." in name
-        )
+        }
         found = {"fc": "classifier"}
-        for number, place in enumerate(places, 1):
+        for number, place in enumerate(sorted(places), 1):
             found |= {f"features.{place}.{part}": f"{part}{number}" for part in ("conv", "bn")}
         return found
     if network not in _MOBILENETS:

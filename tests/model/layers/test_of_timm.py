@@ -9,7 +9,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from model.convert import full_precision, quantize
+from model.convert import below_zero, full_precision, quantize
 from model.layers import bits
 from model.layers.of_timm import QuantConv2dSame, QuantTimmLinear
 from model.quant import QuantConfig, QuantizerConfig, quantizers
@@ -93,6 +93,11 @@ def test_attentions_call_their_layer(name: str) -> None:
     x = torch.randn(2, 3, 32, 32)
     full = network(x)
     before = dict(network.state_dict())
+    seen, attention = (
+        below_zero(network, x),
+        next(m for m in network.modules() if hasattr(m, "qkv_bias_separate")),
+    )
+    assert any(place.endswith("qkv") for place in seen) and not attention.qkv_bias_separate
     report = quantize(network, config(half_range=False), example=(x,))
     attentions = [name for name in report.replaced if name.endswith("qkv")]
     assert attentions and not any(left.name.endswith("qkv") for left in report.left)
@@ -100,6 +105,10 @@ def test_attentions_call_their_layer(name: str) -> None:
     for place in attentions:
         layer = network.get_submodule(place)
         assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    quantized_logits = network.eval()(x)
+    for place in attentions:
+        network.get_submodule(place).quant_weight.enabled = False
+    assert not torch.equal(network(x), quantized_logits)
     for _, quantizer in quantizers(network):
         quantizer.enabled = False
     torch.testing.assert_close(network.eval()(x), full, rtol=1e-4, atol=1e-5)

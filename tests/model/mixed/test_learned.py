@@ -11,6 +11,7 @@ import yaml
 
 import main
 import tools
+from model.mixed import fractional
 from model.mixed.fractional import Between, cost
 from model.mixed.learned import rounded
 from model.quant import LayerSite, QuantizerConfig, methods
@@ -133,6 +134,20 @@ def test_mistakes(
     assert said in error and error.count("\n") == 1 and not Path("x.yaml").exists()
 
 
+def test_a_loss_that_is_not_finite(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(fractional, "PENALTY", float("nan"))
+    line = "--keyword learn-bits --old exp/fp/sensitivity.json --new x.yaml --budget_size 8KiB"
+    assert tools.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert (
+        "the loss is not finite in epoch 1: its training's rate, --lr 0.05" in error
+        and not Path("x.yaml").exists()
+    )
+
+
 def test_records_that_do_not_fit(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +161,7 @@ def test_records_that_do_not_fit(
         del layer["changes"]["8"]
     for number, (changed, said) in enumerate(
         (
-            (renamed, "has no layer elsewhere, of which"),
+            (renamed, "has other layers than its record ("),
             (text | {"checkpoint": "gone.pth.tar"}, "gone.pth.tar"),
             (one, "has one number of bits: measure more"),
         )

@@ -232,9 +232,9 @@ def _begin(folder: Path, wanted: str, force: bool) -> Path:
     replaces = _NEW in present or MANIFEST in present or (present and UNFINISHED not in present)
     place = folder / _NEW if replaces else folder
     unfinished = place / UNFINISHED
-    if replaces and os.path.lexists(place):
-        if not place.is_dir() or (any(place.iterdir()) and not unfinished.exists()):
-            raise UserError(f"{place} is in the way of the new shards: move it away")
+    foreign = not place.is_dir() or (any(place.iterdir()) and not unfinished.exists())
+    if replaces and os.path.lexists(place) and foreign:
+        raise UserError(f"{place} is in the way of the new shards: move it away")
     if unfinished.exists() and unfinished.read_bytes() != wanted.encode():
         if not force:
             raise UserError(

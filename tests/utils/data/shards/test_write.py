@@ -245,7 +245,7 @@ def test_one_process_writes_into_a_folder(photos: Path, tmp_path: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(UserError, match="another process writes shards into .*shards: wait for it"):
+        with pytest.raises(UserError, match=r"another process writes shards into .*shards: wait for it"):
             make(photos, folder, force=True)
     finally:
         os.close(handle)
