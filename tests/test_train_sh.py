@@ -18,7 +18,8 @@ from tests import ROOT
 STUB = """\
 import json, os, sys
 world = os.environ.get("WORLD_SIZE")
-print(json.dumps({"argv": sys.argv, "directory": os.getcwd(), "pid": os.getpid(), "world": world}))
+line = json.dumps({"argv": sys.argv, "directory": os.getcwd(), "pid": os.getpid(), "world": world})
+os.write(1, f"{line}\n".encode())  # at once, since several processes write
 sys.exit(int(os.environ.get("STUB_STATUS", "0")))
 """
 TORCHRUN = [sys.executable, "-m", "utils.processes.launch"]
