@@ -19,7 +19,7 @@ STUB = """\
 import json, os, sys
 world = os.environ.get("WORLD_SIZE")
 line = json.dumps({"argv": sys.argv, "directory": os.getcwd(), "pid": os.getpid(), "world": world})
-os.write(1, f"{line}\n".encode())  # at once, since several processes write
+os.write(1, f"{line}\\n".encode())  # at once, since several processes write
 sys.exit(int(os.environ.get("STUB_STATUS", "0")))
 """
 TORCHRUN = [sys.executable, "-m", "utils.processes.launch"]
