@@ -236,7 +236,10 @@ def main() -> int:
     for name, values in results[0][2].items():
         ends = [(min(each), max(each)) for each in ([r[2][name][bits] for r in results] for bits in values)]
         said = [
-            f"{low:.2f} to {high:.2f} at {bits} bits" for bits, (low, high) in zip(values, ends, strict=True)
+            f"{low:.2f} to {high:.2f} at {bits} bits"
+            if low == low
+            else f"none at {bits} bits, where all are equal"
+            for bits, (low, high) in zip(values, ends, strict=True)
         ]
         lines.append(f"- {name}: {', '.join(said)}")
     print("\n".join(lines))
