@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from model.deploy import export, predict, verify
-from model.mixed import learned, plan, sensitivity
+from model.mixed import plan, sensitivity
 from utils.config import keyword
 from utils.config.option import words
 from utils.errors import UserError
@@ -72,11 +72,6 @@ WORDS: dict[str, Word] = {
         ("bits", "samples", "root", "output", "ema_weights", "keyword_file", "force"),
     ),
     "plan": Word(plan.plan, ("old", "new"), ("budget_size", "budget_bops", "bits", "engine", "force")),
-    "learn-bits": Word(
-        learned.learn_bits,
-        ("old", "new"),
-        ("budget_size", "budget_bops", "epochs", "root", "ema_weights", "keyword_file", "force"),
-    ),
     "import": Word(export.import_, ("old", "new"), ("keyword_file", "force")),
 }
 
@@ -171,7 +166,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "--old",
         type=Path,
         metavar="FILE",
-        help="the checkpoint to read; predict: or an exported file or page; plan, learn-bits: a record of sensitivity",
+        help="the checkpoint to read; predict: or an exported file or page; plan: the record of sensitivity",
     )
     parser.add_argument("--new", type=Path, metavar="FILE", help="the checkpoint to write")
     parser.add_argument(
@@ -247,13 +242,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     parser.add_argument(
         "--samples", type=_positive, metavar="N", help="sensitivity: images that are run; default: 256"
     )
-    parser.add_argument(
-        "--budget_size", metavar="SIZE", help="plan, learn-bits: of all weights, such as 96KiB"
-    )
-    parser.add_argument(
-        "--budget_bops", metavar="N", help="plan, learn-bits: bit operations of an image, such as 0.5G"
-    )
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="learn-bits: default: 10")
+    parser.add_argument("--budget_size", metavar="SIZE", help="plan: of all weights, such as 96KiB")
+    parser.add_argument("--budget_bops", metavar="N", help="plan: bit operations of an image, such as 0.5G")
     parser.add_argument(
         "--engine",
         metavar="NAME",

@@ -5,9 +5,9 @@
 
 All networks of a seed start from its network in full precision and have the recipe of `benchmarks/digits.py`. Uniform
 networks keep their first and last layer in full precision, as is usual, or at 8 bits, as in LSQ's paper; each plan may
-take no more bytes for all weights than the uniform network beside it. Bits are also learned
-(`tools.py --keyword learn-bits`), at the sizes of the networks with full precision at their ends. Finished trainings
-are not repeated, except with `--fresh`.
+take no more bytes for all weights than the uniform network beside it. Bits are also learned by
+`benchmarks/learned_bits.py`, at the sizes of the networks with full precision at their ends. Finished trainings are not
+repeated, except with `--fresh`.
 """
 
 from __future__ import annotations
@@ -89,11 +89,17 @@ def sensitivity(case: str, network: str, fresh: bool) -> Path:
 
 def tool(*words: str) -> None:
     """A job of tools.py."""
+    python("tools.py", "--keyword", *words)
+
+
+def python(*argv: str) -> None:
+    """A program of this repository, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "tools.py", "--keyword", *words]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise SystemExit(f"{shlex.join(argv[1:])}\nfailed:\n{done.stderr}")
+        raise SystemExit(f"{shlex.join(argv)}\nfailed:\n{done.stderr}")
 
 
 def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
@@ -109,7 +115,7 @@ def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], d
             for choice in CHOICES if ends == "full" else CHOICES[:2]:
                 option = ENDS[ends]
                 if choice != "uniform":
-                    file = layer_bits(choice, record, f"{name}-{choice}", size, fresh)
+                    file = layer_bits(choice, record, f"{name}-{choice}", size, seed, fresh)
                     option = f"--layer_bits {file.relative_to(ROOT)}"
                 case = f"{name}-{choice}-{seed}"
                 summary, command = trained(setup, case, seed, KEYWORDS, f"{tune} {option}", fresh)
@@ -123,13 +129,15 @@ def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], d
     return full["last_top1"], found, sensitivity_record.read(record).correlations()
 
 
-def layer_bits(choice: str, record: Path, name: str, size: int, fresh: bool) -> Path:
+def layer_bits(choice: str, record: Path, name: str, size: int, seed: int, fresh: bool) -> Path:
     """The file with the bits of each layer, planned or learned, within so many bytes; other bits are another name."""
     asked = hashlib.sha256(record.read_bytes() + str(size).encode()).hexdigest()[:8]
     file = record.parent / f"{name}-{asked}.yaml"
-    if choice == "planned" or fresh or not file.exists():
-        word = {"planned": "plan", "learned": "learn-bits"}[choice]
-        tool(word, "--old", str(record), "--new", str(file), "--force", "--budget_size", f"{size}B")
+    if choice == "planned":
+        tool("plan", "--old", str(record), "--new", str(file), "--force", "--budget_size", f"{size}B")
+    elif fresh or not file.exists():
+        words = ("--record", str(record), "--bytes", str(size), "--seed", str(seed))
+        python("benchmarks/learned_bits.py", *words, "--new", str(file))
     text = file.read_bytes()
     copy = file.with_stem(f"{file.stem}-{hashlib.sha256(text).hexdigest()[:8]}")
     copy.write_bytes(text)

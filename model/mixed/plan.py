@@ -39,39 +39,16 @@ class Plan:
 
 def plan(options: Options) -> int:
     """Choose the bits of each layer under a budget, from a record of sensitivity, for --layer_bits."""
-    new, record = given_files(options)
-    widths = _widths(options, record)
-    budget, size, said = given_budget(options, record, widths)
-    chosen = best(record, budget, size=size, widths=widths)
-    write(new, record, chosen.bits, said)
-    print(as_text(record, chosen, widths))
-    print(f"written: {printable(str(new))}, for main.py --layer_bits {printable(str(new))}")
-    return 0
-
-
-def given_files(options: Options) -> tuple[Path, Sensitivity]:
-    """--new, which may be written, and the record --old.
-
-    Raises:
-        UserError: --new is no file that can be written, or --old no record.
-    """
     old, new = given_path(options.old), given_path(options.new)
     if new.suffix not in (".yaml", ".yml", ".json") or not new.parent.is_dir():
         raise UserError(f"--new {new}: name a .yaml or .json file in a folder that exists")
     if new.exists() and old.exists() and new.samefile(old):
         raise UserError(f"--new {new} is --old: name another file, which is written")
     refuse_existing(options, new)
-    return new, sensitivity_record.read(old)
-
-
-def given_budget(options: Options, record: Sensitivity, widths: Sequence[int]) -> tuple[int, bool, str]:
-    """The budget, whether it is of bytes and not of bit operations, and the option as it was written.
-
-    Raises:
-        UserError: none or two are given, one is no number, or one that leaves nothing to choose.
-    """
     if (options.budget_size is None) == (options.budget_bops is None):
-        raise UserError("this word needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")
+        raise UserError("the word plan needs one budget: --budget_size 96KiB, or --budget_bops 0.5G")
+    record = sensitivity_record.read(old)
+    widths = _widths(options, record)
     size = options.budget_size is not None
     option, units, example = (
         ("--budget_size", _BYTES, "96KiB") if size else ("--budget_bops", _COUNTS, "0.5G")
@@ -92,7 +69,11 @@ def given_budget(options: Options, record: Sensitivity, widths: Sequence[int]) -
             f"{option} {given} needs no plan: {max(widths)} bits everywhere take {_shown(most, size=size)}; give "
             "less, or take these bits for all layers"
         )
-    return budget, size, f"{option} {given}"
+    chosen = best(record, budget, size=size, widths=widths)
+    _write(new, record, chosen, f"{option} {given}")
+    print(as_text(record, chosen, widths))
+    print(f"written: {printable(str(new))}, for main.py --layer_bits {printable(str(new))}")
+    return 0
 
 
 def _widths(options: Options, record: Sensitivity) -> tuple[int, ...]:
@@ -219,7 +200,7 @@ def as_text(record: Sensitivity, chosen: Plan, widths: Sequence[int]) -> str:
     )
 
 
-def write(path: Path, record: Sensitivity, bits: Mapping[str, int], budget: str) -> None:
+def _write(path: Path, record: Sensitivity, chosen: Plan, budget: str) -> None:
     """The file of --layer_bits: an entry for each layer."""
     import json
 
@@ -228,7 +209,7 @@ def write(path: Path, record: Sensitivity, bits: Mapping[str, int], budget: str)
     from utils.checkpoint import archive
 
     entries: list[dict[str, Any]] = [
-        {"name": name, "wt_bit": number, "fm_bit": number} for name, number in bits.items()
+        {"name": name, "wt_bit": bits, "fm_bit": bits} for name, bits in chosen.bits.items()
     ]
     if path.suffix == ".json":
         text = json.dumps(entries, indent=1)

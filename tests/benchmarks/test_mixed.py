@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import tools
+from model.quant import LayerSite, QuantizerConfig, methods
 from tests import ROOT
 from tests.model.mixed.test_plan import record
 from utils.report.sensitivity_record import FILE
@@ -16,6 +18,7 @@ from utils.report.sensitivity_record import FILE
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import digits
+import learned_bits
 import mixed
 
 sys.path.pop(0)
@@ -79,14 +82,18 @@ def test_the_steps_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "bit_operations": 1,
         }
 
-    def tool(*words: str) -> None:
-        if words[0] == "sensitivity":
+    def python(program: str, *words: str) -> None:
+        if program == "tools.py" and words[1] == "sensitivity":
             (tmp_path / "exp" / "mixed-digits-all-fp-1" / FILE).write_text(measured.as_json())
-        else:  # in the place of bits that a training learns, a plan of the same size
-            assert tools.main(["--keyword", "plan", *words[1:]]) == 0
+        elif program == "tools.py":
+            assert tools.main(list(words)) == 0
+        else:
+            given = dict(zip(words[::2], words[1::2], strict=True))
+            bits = learned_bits.rounded(dict.fromkeys(names, 3.0), measured, int(given["--bytes"]))
+            Path(given["--new"]).write_text(learned_bits.entries(bits))
 
     monkeypatch.setattr(digits, "run", run)
-    monkeypatch.setattr(mixed, "tool", tool)
+    monkeypatch.setattr(mixed, "python", python)
     full, found, _ = mixed.of_seed("digits-all", 1, False)
     assert (full, len(found), len(trained)) == (90.0, 10, 11)
     sizes = {}
@@ -101,3 +108,34 @@ def test_the_steps_of_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert ("--layer_bits" in line) == ("planned" in case or "learned" in case)
         assert ("--pretrained mixed-digits-all-fp-1-checkpoint.pth.tar" in line) == ("-fp-" not in case)
         assert ("--first_last_bit 8" in line) == ("at-8-bits-uniform" in case)
+
+
+def test_learned_bits_keep_the_budget() -> None:
+    """All are moved by one amount; the most that fits, within the fewest and the most bits."""
+    measured = record(layers=3)
+    names = [layer.name for layer in measured.layers]
+    learned = dict(zip(names, (2.4, 3.7, 7.9), strict=True))
+    everything = learned_bits.rounded(learned, measured, 10**9)
+    assert everything == dict.fromkeys(names, learned_bits.MOST)
+    budget = measured.bytes_with(dict(zip(names, (2, 4, 8), strict=True)))
+    found = learned_bits.rounded(learned, measured, budget)
+    assert list(found.values()) == [2, 4, 8]
+    smaller = learned_bits.rounded(learned, measured, budget - 1)
+    assert list(smaller.values()) == [2, 3, 8]
+    with pytest.raises(SystemExit, match="2 bits everywhere take"):
+        learned_bits.rounded(learned, measured, 1)
+
+
+def test_the_gradient_of_bits() -> None:
+    """Between two numbers of bits: the value is between their values, the gradient their difference."""
+    config = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=64)
+    quantizer = methods()["lsq", "wt"](config, LayerSite(name="fc", channels=2, channel_dim=0, ndim=2, fan=3))
+    bits, x = torch.nn.Parameter(torch.tensor(2.25)), torch.linspace(-1, 1, 6).view(2, 3)
+    y = learned_bits.Between(quantizer, bits)(x)
+    y.sum().backward()
+    values = []
+    for number in (4, 8):
+        quantizer.set_levels(number)
+        values.append(quantizer(x).detach())
+    torch.testing.assert_close(y.detach(), 0.75 * values[0] + 0.25 * values[1])
+    torch.testing.assert_close(bits.grad, (values[1] - values[0]).sum())

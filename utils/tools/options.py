@@ -44,7 +44,6 @@ class Options:
     budget_size: str | None = None
     budget_bops: str | None = None
     engine: str | None = None
-    epochs: int | None = None
     output: Path | None = None
     num_classes: int | None = None
     fake_size: int | None = None

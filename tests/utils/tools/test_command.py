@@ -105,10 +105,8 @@ def test_a_file_with_code_is_refused(call: Call, tmp_path: Path) -> None:
     assert err.startswith(f"tools.py: error: {path}: refused, because it holds pathlib.")
 
 
-# import reads a packed file, plan and learn-bits a text, which cannot hold code.
-READS = sorted(
-    {name for name, word in tools.WORDS.items() if "old" in word.needs} - {"import", "plan", "learn-bits"}
-)
+# import reads a packed file and plan a text, which cannot hold code.
+READS = sorted({name for name, word in tools.WORDS.items() if "old" in word.needs} - {"import", "plan"})
 
 
 @pytest.mark.parametrize("word", READS)
@@ -189,5 +187,5 @@ def test_the_examples_of_the_documentation(
             assert re.sub(left_over, "", printed) == re.sub(left_over, "", shown), command
     # the others are of runs, see test_runs.py and report/html/test_page.py, and of networks, see tests/model/deploy and
     # tests/model/mixed
-    of_networks = {"export", "import", "predict", "verify", "sensitivity", "plan", "learn-bits"}
+    of_networks = {"export", "import", "predict", "verify", "sensitivity", "plan"}
     assert words == set(tools.WORDS) - {"compare", "report"} - of_networks
