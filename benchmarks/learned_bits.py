@@ -38,11 +38,7 @@ from utils.report.sensitivity_record import Sensitivity  # noqa: E402
 
 FEWEST, MOST = 2, 8
 START = 6.0  # bits of every layer at the beginning; ranges are those of least squared error at so many
-EPOCHS, RATE, CLIP = (
-    10,
-    0.05,
-    1.0,
-)  # as benchmarks/digits.py trains networks with quantizers; batches as in full precision
+EPOCHS, RATE, CLIP = 10, 0.05, 1.0  # as benchmarks/digits.py trains networks with quantizers
 BIT_RATE = 0.02  # of Adam: steps that do not depend on how large a layer is
 PENALTY = 5.0  # of bytes above the budget, over the budget
 
@@ -76,7 +72,7 @@ def rounded(bits: Mapping[str, float], record: Sensitivity, budget: int) -> dict
         record: what they cost.
         budget: bytes; at least what FEWEST bits everywhere take.
     """
-    steps = sorted({0.0, *(k - b for b in bits.values() for k in range(FEWEST, MOST + 1))}, reverse=True)
+    steps = sorted((k - b for b in bits.values() for k in range(FEWEST, MOST + 1)), reverse=True)
     for t in steps:
         found = {name: max(FEWEST, min(MOST, int(b + t + 1e-6))) for name, b in bits.items()}
         if record.bytes_with(found) <= budget:
@@ -90,7 +86,7 @@ def entries(bits: Mapping[str, int]) -> str:
     return yaml.safe_dump(found, sort_keys=False)
 
 
-def learn(record: Sensitivity, budget: int, seed: int, epochs: int = EPOCHS) -> dict[str, float]:
+def learn(record: Sensitivity, budget: int, seed: int) -> dict[str, float]:
     """The bits of each layer of a record, learned with the weights of its network."""
     trained = load_trained(Path(record.checkpoint))
     network, config = trained.network, trained.config
@@ -117,11 +113,11 @@ def learn(record: Sensitivity, budget: int, seed: int, epochs: int = EPOCHS) -> 
     others = [p for p in network.parameters() if id(p) not in own]
     optimizer = torch.optim.SGD(others, RATE, momentum=0.9, weight_decay=1e-4, nesterov=True)
     bit_optimizer = torch.optim.Adam(bits.values(), BIT_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     fixed = record.bytes_with(dict.fromkeys(bits, 0))
     counts = {layer.name: layer.weights for layer in record.layers}
     network.train()
-    for epoch in range(epochs):
+    for epoch in range(EPOCHS):
         loader.set_epoch(epoch)
         for images, target in loader:
             size = fixed + torch.stack([counts[name] * b for name, b in bits.items()]).sum() / 8
@@ -138,9 +134,9 @@ def learn(record: Sensitivity, budget: int, seed: int, epochs: int = EPOCHS) -> 
                     parameter.clamp_(FEWEST, MOST)
         schedule.step()
         print(
-            f"epoch {epoch + 1} of {epochs}: loss {float(loss):.3f}, {float(size) / 1024:.1f} KiB", flush=True
+            f"epoch {epoch + 1} of {EPOCHS}: loss {float(loss):.3f}, {float(size) / 1024:.1f} KiB", flush=True
         )
-    return {name: float(parameter) for name, parameter in bits.items()}
+    return {name: float(parameter.detach()) for name, parameter in bits.items()}
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,12 +162,9 @@ def predict(options: Options) -> int:
         refuse_existing(options, output)
         if options.reference is not None:
             refuse_existing(options, output.with_suffix(".png"))
-    if folder is not None and os.path.lexists(folder):
-        if not folder.is_dir():
-            raise UserError(f"--to {folder} is no folder")
-        refuse_existing(options, *folder.iterdir())
     if folder is not None:
         check_folder(folder, "to")
+        refuse_existing(options, *(folder.iterdir() if folder.is_dir() else ()))
     given = given_images(options.images or ())
     predictor, reference = open_network(options), open_reference(options)
     if reference is not None and (other := {*predictor.classes} ^ {*reference.classes}):

@@ -27,18 +27,16 @@ from utils.config.schema import TAGS, QuantConfig
 from utils.errors import UserError
 from utils.text import printable, some_names
 
-LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
-    nn.Conv2d: QuantConv2d,
-    nn.Linear: QuantLinear,
-}  # and users'
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
 ENDS = ("first", "last")
 # Reasons for full precision that an entry overcomes which writes the layer's name out.
 BY_NAME = (*(f"is the {end} layer" for end in ENDS), "is depth-wise")
+_SEPARATE = "qkv_bias_separate"  # timm's switch
 _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
 def forms() -> dict[type[nn.Module], type[QuantLayer]]:
-    """The quantized class of each class of layers: `LAYERS`, and those of timm where it has been imported."""
+    """The quantized class of each class of layers: `LAYERS`, users' too, and timm's where it is imported."""
     if "timm.layers" not in sys.modules:
         return LAYERS
     from model.layers import of_timm
@@ -46,28 +44,33 @@ def forms() -> dict[type[nn.Module], type[QuantLayer]]:
     return {**of_timm.FORMS, **LAYERS}
 
 
-def call_layers(network: nn.Module) -> None:
-    """Let timm's networks call the layers whose weights they would use otherwise."""
-    if "timm.layers" in sys.modules:
-        from model.layers import of_timm
+def call_layers(network: nn.Module) -> list[nn.Module]:
+    """Let attentions of timm's BEiT, EVA-02 and Swin V2 call their layer `qkv`, and add its bias behind it.
 
-        of_timm.call_layers(network)
+    By default they hand its weight to a function, past any quantizer. The results differ by rounding alone.
+
+    Returns:
+        The modules that did otherwise before.
+    """
+    found = [
+        module
+        for module in network.modules()
+        if type(module).__module__.startswith("timm.") and getattr(module, _SEPARATE, True) is False
+    ]
+    for module in found:
+        vars(module)[_SEPARATE] = True
+    return found
 
 
 @contextmanager
 def layers_called(network: nn.Module) -> Iterator[None]:
     """`call_layers` for a while."""
-    if "timm.layers" not in sys.modules:
-        yield
-        return
-    from model.layers import of_timm
-
-    changed = of_timm.call_layers(network)
+    changed = call_layers(network)
     try:
         yield
     finally:
         for module in changed:
-            of_timm.call_layers(module, yes=False)
+            vars(module)[_SEPARATE] = False
 
 
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear
 from timm.layers.padding import pad_same
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from model.layers.quantized import QuantConv2d, QuantLinear
@@ -50,29 +50,6 @@ class QuantConv2dSame(QuantConv2d, Conv2dSame):
 
 class QuantTimmLinear(QuantLinear, Linear):
     """`QuantLinear` in the place of timm's `Linear`, which computes the same as torch's."""
-
-
-def call_layers(network: nn.Module, yes: bool = True) -> list[nn.Module]:
-    """Let attentions of BEiT, EVA-02 and Swin V2 call their layer `qkv`, to whose result they add the bias then.
-
-    By default they hand its weight to a function, past any quantizer. The results differ by rounding alone.
-
-    Args:
-        network: has such modules, or is one.
-        yes: False: undo it.
-
-    Returns:
-        The modules that did otherwise before.
-    """
-    found = [
-        module
-        for module in network.modules()
-        if type(module).__module__.startswith("timm.")
-        and getattr(module, "qkv_bias_separate", yes) is not yes
-    ]
-    for module in found:
-        vars(module)["qkv_bias_separate"] = yes
-    return found
 
 
 FORMS = {Conv2dSame: QuantConv2dSame, Linear: QuantTimmLinear}
