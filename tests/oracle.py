@@ -334,6 +334,13 @@ def xnor_activation(x: Array, gy: Array, *, grad_type: str, custom: str = "none"
     return Result(sign(x) * scale, gy * gradient_mask(x, grad_type), {}, _sign_distance(x))
 
 
+def rsign(x: Array, gy: Array, *, threshold: Array, grad_type: str, groups: Groups = ONE) -> Result:
+    """sign(x - threshold) (ReActNet); the thresholds' gradients are minus the sums of x's."""
+    shifted = x - groups.spread(threshold, x)
+    gx = gy * gradient_mask(shifted, grad_type)
+    return Result(sign(shifted), gx, {"threshold": -groups.sum(gx)}, _sign_distance(shifted))
+
+
 def xnor_weight(w: Array, gy: Array, *, grad_type: str = "none", groups: Groups = ONE) -> Result:
     """sign(w) times the mean |w| of its group; the gradient is the mask alone."""
     scale = groups.spread(np.abs(groups.rows(w)).mean(axis=1), w)

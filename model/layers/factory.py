@@ -10,21 +10,23 @@ from torch import nn
 
 from model.layers.norms import norm
 from model.layers.quantized import QuantConv2d, QuantLinear, keep_full_precision
+from model.layers.rprelu import RPReLU
 from utils.config.schema import ModelConfig
 from utils.errors import UserError
 from utils.text import closest
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "none": nn.Identity,
-    "prelu": nn.PReLU,
-    "relu6": nn.ReLU6,
-    "leaky": nn.LeakyReLU,
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {  # from the number of channels
+    "relu": lambda _: nn.ReLU(),
+    "none": lambda _: nn.Identity(),
+    "prelu": lambda _: nn.PReLU(),
+    "relu6": lambda _: nn.ReLU6(),
+    "leaky": lambda _: nn.LeakyReLU(),
+    "rprelu": RPReLU,
 }
 
 
-def activation(config: ModelConfig) -> nn.Module:
-    """The activation of the network.
+def activation(channels: int, config: ModelConfig) -> nn.Module:
+    """The activation of the network, for an input of so many channels.
 
     Raises:
         UserError: `config.activation` is no name in `ACTIVATIONS`.
@@ -32,7 +34,7 @@ def activation(config: ModelConfig) -> nn.Module:
     if str(config.activation) not in ACTIVATIONS:
         hint = closest(config.activation, ACTIVATIONS) or f"; use one of {', '.join(ACTIVATIONS)}"
         raise UserError(f"ModelConfig: activation {config.activation!r} is not known{hint}")
-    return ACTIVATIONS[config.activation]()
+    return ACTIVATIONS[config.activation](channels)
 
 
 def width(channels: int, config: ModelConfig) -> int:
@@ -97,7 +99,7 @@ def unit(
         "bn": norm(channels_out, config),
     }
     if activated:
-        parts["relu"] = activation(config)
+        parts["relu"] = activation(channels_out, config)
     return nn.Sequential(OrderedDict(parts))
 
 

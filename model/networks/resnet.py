@@ -64,6 +64,11 @@ def units_of(channels_in: int, width: int, stride: int, depth: Depth) -> list[Un
     return [Unit(channels_in, width, 3, stride), Unit(width, width, 3, 1)]
 
 
+def channels_at(letter: str, order: str, channels_in: int, channels_out: int) -> int:
+    """The channels of a unit at a letter of its order: before the convolution those of its input."""
+    return channels_in if order.index(letter) < order.index("c") else channels_out
+
+
 def shortcut(channels_in: int, channels_out: int, stride: int, config: ModelConfig) -> nn.Module:
     """The skip connection from [N, in, H, W] to [N, out, H / stride, W / stride].
 
@@ -94,12 +99,22 @@ def shortcut(channels_in: int, channels_out: int, stride: int, config: ModelConf
         if block.fixup:
             parts += [conv]
         elif block.order == "bacs":
-            parts += [norms.norm(channels_in, config), factory.activation(config), conv, *last_norm]
+            parts += [
+                norms.norm(channels_in, config),
+                factory.activation(channels_in, config),
+                conv,
+                *last_norm,
+            ]
         elif block.order == "bcas":
-            parts += [norms.norm(channels_in, config), conv, factory.activation(config), *last_norm]
+            parts += [
+                norms.norm(channels_in, config),
+                conv,
+                factory.activation(channels_out, config),
+                *last_norm,
+            ]
         else:
             parts += [conv, norms.norm(channels_out, config)]
-            parts += [] if block.fix else [factory.activation(config)]
+            parts += [] if block.fix else [factory.activation(channels_out, config)]
     return nn.Sequential(*parts)
 
 
@@ -110,7 +125,6 @@ def downsample(channels_in: int, channels_out: int, stride: int, config: ModelCo
     convolution stays in full precision where those of shortcuts do.
     """
     order = config.block.downsample_order
-    norm_width = channels_in if "b" in order and order.index("b") < order.index("c") else channels_out
     parts: dict[str, Callable[[], nn.Module]] = {
         "c": lambda: space_to_depth.SpaceToDepthConv(
             channels_in,
@@ -120,8 +134,8 @@ def downsample(channels_in: int, channels_out: int, stride: int, config: ModelCo
             config,
             full_precision=config.block.shortcut_full_precision,
         ),
-        "b": lambda: norms.norm(norm_width, config),
-        "a": lambda: factory.activation(config),
+        "b": lambda: norms.norm(channels_at("b", order, channels_in, channels_out), config),
+        "a": lambda: factory.activation(channels_at("a", order, channels_in, channels_out), config),
     }
     return nn.Sequential(*(parts[letter]() for letter in order))
 
@@ -159,21 +173,24 @@ class Block(nn.Module):
         # Space-to-depth may pad; then the strided layers beside it pad as well.
         self.grow = space_to_depth.PadToBlocks(2 * stride) if block.prone and stride != 1 else nn.Identity()
         for k, unit in enumerate(units, start=1):
-            norm_first = block.order.index("b") < block.order.index("c")
-            norm_width = unit.channels_in if norm_first else unit.channels_out
+            norm_width, activation_width = (
+                channels_at(letter, block.order, unit.channels_in, unit.channels_out) for letter in "ba"
+            )
             prone = is_prone(unit, config)
             no_norm = block.fixup or (prone and block.prone_norm_inside)
             bare = unit is units[-1] and sum_activation
             for part, make in {
                 "bn": lambda w=norm_width, no=no_norm: nn.Identity() if no else norms.norm(w, config),
                 "conv": lambda u=unit: convolution(u, config),
-                "relu": lambda bare=bare: nn.Identity() if bare else factory.activation(config),
+                "relu": lambda w=activation_width, bare=bare: (
+                    nn.Identity() if bare else factory.activation(w, config)
+                ),
             }.items():
                 self.add_module(f"{part}{k}", nn.ModuleList(make() for _ in range(self.base)))
             if block.fixup_bias:
                 for place in "ab":
                     self.register_parameter(f"fixup_bias{k}{place}", nn.Parameter(torch.zeros(1)))
-        self.fix_relu = factory.activation(config) if sum_activation else nn.Identity()
+        self.fix_relu = factory.activation(out, config) if sum_activation else nn.Identity()
         self.fix_bn = norms.norm(out, config) if sum_norm else nn.Identity()
         if block.fixup:
             self.fixup_scale = nn.Parameter(torch.ones(1))
@@ -301,7 +318,7 @@ class ResNet(nn.Module):
     @staticmethod
     def _norm_activation(channels: int, config: ModelConfig, activation: bool) -> list[nn.Module]:
         norm = nn.Identity() if config.block.fixup else norms.norm(channels, config)
-        return [norm, factory.activation(config)] if activation else [norm]
+        return [norm, factory.activation(channels, config)] if activation else [norm]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images float [N, C, H, W] to logits [N, num_classes]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from model.quantizers.site import LayerSite, group_count, undivided
@@ -15,12 +17,15 @@ class Grouped(nn.Module):
     config: QuantizerConfig
     site: LayerSite
     groups: int
+    per_channel_inputs: ClassVar[bool] = (
+        False  # by default each channel of an activation is a group, as of a weight
+    )
 
     def _resolve_groups(self, requested: int | None) -> int:
         channels = self.site.channels
         weight = self.config.tag == "wt"
         if requested is None:
-            return channels if weight else 1
+            return channels if weight or self.per_channel_inputs else 1
         groups = group_count(requested, channels)
         if groups is None:
             raise UserError(f"{self.site.name}: {undivided(self.config.tag, requested, channels)}")

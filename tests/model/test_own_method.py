@@ -121,12 +121,13 @@ def test_a_mistake_in_it_is_one_line(start: Start, old: str, new: str, said: str
 def test_messages_propose_it(start: Start) -> None:
     """Where the project's own methods are listed."""
     status, _, errors = start("--keyword cifar10,origin,cbsa", WITH)
-    assert status == 2 and "non-uniform, xnor or fixed to --keyword" in errors, errors
+    assert status == 2 and "xnor, reactnet or fixed to --keyword" in errors, errors
     line = "--keyword cifar10,origin,cbsa,dorefa --quant_loss 1"
     status, _, errors = start(line, WITH)
-    assert status == 2 and "are of another scale than the weights; use lsq, lq, xnor or fixed" in errors, (
-        errors
-    )
+    assert (
+        status == 2
+        and "are of another scale than the weights; use lsq, lq, xnor, reactnet or fixed" in errors
+    ), errors
 
 
 @pytest.mark.parametrize(

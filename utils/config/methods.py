@@ -275,6 +275,21 @@ declare(
     _record(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
 )
 declare("xnor", ["wt"], _record(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
+declare(
+    "reactnet",
+    _ACTIVATIONS,
+    _record(
+        title="ReActNet",
+        reads=frozenset({"quant_group", "re_init"}),
+        grad_types=frozenset({"Triangle"}),
+        levels=2,
+    ),
+)
+declare(
+    "reactnet",
+    ["wt"],
+    _record(title="ReActNet", reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2),
+)
 
 PROJECT = methods()  # without those of users, which register later
 EVEN = "lsq"  # has evenly spaced levels of any range and number on each tag, as measurements without training need

@@ -222,7 +222,7 @@ class ModelConfig:
     width_alpha: float = 1.0
     base: int = 1  # parallel branches of a block (Group-Net)
     norm: str = "batch"  # batch, static, frozen, reverse, instance or group
-    activation: str = "relu"  # relu, none, prelu, relu6 or leaky
+    activation: str = "relu"  # relu, none, prelu, relu6, leaky or rprelu
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields of the user's own keywords
     block: BlockConfig = field(default_factory=BlockConfig)
     stem: StemConfig = field(default_factory=StemConfig)

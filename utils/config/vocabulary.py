@@ -110,6 +110,11 @@ _declare(
     ("PReLU", "learned slope below zero", _sets(model__activation="prelu")),
     ("ReLU6", "clipped at 6", _sets(model__activation="relu6")),
     ("LReLU", "leaky, slope 0.01 below zero", _sets(model__activation="leaky")),
+    (
+        "RPReLU",
+        "ReActNet: a learned slope below a learned point, for each channel",
+        _sets(model__activation="rprelu"),
+    ),
     families=("resnet", "mobilenet", "classic"),
 )
 _declare(
@@ -152,10 +157,12 @@ _declare(
     ("pact", "PACT: a learned clip value for activations, DoReFa-Net's weights", _method("pact")),
     ("lq", "LQ-Nets: levels are the sums of a learned basis", _method("lq")),
     ("xnor", "XNOR-Net: signs, scaled", _method("xnor")),
+    ("reactnet", "ReActNet: signs around a learned threshold per channel, XNOR-Net's weights",
+     _method("reactnet")),
     ("lsq", "LSQ: a learned clip value for activations and weights",
-     {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
+     {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor", "reactnet")}),
     ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
-     {**_method("fatnn"), "rank": 1, "excludes": ("pact", "lq", "xnor")}),
+     {**_method("fatnn"), "rank": 1, "excludes": ("pact", "lq", "xnor", "reactnet")}),
     *((f"{tag}_{word}", f"{name} for {what}s alone",
        {**_method(method, tag), "rank": 2, "requires_method": True})
       for word, method, name in (("lsq", "lsq", "LSQ"), ("non-uniform", "fatnn", "FATNN"))
@@ -211,7 +218,7 @@ _declare(
 
 
 # The words that choose a method, as messages propose them.
-METHOD_WORDS = ("lsq", "pact", "dorefa", "lq", "non-uniform", "xnor")
+METHOD_WORDS = ("lsq", "pact", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
 
 
 def own_method_words(tag: str) -> tuple[str, ...]:

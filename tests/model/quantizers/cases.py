@@ -64,6 +64,7 @@ class Method:
     fields: Mapping[str, Any] = field(default_factory=dict)  # of its configuration
     state: tuple[str, ...] = ()  # names beside `iteration` and `level_num`, of 4 levels (3 where that is all)
     range_name: str = ""  # the state that is the clip value, where there is one
+    per_channel: bool = False  # an activation's channels have values of their own, as a weight's
     calibrates: bool = False  # has a range that a warm-up sets
     idempotent: bool = True
     monotonic: bool = True
@@ -130,6 +131,10 @@ def fatnn_ternary(s: Setting, x: Array, gy: Array) -> Result:
 
 def xnor_activation(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.xnor_activation(x, gy, grad_type=s.config.grad_type, custom=s.config.custom)
+
+
+def rsign(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.rsign(x, gy, threshold=s.state["threshold"], grad_type=s.config.grad_type, groups=s.groups)
 
 
 def xnor_weight(s: Setting, x: Array, gy: Array) -> Result:
@@ -223,6 +228,17 @@ METHODS = {
         monotonic=False,
         **BINARY,
     ),
+    "reactnet": Method(
+        method="reactnet",
+        tags=FM,
+        expected=rsign,
+        fields={"grad_type": "Triangle"},
+        state=("threshold",),
+        per_channel=True,
+        idempotent=False,
+        **BINARY,
+    ),
+    "reactnet-wt": Method(method="reactnet", tags=WT, expected=xnor_weight, idempotent=False, **BINARY),
     "xnor-wt": Method(method="xnor", tags=WT, expected=xnor_weight, idempotent=False, **BINARY),
     "xnor-wt-STE": Method(
         method="xnor", tags=WT, expected=xnor_weight, fields={"grad_type": "STE"}, idempotent=False, **BINARY
@@ -328,7 +344,7 @@ def setting(case: Case, quantizer: Quantizer) -> Setting:
         for name, value in quantizer.state_dict().items()
     }
     config = case.config
-    default = CHANNELS if case.tag == "wt" else 1
+    default = CHANNELS if case.tag == "wt" or case.method.per_channel else 1
     count = default if config.quant_group is None else config.quant_group
     elements = np.prod(SHAPES[case.tag]) / count
     factor = oracle.gradient_factor(config.grad_scale, config.scale, fan=FAN, elements=elements)

@@ -24,7 +24,9 @@ from tests.model.quantizers.cases import (
 
 
 @pytest.mark.parametrize("kind", ["mean", "var", "var-mean"])
-@over(cases(levels=(4, 3, 2), where=lambda method: not {"clip_val", "alpha0"} & set(method.state)))
+@over(
+    cases(levels=(4, 3, 2), where=lambda method: not {"clip_val", "alpha0", "threshold"} & set(method.state))
+)
 def test_a_gradient_does_not_overflow_where_normalisation_is_undone(case: Case, kind: str) -> None:
     """Multiplied by the deviation and divided by it again, it is that of the same tensor in another unit."""
     quantizer = make(case.with_fields(adaptive=kind, adaptive_restore=True))

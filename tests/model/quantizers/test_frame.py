@@ -167,7 +167,7 @@ def test_a_clip_value_at_or_below_zero_recovers(case: Case, start: float) -> Non
 @over(cases(groups=(None, 1, 2, CHANNELS), tags=("fm", "wt", "ot")))
 def test_state_names_and_shapes(case: Case) -> None:
     quantizer = build_quantizer(case.config, case.site)
-    default = CHANNELS if case.tag == "wt" else 1
+    default = CHANNELS if case.tag == "wt" or case.method.per_channel else 1
     groups = default if case.quant_group is None else case.quant_group
     per_group = (groups, 1, 1, 1) if case.tag == "wt" else (1,) if groups == 1 else (1, groups, 1, 1)
     bits = (case.levels - 1).bit_length()
