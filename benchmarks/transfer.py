@@ -153,6 +153,13 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
             _activation("activation, Triangle", f"--keyword xnor {BINARY} Triangle", low=-1.6),
         ]
     ],
+    "reactnet": [
+        [
+            _activation("activation, threshold 0, as it starts", f"--keyword reactnet {BINARY} Triangle", low=-1.6),
+            _activation("activation, threshold 0.5", f"--keyword reactnet {BINARY} Triangle", low=-1.6,
+                        state={"threshold": 0.5}),
+        ]
+    ],
 }  # fmt: skip
 """Rows of panels by the picture's name."""
 

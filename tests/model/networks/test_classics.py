@@ -12,6 +12,7 @@ from torch.nn import functional
 import main
 from model.audit import audit
 from model.layers.quantized import QuantConv2d, QuantLayer, quantizers
+from model.layers.rprelu import RPReLU
 from model.networks.build import PROJECT, build_network, models
 from model.networks.mobilenet import InvertedResidual, divisible
 from model.watch.cost import network_cost
@@ -114,6 +115,7 @@ def test_images_without_a_position_are_an_error(keyword: str, size: int, least: 
     [
         ("NReLU", {nn.Identity}),
         ("PReLU", {nn.PReLU}),
+        ("RPReLU", {RPReLU}),
         ("ReLU", {nn.ReLU}),
         ("ReLU6", {nn.ReLU6}),
         ("cifar10", {nn.ReLU, nn.ReLU6}),

@@ -189,7 +189,7 @@ def test_selections(fields: dict[str, Any], said: str) -> None:
 def test_norms_and_activations() -> None:
     for make, name, close, known in (
         (lambda config: norm(4, config), "norm", ("bach", "batch"), NORMS),
-        (activation, "activation", ("prelo", "prelu"), ACTIVATIONS),
+        (lambda config: activation(4, config), "activation", ("prelo", "prelu"), ACTIVATIONS),
     ):
         with pytest.raises(
             UserError, match=f"^ModelConfig: {name} '{close[0]}' is not known; did you mean {close[1]}"
