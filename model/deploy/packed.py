@@ -18,8 +18,7 @@ from model.pretrained import FIXED, stored_of
 from model.quantizers.integers import QuantizedTensor
 from utils.checkpoint import archive
 from utils.checkpoint.exported import KEY, exported_kind
-from utils.config.recorded import from_dict
-from utils.config.schema import to_dict
+from utils.config.recorded import from_dict, to_dict
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from utils.checkpoint import archive, random_state, weights
 from utils.checkpoint.case_files import CheckpointFiles
-from utils.config.schema import Config, to_dict
+from utils.config.recorded import to_dict
+from utils.config.schema import Config
 from utils.config.spelling import changed
 from utils.errors import TrainingError, UserError
 from utils.processes import distributed

@@ -7,7 +7,6 @@ before anything is loaded; those of quantizers, which other programs write in Py
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -431,19 +430,3 @@ class Config:
         default_factory=dict, hash=False
     )  # field -> the keyword or option that set it
     warnings: tuple[str, ...] = ()
-
-
-def to_dict(config: Any) -> Any:
-    """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
-    if dataclasses.is_dataclass(config):
-        values = {item: getattr(config, item.name) for item in dataclasses.fields(config)}
-        return {
-            item.name: to_dict(value)
-            for item, value in values.items()
-            if value or not item.metadata.get("optional")
-        }
-    if isinstance(config, Mapping):
-        return {str(name): to_dict(value) for name, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [to_dict(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
