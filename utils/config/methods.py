@@ -17,8 +17,8 @@ from utils.text import closest
 
 # Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
 READABLE = frozenset({
-    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "custom", "binary_scale",
-    "custom_update", "closed_form", "re_init", "re_init_range",
+    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "grad_delta", "custom",
+    "binary_scale", "custom_update", "closed_form", "re_init", "re_init_range",
 })  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def misfit(config: QuantizerConfig) -> str:
         >>> from utils.config.methods import misfit
         >>> from utils.config.schema import GRAD_TYPES, QuantizerConfig
         >>> misfit(QuantizerConfig(tag="wt", method="dorefa", grid="midtread"))
-        "grid 'midtread' belongs to lsq, not to dorefa"
+        "grid 'midtread' belongs to lsq or ewgs, not to dorefa"
     """
     record, method = record_of(config.method, config.tag), config.method
     if record.levels not in (None, config.levels):
@@ -193,8 +193,9 @@ _REASONS = {
     "half_range": "whose levels are symmetric",
     "grad_scale": "which learns no clipping value",
     "quant_group": "whose weights share one range",
+    "grad_delta": "whose gradient does not depend on the distance to the level",
 }
-_ACTIVATIONS = ("fm", "ot")
+_ACTIVATIONS, _ALL = ("fm", "ot"), ("fm", "wt", "ot")
 _CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})
 _STE_SCALE = frozenset({"STE-scale"})
 
@@ -218,19 +219,17 @@ declare(
     _record(reads=_CLIP | {"grad_scale", "re_init"}, grad_types=_STE_SCALE, initial_step=True),
 )
 declare("pact", ["wt"], _WHOLE_WEIGHT)
-declare(
-    "lsq",
-    ("fm", "wt", "ot"),
-    _record(
-        reads=_CLIP | {"grad_scale", "re_init", "grid"},
-        grad_types=_STE_SCALE,
-        idle_grad_types={"STE-scale": "which rounds a clamped value"},
-        initial_step=True,
-    ),
-)
+_LEARNED: dict[str, Any] = {
+    "grad_types": _STE_SCALE,
+    "idle_grad_types": {"STE-scale": "which rounds a clamped value"},
+    "initial_step": True,
+}
+_STEP = _CLIP | {"grad_scale", "re_init", "grid"}
+declare("lsq", _ALL, _record(reads=_STEP, **_LEARNED))
+declare("ewgs", _ALL, _record(reads=_STEP | {"grad_delta"}, **_LEARNED))
 declare(
     "lq",
-    ("fm", "wt", "ot"),
+    _ALL,
     _record(
         reads=frozenset({"scale", "half_range", "quant_group", "custom_update", "re_init"}),
         grad_types=frozenset(),

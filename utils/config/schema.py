@@ -106,6 +106,7 @@ class QuantizerConfig:
     adaptive_restore: bool = False
     grad_type: str = "none"
     grad_scale: str = "none"
+    grad_delta: float = 1e-3  # EWGS: growth of a gradient by the distance to the level
     gamma: bool = False  # a learned scale per output group
     binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
     custom: str = "none"  # XNOR-Net's activation scale: mean |x| over "channel" or "resolution"
@@ -129,8 +130,9 @@ class QuantizerConfig:
         check.integer("levels", 2, MAX_LEVELS if self.enable else 2**32)
         for name in ("boundary", "scale"):
             check.number(name, LEAST, MOST)
-        check.number("ratio", -math.inf, math.inf)
-        check.number("correlate", -math.inf, math.inf)
+        check.number("grad_delta", 0, MOST)
+        for name in ("ratio", "correlate"):
+            check.number(name, -math.inf, math.inf)
         for name in ("proxquant_step", "stable", "stable_epoch"):
             check.integer(name, 0)
         if self.quant_group is not None:
