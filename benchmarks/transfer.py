@@ -119,6 +119,13 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
             )
         ]
     ],
+    "lsqplus": [
+        [
+            _activation(f"activation, {name}", f"--keyword lsqplus --fm_bit {name[0]}", low=-1.2,
+                        state={"offset": -0.6, "clip_val": 1.4})
+            for name in ("1 bit", "2 bits", "3 bits")
+        ]
+    ],
     "ewgs": [
         _bits(_activation, "fm", "activation", "ewgs", beside="--fm_grad_delta 2"),
         _bits(_weight, "wt", "weight", "ewgs", beside="--wt_grad_delta 2"),

@@ -185,6 +185,34 @@ def lsq_midtread(
     return Result(code * step, gy * inside, {"clip_val": grad}, _to_nearest(ratio, jumps) / highest)
 
 
+def lsqplus(
+    x: Array,
+    gy: Array,
+    *,
+    clip_val: Array,
+    offset: Array,
+    levels: int,
+    groups: Groups = ONE,
+    factor: float = 1.0,
+) -> Result:
+    """Integers 0 .. n times the step s = |clip_val| / n, above the offset b (paper, equations 3 to 5).
+
+    The gradient of s is k - (x - b) / s inside for the integer k, 0 below, n above; that of b is 0 inside, 1 outside.
+    """
+    n = levels - 1
+    step, b = groups.spread(np.abs(clip_val) / n, x), groups.spread(offset, x)
+    position = (x - b) / step
+    inside = (position >= 0) & (position <= n)
+    code = np.round(np.clip(position, 0, n))
+    slope = np.where(inside, code - position, code)
+    grads = {
+        "clip_val": groups.sum(gy * slope) / n * sign(clip_val) * factor,
+        "offset": groups.sum(gy * ~inside) * factor,
+    }
+    jumps = np.concatenate([np.arange(n) + 0.5, [0, n]])
+    return Result(code * step + b, gy * inside, grads, _to_nearest(position, jumps) / n)
+
+
 def ewgs(
     x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool, delta: float,
     groups: Groups = ONE, factor: float = 1.0,

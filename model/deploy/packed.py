@@ -24,7 +24,7 @@ from utils.errors import UserError
 
 VERSION = 1
 TERNARY = 5  # digits to base 3 in a byte
-_TENSORS = ("codebook", "factor", "scale", "rows", "deviation", "mean", "gamma")
+_TENSORS = ("codebook", "factor", "scale", "offset", "rows", "deviation", "mean", "gamma")
 
 
 def bits_of(levels: int) -> int:

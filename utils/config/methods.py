@@ -140,7 +140,7 @@ def misfit(config: QuantizerConfig) -> str:
         >>> from utils.config.methods import misfit
         >>> from utils.config.schema import GRAD_TYPES, QuantizerConfig
         >>> misfit(QuantizerConfig(tag="wt", method="dorefa", grid="midtread"))
-        "grid 'midtread' belongs to lsq or ewgs, not to dorefa"
+        "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa"
     """
     record, method = record_of(config.method, config.tag), config.method
     if record.levels not in (None, config.levels):
@@ -183,7 +183,8 @@ def unfit_levels(config: QuantizerConfig) -> str:
 def readers(option: str) -> str:
     """The methods that are known to read an option on some tag, for messages."""
     known = ((name, record) for (name, _), record in _RECORDS.items() if record.reads_option(option))
-    return " or ".join(dict.fromkeys(record.title or name for name, record in known))
+    *others, last = dict.fromkeys(record.title or name for name, record in known)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 # The project's methods ---------------------------------------------------------------------------
@@ -226,6 +227,8 @@ _LEARNED: dict[str, Any] = {
 }
 _STEP = _CLIP | {"grad_scale", "re_init", "grid"}
 declare("lsq", _ALL, _record(reads=_STEP, **_LEARNED))
+declare("lsqplus", _ACTIVATIONS, _record(reads=_STEP - {"grid", "re_init_range"}, **_LEARNED))
+declare("lsqplus", ["wt"], _record(reads=_STEP, **_LEARNED))
 declare("ewgs", _ALL, _record(reads=_STEP | {"grad_delta"}, **_LEARNED))
 declare(
     "lq",

@@ -110,6 +110,13 @@ def lsq_midtread(s: Setting, x: Array, gy: Array) -> Result:
     )
 
 
+def lsqplus(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.lsqplus(
+        x, gy, clip_val=s.state["clip_val"], offset=s.state["offset"], levels=s.config.levels, groups=s.groups,
+        factor=s.factor,
+    )  # fmt: skip
+
+
 def ewgs(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.ewgs(
         x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
@@ -173,6 +180,10 @@ METHODS = {
         half_range=FULL,
         **CLIP,
     ),
+    "lsqplus": Method(
+        method="lsqplus", tags=FM, expected=lsqplus, state=("clip_val", "offset"), calibrates=True
+    ),
+    "lsqplus-wt": Method(method="lsqplus", tags=WT, expected=lsq, **CLIP),
     "ewgs": Method(
         method="ewgs", tags=(*FM, *WT), expected=ewgs, fields={"grad_delta": DELTA}, scaled=DELTA / 2, **CLIP
     ),

@@ -282,7 +282,10 @@ def test_right_calls_that_look_like_wrong_ones() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"method": "dorefa", "grid": "midtread"}, "grid 'midtread' belongs to lsq or ewgs, not to dorefa"),
+        (
+            {"method": "dorefa", "grid": "midtread"},
+            "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa",
+        ),
         ({"method": "lsq", "grid": "midtread", "half_range": True}, "grid 'midtread' needs half_range=False"),
         ({"method": "lsq", "grad_type": "Triangle"}, "grad_type 'Triangle' does not go with lsq on wt"),
         ({"method": "lq", "grad_type": "STE-scale"}, "grad_type 'STE-scale' does not go with lq on wt"),
