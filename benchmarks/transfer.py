@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))  # the project is no package
 
 import model.quant  # noqa: E402, F401
 from model.quantizers.frame import Quantizer  # noqa: E402
-from model.quantizers.registry import build_quantizer  # noqa: E402
+from model.quantizers.learned_range import LearnedRange  # noqa: E402
+from model.quantizers.registry import build_quantizer, methods  # noqa: E402
 from model.quantizers.site import LayerSite  # noqa: E402
 from utils.config import keyword  # noqa: E402
 from utils.config.command_line import parse  # noqa: E402
@@ -84,10 +85,12 @@ def _weight(title: str, options: str, **rest: Any) -> Panel:
     return Panel(title, "wt", f"--wt_enable {options}", **rest)
 
 
-def _bits(make: Callable[..., Panel], tag: str, what: str, keywords: str, **rest: Any) -> list[Panel]:
+def _bits(
+    make: Callable[..., Panel], tag: str, what: str, keywords: str, beside: str = "", **rest: Any
+) -> list[Panel]:
     """Panels for 1, 2 and 3 bits."""
     return [
-        make(f"{what}, {name}", f"--keyword {keywords} --{tag}_bit {name[0]}", **rest)
+        make(f"{what}, {name}", f"--keyword {keywords} --{tag}_bit {name[0]} {beside}", **rest)
         for name in ("1 bit", "2 bits", "3 bits")
     ]
 
@@ -115,6 +118,17 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
                 ("3 levels", "--wt_level 3"), ("2 bits", "--wt_bit 2"), ("3 bits", "--wt_bit 3")
             )
         ]
+    ],
+    "lsqplus": [
+        [
+            _activation(f"activation, {name}", f"--keyword lsqplus --fm_bit {name[0]}", low=-1.2,
+                        state={"offset": -0.6, "clip_val": 1.4})
+            for name in ("1 bit", "2 bits", "3 bits")
+        ]
+    ],
+    "ewgs": [
+        _bits(_activation, "fm", "activation", "ewgs", beside="--fm_grad_delta 2"),
+        _bits(_weight, "wt", "weight", "ewgs", beside="--wt_grad_delta 2"),
     ],
     "lq": [
         _bits(_activation, "fm", "activation", "lq", high=3, fitted=True),
@@ -171,7 +185,7 @@ def quantizer(panel: Panel) -> Quantizer:
     """
     given = parse([*panel.options.split(), f"--{panel.tag}_quant_group", "1"])
     fields = keyword.resolve(given["keyword"], "resnet").fields
-    if fields[f"quant.{panel.tag}.method"] in ("lsq", "pact"):
+    if issubclass(methods()[fields[f"quant.{panel.tag}.method"], panel.tag], LearnedRange):
         given[f"{panel.tag}_quant_group"] = POINTS
     config = getattr(quant_config(given, fields)[0], panel.tag)
     site = LayerSite(name=panel.title, channels=POINTS, channel_dim=int(panel.tag == "fm"), ndim=4, fan=9)

@@ -45,7 +45,8 @@ def load(
         >>> from model.load import load
         >>> from model.networks.build import build_network
         >>> from utils.checkpoint import archive
-        >>> from utils.config.schema import Config, ModelConfig, to_dict
+        >>> from utils.config.recorded import to_dict
+        >>> from utils.config.schema import Config, ModelConfig
         >>> from utils.data.transform import ImageTransform
         >>> config = Config(model=ModelConfig(num_classes=2, input_size=16, width_alpha=0.25))
         >>> images = ImageTransform(size=16, mean=(0.5,) * 3, std=(0.25,) * 3)

@@ -147,6 +147,7 @@ def stored_of(entry: Mapping[str, Any]) -> QuantizedTensor:
         codebook=entry["codebook"],
         factor=entry["factor"],
         zero_point=entry["zero_point"],
+        offset=entry.get("offset"),
         rows=None if rows is None else rows.long(),
         deviation=entry.get("deviation"),
         mean=entry.get("mean"),

@@ -13,7 +13,17 @@ from model.layers.quantized import (
     quantized_weights,
     quantizers,
 )
-from model.quantizers import dorefa, fatnn, lq, lsq, pact, reactnet, xnor  # noqa: F401  (registers the methods)
+from model.quantizers import (  # noqa: F401  (registers what a configuration can name)
+    dorefa,
+    ewgs,
+    fatnn,
+    lq,
+    lsq,
+    lsqplus,
+    pact,
+    reactnet,
+    xnor,
+)
 from model.quantizers.frame import Quantizer
 from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
 from model.quantizers.integers import QuantizedTensor

@@ -185,6 +185,58 @@ def lsq_midtread(
     return Result(code * step, gy * inside, {"clip_val": grad}, _to_nearest(ratio, jumps) / highest)
 
 
+def lsqplus(
+    x: Array,
+    gy: Array,
+    *,
+    clip_val: Array,
+    offset: Array,
+    levels: int,
+    groups: Groups = ONE,
+    factor: float = 1.0,
+) -> Result:
+    """Integers 0 .. n times the step s = |clip_val| / n, above the offset b (paper, equations 3 to 5).
+
+    The gradient of s is k - (x - b) / s inside for the integer k, 0 below, n above; that of b is 0 inside, 1 outside.
+    """
+    n = levels - 1
+    step, b = groups.spread(np.abs(clip_val) / n, x), groups.spread(offset, x)
+    position = (x - b) / step
+    inside = (position >= 0) & (position <= n)
+    code = np.round(np.clip(position, 0, n))
+    slope = np.where(inside, code - position, code)
+    grads = {
+        "clip_val": groups.sum(gy * slope) / n * sign(clip_val) * factor,
+        "offset": groups.sum(gy * ~inside) * factor,
+    }
+    jumps = np.concatenate([np.arange(n) + 0.5, [0, n]])
+    return Result(code * step + b, gy * inside, grads, _to_nearest(position, jumps) / n)
+
+
+def ewgs(
+    x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool, delta: float,
+    groups: Groups = ONE, factor: float = 1.0,
+) -> Result:  # fmt: skip
+    """The levels of `lsq`; a gradient g through the rounding becomes g * (1 + delta * sign(g) * (x_n - x_q)).
+
+    With x_n = clamp((x - low) / width, 0, 1), x_q = round(n x_n) / n and y = low + width * x_q, where low and width are
+    multiples of c (paper, equations 1, 2 and 4), the chain rule gives the gradients to x and c.
+    """
+    c = groups.spread(np.abs(clip_val), x)
+    low, width = (0.0, 1.0) if half_range else (-1.0, 2.0)
+    n = levels - 1
+    position = (x / c - low) / width
+    x_n = np.clip(position, 0, 1)
+    x_q = np.round(n * x_n) / n
+    inside = (position >= 0) & (position <= 1)
+    g_q = gy * width * c
+    g_n = g_q * (1 + delta * np.sign(g_q) * (x_n - x_q)) * inside
+    direct, through = gy * (low + width * x_q), g_n * -(x / c) / (width * c)
+    grad = groups.sum(direct + through) * sign(clip_val) * factor
+    distance = _to_nearest(x / c, uniform_jumps(levels, half_range))
+    return Result(c * (low + width * x_q), g_n / (width * c), {"clip_val": grad}, distance)
+
+
 # Non-uniform methods -----------------------------------------------------------------------------
 
 

@@ -26,7 +26,8 @@ from utils.config.schema import Config
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
-    "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
+    "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lsqplus": {"lsqplus"}, "ewgs": {"ewgs"}, "lq": {"lq"},
+    "fatnn": {"fatnn"}, "xnor": {"xnor"},
     "xnor++": {"xnor"}, "bireal": {"xnor"}, "groupnet": {"xnor"}, "fixup": set(),
 }  # fmt: skip
 PRECISIONS = {"fp": None, "1bit": (1, 2), "ternary": (2, 3), "2bit": (2, 4), "3bit": (3, 8), "4bit": (4, 16)}
@@ -122,8 +123,12 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
         return set()
     # FATNN's weights are ternary; at two bits LSQ takes their place.
     methods = {"fatnn", "lsq"} if (method, precision) == ("fatnn", "2bit") else METHODS[method]
-    paper = method == "lsq" and precision != "1bit" and dataset in ("imagenet", "dali", "cifar10", "cifar100")
-    ends = {("lsq", 8, 256)} if paper else set()  # the first and the last layer
+    paper = (
+        method in ("lsq", "lsqplus", "ewgs")
+        and precision != "1bit"
+        and dataset in ("imagenet", "dali", "cifar10", "cifar100")
+    )
+    ends = {(method, 8, 256)} if paper else set()  # the first and the last layer
     return {(found, *bits) for found in methods} | ends
 
 

@@ -139,7 +139,7 @@ def weight_codes(name: str, quantizer: Quantizer, weight: Tensor) -> WeightCodes
     """
     found = integers(name, quantizer, weight)
     codes = (array(found.codes) - found.zero_point).astype(np.int32)
-    offset = None
+    offset = None if found.offset is None else array(found.offset)
     if found.scale is None:
         table = _table(found)
         rows = np.arange(len(table)).reshape((-1,) + (1,) * (codes.ndim - 1)) if len(table) > 1 else None
@@ -150,7 +150,8 @@ def weight_codes(name: str, quantizer: Quantizer, weight: Tensor) -> WeightCodes
         )
     scale = array(found.scale)
     if found.deviation is not None and found.mean is not None:
-        scale, offset = scale * array(found.deviation), array(found.mean)
+        deviation, mean = array(found.deviation), array(found.mean)
+        scale, offset = scale * deviation, mean if offset is None else offset * deviation + mean
     if found.gamma is not None:
         gamma = array(found.gamma)
         scale, offset = scale * gamma, None if offset is None else offset * gamma
@@ -217,6 +218,8 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
         return ActivationCodes(name=name, levels=levels, reason="its levels are uneven")
     if quantizer.levels_per_sample() or found.deviation is not None:
         return ActivationCodes(name=name, levels=levels, reason="each image has its own scale")
+    if found.offset is not None:
+        return ActivationCodes(name=name, levels=levels, reason="its levels have an offset")
     scale = (found.scale if found.gamma is None else found.scale * found.gamma).detach()
     if scale.numel() > 1:
         return ActivationCodes(name=name, levels=levels, reason="its channels have scales of their own")

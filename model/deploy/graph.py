@@ -170,6 +170,7 @@ def _value(quantizer: Quantizer, x: Tensor) -> Tensor:
     found = quantizer.integers(x)
     assert found.scale is not None
     value = (found.codes - found.zero_point).float() * found.scale
+    value = value if found.offset is None else value + found.offset
     if found.deviation is not None and found.mean is not None:
         value = value * found.deviation + found.mean
     return value if found.gamma is None else value * found.gamma

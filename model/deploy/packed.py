@@ -18,14 +18,13 @@ from model.pretrained import FIXED, stored_of
 from model.quantizers.integers import QuantizedTensor
 from utils.checkpoint import archive
 from utils.checkpoint.exported import KEY, exported_kind
-from utils.config.recorded import from_dict
-from utils.config.schema import to_dict
+from utils.config.recorded import from_dict, to_dict
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 
 VERSION = 1
 TERNARY = 5  # digits to base 3 in a byte
-_TENSORS = ("codebook", "factor", "scale", "rows", "deviation", "mean", "gamma")
+_TENSORS = ("codebook", "factor", "scale", "offset", "rows", "deviation", "mean", "gamma")
 
 
 def bits_of(levels: int) -> int:

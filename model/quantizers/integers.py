@@ -14,12 +14,12 @@ from model.quantizers import adaptive
 class QuantizedTensor:
     """A quantized tensor as integers.
 
-    Engines compute `(codes - zero_point) * scale`, or take the entries of the codebook where levels are not evenly
-    spaced. The result agrees with the fake-quantized tensor of training up to rounding: an error of 2^-22 = 2.4e-7 of
-    the largest level in magnitude, which is a larger part of a level near zero. `dequantize` agrees to the last bit.
-    It computes `value = codebook[rows, numbers] * factor`, then `value * deviation + mean` where the normalisation is
-    undone, then `value * gamma` where there is a learned scale. All tensors but the integers are float32 and
-    broadcast to the shape of the tensor.
+    Engines compute `(codes - zero_point) * scale + offset`, or take the entries of the codebook where levels are not
+    evenly spaced. The result agrees with the fake-quantized tensor of training up to rounding: an error of 2^-22 =
+    2.4e-7 of the largest level in magnitude, which is a larger part of a level near zero. `dequantize` agrees to the
+    last bit. It computes `value = codebook[rows, numbers] * factor + offset`, then `value * deviation + mean` where the
+    normalisation is undone, then `value * gamma` where there is a learned scale. All tensors but the integers are
+    float32 and broadcast to the shape of the tensor.
 
     Attributes:
         codes: int32, the shape of the tensor.
@@ -27,7 +27,8 @@ class QuantizedTensor:
         numbers: int64, the shape of the tensor: the level of each element, from 0, the lowest.
         codebook: [rows, levels], the levels over `factor`; one row, or one per group.
         factor: on the levels; one for the tensor, or one for each group or position.
-        zero_point: the code of zero.
+        zero_point: the code of zero, or of the offset where there is one.
+        offset: on all levels, where zero need not be among them; None: 0.
         rows: int64, broadcastable to the tensor: the row of the codebook of an element; None: the first.
         deviation: the divisor of the normalisation; None where the normalisation is not undone.
         mean: the mean that the normalisation subtracted.
@@ -49,6 +50,7 @@ class QuantizedTensor:
     codebook: Tensor
     factor: Tensor
     zero_point: int = 0
+    offset: Tensor | None = None
     rows: Tensor | None = None
     deviation: Tensor | None = None
     mean: Tensor | None = None
@@ -71,6 +73,7 @@ class QuantizedTensor:
         """The values of levels by their numbers, int64 [shape of the tensor], without the learned scale."""
         rows = torch.zeros_like(numbers) if self.rows is None else self.rows.expand(numbers.shape)
         value = self.codebook[rows, numbers] * self.factor
+        value = value if self.offset is None else value + self.offset
         if self.deviation is not None and self.mean is not None:
             value = adaptive.restored(value, adaptive.Moments(self.mean, self.deviation))
         return value

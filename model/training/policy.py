@@ -157,6 +157,8 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
         fault = (
             f"{method} learns no clipping value here" if method in PROJECT else f"{method} does not read it"
         )
+    elif name == "grad_delta" and record.ignores("grad_delta"):
+        fault = f"{method} does not read it"
     elif name in record.limits and value > record.limits[name][0]:
         most, reason, _ = record.limits[name]
         fault = f"{reason}, at most {most:g}"

@@ -28,7 +28,7 @@ def cut_off(quantizer: Quantizer, x: Tensor) -> Tensor | None:
         lowest, highest = (quantizer.per_channel(bound) for bound in bounds)
         half = (highest - lowest) / (2 * (quantizer.levels - 1))
         normed = quantizer.normalise(x.float())
-        outside = (normed < torch.where(lowest < 0, lowest - half, lowest), normed > highest + half)
+        outside = (normed < torch.where(lowest == 0, lowest, lowest - half), normed > highest + half)
         return torch.stack([part.count_nonzero() for part in outside]).double() / x.numel()
 
 

@@ -110,6 +110,7 @@ def _measure(quantizer: Quantizer, x: Tensor, integers: QuantizedTensor | None) 
             )
             figures["used"] = (counts > 0).sum()
             levels = integers.codebook.mean(dim=0) * integers.factor.mean()
+            levels = levels if integers.offset is None else levels + integers.offset.mean()
             if quantizer.levels <= KEPT_LEVELS:
                 figures["shares"] = counts / counts.sum()
                 figures["values"] = levels

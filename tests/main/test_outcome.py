@@ -28,8 +28,8 @@ from tests.main.runs import (
     metrics,
     summary,
 )
+from utils.config.recorded import to_dict
 from utils.config.resolve import read as read_config
-from utils.config.schema import to_dict
 
 # What a run leaves -------------------------------------------------------------------------------
 

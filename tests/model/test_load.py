@@ -18,8 +18,8 @@ from model.networks import build
 from tests import ROOT
 from tests.main.runs import FP, LSQ, call, done_in
 from utils.checkpoint import archive
-from utils.config.recorded import from_dict
-from utils.config.schema import Config, to_dict
+from utils.config.recorded import from_dict, to_dict
+from utils.config.schema import Config
 from utils.data.sources import open_data
 from utils.data.transform import ImageTransform
 from utils.errors import UserError

@@ -9,8 +9,8 @@ import torch
 
 from model.networks.build import build_network
 from model.pretrained import load_pretrained
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
-from utils.config.schema import to_dict
 
 
 @pytest.mark.parametrize(

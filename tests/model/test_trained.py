@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from model.networks.build import build_network
 from model.trained import check_as_trained
 from model.training.policy import initialise
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
-from utils.config.schema import Config, to_dict
+from utils.config.schema import Config
 from utils.errors import UserError
 
 FP = "--dataset fake --width_alpha 0.125 --keyword cifar10,cbas,origin"

@@ -192,7 +192,7 @@ _OF_QUANTIZER: dict[str, Callable[[Any], tuple[str, Any]]] = {
         name: lambda value, name=name: (name, value)
         for name in (
             "quant_group", "boundary", "scale", "ratio", "correlate", "adaptive", "adaptive_restore", "grad_type",
-            "grad_scale", "grid", "custom",
+            "grad_scale", "grad_delta", "grid", "custom",
         )
     },
 }  # fmt: skip

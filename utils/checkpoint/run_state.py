@@ -15,7 +15,8 @@ from torch import nn
 
 from utils.checkpoint import archive, random_state, weights
 from utils.checkpoint.case_files import CheckpointFiles
-from utils.config.schema import Config, to_dict
+from utils.config.recorded import to_dict
+from utils.config.schema import Config
 from utils.config.spelling import changed
 from utils.errors import TrainingError, UserError
 from utils.processes import distributed
@@ -26,7 +27,7 @@ from utils.text import printable
 # Fields of the network that matter only at its start or in the gradient: a resumed run may change them.
 CHANGEABLE = {
     "re_init", "re_init_range", "re_init_percentile", "boundary", "correlate", "stable", "stable_epoch", "scale",
-    "grad_type", "grad_scale", "proxquant_step", "input_size", "progressive",
+    "grad_type", "grad_scale", "grad_delta", "proxquant_step", "input_size", "progressive",
 }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from utils.text import closest
 
 # Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
 READABLE = frozenset({
-    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "custom", "binary_scale",
-    "custom_update", "closed_form", "re_init", "re_init_range",
+    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "grad_delta", "custom",
+    "binary_scale", "custom_update", "closed_form", "re_init", "re_init_range",
 })  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def misfit(config: QuantizerConfig) -> str:
         >>> from utils.config.methods import misfit
         >>> from utils.config.schema import GRAD_TYPES, QuantizerConfig
         >>> misfit(QuantizerConfig(tag="wt", method="dorefa", grid="midtread"))
-        "grid 'midtread' belongs to lsq, not to dorefa"
+        "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa"
     """
     record, method = record_of(config.method, config.tag), config.method
     if record.levels not in (None, config.levels):
@@ -183,7 +183,8 @@ def unfit_levels(config: QuantizerConfig) -> str:
 def readers(option: str) -> str:
     """The methods that are known to read an option on some tag, for messages."""
     known = ((name, record) for (name, _), record in _RECORDS.items() if record.reads_option(option))
-    return " or ".join(dict.fromkeys(record.title or name for name, record in known))
+    *others, last = dict.fromkeys(record.title or name for name, record in known)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 # The project's methods ---------------------------------------------------------------------------
@@ -193,8 +194,9 @@ _REASONS = {
     "half_range": "whose levels are symmetric",
     "grad_scale": "which learns no clipping value",
     "quant_group": "whose weights share one range",
+    "grad_delta": "whose gradient does not depend on the distance to the level",
 }
-_ACTIVATIONS = ("fm", "ot")
+_ACTIVATIONS, _ALL = ("fm", "ot"), ("fm", "wt", "ot")
 _CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})
 _STE_SCALE = frozenset({"STE-scale"})
 
@@ -218,19 +220,19 @@ declare(
     _record(reads=_CLIP | {"grad_scale", "re_init"}, grad_types=_STE_SCALE, initial_step=True),
 )
 declare("pact", ["wt"], _WHOLE_WEIGHT)
-declare(
-    "lsq",
-    ("fm", "wt", "ot"),
-    _record(
-        reads=_CLIP | {"grad_scale", "re_init", "grid"},
-        grad_types=_STE_SCALE,
-        idle_grad_types={"STE-scale": "which rounds a clamped value"},
-        initial_step=True,
-    ),
-)
+_LEARNED: dict[str, Any] = {
+    "grad_types": _STE_SCALE,
+    "idle_grad_types": {"STE-scale": "which rounds a clamped value"},
+    "initial_step": True,
+}
+_STEP = _CLIP | {"grad_scale", "re_init", "grid"}
+declare("lsq", _ALL, _record(reads=_STEP, **_LEARNED))
+declare("lsqplus", _ACTIVATIONS, _record(reads=_STEP - {"grid", "re_init_range"}, **_LEARNED))
+declare("lsqplus", ["wt"], _record(reads=_STEP, **_LEARNED))
+declare("ewgs", _ALL, _record(reads=_STEP | {"grad_delta"}, **_LEARNED))
 declare(
     "lq",
-    ("fm", "wt", "ot"),
+    _ALL,
     _record(
         reads=frozenset({"scale", "half_range", "quant_group", "custom_update", "re_init"}),
         grad_types=frozenset(),

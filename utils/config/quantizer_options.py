@@ -77,6 +77,12 @@ def quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
             choices=GRAD_SCALES,
         ),
         option(
+            f"{tag}_grad_delta",
+            float,
+            1e-3,
+            "EWGS's delta: growth of the gradient by the distance to the level",
+        ),
+        option(
             f"{tag}_grid",
             str,
             "midrise",

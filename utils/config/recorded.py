@@ -1,4 +1,4 @@
-"""The typed configuration from the plain data that `to_dict` made of it, as checkpoints and packed files hold it."""
+"""The typed configuration as plain data, as checkpoints and packed files hold it, and back."""
 
 from __future__ import annotations
 
@@ -15,21 +15,37 @@ from utils.config.schema import Config
 from utils.errors import UserError
 
 
+def to_dict(config: Any) -> Any:
+    """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
+    if dataclasses.is_dataclass(config):
+        values = {item: getattr(config, item.name) for item in dataclasses.fields(config)}
+        return {
+            item.name: to_dict(value)
+            for item, value in values.items()
+            if value or not item.metadata.get("optional")
+        }
+    if isinstance(config, Mapping):
+        return {str(name): to_dict(value) for name, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
 def from_dict(values: object, source: str) -> Config:
     """The configuration that a file holds; fields that it does not have keep their defaults.
 
     Fields that this version does not know are left out, but for those of the network: that would be another one.
 
     Args:
-        values: what `utils.config.schema.to_dict` has made of it.
+        values: what `to_dict` has made of it.
         source: the file, for messages.
 
     Raises:
         UserError: a field is unknown, of another type, or has a value that is not taken.
 
     Example:
-        >>> from utils.config.recorded import from_dict
-        >>> from utils.config.schema import Config, ModelConfig, to_dict
+        >>> from utils.config.recorded import from_dict, to_dict
+        >>> from utils.config.schema import Config, ModelConfig
         >>> config = Config(model=ModelConfig(input_size=(96, 160)))
         >>> from_dict(to_dict(config), "x.pth.tar") == config
         True

@@ -7,7 +7,6 @@ before anything is loaded; those of quantizers, which other programs write in Py
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -107,6 +106,7 @@ class QuantizerConfig:
     adaptive_restore: bool = False
     grad_type: str = "none"
     grad_scale: str = "none"
+    grad_delta: float = 1e-3  # EWGS: growth of a gradient by the distance to the level
     gamma: bool = False  # a learned scale per output group
     binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
     custom: str = "none"  # XNOR-Net's activation scale: mean |x| over "channel" or "resolution"
@@ -130,8 +130,9 @@ class QuantizerConfig:
         check.integer("levels", 2, MAX_LEVELS if self.enable else 2**32)
         for name in ("boundary", "scale"):
             check.number(name, LEAST, MOST)
-        check.number("ratio", -math.inf, math.inf)
-        check.number("correlate", -math.inf, math.inf)
+        check.number("grad_delta", 0, MOST)
+        for name in ("ratio", "correlate"):
+            check.number(name, -math.inf, math.inf)
         for name in ("proxquant_step", "stable", "stable_epoch"):
             check.integer(name, 0)
         if self.quant_group is not None:
@@ -431,19 +432,3 @@ class Config:
         default_factory=dict, hash=False
     )  # field -> the keyword or option that set it
     warnings: tuple[str, ...] = ()
-
-
-def to_dict(config: Any) -> Any:
-    """A configuration as plain dictionaries, lists and strings, for YAML and for checkpoints."""
-    if dataclasses.is_dataclass(config):
-        values = {item: getattr(config, item.name) for item in dataclasses.fields(config)}
-        return {
-            item.name: to_dict(value)
-            for item, value in values.items()
-            if value or not item.metadata.get("optional")
-        }
-    if isinstance(config, Mapping):
-        return {str(name): to_dict(value) for name, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [to_dict(value) for value in config]
-    return str(config) if isinstance(config, Path) else config

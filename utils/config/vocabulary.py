@@ -151,6 +151,14 @@ _declare(
      {**_sets(quant__depthwise=False), "families": ("torchvision", "timm", "mobilenet")}),
 )  # fmt: skip
 
+# Words of methods that also choose them for one tag alone.
+_BY_TAG = (
+    ("lsq", "lsq", "LSQ"),
+    ("lsqplus", "lsqplus", "LSQ+"),
+    ("ewgs", "ewgs", "EWGS"),
+    ("non-uniform", "fatnn", "FATNN"),
+)
+_ALONE = ("pact", "lq", "xnor", "reactnet")  # methods that no other one replaces
 _declare(
     "quantizer",
     ("dorefa", "DoReFa-Net", _method("dorefa")),
@@ -160,12 +168,16 @@ _declare(
     ("reactnet", "ReActNet: signs around a learned threshold per channel, XNOR-Net's weights",
      _method("reactnet")),
     ("lsq", "LSQ: a learned clip value for activations and weights",
-     {**_method("lsq"), "rank": 1, "excludes": ("pact", "lq", "xnor", "reactnet")}),
+     {**_method("lsq"), "rank": 1, "excludes": _ALONE}),
+    ("lsqplus", "LSQ+: a learned clip value and offset for activations, LSQ's weights",
+     {**_method("lsqplus"), "rank": 1, "excludes": _ALONE}),
+    ("ewgs", "EWGS: a learned clip value, and gradients that grow with the distance to the level",
+     {**_method("ewgs"), "rank": 1, "excludes": _ALONE}),
     ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
-     {**_method("fatnn"), "rank": 1, "excludes": ("pact", "lq", "xnor", "reactnet")}),
+     {**_method("fatnn"), "rank": 1, "excludes": _ALONE}),
     *((f"{tag}_{word}", f"{name} for {what}s alone",
        {**_method(method, tag), "rank": 2, "requires_method": True})
-      for word, method, name in (("lsq", "lsq", "LSQ"), ("non-uniform", "fatnn", "FATNN"))
+      for word, method, name in _BY_TAG
       for tag, what in TAGS.items()),
     ("gamma", "a learned scale per group on quantized weights (XNOR-Net++)",
      {**_sets(quant__wt__gamma=True), "excludes": ("dorefa",)}),
@@ -218,7 +230,7 @@ _declare(
 
 
 # The words that choose a method, as messages propose them.
-METHOD_WORDS = ("lsq", "pact", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
+METHOD_WORDS = ("lsq", "pact", "lsqplus", "ewgs", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
 
 
 def own_method_words(tag: str) -> tuple[str, ...]:

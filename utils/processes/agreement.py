@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import keyword
-from utils.config.schema import Config, to_dict
+from utils.config.recorded import to_dict
+from utils.config.schema import Config
 from utils.errors import UserError
 from utils.processes import distributed
 from utils.processes.interrupt import ends_at_once

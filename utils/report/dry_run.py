@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 
 from utils.config.image_size import size_text
-from utils.config.schema import Config, to_dict
+from utils.config.recorded import to_dict
+from utils.config.schema import Config
 from utils.report import curves
 from utils.report.accumulator_record import Accumulator, accumulator_remark, accumulator_table
 from utils.report.cost_record import Cost

@@ -15,7 +15,8 @@ import yaml
 
 from utils.checkpoint.case_files import CheckpointFiles
 from utils.checkpoint.run_state import RunState
-from utils.config.schema import Config, QuantizerConfig, to_dict
+from utils.config.recorded import to_dict
+from utils.config.schema import Config, QuantizerConfig
 from utils.errors import UserError
 from utils.report import curves, epoch_files
 from utils.report.accumulator_record import accumulator_remark

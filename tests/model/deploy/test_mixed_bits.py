@@ -18,8 +18,8 @@ from tests.main.runs import assert_same
 from tests.utils.tools.commands import Call
 from utils.checkpoint import archive
 from utils.config.layer_rules import with_layer_bits
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
-from utils.config.schema import to_dict
 from utils.data.transform import ImageTransform
 
 ENTRIES = [

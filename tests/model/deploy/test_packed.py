@@ -35,6 +35,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # activations, weights
     "lsq-midtread": ("lsq", "lsq", {"grid": "midtread"}),
     "lsq-restored": ("lsq", "lsq", {"adaptive": "var-mean", "adaptive_restore": True}),
     "lsq-gamma": ("lsq", "lsq", {"gamma": True, "adaptive": "var"}),
+    "lsqplus": ("lsqplus", "lsqplus", {}),
     "pact": ("pact", "pact", {}),
     "dorefa": ("dorefa", "dorefa", {}),
     "bin": ("dorefa", "dorefa", {"binary_scale": True}),
@@ -43,7 +44,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # activations, weights
     "fatnn": ("fatnn", "fatnn", {}),
     "xnor": ("xnor", "xnor", {}),
 }
-FEW = dict.fromkeys(("lsq-group", "lsq-restored", "lsq-gamma", "lq-tensor"), (4,))
+FEW = dict.fromkeys(("lsqplus", "lsq-group", "lsq-restored", "lsq-gamma", "lq-tensor"), (4,))
 LEVELS = {"bin": (2,), "xnor": (2,), "fatnn": (3,), "lq": (2, 4, 8, 16), "lsq-midtread": (4, 256), **FEW}
 CASES = [
     (name, levels)

@@ -69,6 +69,7 @@ class Method:
     idempotent: bool = True
     monotonic: bool = True
     spread: float = 1.0  # standard deviation of the tensors it is tested on
+    scaled: float = 0.0  # how far the gradient of 1 may be from 1 within the range
 
 
 def dorefa_activation(s: Setting, x: Array, gy: Array) -> Result:
@@ -110,6 +111,20 @@ def lsq_midtread(s: Setting, x: Array, gy: Array) -> Result:
     )
 
 
+def lsqplus(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.lsqplus(
+        x, gy, clip_val=s.state["clip_val"], offset=s.state["offset"], levels=s.config.levels, groups=s.groups,
+        factor=s.factor,
+    )  # fmt: skip
+
+
+def ewgs(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.ewgs(
+        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
+        delta=s.config.grad_delta, groups=s.groups, factor=s.factor,
+    )  # fmt: skip
+
+
 def lq(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.lq(
         x,
@@ -146,6 +161,7 @@ FULL, HALF, POWERS = (False,), (True,), (2, 4, 8, 16, 256)
 TANH: dict[str, Any] = {"expected": dorefa_weight, "half_range": FULL, "idempotent": False}
 CLIP: dict[str, Any] = {"state": ("clip_val",), "range_name": "clip_val", "calibrates": True}
 BINARY: dict[str, Any] = {"levels": (2,), "half_range": FULL}
+DELTA = 0.5  # large enough to see
 METHODS = {
     "dorefa": Method(method="dorefa", tags=FM, expected=dorefa_activation, calibrates=True),
     "dorefa-wt": Method(method="dorefa", tags=WT, **TANH),
@@ -168,6 +184,13 @@ METHODS = {
         levels=(3, 4, 8, 16, 256),
         half_range=FULL,
         **CLIP,
+    ),
+    "lsqplus": Method(
+        method="lsqplus", tags=FM, expected=lsqplus, state=("clip_val", "offset"), calibrates=True
+    ),
+    "lsqplus-wt": Method(method="lsqplus", tags=WT, expected=lsq, **CLIP),
+    "ewgs": Method(
+        method="ewgs", tags=(*FM, *WT), expected=ewgs, fields={"grad_delta": DELTA}, scaled=DELTA / 2, **CLIP
     ),
     "lq": Method(method="lq", tags=FM, expected=lq, levels=POWERS, state=("basis",), calibrates=True),
     "lq-wt": Method(

@@ -30,15 +30,16 @@ def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
     low, high = int(found.codes.min()), int(found.codes.max())
     if case.config.method == "xnor":
         assert (low, high) == (-1, 1)
-    elif case.half_range or found.scale is None:
+    elif case.half_range or found.scale is None or found.offset is not None:
         assert 0 <= low <= high < case.levels
     elif case.config.grid == "midtread":
         assert -(case.levels // 2) <= low <= high <= (case.levels - 1) // 2
     else:
         assert -case.levels < low <= high < case.levels
     if found.scale is not None:
-        engine = (found.codes - found.zero_point) * found.scale
-        largest = found.codebook.abs().max() * found.factor
+        offset = torch.zeros(1) if found.offset is None else found.offset
+        engine = (found.codes - found.zero_point) * found.scale + offset
+        largest = found.codebook.abs().max() * found.factor + offset.abs()
         assert ((engine - y).abs() <= ROUNDING * largest).all()
 
 
@@ -74,7 +75,8 @@ def test_numbers_alone_are_those_of_the_integers(case: Case, fields: dict[str, A
     assert torch.equal(level_of(numbers), found.unscaled(found.numbers))
     others = case.levels - 1 - found.numbers
     assert torch.equal(level_of(others.int()), found.unscaled(others))
-    even = case.method.method in ("dorefa", "pact", "lsq") and not case.config.binary_scale
+    clips = bool(case.method.range_name) or case.method.method in ("dorefa", "pact")
+    even = clips and not case.config.binary_scale
     assert numbers.is_floating_point() == even  # without the codes
 
 

@@ -73,7 +73,7 @@ def test_bounds_count_and_gradients(case: Case, x: Tensor, clip: float) -> None:
     assert len(y.unique()) <= case.levels
     y.sum().backward()
     assert x.grad is not None
-    assert ((x.grad == 0) | (x.grad == 1)).all()
+    assert ((x.grad == 0) | ((x.grad - 1).abs() <= case.method.scaled)).all()
     for parameter in quantizer.parameters():
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()

@@ -78,6 +78,7 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("epoch: [{at: [1], enable: 3}]", "must be true or false"),
         ("epoch: [{at: [1], boundary: 1.0e+39}]", "boundary 1e+39 must be a number from 1e-06 to 1e+06"),
         ("epoch: [{at: [1], scale: 0}]", "scale 0 must be a number from 1e-06 to 1e+06"),
+        ("epoch: [{at: [1], grad_delta: -1}]", "grad_delta -1 must be a number from 0 to 1e+06"),
         ("epoch: [{at: [1], lr: -1}]", "not negative"),
         (f"epoch: [{{at: [1], lr: 1{'0' * 400}}}]", "not negative"),
         ("epoch: [{at: [1], lr: 2026-13-45}]", "is no YAML (month must be in 1..12)"),
@@ -99,6 +100,7 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("iteration: [{at: [36], bit: 4}]", "beyond the run of 36 iterations"),
         ("epoch: [{at: [1], custom_lr: 0}]", "name them with --custom_lr_list"),
         ("epoch: [{at: [1], grad_type: Triangle}]", "belongs to binary activations"),
+        ("epoch: [{at: [1], grad_delta: 0.1}]", "grad_delta 0.1: lsq does not read it"),
     ],
 )
 def test_mistakes_end_the_run_before_it_begins(

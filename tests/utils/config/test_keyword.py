@@ -15,9 +15,10 @@ import pytest
 from tests import ROOT
 from utils.config import keyword
 from utils.config.keyword import Keyword, registry, resolve
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
 from utils.config.resolve.families import FAMILIES
-from utils.config.schema import TAGS, Config, ModelConfig, QuantizerConfig, to_dict
+from utils.config.schema import TAGS, Config, ModelConfig, QuantizerConfig
 from utils.errors import UserError
 
 RECORDS = registry()

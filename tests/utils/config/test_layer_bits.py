@@ -10,9 +10,9 @@ import pytest
 
 from utils.config.layer_bits import LayerBits
 from utils.config.layer_rules import layer_rules, plain_entries, read_layer_bits
-from utils.config.recorded import from_dict
+from utils.config.recorded import from_dict, to_dict
 from utils.config.resolve import read
-from utils.config.schema import Config, QuantConfig, to_dict
+from utils.config.schema import Config, QuantConfig
 from utils.errors import UserError
 
 NETWORK = ["--keyword", "cifar10,cbsa,lsq"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
 from utils.config.schema import (
     BlockConfig,
@@ -23,7 +24,6 @@ from utils.config.schema import (
     RunConfig,
     ScheduleConfig,
     StemConfig,
-    to_dict,
 )
 from utils.errors import UserError
 
@@ -343,6 +343,10 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--optimizer adam --nesterov", ["--nesterov has no effect with --optimizer ADAM"]),
         ("--fm_bit 32", ["--fm_bit has no effect without --fm_enable"]),
         (f"{QUANTIZED} --wt_ratio 0.5", ["--wt_ratio has no effect with the methods of this project"]),
+        (
+            f"{QUANTIZED} --wt_grad_delta 0.1",
+            ["--wt_grad_delta has no effect with lsq, whose gradient does not"],
+        ),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
         (
             "--keyword cbas,dorefa,wt_bin,wt_gamma,ot_lsq,fm_lsq --fm_enable",
@@ -451,6 +455,7 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--fm_boundary 1e39", r"--fm_boundary 1e\+39: must be from 1e-06 to 1e\+06"),
         ("--wt_scale 1e-7", r"--wt_scale 1e-07: must be from 1e-06 to 1e\+06"),
         ("--keyword cbas,lq --fm_enable --fm_scale 1.5", "--fm_scale 1.5: LQ-Nets' thresholds.* at most 1"),
+        ("--wt_grad_delta -1", r"--wt_grad_delta -1.0: must be from 0 to 1e\+06"),
         ("--wt_correlate nan", "--wt_correlate nan: give a finite number"),
         ("--delay inf", "--delay inf: must be a number"),
         ("--rand_augment 31", "--rand_augment 31: must be from 0 to 30"),

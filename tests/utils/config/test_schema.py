@@ -84,7 +84,7 @@ WHOLE = ("levels", "quant_group", "proxquant_step", "stable", "stable_epoch")
         (WORDS, NO_WORD, "is not a word: use one of '"),
         (FLAGS, NO_FLAG, "must be True or False"),
         (WHOLE, NO_WHOLE, "must be a whole number"),
-        (("boundary", "scale", "ratio", "correlate"), NO_NUMBER, "must be a number, "),
+        (("boundary", "scale", "ratio", "correlate", "grad_delta"), NO_NUMBER, "must be a number, "),
         (("method",), [None, "", 3, ["lsq"]], "must be the name of a method, such as 'lsq'"),
         (("extra",), [None, "a", ["a"], [("a", 1)], 3], "must be a mapping from names to values"),
     ],
@@ -282,7 +282,10 @@ def test_right_calls_that_look_like_wrong_ones() -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"method": "dorefa", "grid": "midtread"}, "grid 'midtread' belongs to lsq, not to dorefa"),
+        (
+            {"method": "dorefa", "grid": "midtread"},
+            "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa",
+        ),
         ({"method": "lsq", "grid": "midtread", "half_range": True}, "grid 'midtread' needs half_range=False"),
         ({"method": "lsq", "grad_type": "Triangle"}, "grad_type 'Triangle' does not go with lsq on wt"),
         ({"method": "lq", "grad_type": "STE-scale"}, "grad_type 'STE-scale' does not go with lq on wt"),

@@ -11,8 +11,9 @@ import pytest
 from utils.checkpoint.run_state import differences
 from utils.config import keyword, vocabulary  # noqa: F401
 from utils.config.options import OPTIONS
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
-from utils.config.schema import Config, DistillConfig, LossConfig, to_dict
+from utils.config.schema import Config, DistillConfig, LossConfig
 from utils.config.spelling import changed
 
 # Those that have no word: derived from others, or values that no keyword sets.

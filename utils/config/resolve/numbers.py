@@ -89,6 +89,8 @@ def check_numbers(given: Given) -> None:
         for name in (f"{tag}_boundary", f"{tag}_scale"):
             if not LEAST <= given[name] <= MOST:
                 raise UserError(f"--{name} {given[name]}: must be from {LEAST:g} to {MOST:g}")
+        if not 0 <= given[f"{tag}_grad_delta"] <= MOST:
+            raise UserError(f"--{tag}_grad_delta {given[f'{tag}_grad_delta']}: must be from 0 to {MOST:g}")
         if not math.isfinite(given[f"{tag}_correlate"]):
             raise UserError(f"--{tag}_correlate {given[f'{tag}_correlate']}: give a finite number")
     if not 0 <= given["seed"] < 2**63:

@@ -109,6 +109,7 @@ def _quantizer_config(
         adaptive_restore=bool(given[f"{tag}_adaptive_restore"]) or record.restores,
         grad_type=given[f"{tag}_grad_type"],
         grad_scale=given[f"{tag}_grad_scale"],
+        grad_delta=given[f"{tag}_grad_delta"],
         gamma=bool(fields.get(f"quant.{tag}.gamma", False)),
         binary_scale=binary_scale,
         custom=given["fm_custom"] if tag == "fm" else "none",
@@ -167,6 +168,7 @@ def _check_method(
         ("half_range", f"{tag}_half_range" in given.explicit),
         ("boundary", f"{tag}_boundary" in given.explicit),
         ("grad_scale", given[f"{tag}_grad_scale"] != "none"),
+        ("grad_delta", f"{tag}_grad_delta" in given.explicit),
         ("quant_group", f"{tag}_quant_group" in given.explicit and not by_group),
     ):
         if written and record.ignores(option):
