@@ -74,6 +74,9 @@ COMMON: dict[str, tuple[Option, ...]] = {
         ),
         option("mean", floats, None, "mean per channel, of images in [0, 1]; default: the data set's"),
         option("std", floats, None, "standard deviation per channel; default: the data set's"),
+        option(
+            "fonts", str, None, "folder of .ttf and .otf files for the data set glyphs; default: matplotlib's"
+        ),
         option("fake_size", int, 256, "training images of the data set fake"),
     ),
     "optimizer": (

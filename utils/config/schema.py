@@ -252,6 +252,7 @@ class DataConfig:
     balanced: bool = False  # draw training images so that all classes are equally frequent
     class_weights: str | None = None  # in the training loss: "balanced", or a file
     class_weight_values: tuple[float, ...] = ()  # of that file, in the order of the classes
+    fonts: Path | None = None  # folder of fonts for `glyphs`; None: matplotlib's
     fake_size: int = 256  # images of the `fake` training set; the validation set has a quarter
     seed: int = 0
     rank: int = 0  # number of this process of a distributed run, from 0

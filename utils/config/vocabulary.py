@@ -158,7 +158,7 @@ _BY_TAG = (
     ("ewgs", "ewgs", "EWGS"),
     ("non-uniform", "fatnn", "FATNN"),
 )
-_ALONE = ("pact", "lq", "xnor", "reactnet")  # methods that no other one replaces
+_ALONE = ("pact", "lq", "xnor", "reactnet")  # beside which `lsq` and its like may not stand
 _declare(
     "quantizer",
     ("dorefa", "DoReFa-Net", _method("dorefa")),

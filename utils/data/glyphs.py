@@ -1,4 +1,4 @@
-"""Glyphs: 62 classes of distorted characters, drawn from the fonts that come with matplotlib.
+"""Glyphs: 62 classes of distorted characters, drawn from the fonts that come with matplotlib or from a folder's.
 
 Nothing is downloaded and nothing is stored: the images are drawn when they are needed, and are the same every
 time. docs/data.md shows some.
@@ -35,6 +35,8 @@ TRAIN_FONTS = (
 HELD_OUT_FONTS = ("DejaVuSans-BoldOblique", "DejaVuSerif-Bold", "cmss10", "cmti10")
 """Fonts that only validation images are drawn from; the others are in both sets."""
 
+HELD_OUT = 5  # of a folder's fonts each fifth one, by path, is held out
+
 _SEED = 62  # of the data set, whatever the run's seed is
 _CANVAS = 2 * SIZE  # glyphs are drawn at twice the size and averaged down
 _CAPITAL = 34  # height of a capital H on the canvas, pixels
@@ -60,8 +62,61 @@ _DISTORTION = _Distortion()
 _RAMP = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
 
 
+@dataclass(frozen=True)
+class Fonts:
+    """Font files of the training images and of the validation images.
+
+    Attributes:
+        train: in the order in which the images of a class take them.
+        val: likewise.
+        rotate: a class begins with the font behind the last one of the class before, so that many fonts are all used.
+    """
+
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    rotate: bool = False
+
+
+def find_fonts(folder: Path | None) -> Fonts:
+    """The fonts to draw with: matplotlib's, or the TrueType and OpenType files anywhere in a folder.
+
+    Each fifth font of a folder, in the order of paths, is held out for validation.
+
+    Raises:
+        UserError: matplotlib lacks a font; the folder is none, or has too few fonts; a font cannot be read, or lacks a
+            character.
+    """
+    if folder is None:
+        files = font_files()
+        return Fonts(tuple(files[name] for name in TRAIN_FONTS), tuple(files.values()))
+    if not folder.is_dir():
+        raise UserError(f"--fonts {folder} is not a folder: name one that holds .ttf or .otf files")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf"))
+    if len(found) < HELD_OUT:
+        raise UserError(
+            f"--fonts {folder} holds {len(found)} .ttf and .otf files: put {HELD_OUT} or more there, of which each "
+            "fifth is held out"
+        )
+    for path in found:
+        _check_font(path)
+    held_out = found[HELD_OUT - 1 :: HELD_OUT]
+    return Fonts(tuple(path for path in found if path not in held_out), tuple(held_out), rotate=True)
+
+
+def _check_font(path: Path) -> None:
+    """Refuse a font that cannot be read, or that draws a character as it draws one that it lacks."""
+    try:
+        font = ImageFont.truetype(path, 16, layout_engine=ImageFont.Layout.BASIC)
+        missing = bytes(font.getmask("\uffff"))
+        lacking = [character for character in CHARACTERS if bytes(font.getmask(character)) in (b"", missing)]
+    except OSError as error:
+        raise UserError(f"--fonts: {path} cannot be read as a font ({error}); remove it") from None
+    if lacking:
+        raise UserError(f"--fonts: {path} has no {lacking[0]!r}; remove it")
+
+
 def font_files() -> dict[str, Path]:
-    """The file of each font by its name.
+    """The file of each of matplotlib's fonts by its name.
 
     Raises:
         UserError: when this installation of matplotlib lacks one of them.
@@ -79,19 +134,25 @@ def font_files() -> dict[str, Path]:
     return files
 
 
-def glyphs() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def glyphs(folder: Path | None = None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Draw the data set; takes seconds.
+
+    Args:
+        folder: of fonts; None: matplotlib's.
 
     Returns:
         Training and validation set, each as images, uint8 [n, 1, 32, 32], and classes, int64 [n], which
         count through `CHARACTERS`.
 
     Raises:
-        UserError: when a font is missing.
+        UserError: see `find_fonts`.
     """
-    fonts = {name: _sized(path) for name, path in font_files().items()}
-    train = [fonts[name] for name in TRAIN_FONTS]
-    return _draw_set(0, TRAIN_IMAGES, train), _draw_set(1, VAL_IMAGES, list(fonts.values()))
+    fonts = find_fonts(folder)
+    train, val = ([_sized(path) for path in paths] for paths in (fonts.train, fonts.val))
+    return (
+        _draw_set(0, TRAIN_IMAGES, train, rotate=fonts.rotate),
+        _draw_set(1, VAL_IMAGES, val, rotate=fonts.rotate),
+    )
 
 
 def _sized(path: Path) -> ImageFont.FreeTypeFont:
@@ -105,13 +166,16 @@ def _sized(path: Path) -> ImageFont.FreeTypeFont:
     return load(100 * _CAPITAL / (bottom - top))
 
 
-def _draw_set(split: int, count: int, fonts: Sequence[ImageFont.FreeTypeFont]) -> tuple[Tensor, Tensor]:
+def _draw_set(
+    split: int, count: int, fonts: Sequence[ImageFont.FreeTypeFont], *, rotate: bool
+) -> tuple[Tensor, Tensor]:
     """`count` images per class, which take the fonts in turn."""
     images = np.empty((len(CHARACTERS), count, SIZE, SIZE), dtype=np.uint8)
     for label, character in enumerate(CHARACTERS):
         rng = np.random.default_rng((_SEED, split, label))
+        first = label * count if rotate else 0
         for i in range(count):
-            images[label, i] = _image(character, fonts[i % len(fonts)], rng)
+            images[label, i] = _image(character, fonts[(first + i) % len(fonts)], rng)
     target = torch.arange(len(CHARACTERS)).repeat_interleave(count)
     return torch.from_numpy(images).view(-1, 1, SIZE, SIZE), target
 

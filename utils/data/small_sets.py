@@ -14,7 +14,7 @@ from utils.config.image_size import InputSize, sides
 from utils.config.schema import DataConfig
 from utils.data.augment import Augment, warp
 from utils.data.fake import FakeImages
-from utils.data.glyphs import CHARACTERS, font_files, glyphs
+from utils.data.glyphs import CHARACTERS, find_fonts, glyphs
 from utils.data.loaders import Loaders, check_classes, tensor_loaders
 from utils.data.tensor_loader import Store, resize
 from utils.errors import UserError
@@ -78,12 +78,12 @@ def build_digits(config: DataConfig, device: torch.device, _: None) -> Loaders:
 def check_glyphs(config: DataConfig) -> None:
     """Raise `UserError` for another number of classes, or without the fonts."""
     check_classes(config, len(CHARACTERS), "--dataset glyphs")
-    font_files()
+    find_fonts(config.fonts)
 
 
 def build_glyphs(config: DataConfig, device: torch.device, _: None) -> Loaders:
     """Characters that `utils.data.glyphs` draws."""
-    return _grey_loaders(config, device, *glyphs(), partial(warp, padding="border"), CHARACTERS)
+    return _grey_loaders(config, device, *glyphs(config.fonts), partial(warp, padding="border"), CHARACTERS)
 
 
 def check_fake(config: DataConfig) -> None:

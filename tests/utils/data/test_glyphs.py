@@ -18,7 +18,7 @@ from benchmarks import glyphs as contact
 from utils.config.resolve import read
 from utils.config.schema import DataConfig
 from utils.data.augment import warp
-from utils.data.glyphs import CHARACTERS, HELD_OUT_FONTS, TRAIN_FONTS, font_files, glyphs
+from utils.data.glyphs import CHARACTERS, HELD_OUT_FONTS, TRAIN_FONTS, find_fonts, font_files, glyphs
 from utils.data.loader import epoch_order
 from utils.data.loaders import Loaders
 from utils.data.sources import check_data, open_data
@@ -205,3 +205,49 @@ def test_the_contact_sheet_shows_every_class(drawn: tuple[Split, Split]) -> None
         below = top + 5 * 32 + contact.GAP
         tile = sheet[below : below + 32, column * 32 : column * 32 + 32]
         np.testing.assert_array_equal(tile, val[label * 20 + 16, 0].numpy())
+
+
+def folder_of(folder: Path, names: tuple[str, ...]) -> Path:
+    (folder / "inner").mkdir(parents=True)
+    for i, name in enumerate(names):
+        shutil.copy(font_files()[name], folder / ("inner" if i % 2 else "") / f"{i}.ttf")
+    return folder
+
+
+def test_fonts_of_a_folder(tmp_path: Path, drawn: tuple[Split, Split]) -> None:
+    """Each fifth one is held out, and a class begins where the class before it ended."""
+    folder = folder_of(tmp_path / "fonts", TRAIN_FONTS[:11])
+    found = find_fonts(folder)
+    assert [path.name for path in found.val] == [
+        "6.ttf",
+        "7.ttf",
+    ]  # 0, 10, 2, 4, 6, 8 stand before inner/1, 3, 5, 7, 9
+    assert {path.stem for path in found.train} == {*map(str, range(11))} - {"6", "7"}
+    loaders = open_data(replace(CONFIG, fonts=folder))
+    assert loaders.val is not None
+    ((images, target),) = list(loaders.val)
+    assert torch.equal(target, drawn[1][1]) and images.shape[0] == 1240
+    assert not rows(glyphs(folder)[1][0]) & rows(drawn[1][0])
+
+
+def test_fonts_that_cannot_be_drawn_with(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "fonts", TRAIN_FONTS[:4])
+    for wrong, said in (
+        (tmp_path / "none", "is not a folder"),
+        (folder, "holds 4 .ttf and .otf files: put 5"),
+    ):
+        with pytest.raises(UserError, match=f"^--fonts {wrong} {said}"):
+            check_data(replace(CONFIG, fonts=wrong))
+    symbols = font_files()[TRAIN_FONTS[0]].parent / "STIXSizFiveSymReg.ttf"
+    shutil.copy(symbols, folder / "a.ttf")
+    with pytest.raises(UserError, match=r"^--fonts: .*a\.ttf has no '0'; remove it$"):
+        check_data(replace(CONFIG, fonts=folder))
+    (folder / "a.ttf").write_bytes(b"no font")
+    with pytest.raises(UserError, match=r"^--fonts: .*a\.ttf cannot be read as a font"):
+        check_data(replace(CONFIG, fonts=folder))
+
+
+def test_fonts_are_for_glyphs() -> None:
+    assert read(["--keyword", "glyphs", "--fonts", "somewhere"]).data.fonts == Path("somewhere")
+    with pytest.raises(UserError, match="--fonts somewhere has no effect with the data set digits: write"):
+        read(["--keyword", "digits", "--fonts", "somewhere"])

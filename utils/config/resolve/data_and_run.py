@@ -70,6 +70,7 @@ def data_config(given: Given, fields: Mapping[str, Any], model: ModelConfig) -> 
         std=given["std"],
         balanced=bool(given["balanced_sampler"]),
         class_weights=None if given["evaluate"] else given["class_weights"],
+        fonts=None if given["fonts"] is None else Path(given["fonts"]),
         fake_size=given["fake_size"],
         seed=given["seed"],
         colour=bool(given["addition_augment"]),

@@ -25,6 +25,7 @@ NAMING = {
         for name in ("skip_corrupt", "max_value", "ignore_orientation", "val_split")
     },
     "fake_size": ("dataset", "write --dataset fake for computed images"),
+    "fonts": ("dataset", "write --dataset glyphs to draw with them"),
     "opt_level": ("fp16", "add --fp16"),
     "re_init_range": ("re_init", "add --re_init"),
     "re_init_percentile": ("re_init_range", "add --re_init --re_init_range percentile"),
@@ -76,6 +77,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
         "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
+        "fonts": (dataset != "glyphs", f"with the data set {dataset}"),
         **{
             name: (dataset not in FOLDER_SETS, f"with the data set {dataset}")
             for name in ("skip_corrupt", "max_value", "ignore_orientation", "val_split")
