@@ -4,6 +4,8 @@
     python benchmarks/digits.py --all               # every method at 1 bit, ternary, 2, 3 and 4 bits
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
+    python benchmarks/digits.py --dataset glyphs --recipes  # for 1 and 2 bits, and each of their factors alone
+    python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
 full-precision network of the same block; all gaps are to that of the original block. Reported is the
@@ -33,6 +35,9 @@ BLOCK = "origin,cbsa,fix_pooling,singleconv,fix"  # the original ResNet
 # convolution and shortcuts in full precision. Without quantizers it is a linear network, a start for the binary
 # ones but no yardstick.
 BINARY_BLOCK = "NReLU,cbsa,fix_pooling,singleconv,real_skip"
+REACT_BLOCK = (
+    "RPReLU,cbsa,fix_pooling,singleconv,real_skip"  # the same with ReActNet's activation, not linear
+)
 
 FULL = "-b 64 --epochs 30 --lr 0.1 --weight_decay 5e-4 --label_smooth 0.1 --wakeup_epoch 1"
 # With norms the loss does not depend on the size of a weight, and its gradient is large where the weight is small:
@@ -54,6 +59,7 @@ NETWORK |= {
     for dataset in ("digits", "glyphs")
     for rows in ("starts", "agreement")
 }
+SHARED = ("recipes", "peers")  # their networks, and so their starts, are those of --all
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
 
@@ -69,6 +75,8 @@ class Method:
         block: the keywords of the network's blocks.
         most: the largest gap to full precision, in points, that counts as reached; a target, not a claim. None: a row
             for comparison.
+        recipe: of the training, to which `options` are added; {teacher} is the full-precision checkpoint of the seed.
+        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block.
     """
 
     name: str
@@ -77,6 +85,8 @@ class Method:
     options: str
     most: float | None
     block: str = BLOCK
+    recipe: str = TUNE
+    start: str = ""
 
 
 def bits(count: int) -> str:
@@ -85,9 +95,12 @@ def bits(count: int) -> str:
 
 
 FULL_PRECISION = Method("full precision", "32/32", "", "", None)
-BINARY_BLOCK_FULL_PRECISION = Method(
-    "full precision, block without ReLU", "32/32", "", "", None, BINARY_BLOCK
-)
+WHOLE = {  # the full-precision network of each block
+    BLOCK: FULL_PRECISION,
+    BINARY_BLOCK: replace(FULL_PRECISION, name="full precision, block without ReLU", block=BINARY_BLOCK),
+    REACT_BLOCK: replace(FULL_PRECISION, name="full precision, block with RPReLU", block=REACT_BLOCK),
+}
+CASES = {BLOCK: "fp", BINARY_BLOCK: "fp-binary-block", REACT_BLOCK: "fp-react-block"}
 TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
 LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
 CENTRED = "--wt_adaptive var-mean"  # DoReFa-Net's weights per channel: one range for all is too coarse for three levels
@@ -123,6 +136,51 @@ STARTS = tuple(
     if m.name == "LSQ" or (m.name, m.bits) == ("PACT, binary weights", "1/1")
     for where, option in (("", ""), (", least squared error", " --re_init_range mse"))
 )
+
+# Quantizers of other libraries, see peer_methods.py: all with the same recipe, and ranges that start alike.
+PEERS = tuple(
+    Method(name, f"{b}/{b}", words, f"{bits(b)} --keyword_file benchmarks/peer_methods.py", None)
+    for b in (2, 3, 4)
+    for name, words in (
+        ("LSQ of this project", "dorefa,lsq"),
+        ("EWGS of this project", "dorefa,ewgs"),
+        ("LSQ as lsq-net computes it", "lsq-net"),
+        ("Brevitas, learned scales", "brevitas"),
+        ("torchao, range learning", "torchao"),
+    )
+)
+
+# A teacher's outputs in place of smoothed labels, no clipping of gradients, and the norms' statistics from a whole epoch.
+TAUGHT = "--distill_teacher resnet20 --distill_pretrained {teacher}"
+TAUGHT_BINARY = f"{TAUGHT} --distill_keyword glyphs,{BLOCK}"
+STEPS = "-b 32 --epochs 10 --wakeup_epoch 1 --bn_batches 96 --re_init"
+SGD = "--lr 0.05 --weight_decay 1e-4"
+ADAM = "--optimizer ADAM --lr 0.005 --weight_decay 0"
+ONE = f"{bits(1)} --fm_grad_type Triangle"
+REACTNET = Method("ReActNet", "1/1", "reactnet", ONE, None, REACT_BLOCK, f"{STEPS} {ADAM} {TAUGHT_BINARY}")
+FIRST_STEP = replace(
+    REACTNET,
+    name="ReActNet, its first step",
+    bits="32/1",
+    options="--fm_enable --fm_bit 1 --fm_grad_type Triangle",
+)
+TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS} {SGD} {TAUGHT}")
+RECIPES = (
+    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
+    FIRST_STEP,
+    replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
+    REACTNET,
+    replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM} --label_smooth 0.1"),
+    replace(REACTNET, name="ReActNet, SGD", recipe=f"{STEPS} {SGD} {TAUGHT_BINARY}"),
+    replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
+    replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
+    replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
+    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
+    TWO,
+    replace(TWO, name="EWGS, taught", keywords="dorefa,ewgs"),
+    replace(TWO, name="LSQ, untaught", recipe=f"{STEPS} {SGD} --label_smooth 0.1"),
+    replace(TWO, name="LSQ, taught, gradients clipped", options=f"{bits(2)} --grad_clip 1"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,12 +230,13 @@ def outcomes(
     setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool
 ) -> list[Outcome]:
     """Full precision first, then every method from it, for each seed."""
-    blocks = {BLOCK: "fp", **{m.block: "fp-binary-block" for m in methods if m.block == BINARY_BLOCK}}
+    blocks = dict.fromkeys((BLOCK, *(m.block for m in methods)))
     found: list[Outcome] = []
     with ThreadPoolExecutor(jobs) as pool:
 
         def outcome(m: Method, seed: int, case: str, options: str) -> Outcome:
-            argv = command(setup, case, seed, m.block, m.keywords, f"{options} {m.options}")
+            options = f"{options} {m.options}".format(teacher=f"{full_case(BLOCK, seed)}-checkpoint.pth.tar")
+            argv = command(setup, case, seed, m.block, m.keywords, options)
             summary = run(case, argv, fresh)
             text = shlex.join(["python", *argv[1:]])
             return Outcome(
@@ -186,21 +245,29 @@ def outcomes(
 
         def whole(job: tuple[str, int]) -> Outcome:
             block, seed = job
-            m = FULL_PRECISION if block == BLOCK else BINARY_BLOCK_FULL_PRECISION
-            return outcome(m, seed, full_case(block, seed), FULL)
+            return outcome(WHOLE[block], seed, full_case(block, seed), FULL)
 
         def full_case(block: str, seed: int) -> str:
-            return f"bench-{setup}-{blocks[block]}-{seed}"
+            return f"bench-{setup}-{CASES[block]}-{seed}"
+
+        def tuned_case(m: Method, seed: int) -> str:
+            return f"bench-{setup}-{slug(m.name)}-{slug(m.bits)}-{seed}"
 
         found += pool.map(whole, [(block, seed) for block in blocks for seed in seeds])
 
         def tuned(job: tuple[Method, int]) -> Outcome:
             m, seed = job
-            case = f"bench-{setup}-{slug(m.name)}-{slug(m.bits)}-{seed}"
-            start = full_case(m.block, seed)
-            return outcome(m, seed, case, f"{TUNE} --pretrained {start}-checkpoint.pth.tar")
+            start = tuned_case(by_name[m.start], seed) if m.start else full_case(m.block, seed)
+            return outcome(
+                m, seed, tuned_case(m, seed), f"{m.recipe} --pretrained {start}-checkpoint.pth.tar"
+            )
 
-        found += pool.map(tuned, [(m, seed) for m in methods for seed in seeds])
+        by_name = {m.name: m for m in methods}
+        starts = {m.start for m in methods}
+        for last in (False, True):  # rows that others start from come first
+            found += pool.map(
+                tuned, [(m, seed) for m in methods if (m.name not in starts) is last for seed in seeds]
+            )
     return found
 
 
@@ -213,12 +280,13 @@ def table(found: Sequence[Outcome], methods: Sequence[Method]) -> list[str]:
         f"| full precision | 32/32 | {statistics.mean(full.values()):.2f} | "
         f"{min(full.values()):.2f} - {max(full.values()):.2f} | | | | |",
     ]
-    linear = [o.top1 for o in found if o.method == BINARY_BLOCK_FULL_PRECISION.name]
-    if linear:
-        lines.append(
-            f"| {BINARY_BLOCK_FULL_PRECISION.name} | 32/32 | {statistics.mean(linear):.2f} | "
-            f"{min(linear):.2f} - {max(linear):.2f} | | | | |"
-        )
+    for whole in (WHOLE[BINARY_BLOCK], WHOLE[REACT_BLOCK]):
+        tops = [o.top1 for o in found if o.method == whole.name]
+        if tops:
+            lines.append(
+                f"| {whole.name} | 32/32 | {statistics.mean(tops):.2f} | "
+                f"{min(tops):.2f} - {max(tops):.2f} | | | | |"
+            )
     for m in methods:
         mine = [o for o in found if (o.method, o.bits) == (m.name, m.bits)]
         values = [o.top1 for o in mine]
@@ -301,6 +369,8 @@ def main() -> int:
     for chosen, what in (
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
+        ("recipes", "for 1 and 2 bits, and each of their factors alone"),
+        ("peers", "quantizers of other libraries"),
     ):
         sets.add_argument(
             f"--{chosen}", action="store_const", dest="rows", const=chosen, default="quick", help=what
@@ -308,9 +378,10 @@ def main() -> int:
     add_arguments(parser)
     options = parser.parse_args()
 
-    methods = {"quick": QUICK, "all": ALL, "starts": STARTS}[options.rows]
+    methods = {"quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "peers": PEERS}[options.rows]
     name = f"{options.dataset}-{options.rows}"
-    found = outcomes(name, methods, options.seeds, options.jobs, options.fresh)
+    setup = f"{options.dataset}-all" if options.rows in SHARED else name
+    found = outcomes(setup, methods, options.seeds, options.jobs, options.fresh)
     lines = table(found, methods)
     print("\n".join(lines))
     if options.print:
