@@ -150,7 +150,7 @@ PEERS = tuple(
     )
 )
 
-# A teacher's outputs in place of smoothed labels, no clipping of gradients, and the norms' statistics from a whole epoch.
+# A teacher's outputs in place of smoothed labels, no clipping of gradients, and statistics of norms from a whole epoch.
 TAUGHT = "--distill_teacher resnet20 --distill_pretrained {teacher}"
 TAUGHT_BINARY = f"{TAUGHT} --distill_keyword glyphs,{BLOCK}"
 STEPS = "-b 32 --epochs 10 --wakeup_epoch 1 --bn_batches 96 --re_init"
