@@ -86,6 +86,10 @@ class QuantLayer(nn.Module):
         if off and not any(True for _ in self.quantizers()):
             keep_full_precision(self, f"has {FULL_BITS} bits, {off[-1]}")
 
+    def weight_entry(self, name: str) -> str:
+        """The name of `weight` in the state of a network that calls the layer `name`."""
+        return f"{name}.weight" if name else "weight"
+
     def _site(self, tag: str, name: str) -> LayerSite:
         raise NotImplementedError
 
@@ -115,12 +119,12 @@ class QuantLayer(nn.Module):
         """`quantize` the input, padded where that comes first, and multiply it with the quantized weight."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Quantize the input and multiply it with the quantized weight."""
-        return self.multiply(x, weight, self.bias, self.quant_activation)
+        return self.multiply(x, weight, bias, self.quant_activation)
 
-    def product_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`product`, of which nothing but `x` and `weight` is kept where the layer is to `recompute` it.
+    def product_of(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`product`, of which nothing but its arguments is kept where the layer is to `recompute` it.
 
         The whole is kept while a pass of the quantizer depends on the passes before it.
 
@@ -131,8 +135,8 @@ class QuantLayer(nn.Module):
         if not (
             self.recompute and self.training and isinstance(quantizer, Quantizer) and quantizer.repeats()
         ):
-            return self.product(x, weight)
-        y = checkpoint(self.product, x, weight, use_reentrant=False)
+            return self.product(x, weight, bias)
+        y = checkpoint(self.product, x, weight, bias, use_reentrant=False)
         held, version = [x.detach()], x._version  # which shares the counter of changes, but has no graph
 
         def check(_: Tensor) -> None:
@@ -208,7 +212,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if x.numel() == 0:
             self.check_empty()
             return self._conv_forward(x, weight, self.bias)
-        return self.quant_output(self.product_of(x, weight))
+        return self.quant_output(self.product_of(x, weight, self.bias))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]
@@ -254,7 +258,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         if x.numel() == 0:
             self.check_empty()
             return functional.linear(x, weight, self.bias)
-        return self.quant_output(self.product_of(x, weight))
+        return self.quant_output(self.product_of(x, weight, self.bias))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]

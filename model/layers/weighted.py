@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from model.layers.attention import CalledAttention
 from model.layers.quantized import full_precision_reason
 from model.quantizers.frame import Quantizer
 
@@ -28,4 +29,6 @@ def multiplies(layer: nn.Module) -> bool:
     deformed = sys.modules.get(_DEFORMED)
     kinds = (*_WEIGHTED, *([deformed.DeformConv2d] if deformed else []))
     noted = full_precision_reason(layer) != "" and any(True for _ in layer.parameters(recurse=False))
+    if isinstance(layer, CalledAttention):  # its layers do
+        return False
     return isinstance(layer, kinds) or (noted and not isinstance(layer, Quantizer))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import Selection, called, replace
-from model.layers.bits import call_layers
+from model.layers.called import call_layers
 from model.networks.grey import take_grey
 from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig

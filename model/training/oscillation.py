@@ -90,7 +90,7 @@ class Freezing:
         for name in self._tracked.keys() - {name for name, _, _ in layers}:  # turned off by a policy
             del self._tracked[name]
         for name, layer, quantizer in layers:
-            weight = weights[f"{name}.weight"]
+            weight = weights[layer.weight_entry(name)]
             numbers, level_of = numbered(quantizer, weight)
             numbers = numbers.to(torch.int32)
             grid = [quantizer.levels, int(quantizer.config.half_range)]
