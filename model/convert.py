@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -238,14 +239,23 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
     """
     names: dict[str, None] = {}
     layers = dict(weighted_layers(module))
+    seen = 0
+
+    def note(name: str | None, *_: Any) -> None:
+        """Add the modules of other classes that have multiplied since the last layer, and this one."""
+        nonlocal seen
+        for owner in islice(products.found, seen, None):
+            if not any(each in layers for each in within(owner)):
+                names.setdefault(owner)
+        seen = len(products.found)
+        if name is not None:
+            names.setdefault(name)
+
     with observing(module) as hooks, ParameterProducts(module) as products:
-        hooks += [
-            layer.register_forward_hook(lambda m, i, out, name=name: names.setdefault(name))
-            for name, layer in layers.items()
-        ]
+        hooks += [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
         output = module(*inputs)
-    owners = dict.fromkeys(next((n for n in within(owner) if n in layers), owner) for owner in products.found)
-    return output, tuple({name: None for name in owners if name in names or name not in layers} | names)
+    note(None)
+    return output, tuple(names)
 
 
 def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from model.layers.attention import Projection, QuantProjection
+from model.layers.called import SWIN
 from model.layers.quantized import (
     AskedBits,
     AskedGroups,
@@ -40,12 +41,17 @@ _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
 def forms() -> dict[type[nn.Module], type[QuantLayer]]:
-    """The quantized class of each class of layers: `LAYERS`, users' too, and timm's where it is imported."""
-    if "timm.layers" not in sys.modules:
-        return LAYERS
-    from model.layers import of_timm
+    """The quantized class of each class of layers: `LAYERS`, users' too, and those of libraries that are imported."""
+    found: dict[type[nn.Module], type[QuantLayer]] = {}
+    if "timm.layers" in sys.modules:
+        from model.layers import of_timm
 
-    return {**of_timm.FORMS, **LAYERS}
+        found |= of_timm.FORMS
+    if SWIN in sys.modules:
+        from model.layers import of_torchvision
+
+        found |= of_torchvision.FORMS
+    return found | LAYERS
 
 
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:

@@ -12,20 +12,27 @@ from torch import nn
 
 from model.layers.attention import CalledAttention, call_projections
 
-_SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
+SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
 _SEPARATE = "qkv_bias_separate"  # timm's switch
 
 
 def call_layers(network: nn.Module) -> None:
     """Let attentions call their linear layers, where by default they hand weights to a function, past any quantizer.
 
-    Those are `nn.MultiheadAttention`, and of timm's BEiT, EVA-02 and Swin V2, which then add the bias behind `qkv`;
-    not those whose forward is a subclass's. Transformer layers of torch lose their fast path of evaluation. The results
-    differ by rounding alone.
+    Those are `nn.MultiheadAttention`, those of torchvision's Swin, and those of timm's BEiT, EVA-02 and Swin V2, which
+    then add the bias behind `qkv`; not those whose forward is a subclass's. Transformer layers of torch lose their fast
+    path of evaluation. The results differ by rounding alone.
     """
+    swin = sys.modules.get(
+        SWIN
+    )  # a network can have torchvision's only where its file has been imported already
     for module in list(network.modules()):
         if type(module) is nn.MultiheadAttention and "forward" not in vars(module):
             call_projections(module)
+        elif swin and isinstance(module, swin.ShiftedWindowAttention) and "forward" not in vars(module):
+            from model.layers.of_torchvision import call_window_layers
+
+            call_window_layers(module)
         elif isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # what torch asks before it takes the fast path
         elif isinstance(module, nn.TransformerEncoder):
@@ -40,11 +47,11 @@ def uncalled(module: nn.Module) -> tuple[str, ...]:
         return ("out_proj",)
     if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
         return ("linear1", "linear2")
-    swin = sys.modules.get(
-        _SWIN
-    )  # a network can have torchvision's only where its file has been imported already
+    swin = sys.modules.get(SWIN)
     if swin and isinstance(module, swin.ShiftedWindowAttention):
-        return ("qkv", "proj")
+        from model.layers.of_torchvision import CalledWindowAttention
+
+        return () if isinstance(module, CalledWindowAttention) else ("qkv", "proj")
     return ()
 
 

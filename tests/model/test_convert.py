@@ -93,7 +93,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Loss, int, int]] = {
     "EfficientNet-B0": (lambda: efficientnet_b0(num_classes=5), 64, logits_loss, 80, 2),
     "ConvNeXt": (convnext, 32, logits_loss, 15, 2),
     "vision transformer": (vision_transformer, 32, logits_loss, 8, 2),
-    "Swin transformer": (swin_transformer, 32, logits_loss, 5, 6),
+    "Swin transformer": (swin_transformer, 32, logits_loss, 9, 2),
     "timm's vision transformer": (timm_vit, 32, logits_loss, 48, 2),
     "timm's MobileNetV3": (lambda: timm_network("mobilenetv3_small_050"), 64, logits_loss, 52, 2),
     "timm's EfficientNet": (lambda: timm_network("test_efficientnet"), 64, logits_loss, 16, 2),

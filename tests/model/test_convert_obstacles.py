@@ -16,7 +16,7 @@ from model.audit import audit
 from model.convert import Left, full_precision, quantize, register_layer
 from model.layers import bits
 from model.layers.quantized import QuantConv2d
-from tests.model.foreign import config, swin_transformer, vision_transformer
+from tests.model.foreign import config, vision_transformer
 
 # What cannot be quantized --------------------------------------------------------------------------
 
@@ -104,13 +104,6 @@ def test_an_attention_of_another_class() -> None:
         Left(f"{attentions[0]}.out_proj", "is used by OwnAttention without a call"),
         Left("heads.head", "is the last layer"),
     )
-
-
-def test_swin_attention() -> None:
-    report = quantize(swin_transformer(), config())
-    reasons = {left.reason for left in report.left if ".attn." in left.name}
-    assert reasons == {"is used by ShiftedWindowAttention without a call"}
-    assert {left.name.rpartition(".")[2] for left in report.left} == {"0", "qkv", "proj", "head"}
 
 
 class Functional(nn.Module):

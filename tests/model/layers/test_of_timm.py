@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.convert import below_zero, called, full_precision, quantize
 from model.layers import bits
+from model.layers.called import SWIN
 from model.layers.of_timm import QuantConv2dSame, QuantTimmLinear
 from model.quant import QuantConfig, QuantizerConfig, quantizers
 from model.selection import Selection
@@ -125,4 +126,5 @@ def test_timm_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that does not use timm does not wait for it."""
     assert timm.layers.Linear in bits.forms()
     monkeypatch.delitem(sys.modules, "timm.layers")
+    monkeypatch.delitem(sys.modules, SWIN, raising=False)
     assert set(bits.forms()) == set(bits.LAYERS) and timm.layers.Linear not in bits.LAYERS
