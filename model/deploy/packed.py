@@ -75,15 +75,16 @@ def write(trained: Trained, path: Path) -> None:
     for name, layer, quantizer in quantized_weights(trained.network):
         if not bool(quantizer.warmed_up()):
             continue  # such a weight is not quantized yet, and stays float
+        full = layer.full_weight().detach()
         try:
-            found = quantizer.integers(layer.weight)
+            found = quantizer.integers(full)
         except NotImplementedError as error:
             raise UserError(
                 f"{name}: {quantizer.config.method} has no encode, which gives the integers of a weight; write it, or "
                 "export --to program"
             ) from error
         with torch.no_grad():
-            if not torch.equal(found.dequantize(), quantizer(layer.weight)):
+            if not torch.equal(found.dequantize(), quantizer(full)):
                 raise UserError(
                     f"{name}: the integers of {quantizer.config.method} are not the weight that it trains: mend its "
                     "encode"

@@ -37,6 +37,7 @@ class QuantLayer(nn.Module):
         quant_groups: tag -> the groups of its quantizer, likewise.
         reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
         named_whole: only an entry of `--layer_bits` that writes its name out is for it.
+        weight_is_whole: `weight` is what the layer multiplies by already, and nothing is computed from it.
         recompute: keep no quantized input for the backward pass, but compute it again there from the input.
 
     Example:
@@ -57,6 +58,7 @@ class QuantLayer(nn.Module):
     quant_groups: Mapping[str, AskedGroups] = MappingProxyType({})
     reads_images: bool = False
     named_whole: bool = False
+    weight_is_whole: bool = False
     recompute: bool = False
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
@@ -89,6 +91,14 @@ class QuantLayer(nn.Module):
     def weight_entry(self, name: str) -> str:
         """The name of `weight` in the state of a network that calls the layer `name`."""
         return f"{name}.weight" if name else "weight"
+
+    def full_weight(self) -> Tensor:
+        """What `quant_weight` quantizes: `weight`, or in some layers a tensor of its shape that is computed from it."""
+        return self.weight
+
+    def computes_weight(self) -> bool:
+        """Whether `full_weight` is not `weight` itself."""
+        return False
 
     def _site(self, tag: str, name: str) -> LayerSite:
         raise NotImplementedError
@@ -208,7 +218,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         x = input  # the argument keeps the name that nn.Conv2d gives it: a network may pass it by name
         if x.ndim == 3:  # one image; quantizers tell samples and channels apart by position
             return QuantConv2d.forward(self, x.unsqueeze(0)).squeeze(0)  # not a subclass's, which does more
-        weight = self.quant_weight(self.weight)
+        weight = self.quant_weight(self.full_weight())
         if x.numel() == 0:
             self.check_empty()
             return self._conv_forward(x, weight, self.bias)
@@ -254,7 +264,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         x = input
         if x.ndim == 1:
             return QuantLinear.forward(self, x.unsqueeze(0)).squeeze(0)
-        weight = self.quant_weight(self.weight)
+        weight = self.quant_weight(self.full_weight())
         if x.numel() == 0:
             self.check_empty()
             return functional.linear(x, weight, self.bias)

@@ -229,8 +229,8 @@ def test_a_network_of_timm(name: str, left: set[str]) -> None:
         ("../resnet18", "no such network"),
         ("crossvit_tiny_240", "--input_size 64: .* cannot take images of this size .*; its own is 240$"),
         (
-            "resnetv2_50x1_bit --fm_enable --wt_enable",
-            r"no layer that can be quantized: stages\.0\.\S+ is a StdConv2d, whose forward .*; see register_layer",
+            "efficientnet_cc_b0_4e --fm_enable --wt_enable",
+            r"blocks\.3\.1\.conv_pw is a CondConv2d, which mixes its kernels .*: choose another network$",
         ),
     ],
 )
