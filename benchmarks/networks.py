@@ -5,7 +5,7 @@
     python benchmarks/networks.py --shares torchvision 'timm:resnet*'
 
 `--shares` goes through classifiers of torchvision and timm on the meta device, without weights, and prints which share
-of the weights they multiply by is quantized, as a table (docs/shares.md).
+of their multiplications by weights, and of these weights, is quantized, as a table (docs/shares.md).
 
 Boxes, their order and the names of their parameters come from tracing the network that the keywords build.
 """
@@ -365,7 +365,7 @@ def draw(picture: str, folder: Path) -> Path:
 def share(name: str) -> str:
     """A row of the table of shares: the network `SOURCE:NAME` at the size of its published weights.
 
-    The weights are those of convolutions and matrix products; the first and the last layer stay in full precision.
+    They are those of convolutions and matrix products; the first and the last layer stay in full precision.
     """
     line = (
         f"--model {name} --dataset fake --keyword imagenet,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
@@ -377,18 +377,21 @@ def share(name: str) -> str:
             layers = network_cost(network, size).layers
     except (UserError, RuntimeError, NotImplementedError) as error:
         reason = "not on the meta device" if "meta" in str(error) else " ".join(str(error).split())
-        return f"| `{name}` | | {reason} |"
+        return f"| `{name}` | | | {reason} |"
     low = {layer.name for layer in layers if isinstance(network.get_submodule(layer.name), QuantLayer)}
-    total = sum(layer.weights for layer in layers)
-    quantized = sum(layer.weights for layer in layers if layer.name in low)
+    total = sum(layer.macs for layer in layers)
+    products = sum(layer.macs for layer in layers if layer.name in low) / total
+    weights = sum(layer.weights for layer in layers if layer.name in low) / sum(
+        each.weights for each in layers
+    )
     left: dict[str, int] = {}
     for layer in layers:
         if layer.name not in low:
             kind = type(network.get_submodule(layer.name)).__name__
-            left[kind] = left.get(kind, 0) + layer.weights
+            left[kind] = left.get(kind, 0) + layer.macs
     most = sorted(left.items(), key=lambda item: -item[1])[:3]
-    shares = ", ".join(f"{kind} {100 * weights / total:.1f}" for kind, weights in most)
-    return f"| `{name}` | {100 * quantized / total:.1f} | {shares} |"
+    shares = ", ".join(f"{kind} {100 * macs / total:.1f}" for kind, macs in most)
+    return f"| `{name}` | {100 * products:.1f} | {100 * weights:.1f} | {shares} |"
 
 
 def shares(patterns: Sequence[str]) -> None:
@@ -398,7 +401,7 @@ def shares(patterns: Sequence[str]) -> None:
         import timm
 
         known += [f"timm:{name}" for name in timm.list_models()]
-    print("| network | % quantized | left, % of all weights |\n| --- | --- | --- |")
+    print("| network | % of products | % of weights | left, % of products |\n| --- | --- | --- | --- |")
     for name in known:
         if any(fnmatch(name, pattern) or name.partition(":")[0] == pattern for pattern in patterns):
             print(share(name), flush=True)

@@ -73,7 +73,7 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = _D
                 own = type(quantizer).initialise_from is not Quantizer.initialise_from
                 count += own or _searched(quantizer, config) is not None
                 if part == "quant_weight":
-                    initialise_range(quantizer, layer.weight, config)
+                    initialise_range(quantizer, layer.full_weight(), config)
                 else:
                     hooks.append(quantizer.register_forward_pre_hook(partial(_from_inputs, config=config)))
         with batch_statistics.of_the_batch(model):

@@ -6,28 +6,21 @@ How other programs use this: docs/detectron2.md.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
 from model import quant  # noqa: F401  (registers what a configuration can name)
 from model.layers import bits
-from model.layers.bits import (
-    asked_bits,
-    assign_bits,
-    become_quantized,
-    mark_ends,
-    quantizes,
-    undone_on_error,
-)  # fmt: skip
+from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
+from model.layers.called import call_layers, layers_called, undone_on_error
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
+from model.obstacles import obstacles
 from model.quantizers.adaptive import MIN_DIVISOR
 from model.quantizers.registry import method_class
 from model.selection import Left, Report, Selection, all_names, matches
@@ -48,20 +41,6 @@ __all__ = [
     "register_layer",
     "replace",
 ]
-
-# Modules that use the weights of their children without calling them. Some do so only on a fast path, which is off
-# while hooks are registered.
-_USED_WITHOUT_A_CALL: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
-_SWIN = "torchvision.models.swin_transformer"  # its ShiftedWindowAttention is another one
-
-
-def _used_without_a_call() -> dict[type[nn.Module], tuple[str, ...]]:
-    """All such modules. A network can have torchvision's only where its file has been imported already."""
-    swin = sys.modules.get(_SWIN)
-    return _USED_WITHOUT_A_CALL | ({swin.ShiftedWindowAttention: ("qkv", "proj")} if swin else {})
 
 
 def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
@@ -198,7 +177,7 @@ def quantize(
         if part.enable:
             method_class(part)  # an unknown method is refused before anything has changed
     with undone_on_error(module):
-        bits.call_layers(module)
+        call_layers(module)
         order = None if example is None else called(module, *example)[1]
         report = replace(module, config, select or Selection(), order)
         assign_bits(module, config, report.replaced)
@@ -260,14 +239,23 @@ def called(module: nn.Module, *inputs: Any) -> tuple[Any, tuple[str, ...]]:
     """
     names: dict[str, None] = {}
     layers = dict(weighted_layers(module))
+    seen = 0
+
+    def note(name: str | None, *_: Any) -> None:
+        """Add the modules of other classes that have multiplied since the last layer, and this one."""
+        nonlocal seen
+        for owner in islice(products.found, seen, None):
+            if not any(each in layers for each in within(owner)):
+                names.setdefault(owner)
+        seen = len(products.found)
+        if name is not None:
+            names.setdefault(name)
+
     with observing(module) as hooks, ParameterProducts(module) as products:
-        hooks += [
-            layer.register_forward_hook(lambda m, i, out, name=name: names.setdefault(name))
-            for name, layer in layers.items()
-        ]
+        hooks += [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
         output = module(*inputs)
-    owners = dict.fromkeys(next((n for n in within(owner) if n in layers), owner) for owner in products.found)
-    return output, tuple({name: None for name in owners if name in names or name not in layers} | names)
+    note(None)
+    return output, tuple(names)
 
 
 def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
@@ -299,7 +287,7 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
             share = float(-x.min() / x.abs().max().clamp_min(MIN_DIVISOR))
             shares[name] = max(shares.get(name, 0.0), share)
 
-    with bits.layers_called(module), observing(module) as hooks:
+    with layers_called(module), observing(module) as hooks:
         hooks += [
             layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             for name, layer in weighted_layers(module)
@@ -347,7 +335,7 @@ def replace(
         raise UserError("there is no layer to quantize: the network has no convolution and no linear layer")
     names = all_names(module, layers)
     select.check_patterns([name for group in names.values() for name in group])
-    obstacles = _obstacles(module, layers, order)
+    found = obstacles(module, layers, order)
     ends = tuple(layers) if order is None else order
     if not ends:
         raise UserError("there is no layer to quantize: with example the network calls no layer with weights")
@@ -355,7 +343,7 @@ def replace(
     replaced, left = [], []
     for name, layer in layers.items():
         reason, named_whole = _deselected(names[name], layer, config, select, ends)
-        reason = reason or obstacles.get(name, "")
+        reason = reason or found.get(name, "")
         if reason:
             asked = asked_bits(config, layer, names[name], whole=True)
             if quantizes(asked) and not isinstance(layer, QuantLayer):
@@ -388,40 +376,6 @@ def full_precision(module: nn.Module) -> tuple[str, ...]:
             isinstance(layer, QuantLayer) and any(quantizer.enabled for _, quantizer in layer.quantizers())
         )
     )
-
-
-def _obstacles(
-    module: nn.Module, layers: dict[str, nn.Module], order: Sequence[str] | None
-) -> dict[str, str]:
-    """Layers that cannot be quantized -> why not, the rest of a sentence about each."""
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        kind = type(layer)
-        if isinstance(layer, nn.MultiheadAttention):
-            found[name] = "projects its inputs by a parameter, not by a layer"
-        elif isinstance(layer, QuantLayer):
-            found[name] = "is quantized already"
-        elif not isinstance(layer, nn.Conv2d | nn.Linear):
-            found[name] = f"is a {kind.__name__}, which has no quantized form"
-        elif isinstance(layer, LazyModuleMixin):
-            found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
-        elif parametrize.is_parametrized(layer):
-            found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
-        elif kind not in bits.forms():
-            base = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
-            found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"
-        elif "forward" in vars(layer):
-            found[name] = "has had its forward replaced"
-        elif order is not None and name not in order:
-            found[name] = "is not called as a module"
-    used = _used_without_a_call()
-    for prefix, parent in module.named_modules():
-        for kind, children in used.items():
-            if isinstance(parent, kind):
-                names = (f"{prefix}.{child}" if prefix else child for child in children)
-                reason = f"is used by {kind.__name__} without a call"
-                found |= {name: reason for name in names if name in layers}
-    return found
 
 
 def _deselected(

@@ -54,6 +54,12 @@ def first_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
     return next(iter((*inputs, *named.values())))
 
 
+class BorrowsWeight(nn.Module):
+    """The base of layers whose `weight` is a parameter of the module around them; its products count as theirs."""
+
+    weight: nn.Parameter
+
+
 @dataclass
 class Product:
     """What a module multiplies by its own parameters in one pass.
@@ -104,8 +110,8 @@ class ParameterProducts(TorchDispatchMode):
         model: its parameters and buffers are looked for.
 
     Attributes:
-        found: the name of the module that owns the parameters -> what it multiplies, in the order of the first
-            products.
+        found: the name of the module that owns the parameters, or of the layer that multiplies by those of the module
+            around it -> what it multiplies, in the order of the first products.
 
     Example:
         >>> import torch
@@ -131,6 +137,12 @@ class ParameterProducts(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found: dict[str, Product] = {}
+        users = {
+            id(part.weight): name for name, part in model.named_modules() if isinstance(part, BorrowsWeight)
+        }
+        self._owners = {
+            name: users.get(id(value), name.rpartition(".")[0]) for name, value in model.named_parameters()
+        }
         self._shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
         # Tensors that do not depend on the input, with the names of the parameters that they are computed from.
         self._fixed = WeakTensorKeyDictionary()
@@ -187,7 +199,7 @@ class ParameterProducts(TorchDispatchMode):
         names = frozenset[str]().union(*named)
         # A vector is a bias or a factor of a weight, unless it is all that there is.
         for name in sorted({name for name in names if len(self._shapes[name]) > 1} or names):
-            owners.setdefault(name.rpartition(".")[0], {})[name] = self._shapes[name]
+            owners.setdefault(self._owners[name], {})[name] = self._shapes[name]
         for owner, parameters in owners.items():
             before = self.found.setdefault(owner, Product({}, 0, ()))
             before.parameters |= parameters

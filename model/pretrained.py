@@ -169,6 +169,7 @@ def _fix_weights(model: nn.Module, fixed: Mapping[str, Any], path: Path, config:
         quantizer = layers[name].quant_weight
         assert isinstance(quantizer, Quantizer)  # quantized_weights says so
         layers[name].quant_weight = FixedWeight(quantizer, stored_of(entry))
+        layers[name].weight_is_whole = True
 
 
 def _last_layer(model: nn.Module, classes: int) -> set[str]:

@@ -106,7 +106,11 @@ def deploy_graph(
                 raise UserError(f"{key}: the network never uses this layer, so that it cannot be exported")
             if part == "quant_weight":
                 weights[key] = weight_codes(key, quantizer, inputs[key])
-                vars(quantizer)["forward"] = partial(_mark, "Weight", key)
+                mark = partial(_mark, "Weight", key)
+                # What a weight is computed from is no part of the graph.
+                vars(quantizer)["forward"] = (
+                    partial(_constant, mark, inputs[key]) if layer.computes_weight() else mark
+                )
             else:
                 activations[key] = activation_codes(key, quantizer, inputs[key])
                 vars(quantizer)["forward"] = _activation(quantizer, activations[key], inputs[key])
@@ -144,6 +148,11 @@ def _mark(operator: str, key: str, x: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
         f"{DOMAIN}::{operator}", [x], attrs={"key": key}, dtype=torch.float32, shape=x.shape, version=1
     )
+
+
+def _constant(mark: Callable[[Tensor], Tensor], value: Tensor, _: Tensor) -> Tensor:
+    """A node for a constant, whatever the quantizer gets."""
+    return mark(value)
 
 
 def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -> Callable[[Tensor], Tensor]:

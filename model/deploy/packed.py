@@ -74,20 +74,21 @@ def write(trained: Trained, path: Path) -> None:
     for name, layer, quantizer in quantized_weights(trained.network):
         if not bool(quantizer.warmed_up()):
             continue  # such a weight is not quantized yet, and stays float
+        full = layer.full_weight().detach()
         try:
-            found = quantizer.integers(layer.weight)
+            found = quantizer.integers(full)
         except NotImplementedError as error:
             raise UserError(
                 f"{name}: {quantizer.config.method} has no encode, which gives the integers of a weight; write it, or "
                 "export --to program"
             ) from error
         with torch.no_grad():
-            if not torch.equal(found.dequantize(), quantizer(layer.weight)):
+            if not torch.equal(found.dequantize(), quantizer(full)):
                 raise UserError(
                     f"{name}: the integers of {quantizer.config.method} are not the weight that it trains: mend its "
                     "encode"
                 )
-        weight = f"{name}.weight"
+        weight = layer.weight_entry(name)
         for entry in [
             entry for entry in state if entry == weight or entry.startswith(f"{name}.quant_weight.")
         ]:
@@ -106,6 +107,7 @@ def write(trained: Trained, path: Path) -> None:
             "first_code": _first_code(found)[0],
             "code_step": _first_code(found)[1],
             "zero_point": found.zero_point,
+            "layer": name,
         }
     content = {
         "format": VERSION,
@@ -164,9 +166,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 "zero_point": int(one["zero_point"]),
                 **parts,
             }
-            fixed[weight.removesuffix(".weight")] = entry
+            layer = one.get(
+                "layer", weight.removesuffix(".weight")
+            )  # files of earlier versions do not say it
+            fixed[layer] = entry
             tensors[weight] = stored_of(entry).dequantize()
-            quantizer = weight.removesuffix("weight") + "quant_weight"
+            quantizer = f"{layer}.quant_weight"
             tensors[f"{quantizer}.level_num"] = torch.tensor([levels])
             tensors[f"{quantizer}.iteration"] = torch.tensor([0])
         config = from_dict(content["config"], str(path))

@@ -6,12 +6,13 @@ The bits are noted on the layers before `build_quantizers` builds the quantizers
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from model.layers.attention import Projection, QuantProjection
+from model.layers.called import SWIN
 from model.layers.quantized import (
     AskedBits,
     AskedGroups,
@@ -27,50 +28,30 @@ from utils.config.schema import TAGS, QuantConfig
 from utils.errors import UserError
 from utils.text import printable, some_names
 
-LAYERS: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+    NonDynamicallyQuantizableLinear: QuantLinear,  # of torch's attention; another class for an old tool's sake
+    Projection: QuantProjection,
+}
 ENDS = ("first", "last")
 # Reasons for full precision that an entry overcomes which writes the layer's name out.
 BY_NAME = (*(f"is the {end} layer" for end in ENDS), "is depth-wise")
-_SEPARATE = "qkv_bias_separate"  # timm's switch
 _MARK = "ends_of_network"  # attribute of a layer: the ends that it is
 
 
 def forms() -> dict[type[nn.Module], type[QuantLayer]]:
-    """The quantized class of each class of layers: `LAYERS`, users' too, and timm's where it is imported."""
-    if "timm.layers" not in sys.modules:
-        return LAYERS
-    from model.layers import of_timm
+    """The quantized class of each class of layers: `LAYERS`, users' too, and those of libraries that are imported."""
+    found: dict[type[nn.Module], type[QuantLayer]] = {}
+    if "timm.layers" in sys.modules:
+        from model.layers import of_timm
 
-    return {**of_timm.FORMS, **LAYERS}
+        found |= of_timm.FORMS
+    if SWIN in sys.modules:
+        from model.layers import of_torchvision
 
-
-def call_layers(network: nn.Module) -> list[nn.Module]:
-    """Let attentions of timm's BEiT, EVA-02 and Swin V2 call their layer `qkv`, and add its bias behind it.
-
-    By default they hand its weight to a function, past any quantizer. The results differ by rounding alone.
-
-    Returns:
-        The modules that did otherwise before.
-    """
-    found = [
-        module
-        for module in network.modules()
-        if type(module).__module__.startswith("timm.") and getattr(module, _SEPARATE, True) is False
-    ]
-    for module in found:
-        vars(module)[_SEPARATE] = True
-    return found
-
-
-@contextmanager
-def layers_called(network: nn.Module) -> Iterator[None]:
-    """`call_layers` for a while."""
-    changed = call_layers(network)
-    try:
-        yield
-    finally:
-        for module in changed:
-            vars(module)[_SEPARATE] = False
+        found |= of_torchvision.FORMS
+    return found | LAYERS
 
 
 def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
@@ -88,27 +69,6 @@ def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     layer.quant_output = nn.Identity()
     vars(layer).pop("full_precision_reason", None)
     return layer
-
-
-@contextmanager
-def undone_on_error(module: nn.Module) -> Iterator[None]:
-    """Give all modules of a network their classes, attributes and children back where the block fails."""
-    before = [
-        (each, type(each), dict(vars(each)), dict(each._modules))
-        for each in module.modules()
-        if not isinstance(each, torch.jit.ScriptModule)
-    ]
-    try:
-        yield
-    except BaseException:
-        for each, kind, attributes, children in before:
-            if type(each) is not kind:
-                each.__class__ = kind
-            vars(each).clear()
-            vars(each).update(attributes)
-            each._modules.clear()
-            each._modules.update(children)
-        raise
 
 
 def mark_ends(layers: Mapping[str, nn.Module], order: Sequence[str]) -> None:

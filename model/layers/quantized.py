@@ -37,6 +37,7 @@ class QuantLayer(nn.Module):
         quant_groups: tag -> the groups of its quantizer, likewise.
         reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
         named_whole: only an entry of `--layer_bits` that writes its name out is for it.
+        weight_is_whole: `weight` is what the layer multiplies by already, and nothing is computed from it.
         recompute: keep no quantized input for the backward pass, but compute it again there from the input.
 
     Example:
@@ -57,6 +58,7 @@ class QuantLayer(nn.Module):
     quant_groups: Mapping[str, AskedGroups] = MappingProxyType({})
     reads_images: bool = False
     named_whole: bool = False
+    weight_is_whole: bool = False
     recompute: bool = False
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
@@ -85,6 +87,18 @@ class QuantLayer(nn.Module):
         off = [asked.source for tag, asked in self.bits.items() if self.left_full(tag)]
         if off and not any(True for _ in self.quantizers()):
             keep_full_precision(self, f"has {FULL_BITS} bits, {off[-1]}")
+
+    def weight_entry(self, name: str) -> str:
+        """The name of `weight` in the state of a network that calls the layer `name`."""
+        return f"{name}.weight" if name else "weight"
+
+    def full_weight(self) -> Tensor:
+        """What `quant_weight` quantizes: `weight`, or in some layers a tensor of its shape that is computed from it."""
+        return self.weight
+
+    def computes_weight(self) -> bool:
+        """Whether `full_weight` is not `weight` itself."""
+        return False
 
     def _site(self, tag: str, name: str) -> LayerSite:
         raise NotImplementedError
@@ -115,12 +129,12 @@ class QuantLayer(nn.Module):
         """`quantize` the input, padded where that comes first, and multiply it with the quantized weight."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Quantize the input and multiply it with the quantized weight."""
-        return self.multiply(x, weight, self.bias, self.quant_activation)
+        return self.multiply(x, weight, bias, self.quant_activation)
 
-    def product_of(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`product`, of which nothing but `x` and `weight` is kept where the layer is to `recompute` it.
+    def product_of(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`product`, of which nothing but its arguments is kept where the layer is to `recompute` it.
 
         The whole is kept while a pass of the quantizer depends on the passes before it.
 
@@ -131,8 +145,8 @@ class QuantLayer(nn.Module):
         if not (
             self.recompute and self.training and isinstance(quantizer, Quantizer) and quantizer.repeats()
         ):
-            return self.product(x, weight)
-        y = checkpoint(self.product, x, weight, use_reentrant=False)
+            return self.product(x, weight, bias)
+        y = checkpoint(self.product, x, weight, bias, use_reentrant=False)
         held, version = [x.detach()], x._version  # which shares the counter of changes, but has no graph
 
         def check(_: Tensor) -> None:
@@ -204,11 +218,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         x = input  # the argument keeps the name that nn.Conv2d gives it: a network may pass it by name
         if x.ndim == 3:  # one image; quantizers tell samples and channels apart by position
             return QuantConv2d.forward(self, x.unsqueeze(0)).squeeze(0)  # not a subclass's, which does more
-        weight = self.quant_weight(self.weight)
+        weight = self.quant_weight(self.full_weight())
         if x.numel() == 0:
             self.check_empty()
             return self._conv_forward(x, weight, self.bias)
-        return self.quant_output(self.product_of(x, weight))
+        return self.quant_output(self.product_of(x, weight, self.bias))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]
@@ -250,11 +264,11 @@ class QuantLinear(QuantLayer, nn.Linear):
         x = input
         if x.ndim == 1:
             return QuantLinear.forward(self, x.unsqueeze(0)).squeeze(0)
-        weight = self.quant_weight(self.weight)
+        weight = self.quant_weight(self.full_weight())
         if x.numel() == 0:
             self.check_empty()
             return functional.linear(x, weight, self.bias)
-        return self.quant_output(self.product_of(x, weight))
+        return self.quant_output(self.product_of(x, weight, self.bias))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]

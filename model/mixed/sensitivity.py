@@ -217,7 +217,7 @@ def _set_ranges(layer: QuantLayer, entering: Tensor, levels: int) -> float:
     error = 0.0
     for part, quantizer in layer.quantizers():
         quantizer.set_levels(levels)
-        x = layer.weight.detach() if part == "quant_weight" else entering
+        x = layer.full_weight().detach() if part == "quant_weight" else entering
         initialise_range(quantizer, x, QuantConfig(re_init_range="mse"))
         if part == "quant_weight":
             with torch.no_grad():

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.convert import Selection, called, replace
-from model.layers.bits import call_layers
+from model.convert import Report, Selection, called, replace
+from model.layers.called import call_layers
 from model.networks.grey import take_grey
 from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
@@ -122,6 +122,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
     if config.quant.enabled:
         signed = (order[0],) if config.quant.first_last else ()  # images have negative values
         report = replace(network, config.quant, Selection(signed=signed), order)
+        _refuse_mixtures(config.name, network, report)
         if not report.replaced:
             why = next((left for left in report.left if left.name not in (order[0], order[-1])), None)
             reason = "" if why is None else f": {why.name} {why.reason}"
@@ -129,6 +130,17 @@ def build_library_network(config: ModelConfig) -> nn.Module:
                 f"--model {config.name} has no layer that can be quantized{reason}; choose another network"
             )
     return network
+
+
+def _refuse_mixtures(name: str, network: nn.Module, report: Report) -> None:
+    """Refuse a network most of whose kernels are mixed anew for each image, and would stay in full precision."""
+    for left in report.left:
+        kind = type(network.get_submodule(left.name)).__name__
+        if kind == "CondConv2d":
+            raise UserError(
+                f"--model {name}: {left.name} is a {kind}, which mixes its kernels anew for each image and has no "
+                "quantized form: choose another network"
+            )
 
 
 def own_size(source: str, name: str) -> int | None:

@@ -27,7 +27,7 @@ def dampening(model: nn.Module) -> Tensor:
     """
     total = None
     for _, layer, quantizer in quantized_weights(model):
-        weight = layer.weight.float()
+        weight = layer.full_weight().float()
         numbers, level_of = numbered(quantizer, weight)
         level = level_of(numbers)
         last = quantizer.levels - 1
@@ -56,6 +56,9 @@ class Freezing:
         threshold: one or two frequencies, oscillations per step; empty: nothing is frozen.
         momentum: m.
         total_steps: optimizer steps of the run.
+
+    Raises:
+        UserError: weights are to be frozen in a network with a layer that computes its weight from a parameter.
     """
 
     def __init__(
@@ -64,6 +67,12 @@ class Freezing:
         self._model = model
         self._threshold, self._momentum, self._total_steps = tuple(threshold), momentum, total_steps
         self._tracked: dict[str, dict[str, Tensor]] = {}
+        computed = [name for name, layer in quantized_layers(model) if layer.computes_weight()]
+        if computed and self.enabled:
+            raise UserError(
+                f"--freeze_threshold: {computed[0]} computes its weight from its parameter in every step, so that no "
+                "weight of it can be frozen: leave it out, or choose another network"
+            )
 
     @property
     def enabled(self) -> bool:
@@ -90,7 +99,7 @@ class Freezing:
         for name in self._tracked.keys() - {name for name, _, _ in layers}:  # turned off by a policy
             del self._tracked[name]
         for name, layer, quantizer in layers:
-            weight = weights[f"{name}.weight"]
+            weight = weights[layer.weight_entry(name)]
             numbers, level_of = numbered(quantizer, weight)
             numbers = numbers.to(torch.int32)
             grid = [quantizer.levels, int(quantizer.config.half_range)]

@@ -19,7 +19,7 @@ def quantization_error(model: nn.Module) -> Tensor:
     """
     errors = []
     for _, layer, quantizer in quantized_weights(model):
-        weight = layer.weight.float()
+        weight = layer.full_weight().float()
         fixed = weight.detach()
         size = fixed.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         numbers, level_of = numbered(quantizer, fixed)

@@ -67,7 +67,7 @@ def _even(layer: QuantLayer, part: str, x: Tensor) -> Any:
 
 def _weight_codes(layer: QuantLayer) -> Tensor | None:
     """The integers of the weight, int32 [out, ...]."""
-    found = _even(layer, "quant_weight", layer.weight.detach())
+    found = _even(layer, "quant_weight", layer.full_weight().detach())
     return None if found is None else found.codes - found.zero_point
 
 

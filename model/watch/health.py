@@ -44,9 +44,7 @@ class Health:
         self.layers = dict(quantized_layers(model))
         self._model = model
         self._before: dict[str, _Snapshot | None] = {
-            name: _snapshot(layer, layer.quant_weight, _integers(layer.quant_weight, layer.weight))
-            if epoch_begins
-            else None
+            name: _begin(layer, layer.quant_weight) if epoch_begins else None
             for name, layer in self.layers.items()
             if isinstance(layer.quant_weight, Quantizer)
         }
@@ -76,9 +74,10 @@ class Health:
             if not quantizer.enabled:
                 self._before[name] = None
             else:
-                integers = _integers(quantizer, layer.weight)
-                now = self._before[name] = _snapshot(layer, quantizer, integers)
-                measured = _measure(quantizer, layer.weight, integers) | _movement(before, now)
+                weight = layer.full_weight().detach()
+                integers = _integers(quantizer, weight)
+                now = self._before[name] = _snapshot(weight, quantizer, integers)
+                measured = _measure(quantizer, weight, integers) | _movement(before, now)
                 found[f"{name}.quant_weight"] = quantizer, measured
         figures = _fetch(measured for _, measured in found.values())
         return [
@@ -87,10 +86,15 @@ class Health:
         ]
 
 
-def _snapshot(layer: QuantLayer, quantizer: Quantizer, integers: QuantizedTensor | None) -> _Snapshot:
+def _begin(layer: QuantLayer, quantizer: Quantizer) -> _Snapshot:
+    weight = layer.full_weight().detach()
+    return _snapshot(weight, quantizer, _integers(quantizer, weight))
+
+
+def _snapshot(weight: Tensor, quantizer: Quantizer, integers: QuantizedTensor | None) -> _Snapshot:
     small = torch.uint8 if quantizer.levels <= 256 else torch.int32
     numbers = None if integers is None else integers.numbers.to(small)
-    return _Snapshot(layer.weight.detach().clone(), quantizer.levels, numbers)
+    return _Snapshot(weight.detach().clone(), quantizer.levels, numbers)
 
 
 def _integers(quantizer: Quantizer, x: Tensor) -> QuantizedTensor | None:

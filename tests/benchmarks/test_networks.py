@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.networks import PICTURES, Panel, boxes, draw, main, network, places, share
 from model.layers.space_to_depth import PadToBlocks, RepeatChannels
@@ -80,12 +80,20 @@ def test_an_unknown_picture_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert "order is no picture; choose from orders, orders-origin" in capsys.readouterr().err
 
 
-def test_the_share_of_quantized_weights_is_that_of_all_kernels_but_the_ends() -> None:
-    kernels = [
-        value.numel()
-        for name, value in torchvision.models.squeezenet1_1(num_classes=1000).named_parameters()
-        if name.endswith("weight")
-    ]
-    row = share("torchvision:squeezenet1_1")
-    quantized = 100 * sum(kernels[1:-1]) / sum(kernels)
-    assert row == f"| `torchvision:squeezenet1_1` | {quantized:.1f} | Conv2d {100 - quantized:.1f} |"
+def test_the_share_that_is_quantized_is_that_of_all_kernels_but_the_ends() -> None:
+    network = torchvision.models.squeezenet1_1(num_classes=1000).eval()
+    kernels: list[int] = []
+    macs: list[int] = []  # an output of a layer takes a product for each weight of its channel
+
+    def count(layer: nn.Conv2d, _: object, output: Tensor) -> None:
+        kernels.append(layer.weight.numel())
+        macs.append(output.numel() * layer.weight[0].numel())
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 224, 224))
+    products, weights = (100 * sum(each[1:-1]) / sum(each) for each in (macs, kernels))
+    row = f"| `torchvision:squeezenet1_1` | {products:.1f} | {weights:.1f} | Conv2d {100 - products:.1f} |"
+    assert share("torchvision:squeezenet1_1") == row

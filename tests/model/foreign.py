@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from torchvision.models import SwinTransformer, VisionTransformer
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 from utils.config.schema import QuantConfig, QuantizerConfig
 
@@ -25,7 +26,10 @@ def vision_transformer() -> nn.Module:
     )
 
 
-def swin_transformer() -> nn.Module:
-    return SwinTransformer(
-        patch_size=[4, 4], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=5
+def swin_transformer(*, v2: bool = False) -> nn.Module:
+    parts: dict[str, Any] = (
+        {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if v2 else {}
     )
+    return SwinTransformer(
+        patch_size=[4, 4], embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=[4, 4], num_classes=5, **parts
+    )  # fmt: skip

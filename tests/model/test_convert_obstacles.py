@@ -16,8 +16,7 @@ from model.audit import audit
 from model.convert import Left, full_precision, quantize, register_layer
 from model.layers import bits
 from model.layers.quantized import QuantConv2d
-from model.quantizers.frame import Quantizer
-from tests.model.foreign import config, swin_transformer, vision_transformer
+from tests.model.foreign import config, vision_transformer
 
 # What cannot be quantized --------------------------------------------------------------------------
 
@@ -90,42 +89,21 @@ def test_a_subclass_at_the_end_is_the_last_layer() -> None:
     assert quantize(net, config()).replaced == ("1", "2")
 
 
-def test_attention() -> None:
-    """Its output projection has a class of its own and is never called, so that a quantizer would be idle."""
-    report = quantize(vision_transformer(), config())
-    attention = [f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(2)]
-    assert report.left == (
+class OwnAttention(nn.MultiheadAttention):
+    """Whose forward may be another one."""
+
+
+def test_an_attention_of_another_class() -> None:
+    """Its output projection is never called, so that a quantizer there would be idle."""
+    net = vision_transformer()
+    attentions = [name for name, each in net.named_modules() if isinstance(each, nn.MultiheadAttention)]
+    net.get_submodule(attentions[0]).__class__ = OwnAttention
+    assert quantize(net, config()).left == (
         Left("conv_proj", "is the first layer"),
-        *(
-            Left(f"{name}{part}", reason)
-            for name in attention
-            for part, reason in (
-                ("", "projects its inputs by a parameter, not by a layer"),
-                (".out_proj", "is used by MultiheadAttention without a call"),
-            )
-        ),
+        Left(attentions[0], "projects its inputs by a parameter, not by a layer"),
+        Left(f"{attentions[0]}.out_proj", "is used by OwnAttention without a call"),
         Left("heads.head", "is the last layer"),
     )
-
-
-def test_the_fast_path_of_an_encoder_layer() -> None:
-    """In evaluation it reads the weights of its linear layers, unless hooks watch: they stay as they are."""
-    net = nn.ModuleDict(
-        {"stem": nn.Linear(4, 8), "encoder": nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)}
-    )
-    report = quantize(net, config(first_last=True))
-    assert report.replaced == ("stem",)
-    reasons = dict(report.left)
-    for name in ("linear1", "linear2"):
-        assert reasons[f"encoder.{name}"] == "is used by TransformerEncoderLayer without a call"
-    assert not any(isinstance(module, Quantizer) for module in net["encoder"].modules())
-
-
-def test_swin_attention() -> None:
-    report = quantize(swin_transformer(), config())
-    reasons = {left.reason for left in report.left if ".attn." in left.name}
-    assert reasons == {"is used by ShiftedWindowAttention without a call"}
-    assert {left.name.rpartition(".")[2] for left in report.left} == {"0", "qkv", "proj", "head"}
 
 
 class Functional(nn.Module):

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import timm.layers
 import torch
 from torch import Tensor, nn
 
+from model import pretrained
+from model.audit import audit
+from model.calibrate import initialise_ranges
 from model.convert import below_zero, called, full_precision, quantize
+from model.deploy import packed
+from model.deploy.graph import deploy_graph
+from model.deploy.onnx_qdq import qdq_model
 from model.layers import bits
+from model.layers.called import SWIN
 from model.layers.of_timm import QuantConv2dSame, QuantTimmLinear
+from model.load import Trained
 from model.quant import QuantConfig, QuantizerConfig, quantizers
-from model.selection import Selection
+from model.selection import Left, Selection
+from model.training.oscillation import Freezing, dampening
+from model.watch.accumulators import accumulators
+from model.watch.health import Health
+from utils.config.resolve import read
+from utils.config.schema import Config
+from utils.data.transform import ImageTransform
 from utils.errors import UserError
 
 WT = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
@@ -62,6 +79,81 @@ def test_same_padding(
     layer.quant_activation = layer.quant_weight = nn.Identity()
     assert torch.equal(layer(x), full)
     assert layer(x[:0]).shape == (0, *full.shape[1:])
+
+
+STANDARDISED = [
+    timm.layers.StdConv2d, timm.layers.StdConv2dSame, timm.layers.ScaledStdConv2d, timm.layers.ScaledStdConv2dSame,
+]  # fmt: skip
+
+
+def standardised(layer: nn.Module) -> np.ndarray:
+    """The weight that timm's layer multiplies by, in float64: arXiv 1903.10520 and 2101.08692."""
+    weight = layer.weight.detach().double().numpy()
+    mean, variance = (f(weight, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    gain = layer.gain.detach().double().numpy() * weight[0].size ** -0.5 if hasattr(layer, "gain") else 1
+    return (weight - mean) / np.sqrt(variance + 1e-6) * gain
+
+
+@pytest.mark.parametrize("kind", STANDARDISED)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_standardised_weights(kind: type[nn.Conv2d], stride: int) -> None:
+    """The standardised weight is quantized, wherever a weight is looked at; gradients reach the parameters."""
+    torch.manual_seed(0)
+    theirs, x = kind(4, 8, 3, stride=stride), torch.randn(2, 4, 7, 8)
+    full = theirs(x)
+    layer = quantized(theirs, config(half_range=False))
+    weight = layer.full_weight()
+    np.testing.assert_allclose(weight.detach().numpy(), standardised(layer), rtol=1e-4, atol=1e-6)
+    network = nn.Sequential(layer)
+    for _, quantizer in quantizers(network):
+        quantizer.enabled = False
+    torch.testing.assert_close(layer(x), full, rtol=1e-4, atol=1e-5)
+    for _, quantizer in quantizers(network):
+        quantizer.enabled = True
+    initialise_ranges(network, x)
+    # LSQ's first clip value of a channel: 2 * mean |w| / sqrt(highest) of the steps from 0 up
+    clip = layer.quant_weight.current_range().flatten().detach().numpy()
+    ratio = clip / np.abs(standardised(layer)).mean((1, 2, 3))
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert not audit(network, [x]).problems
+    layer(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    w, q = standardised(layer), layer.quant_weight(weight).detach().double().numpy()
+    inside = np.abs(w) <= clip.reshape(-1, 1, 1, 1)
+    assert float(dampening(network).detach()) == pytest.approx(float(((q - w) ** 2 * inside).sum()), rel=1e-3)
+    numbers = Health(network).report(x)
+    assert {row.name for row in numbers} == {"0.quant_activation", "0.quant_weight"}
+    assert len(accumulators(network)) == 1
+    with pytest.raises(UserError, match="--freeze_threshold: 0 computes its weight"):
+        Freezing(network, [0.1], 0.1, 5)
+
+
+@pytest.mark.parametrize("kind", STANDARDISED[1:3])
+def test_standardised_weights_leave(kind: type[nn.Conv2d], tmp_path: Path) -> None:
+    """As a graph, whose weights are the quantized ones, and packed, where these are standardised no more."""
+    torch.manual_seed(0)
+    network = nn.Sequential(kind(3, 8, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    x = torch.randn(2, 3, 7, 8)
+    quantize(network, config(half_range=False))
+    initialise_ranges(network, x)
+    with torch.no_grad():
+        expected = network.eval()(x)
+    graph = deploy_graph(network, (3, 7, 8))
+    layer = network[0]
+    values = graph.weights["0.quant_weight"].values()
+    np.testing.assert_allclose(values, layer.quant_weight(layer.full_weight()).detach(), rtol=1e-6)
+    session = onnxruntime.InferenceSession(qdq_model(graph).SerializeToString())
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], expected, atol=1e-4)
+    images = ImageTransform(size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
+    trained = Trained(network=network, transform=images, classes=(), config=Config(), source=Path("x"))
+    packed.write(trained, tmp_path / "x.safetensors")
+    found = packed.read_checkpoint(tmp_path / "x.safetensors")
+    network.load_state_dict(found["state_dict"], strict=False)
+    pretrained._fix_weights(
+        network, found["quantized_weights"], tmp_path, read(["--keyword", "cifar10", "-e"])
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
 
 
 def test_linear() -> None:
@@ -125,4 +217,13 @@ def test_timm_is_not_imported_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that does not use timm does not wait for it."""
     assert timm.layers.Linear in bits.forms()
     monkeypatch.delitem(sys.modules, "timm.layers")
+    monkeypatch.delitem(sys.modules, SWIN, raising=False)
     assert set(bits.forms()) == set(bits.LAYERS) and timm.layers.Linear not in bits.LAYERS
+
+
+def test_mixed_kernels_are_named() -> None:
+    """timm's `CondConv2d` stays in full precision, without an example of what runs too."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.CondConv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
+    report = quantize(network, config())
+    assert report.left == (Left("1", "is a CondConv2d, which has no quantized form"),)
+    assert full_precision(network) == ("1",)
