@@ -13,7 +13,7 @@ from model.layers.quantized import (
     quantized_weights,
     quantizers,
 )
-from model.quantizers import dorefa, ewgs, fatnn, lq, lsq, lsqplus, pact, xnor  # noqa: F401  (registers what a configuration can name)
+from model.quantizers import apot, dorefa, ewgs, fatnn, lq, lsq, lsqplus, pact, xnor  # noqa: F401  (registers what a configuration can name)
 from model.quantizers.frame import Quantizer
 from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
 from model.quantizers.integers import QuantizedTensor
