@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.quantizers.gradient import apply
-from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
+from model.quantizers.grid import ClipSTE, Grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
@@ -53,8 +53,8 @@ class PowerSums(Grid):
         >>> import torch
         >>> from model.quantizers.apot import PowerSums
         >>> grid = PowerSums.up_to(8, half_range=False)  # 3 bits: a sign and 2 bits
-        >>> grid.codes(torch.arange(7)), grid.ratios(grid.numbers(torch.tensor([-9.0, 0.3, 0.8])))
-        (tensor([-4, -2, -1,  0,  1,  2,  4]), tensor([-1.0000,  0.2500,  1.0000]))
+        >>> grid.values, grid.codes(torch.tensor([-9.0, 0.3, 0.8]))
+        ((-4, -2, -1, 0, 1, 2, 4), tensor([-4.,  1.,  4.]))
     """
 
     @classmethod
@@ -100,18 +100,21 @@ class PowerSums(Grid):
         """See `Grid`; the result is a new tensor."""
         return self.numbers(ratio)
 
-    def codes(self, numbers: Tensor) -> Tensor:
-        """See `Grid`."""
-        return torch.tensor(self.values, device=numbers.device)[numbers.long()]
+    def codes(self, ratio: Tensor) -> Tensor:
+        """The codes of the levels nearest to `ratio` = x / c, as float32 of any shape.
+
+        Without a table, which would be copied to the device in each pass.
+        """
+        gaps = tuple(above - below for below, above in itertools.pairwise(self.values))
+        return self._reached(ratio, gaps, self.bottom)
 
     def ratios(self, numbers: Tensor) -> Tensor:
         """See `Grid`; the result is a new tensor."""
-        return self.codes(numbers).float().div_(self.top)
+        return torch.tensor(self.values, device=numbers.device)[numbers.long()].float().div_(self.top)
 
     def nearest(self, x: Tensor, clip: Tensor) -> Tensor:
-        """See `Grid`: the same bits, without a table, which would be copied to the device in each pass."""
-        gaps = tuple(above - below for below, above in itertools.pairwise(self.values))
-        return self._reached(x / clip, gaps, self.bottom).div_(self.top).mul_(clip)
+        """See `Grid`."""
+        return self.codes(x / clip).div_(self.top).mul_(clip)
 
 
 @register("apot", "fm", "wt", "ot")
@@ -153,10 +156,17 @@ class APoT(LearnedRange):
 
     def encode(self, x: Tensor) -> QuantizedTensor:
         """The sums as codes, and their scale; a number that no level has, the second zero, stands for the top."""
-        found = encode_on_grid(*self.on_grid(x))
-        missing = self.levels - found.codebook.shape[1]
-        return dataclasses.replace(
-            found, codebook=torch.cat([found.codebook, *[found.codebook[:, -1:]] * missing], dim=1)
+        x, clip, grid = self.on_grid(x)
+        assert isinstance(grid, PowerSums)
+        ratio, clip = x / clip, clip.detach()
+        missing = self.levels - len(grid.values)
+        numbers = torch.arange(grid.steps + 1.0, device=x.device)
+        return QuantizedTensor(
+            codes=grid.codes(ratio).to(torch.int32),
+            scale=clip / grid.top,
+            numbers=grid.numbers(ratio).long(),
+            codebook=functional.pad(grid.ratios(numbers)[None], (0, missing), value=1.0),
+            factor=clip,
         )
 
     def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:

@@ -96,10 +96,6 @@ class Grid:
             return over_(numbers.add_(self.bottom), self.top)
         return over_(numbers, self.steps / 2).sub_(1)
 
-    def codes(self, numbers: Tensor) -> Tensor:
-        """The codes of the levels by their numbers, int64 of any shape."""
-        return numbers * self.gap + self.bottom
-
     def nearest(self, x: Tensor, clip: Tensor) -> Tensor:
         """The levels nearest to `x`, as a new tensor; float32, the shape of x, to which the clip value broadcasts."""
         if known(clip, x) and clip.item() == 1:  # by which nothing needs to be divided or multiplied
@@ -252,7 +248,7 @@ def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:
     """
     numbers = grid.numbers(x / clip).long()
     return QuantizedTensor(
-        codes=grid.codes(numbers).to(torch.int32),
+        codes=(numbers * grid.gap + grid.bottom).to(torch.int32),
         scale=(clip / grid.top).detach(),
         numbers=numbers,
         codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=x.device)).unsqueeze(0),
