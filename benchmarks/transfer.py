@@ -130,6 +130,15 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
         _bits(_activation, "fm", "activation", "ewgs", beside="--fm_grad_delta 2"),
         _bits(_weight, "wt", "weight", "ewgs", beside="--wt_grad_delta 2"),
     ],
+    "apot": [
+        [_activation(f"activation, {bits} bits", f"--keyword apot --fm_bit {bits}") for bits in (2, 3, 4)],
+        [
+            _weight(f"weight, {name}", f"--keyword apot {levels}")
+            for name, levels in (
+                ("3 levels", "--wt_level 3"), ("3 bits", "--wt_bit 3"), ("4 bits", "--wt_bit 4")
+            )
+        ],
+    ],
     "lq": [
         _bits(_activation, "fm", "activation", "lq", high=3, fitted=True),
         _bits(_weight, "wt", "weight", "lq", low=-3, high=3, fitted=True),

@@ -140,8 +140,11 @@ def stored_of(entry: Mapping[str, Any]) -> QuantizedTensor:
     """A quantized weight from an entry of `FIXED`: numbers, int32 of its shape, and what gives them a meaning."""
     numbers = entry["numbers"]
     rows = entry.get("rows")
+    codes = numbers * entry["code_step"] + entry["first_code"]
+    if "codes" in entry:  # at uneven distances
+        codes = torch.tensor(entry["codes"], dtype=torch.int32)[numbers.long()]
     return QuantizedTensor(
-        codes=numbers * entry["code_step"] + entry["first_code"],
+        codes=codes,
         scale=entry.get("scale"),
         numbers=numbers.long(),
         codebook=entry["codebook"],

@@ -14,6 +14,7 @@ from model.layers.quantized import (
     quantizers,
 )
 from model.quantizers import (  # noqa: F401  (registers what a configuration can name)
+    apot,
     dorefa,
     ewgs,
     fatnn,

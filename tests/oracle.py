@@ -320,6 +320,42 @@ def _unrows(rows: Array, x: Array, groups: Groups) -> Array:
     return np.moveaxis(rows.reshape(moved), 0, groups.axis)
 
 
+def apot_levels(levels: int, half_range: bool) -> Array:
+    """The levels for a clip value of 1 (paper, equation 5 with k = 2, and its odd number of bits).
+
+    Term i of n: 0, or 2^-i, 2^-(i + n), 2^-(i + 2n); an odd bit has 0 or 2^-2n, and the terms' last powers follow it.
+    """
+    bits = int(np.ceil(np.log2(levels))) - (not half_range)
+    n = bits // 2
+    terms = [[0.0, 2.0**-i, 2.0 ** -(i + n), 2.0 ** -(i + 2 * n + bits % 2)] for i in range(n)]
+    if bits % 2:
+        terms.append([0.0, 2.0 ** -(2 * n)])
+    sums = np.unique([sum(choice) for choice in itertools.product(*terms)])
+    sums = sums / sums.max()
+    return sums if half_range else np.unique(np.concatenate([-sums, sums]))
+
+
+def apot(
+    x: Array,
+    gy: Array,
+    *,
+    clip_val: Array,
+    levels: int,
+    half_range: bool,
+    groups: Groups = ONE,
+    factor: float = 1.0,
+) -> Result:
+    """The nearest sum to x / c, times c: dq/dc is the level minus x / c inside, the end outside (paper, equation 7)."""
+    c = groups.spread(np.abs(clip_val), x)
+    table = apot_levels(levels, half_range)
+    ratio = x / c
+    level = table[np.abs(np.clip(ratio, table[0], 1)[..., None] - table).argmin(axis=-1)]
+    inside = (ratio >= table[0]) & (ratio <= 1)
+    grad = groups.sum(gy * np.where(inside, level - ratio, level)) * sign(clip_val) * factor
+    jumps = np.concatenate([(table[1:] + table[:-1]) / 2, table[[0, -1]]])
+    return Result(c * level, gy * inside, {"clip_val": grad}, _to_nearest(ratio, jumps))
+
+
 def fatnn_half(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE) -> Result:
     """The sum over i of round(clamp((x - sum_{j<i} 1/a_j) * a_i, 0, 1)), a_i = |alpha_i|, L - 1 of them."""
     slopes = [groups.spread(np.abs(alpha), x) for alpha in alphas]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,6 +109,7 @@ def write(trained: Trained, path: Path) -> None:
             "code_step": _first_code(found)[1],
             "zero_point": found.zero_point,
             "layer": name,
+            **_uneven_codes(found),
         }
     content = {
         "format": VERSION,
@@ -140,6 +142,14 @@ def _first_code(found: QuantizedTensor) -> tuple[int, int]:
     return int(codes[low] - step * numbers[low]), step
 
 
+def _uneven_codes(found: QuantizedTensor) -> dict[str, list[int]]:
+    """The codes of all levels where these are integers at uneven distances."""
+    if found.scale is None:
+        return {}
+    codes = [code + found.zero_point for code in found.whole]
+    return {"codes": codes} if len({b - a for a, b in itertools.pairwise(codes)}) > 1 else {}
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint that a packed file becomes again: its weights have the quantized values alone.
 
@@ -164,6 +174,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 "first_code": int(one["first_code"]),
                 "code_step": int(one["code_step"]),
                 "zero_point": int(one["zero_point"]),
+                **({"codes": [int(code) for code in one["codes"]]} if "codes" in one else {}),
                 **parts,
             }
             layer = one.get(

@@ -23,7 +23,7 @@ class QuantizedTensor:
 
     Attributes:
         codes: int32, the shape of the tensor.
-        scale: distance of two codes that differ by 1; None where levels are not evenly spaced.
+        scale: the value of a code over the code; None where levels are no multiples of one value.
         numbers: int64, the shape of the tensor: the level of each element, from 0, the lowest.
         codebook: [rows, levels], the levels over `factor`; one row, or one per group.
         factor: on the levels; one for the tensor, or one for each group or position.
@@ -57,12 +57,17 @@ class QuantizedTensor:
     gamma: Tensor | None = None
 
     @property
-    def ends(self) -> tuple[int, int]:
-        """The integers code - zero_point of the lowest and the highest level; for evenly spaced levels alone."""
+    def whole(self) -> list[int]:
+        """The integers code - zero_point of all levels, ascending; for levels with a scale alone."""
         assert self.scale is not None
         factor, scale = float(self.factor.reshape(-1)[0]), float(self.scale.reshape(-1)[0])
-        lowest, highest = (round(float(self.codebook[0, end]) * factor / scale) for end in (0, -1))
-        return lowest, highest
+        return [round(level * factor / scale) for level in self.codebook[0].tolist()]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The integers code - zero_point of the lowest and the highest level; for levels with a scale alone."""
+        whole = self.whole
+        return whole[0], whole[-1]
 
     def dequantize(self) -> Tensor:
         """The float32 tensor that the integers represent, equal to the fake-quantized one to the last bit."""

@@ -247,6 +247,20 @@ declare(
         restores=True,
     ),
 )
+
+
+def _sums_of_powers(levels: int, half_range: bool) -> int:
+    """APoT: 2 to 64 levels from zero; 3, or 4 to 64 with a bit for the sign."""
+    if levels == 3 and not half_range:
+        return levels
+    return max(min(2 ** (levels - 1).bit_length(), 64), 2 if half_range else 4)
+
+
+declare(
+    "apot",
+    _ALL,
+    _record(title="APoT", reads=_STEP - {"grid"}, nearest_levels=_sums_of_powers, **_LEARNED),
+)
 _FATNN = frozenset({"scale", "quant_group", "closed_form", "re_init"})
 declare(
     "fatnn",

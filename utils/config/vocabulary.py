@@ -156,6 +156,7 @@ _BY_TAG = (
     ("lsq", "lsq", "LSQ"),
     ("lsqplus", "lsqplus", "LSQ+"),
     ("ewgs", "ewgs", "EWGS"),
+    ("apot", "apot", "APoT"),
     ("non-uniform", "fatnn", "FATNN"),
 )
 _ALONE = ("pact", "lq", "xnor", "reactnet")  # beside which `lsq` and its like may not stand
@@ -173,6 +174,8 @@ _declare(
      {**_method("lsqplus"), "rank": 1, "excludes": _ALONE}),
     ("ewgs", "EWGS: a learned clip value, and gradients that grow with the distance to the level",
      {**_method("ewgs"), "rank": 1, "excludes": _ALONE}),
+    ("apot", "APoT: levels are sums of powers of two, up to a learned clip value",
+     {**_method("apot"), "rank": 1, "excludes": _ALONE}),
     ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
      {**_method("fatnn"), "rank": 1, "excludes": _ALONE}),
     *((f"{tag}_{word}", f"{name} for {what}s alone",
@@ -230,7 +233,7 @@ _declare(
 
 
 # The words that choose a method, as messages propose them.
-METHOD_WORDS = ("lsq", "pact", "lsqplus", "ewgs", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
+METHOD_WORDS = ("lsq", "pact", "lsqplus", "ewgs", "apot", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
 
 
 def own_method_words(tag: str) -> tuple[str, ...]:

@@ -39,13 +39,22 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {  # activations, weights
     "pact": ("pact", "pact", {}),
     "dorefa": ("dorefa", "dorefa", {}),
     "bin": ("dorefa", "dorefa", {"binary_scale": True}),
+    "apot": ("apot", "apot", {}),
     "lq": ("lq", "lq", {}),
     "lq-tensor": ("lq", "lq", {"quant_group": 1, "adaptive": "var-mean"}),
     "fatnn": ("fatnn", "fatnn", {}),
     "xnor": ("xnor", "xnor", {}),
 }
 FEW = dict.fromkeys(("lsqplus", "lsq-group", "lsq-restored", "lsq-gamma", "lq-tensor"), (4,))
-LEVELS = {"bin": (2,), "xnor": (2,), "fatnn": (3,), "lq": (2, 4, 8, 16), "lsq-midtread": (4, 256), **FEW}
+LEVELS = {
+    "bin": (2,),
+    "xnor": (2,),
+    "fatnn": (3,),
+    "apot": (4, 8, 16),
+    "lq": (2, 4, 8, 16),
+    "lsq-midtread": (4, 256),
+    **FEW,
+}
 CASES = [
     (name, levels)
     for name in VARIANTS

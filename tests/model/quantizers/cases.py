@@ -69,6 +69,7 @@ class Method:
     idempotent: bool = True
     monotonic: bool = True
     spread: float = 1.0  # standard deviation of the tensors it is tested on
+    even: bool = True  # levels up to a clip value are evenly spaced
     scaled: float = 0.0  # how far the gradient of 1 may be from 1 within the range
 
 
@@ -122,6 +123,13 @@ def ewgs(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.ewgs(
         x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
         delta=s.config.grad_delta, groups=s.groups, factor=s.factor,
+    )  # fmt: skip
+
+
+def apot(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.apot(
+        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
+        groups=s.groups, factor=s.factor,
     )  # fmt: skip
 
 
@@ -191,6 +199,24 @@ METHODS = {
     "lsqplus-wt": Method(method="lsqplus", tags=WT, expected=lsq, **CLIP),
     "ewgs": Method(
         method="ewgs", tags=(*FM, *WT), expected=ewgs, fields={"grad_delta": DELTA}, scaled=DELTA / 2, **CLIP
+    ),
+    "apot": Method(
+        method="apot",
+        tags=(*FM, *WT),
+        expected=apot,
+        levels=(2, 4, 8, 16, 64),
+        half_range=HALF,
+        even=False,
+        **CLIP,
+    ),
+    "apot-signed": Method(
+        method="apot",
+        tags=(*FM, *WT),
+        expected=apot,
+        levels=(3, 4, 8, 16, 64),
+        half_range=FULL,
+        even=False,
+        **CLIP,
     ),
     "lq": Method(method="lq", tags=FM, expected=lq, levels=POWERS, state=("basis",), calibrates=True),
     "lq-wt": Method(

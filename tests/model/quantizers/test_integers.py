@@ -30,6 +30,9 @@ def test_integers_stand_for_the_quantized_tensor(case: Case) -> None:
     low, high = int(found.codes.min()), int(found.codes.max())
     if case.config.method == "xnor":
         assert (low, high) == (-1, 1)
+    elif not case.method.even:
+        top = int(quantizer.search_grid().top)
+        assert (0 if case.half_range else -top) <= low <= high <= top
     elif case.half_range or found.scale is None or found.offset is not None:
         assert 0 <= low <= high < case.levels
     elif case.config.grid == "midtread":
@@ -75,7 +78,7 @@ def test_numbers_alone_are_those_of_the_integers(case: Case, fields: dict[str, A
     assert torch.equal(level_of(numbers), found.unscaled(found.numbers))
     others = case.levels - 1 - found.numbers
     assert torch.equal(level_of(others.int()), found.unscaled(others))
-    clips = bool(case.method.range_name) or case.method.method in ("dorefa", "pact")
+    clips = (bool(case.method.range_name) and case.method.even) or case.method.method in ("dorefa", "pact")
     even = clips and not case.config.binary_scale
     assert numbers.is_floating_point() == even  # without the codes
 

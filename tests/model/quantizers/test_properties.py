@@ -40,7 +40,7 @@ def any_case(where: Callable[[Method], bool] = bool) -> st.SearchStrategy[Case]:
 
 
 def is_uniform(method: Method) -> bool:
-    return bool(method.range_name) or method is METHODS["dorefa"]
+    return method.even and (bool(method.range_name) or method is METHODS["dorefa"])
 
 
 def per_tensor(case: Case, x: Tensor) -> Quantizer:
