@@ -124,10 +124,7 @@ def test_messages_propose_it(start: Start) -> None:
     assert status == 2 and "xnor, reactnet or fixed to --keyword" in errors, errors
     line = "--keyword cifar10,origin,cbsa,dorefa --quant_loss 1"
     status, _, errors = start(line, WITH)
-    assert (
-        status == 2
-        and "are of another scale than the weights; use lsq, lq, xnor, reactnet or fixed" in errors
-    ), errors
+    assert status == 2 and re.search("are of another scale than the weights; use lsq, .* or fixed", errors)
 
 
 @pytest.mark.parametrize(
