@@ -29,41 +29,49 @@ def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, 
     Raises:
         UserError: it is none of the forms that are known, or a faulty one.
     """
-    if val_split is not None and (kind := _with_parts_of_its_own(Path(place))):
-        raise UserError(
-            f"--val_split {val_split:g}: {place} is {kind}: leave it out, or split what they hold yourself"
-        )
-    if val_split is not None and is_shards(Path(place)):
-        return dict(split_shards(place, val_split))
-    if val_split is not None:
-        return dict(split_folder(Path(place), "folder", val_split))
-    if url_of(place) or is_pattern(place):
-        return dict(open_shards(place))
     path = Path(place)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return open_csv(path)
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        return open_parquet([path])
+    form = "shards" if url_of(place) or is_pattern(place) else _form_of(path)
+    if val_split is not None:
+        if form in DIVIDED:
+            raise UserError(
+                f"--val_split {val_split:g}: {place} is {DIVIDED[form]}: leave it out, or split what they hold yourself"
+            )
+        return dict(
+            split_shards(place, val_split) if form == "shards" else split_folder(path, "folder", val_split)
+        )
+    if form == "archives":
+        return open_archives(archives_in(path), path)
+    if form == "tables":
+        return open_parquet(sorted(path.glob("*.parquet")))
+    if form == "table":
+        return open_csv(path) if path.suffix.lower() == ".csv" else open_parquet([path])
+    if form == "folders":
+        return dict(
+            check_folders(path, "imagenet", **{name: (path / name).is_dir() for name in ("train", "val")})
+        )
+    if form == "shards":
+        return dict(open_shards(place))
     if not path.is_dir():
         raise UserError(f"--from {path}: no such folder or file; it may be {FORMS}")
-    if tables := sorted(path.glob("*.parquet")):
-        return open_parquet(tables)
-    if found := archives_in(path):
-        return open_archives(found, path)
-    if is_shards(path):
-        return dict(open_shards(path))
-    if (path / "train").is_dir() or (path / "val").is_dir():
-        parts = {name: (path / name).is_dir() for name in ("train", "val")}
-        return dict(check_folders(path, "imagenet", **parts))
     raise UserError(
         f"--from {path}: no images are found so; it may be {FORMS}; class folders alone need --val_split 0.1"
     )
 
 
-def _with_parts_of_its_own(place: Path) -> str:
-    """What a place is that says itself which images are for validation; empty for all others."""
-    if place.suffix.lower() in (".csv", ".parquet") and place.is_file():
-        return "a table"
-    if place.is_dir() and any(place.glob("*.parquet")):
-        return "a folder of tables"
-    return "a folder of ImageNet's archives" if place.is_dir() and archives_in(place) else ""
+# Forms that say themselves which images are for validation, as messages call them.
+DIVIDED = {"table": "a table", "tables": "a folder of tables", "archives": "a folder of ImageNet's archives"}
+
+
+def _form_of(path: Path) -> str:
+    """What a path is or holds: `table`, `tables`, `archives`, `shards` or `folders`; empty: nothing known."""
+    if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
+        return "table"
+    if not path.is_dir():
+        return ""
+    if any(path.glob("*.parquet")):
+        return "tables"
+    if archives_in(path):
+        return "archives"
+    if is_shards(path):
+        return "shards"
+    return "folders" if (path / "train").is_dir() or (path / "val").is_dir() else ""
