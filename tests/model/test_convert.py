@@ -28,7 +28,7 @@ from model.convert import Left, Report, Selection, below_zero, full_precision, q
 from model.layers.quantized import QuantLayer, QuantLinear, quantizers
 from model.watch.probe import Probe
 from tests import ROOT
-from tests.model.foreign import config, swin_transformer, vision_transformer
+from tests.model.foreign import config, rep_vgg, swin_transformer, vision_transformer
 from utils.config.schema import ProbeConfig, QuantConfig, QuantizerConfig
 from utils.errors import UserError
 
@@ -40,12 +40,8 @@ def images(size: int, count: int = 2) -> Tensor:
 # Whole networks ------------------------------------------------------------------------------------
 
 
-def timm_vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=5, img_size=32)
-
-
-def timm_network(name: str) -> nn.Module:
-    return timm.create_model(name, pretrained=False, num_classes=5)
+def timm_network(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, pretrained=False, num_classes=5, **options)
 
 
 def convnext() -> nn.Module:
@@ -94,10 +90,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, Loss, int, int]] = {
     "ConvNeXt": (convnext, 32, logits_loss, 15, 2),
     "vision transformer": (vision_transformer, 32, logits_loss, 8, 2),
     "Swin transformer": (swin_transformer, 32, logits_loss, 9, 2),
-    "timm's vision transformer": (timm_vit, 32, logits_loss, 48, 2),
+    "timm's vision transformer": (lambda: timm_network("test_vit", img_size=32), 32, logits_loss, 24, 2),
     "timm's MobileNetV3": (lambda: timm_network("mobilenetv3_small_050"), 64, logits_loss, 52, 2),
     "timm's EfficientNet": (lambda: timm_network("test_efficientnet"), 64, logits_loss, 16, 2),
     "timm's ConvNeXt": (lambda: timm_network("test_convnext"), 64, logits_loss, 30, 2),
+    "timm's NFNet": (lambda: timm_network("test_nfnet"), 32, logits_loss, 32, 2),
+    "RepVGG": (rep_vgg, 32, logits_loss, 7, 2),
     "Faster R-CNN": (detector, 64, detector_loss, 71, 2),
     "DeepLabV3": (segmenter, 64, segmenter_loss, 70, 2),
 }

@@ -265,6 +265,20 @@ def test_dry_run(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_proposes_signed_inputs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those behind layer norms go below zero, as the images show."""
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"{TINY} --model timm:test_vit --input_size 32 --keyword cifar10,dorefa,lsq --fm_enable --wt_enable"
+    )
+    assert main.main(f"{line} --fm_bit 2 --wt_bit 2 --dry_run".split()) == 0
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    assert "blocks.0.attn.qkv" in said and "give --fm_half_range (signed levels)" in said
+
+
 @pytest.mark.parametrize(
     ("model", "full"),
     [
