@@ -107,12 +107,19 @@ def _check_font(path: Path) -> None:
     """Refuse a font that cannot be read, or that draws a character as it draws one that it lacks."""
     try:
         font = ImageFont.truetype(path, 16, layout_engine=ImageFont.Layout.BASIC)
-        missing = bytes(font.getmask("\uffff"))
-        lacking = [character for character in CHARACTERS if bytes(font.getmask(character)) in (b"", missing)]
+        drawn = {character: _plain(character, font) for character in ("\uffff", " ", *CHARACTERS)}
     except OSError as error:
         raise UserError(f"--fonts: {path} cannot be read as a font ({error}); remove it") from None
+    lacking = [character for character in CHARACTERS if drawn[character] in (drawn["\uffff"], drawn[" "])]
     if lacking:
         raise UserError(f"--fonts: {path} has no {lacking[0]!r}; remove it")
+
+
+def _plain(character: str, font: ImageFont.FreeTypeFont) -> bytes:
+    """A character as it is drawn, without distortions."""
+    canvas = Image.new("L", (SIZE, SIZE))
+    ImageDraw.Draw(canvas).text((SIZE / 2, SIZE * 3 / 4), character, fill=255, font=font, anchor="ms")
+    return canvas.tobytes()
 
 
 def font_files() -> dict[str, Path]:
