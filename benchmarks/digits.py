@@ -59,6 +59,7 @@ NETWORK |= {
     for dataset in ("digits", "glyphs")
     for rows in ("starts", "agreement")
 }
+FONTS = "-fonts"  # ends the names of what was drawn with the fonts of --fonts
 SHARED = ("recipes", "peers")  # their networks, and so their starts, are those of --all
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
@@ -142,8 +143,8 @@ PEERS = tuple(
     Method(name, f"{b}/{b}", words, f"{bits(b)} --keyword_file benchmarks/peer_methods.py", None)
     for b in (2, 3, 4)
     for name, words in (
-        ("LSQ of this project", "dorefa,lsq"),
-        ("EWGS of this project", "dorefa,ewgs"),
+        ("LSQ", "dorefa,lsq"),  # of this project
+        ("EWGS", "dorefa,ewgs"),  # likewise
         ("LSQ as lsq-net computes it", "lsq-net"),
         ("Brevitas, learned scales", "brevitas"),
         ("torchao, range learning", "torchao"),
@@ -205,7 +206,8 @@ def slug(text: str) -> str:
 def command(setup: str, case: str, seed: int, block: str, keywords: str, options: str) -> list[str]:
     """The command line of one run, from the repository's root."""
     words = f"{setup.partition('-')[0]},{block}" + ("," + keywords if keywords else "")
-    text = f"main.py {NETWORK[setup]} --keyword {words} --case {case} --seed {seed} {COMMON} {options}"
+    network = NETWORK[setup.removesuffix(FONTS)]
+    text = f"main.py {network} --keyword {words} --case {case} --seed {seed} {COMMON} {options}"
     return [sys.executable, *shlex.split(text)]
 
 
@@ -227,16 +229,16 @@ def run(case: str, argv: Sequence[str], fresh: bool) -> dict[str, Any]:
 
 
 def outcomes(
-    setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool
+    setup: str, methods: Sequence[Method], seeds: Sequence[int], jobs: int, fresh: bool, common: str = ""
 ) -> list[Outcome]:
-    """Full precision first, then every method from it, for each seed."""
+    """Full precision first, then every method from it, for each seed; all with the `common` options."""
     blocks = dict.fromkeys((BLOCK, *(m.block for m in methods)))
     found: list[Outcome] = []
     with ThreadPoolExecutor(jobs) as pool:
 
         def outcome(m: Method, seed: int, case: str, options: str) -> Outcome:
             options = f"{options} {m.options}".format(teacher=f"{full_case(BLOCK, seed)}-checkpoint.pth.tar")
-            argv = command(setup, case, seed, m.block, m.keywords, options)
+            argv = command(setup, case, seed, m.block, m.keywords, f"{options} {common}".rstrip())
             summary = run(case, argv, fresh)
             text = shlex.join(["python", *argv[1:]])
             return Outcome(
@@ -376,12 +378,14 @@ def main() -> int:
             f"--{chosen}", action="store_const", dest="rows", const=chosen, default="quick", help=what
         )
     add_arguments(parser)
+    parser.add_argument("--fonts", help="folder of fonts to draw the glyphs with: a second set")
     options = parser.parse_args()
 
     methods = {"quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "peers": PEERS}[options.rows]
-    name = f"{options.dataset}-{options.rows}"
-    setup = f"{options.dataset}-all" if options.rows in SHARED else name
-    found = outcomes(setup, methods, options.seeds, options.jobs, options.fresh)
+    ending, common = (FONTS, f"--fonts {shlex.quote(options.fonts)}") if options.fonts else ("", "")
+    name = f"{options.dataset}-{options.rows}{ending}"
+    setup = f"{options.dataset}-all{ending}" if options.rows in SHARED else name
+    found = outcomes(setup, methods, options.seeds, options.jobs, options.fresh, common)
     lines = table(found, methods)
     print("\n".join(lines))
     if options.print:

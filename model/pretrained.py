@@ -85,11 +85,11 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        if trained is not None and trained != quantizer.levels:
-            prefix = f"{name}."
-            theirs = {
-                key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
-            }
+        prefix = f"{name}."
+        theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if trained is not None and (trained != quantizer.levels or quantizer.of_another_method(theirs)):
+            for key in theirs:
+                del state[prefix + key]
             state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
     needed: set[str] = set()
     if config.run.evaluate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from model.quantizers.integers import QuantizedTensor
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
 from model.quantizers.site import LayerSite
-from utils.config.methods import record_of
+from utils.config.methods import unfit_levels
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
 
@@ -138,13 +139,8 @@ class APoT(LearnedRange):
     def check_levels(self, levels: int) -> None:
         """Refuse a number of levels that is none of sums."""
         super().check_levels(levels)
-        config = self.config
-        fitting = record_of(config.method, config.tag).fitting_levels(levels, config.half_range)
-        if levels != fitting:
-            raise UserError(
-                f"{self.site.name}: APoT's levels are sums of powers of two, 2^bits of them"
-                f"{'' if config.half_range else ', or 3 for ternary ones'}; give {fitting}, not {levels}"
-            )
+        if fault := unfit_levels(dataclasses.replace(self.config, levels=levels)):
+            raise UserError(f"{self.site.name}: {fault}")
 
     def half_range_changes(self) -> bool:
         """See `Quantizer`: numbers of levels fit one range alone."""

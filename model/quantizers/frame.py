@@ -104,9 +104,13 @@ class Quantizer(Grouped):
         """Whether 0 becomes exactly 0, so that padding before and after quantizing is the same."""
         return False
 
-    def output_is_sign(self) -> bool:
-        """Whether an output depends on the sign of its input alone, which must then be negative sometimes."""
-        return False
+    def sign_threshold(self) -> Tensor | None:
+        """What an input is above or below, where the output says that alone; it must then be below it sometimes.
+
+        Returns:
+            float32, broadcastable to the input; None where an output says more.
+        """
+        return None
 
     def half_range_changes(self) -> bool:
         """Whether a policy may turn levels in [0, c] into levels in [-c, c], or back, while the network is trained.
@@ -332,8 +336,12 @@ class Quantizer(Grouped):
         """Change the range so that `levels` levels have the present distance; default: there is no such parameter."""
         return ()
 
+    def of_another_method(self, entries: Mapping[str, Tensor]) -> bool:
+        """Whether a checkpoint's entries are another method's, which means something else by the same names."""
+        return False
+
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Entries of a checkpoint with another number of levels, changed so that they fit this quantizer."""
+        """Entries of a checkpoint with other levels, or `of_another_method`, changed so that they fit this one."""
         return entries | {"level_num": self.level_num.clone()}
 
     def learned(self) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -133,6 +134,31 @@ class LSQPlusActivation(LearnedRange):
         self.clip_val.copy_(value if half else value.clamp_max(LARGEST / 2) * 2)
         self.offset.copy_(torch.zeros_like(value) if half else -value.clamp_max(LARGEST / 2))
 
+    def rescale(self, levels: int) -> tuple[nn.Parameter, ...]:
+        """Keep the step and, of the range, zero or the end that is nearest to it, around which the range changes."""
+        ratio = (levels - 1) / (self.levels - 1)
+        self.levels = levels
+        with torch.no_grad():
+            low, high = self.bounds()
+            fixed = torch.zeros_like(low).clamp(low, high)
+            self.offset.copy_(fixed + (low - fixed) * ratio)
+            self.clip_val.mul_(ratio)
+        return (self.clip_val, self.offset)
+
+    def of_another_method(self, entries: Mapping[str, Tensor]) -> bool:
+        """See `Quantizer`: a clip value without an offset is that of LSQ or PACT."""
+        return "clip_val" in entries and "offset" not in entries
+
+    def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Also take the range of a method without an offset, [0, c] or [-c, c]."""
+        entries = super().adapted(entries)
+        if not self.of_another_method(entries):
+            return entries
+        clip = entries["clip_val"].abs()
+        if self.config.half_range:
+            return entries | {"offset": torch.zeros_like(clip)}
+        return entries | {"clip_val": 2 * clip, "offset": -clip}
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The lowest and the highest level."""
         offset = self.offset.detach()
@@ -143,7 +169,7 @@ class LSQPlusActivation(LearnedRange):
         return self.clip_val.detach() / (1 if self.config.half_range else 2)
 
     def initialise_from(self, x: Tensor) -> None:
-        """Set clip value and offset to those of the least squared error; a constant group keeps its own."""
+        """Set clip value and offset to those of the least squared error; a group of zeros keeps its own."""
         with torch.no_grad():
             rows = self.grouped(self.normalise(x.float()))
             low, width, found = (value.reshape(self.range_shape()) for value in self._fitted(rows))
@@ -153,8 +179,9 @@ class LSQPlusActivation(LearnedRange):
     def _fitted(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Offset, width, and whether there are any, of the least sum of (q(x) - x)^2 for each row [g, n].
 
-        Of all pairs of ten fractions of the lowest and of the highest value the best is taken. Then codes and the
-        least-squares line of the values over their codes take turns, in which the error never grows.
+        The range of equal values goes from zero to them. Else, of all pairs of ten fractions of the lowest and of the
+        highest value the best is taken. Then codes and the least-squares line of the values over their codes take
+        turns, in which the error never grows.
         """
         rows = rows[:, :: rows.numel() // ELEMENTS | 1].double()
         top = self.over_ranks(rows.amax(dim=1, keepdim=True), torch.distributed.ReduceOp.MAX)
@@ -184,8 +211,10 @@ class LSQPlusActivation(LearnedRange):
             fits = (spread > 0.5) & (step > 0)
             width = torch.where(fits, (step * n).clamp_min(FLOOR), width)
             low = torch.where(fits, (values - step * first) / count, low)
+        constant = top == bottom
+        low, width = torch.where(constant, top.clamp_max(0), low), torch.where(constant, top.abs(), width)
         low, width = low.clamp(-LARGEST / 2, LARGEST / 2), width.clamp_max(LARGEST)
-        return low.float(), width.float(), top > bottom
+        return low.float(), width.float(), ~constant | (top != 0)
 
 
 @register("lsqplus", "wt")

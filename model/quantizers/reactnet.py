@@ -25,7 +25,8 @@ class RSign(Quantizer):
     of the threshold is the sum of the gradients of the elements that share it, times -1.
 
     State:
-        threshold: float32, `range_shape`; starts at 0, or with `--re_init` at the mean of each group.
+        threshold: float32, `range_shape`; starts at 0, or with `--re_init` at the mean of each group, of which padded
+            zeros are a part.
     """
 
     level_limit: ClassVar[int | None] = 2
@@ -35,6 +36,10 @@ class RSign(Quantizer):
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
         super().__init__(config, site)
         self.threshold = nn.Parameter(torch.zeros(self.range_shape()))
+
+    def sign_threshold(self) -> Tensor | None:
+        """See `Quantizer`."""
+        return self.per_channel(self.threshold.detach())
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to -1 and +1."""

@@ -74,9 +74,13 @@ class XNORActivation(_Binary):
             return mean_magnitude(x, dim)
         return x.new_ones(1)
 
-    def output_is_sign(self) -> bool:
-        """See `Quantizer`; True unless a mean is subtracted before."""
-        return self.config.adaptive in ("none", "var")
+    def sign_threshold(self) -> Tensor | None:
+        """See `Quantizer`; None where a mean is subtracted before."""
+        return (
+            self.iteration.new_zeros(1, dtype=torch.float32)
+            if self.config.adaptive in ("none", "var")
+            else None
+        )
 
     def levels_per_sample(self) -> bool:
         """True too where each position or channel of a sample has its own factor."""

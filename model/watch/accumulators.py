@@ -79,8 +79,8 @@ def _input_ends(layer: QuantLayer) -> tuple[int, int] | None:
     shape = [2] + [1] * (quantizer.site.ndim - 1)
     shape[quantizer.site.channel_dim] = quantizer.site.channels
     found = _even(layer, "quant_activation", layer.weight.new_ones(shape))
-    if found is None or found.scale.numel() > 1 or float(found.scale) <= 0:
-        return None
+    if found is None or found.scale.numel() > 1 or float(found.scale) <= 0 or found.offset is not None:
+        return None  # its layer is no sum of integers
     return found.ends
 
 

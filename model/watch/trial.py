@@ -19,7 +19,7 @@ from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost, one_of_a_kind
 from model.watch.cut_off import cut_off, holds_images, starts_at_zero
 from utils.config.image_size import sides, size_text
-from utils.config.methods import PROJECT, record_of
+from utils.config.methods import PROJECT, methods_with_offset, record_of
 from utils.config.schema import Config, QuantConfig
 from utils.errors import UserError
 from utils.report.audit_record import MOST_CUT_OFF
@@ -34,13 +34,15 @@ class _Input:
     Attributes:
         quantizer: the quantizer.
         images: the input has the values of the images, and no others.
-        lowest: the least value that a binary one got.
+        sign: its output says the sign alone.
+        lowest: the least value that such a one got, above its threshold.
         below: the greatest share below the range of the levels.
         above: likewise, above it.
     """
 
     quantizer: Quantizer
     images: bool = False
+    sign: bool = False
     lowest: float = math.inf
     below: float = 0.0
     above: float = 0.0
@@ -73,7 +75,7 @@ def unsuitable_inputs(
     seen = _watched(model, images)
     if any(each.images and each.unsigned and each.below > 0 for each in seen.values()):
         seen = _watched(model, real())
-    signs = {name: each for name, each in seen.items() if each.quantizer.output_is_sign()}
+    signs = {name: each for name, each in seen.items() if each.sign}
     constant = [name for name, each in signs.items() if each.lowest >= 0]
     cut = {name: each for name, each in seen.items() if each.below + each.above > MOST_CUT_OFF}
     below = {name: each for name, each in cut.items() if each.unsigned and each.below > MOST_CUT_OFF}
@@ -82,10 +84,12 @@ def unsuitable_inputs(
     beyond = {name: each for name, each in cut.items() if name not in below and not each.quantizer.calibrates}
     warnings = []
     if constant:
+        learned = any(True for _ in seen[constant[0]].quantizer.parameters())
         warnings.append(
             f"the inputs of {len(constant)} of {len(signs)} binary layers, the first is {constant[0]}, never go below "
-            "zero: their signs are all +1 and carry nothing; choose an activation that does (the keyword NReLU or "
-            "PReLU, where a network knows it) or another method for them"
+            f"{'their thresholds' if learned else 'zero'}: their signs are all +1 and carry nothing; "
+            f"{'give --re_init, or ' if learned else ''}choose an activation that does (the keyword "
+            f"{'RPReLU' if learned else 'NReLU or PReLU'}, where a network knows it) or another method for them"
         )
     for name, each in first.items():
         known = config.model.name in build.PROJECT and config.model.quant.first_last
@@ -96,6 +100,13 @@ def unsuitable_inputs(
             f"{name} reads the images with levels that start at zero: {100 * each.below:.0f} % of their values are "
             f"below zero and are cut off; give {option} (signed levels)"
         )
+    offset = [name for name, each in inner.items() if record_of(each.quantizer.config.method, "fm").offset]
+    if offset:
+        warnings.append(
+            f"the levels of {len(offset)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
+            f"cut off until the offset is learned; give --re_init, which finds it"
+        )
+        inner = {name: each for name, each in inner.items() if name not in offset}
     if inner:
         some = any(each.quantizer.half_range_changes() for each in inner.values()) and len(inner) < len(seen)
         policy = (
@@ -104,7 +115,7 @@ def unsuitable_inputs(
         warnings.append(
             f"the levels of {len(inner)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
             f"cut off, {_shares(inner, [each.below for each in inner.values()])}; give --fm_half_range (signed levels)"
-            f"{policy}"
+            f"{policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest level"
         )
     note = ""
     if beyond and ranges:
@@ -125,8 +136,10 @@ def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
             return
         each = seen.setdefault(name, _Input(quantizer))
         each.images = holds_images(x, images)
-        if quantizer.output_is_sign():
-            each.lowest = min(float(quantizer.normalise(x.float()).min()), each.lowest)
+        threshold = quantizer.sign_threshold()
+        if threshold is not None:
+            each.sign = True
+            each.lowest = min(float((quantizer.normalise(x.float()) - threshold).min()), each.lowest)
         found = cut_off(quantizer, x)
         if found is not None:
             below, above = found.tolist()

@@ -39,6 +39,7 @@ class MethodRecord:
         limits: option -> its highest value, the rest of a sentence that says why, and the text to write instead.
         restores: it undoes the normalisation of `adaptive` whatever `adaptive_restore` says.
         other_scale: its levels have another scale than the tensor that it quantizes, unless `binary_scale` is set.
+        offset: the lowest level of its activations is learned, too.
         initial_step: its clip value starts from LSQ's formula with `--re_init`.
 
     Raises:
@@ -62,6 +63,7 @@ class MethodRecord:
     limits: Mapping[str, tuple[float, str, str]] = field(default_factory=dict)
     restores: bool = False
     other_scale: bool = False
+    offset: bool = False
     initial_step: bool = False
 
     def __post_init__(self) -> None:
@@ -129,6 +131,11 @@ def compared_with_weights() -> str:
     """The methods whose levels have the scale of the weights, for messages."""
     same = [name for (name, tag), record in _RECORDS.items() if tag == "wt" and not record.other_scale]
     return f"{', '.join(same[:-1])} or {same[-1]}"
+
+
+def methods_with_offset() -> tuple[str, ...]:
+    """The methods whose lowest level of activations is learned, for messages."""
+    return tuple(name for (name, tag), record in _RECORDS.items() if tag == "fm" and record.offset)
 
 
 def misfit(config: QuantizerConfig) -> str:
@@ -227,8 +234,11 @@ _LEARNED: dict[str, Any] = {
 }
 _STEP = _CLIP | {"grad_scale", "re_init", "grid"}
 declare("lsq", _ALL, _record(reads=_STEP, **_LEARNED))
-declare("lsqplus", _ACTIVATIONS, _record(reads=_STEP - {"grid", "re_init_range"}, **_LEARNED))
-declare("lsqplus", ["wt"], _record(reads=_STEP, **_LEARNED))
+_PLUS = _LEARNED | {
+    "initial_step": False
+}  # its ranges start at the least squared error, of weights from deviations
+declare("lsqplus", _ACTIVATIONS, _record(reads=_STEP - {"grid", "re_init_range"}, offset=True, **_PLUS))
+declare("lsqplus", ["wt"], _record(reads=_STEP, **_PLUS))
 declare("ewgs", _ALL, _record(reads=_STEP | {"grad_delta"}, **_LEARNED))
 declare(
     "lq",

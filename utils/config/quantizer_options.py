@@ -86,7 +86,7 @@ def quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
             f"{tag}_grid",
             str,
             "midrise",
-            "levels of a full range: midtread has one at zero (lsq)",
+            "levels of a full range: midtread has one at zero (lsq and its kin)",
             choices=GRIDS,
         ),
     ]

@@ -46,10 +46,44 @@ def test_levels_that_are_there_are_found() -> None:
     assert (low, high) == pytest.approx((-0.7, 0.2), abs=1e-6)
 
 
-def test_a_constant_activation_keeps_its_range() -> None:
+@pytest.mark.parametrize(("value", "ends"), [(0.0, [-1, 1]), (3.0, [0, 3]), (-3.0, [-3, 0])])
+def test_equal_activations_are_an_end_of_the_range(value: float, ends: list[float]) -> None:
+    """Zeros say nothing of a range, which stays."""
     quantizer = make(Case("lsqplus", "fm", 4, half_range=False), randomised=False)
-    quantizer.initialise_from(activation(torch.zeros(16)))
-    assert [float(bound) for bound in quantizer.bounds() or ()] == [-1, 1]
+    quantizer.initialise_from(activation(torch.full((16,), value)))
+    assert [float(bound) for bound in quantizer.bounds() or ()] == ends
+
+
+@pytest.mark.parametrize(
+    ("low", "width", "fewer"),
+    [(-1.5, 3.0, (-0.3, 0.3)), (0.0, 3.0, (0.0, 0.6)), (2.0, 3.0, (2.0, 2.6)), (-4.0, 3.0, (-1.6, -1.0))],
+)
+def test_a_step_that_is_kept_leaves_zero_where_it_is(
+    low: float, width: float, fewer: tuple[float, float]
+) -> None:
+    """From 16 levels to 4 and back; where zero lies outside, the end next to it stays."""
+    quantizer = make(Case("lsqplus", "fm", 16, half_range=False), randomised=False)
+    with torch.no_grad():
+        quantizer.get_parameter("offset").fill_(low)
+        quantizer.get_parameter("clip_val").fill_(width)
+    for levels, ends in ((4, fewer), (16, (low, low + width))):
+        changed = quantizer.set_levels(levels, keep_step=True)
+        assert {id(one) for one in changed} == {id(one) for one in quantizer.parameters()}
+        assert [float(bound) for bound in quantizer.bounds() or ()] == pytest.approx(ends, abs=1e-6)
+
+
+@pytest.mark.parametrize("half_range", [True, False])
+def test_the_range_of_an_lsq_checkpoint_is_taken(half_range: bool) -> None:
+    lsq, quantizer = (
+        make(Case(name, "fm", 4, half_range=half_range), randomised=False) for name in ("lsq", "lsqplus")
+    )
+    with torch.no_grad():
+        lsq.set_range(torch.tensor([0.5]))
+    entries = dict(lsq.state_dict())
+    assert quantizer.of_another_method(entries) and not quantizer.of_another_method(quantizer.state_dict())
+    quantizer.load_state_dict(quantizer.adapted(entries))
+    x = activation(torch.linspace(-1, 1, 16))
+    torch.testing.assert_close(quantizer(x), lsq(x))
 
 
 @pytest.mark.parametrize(("grid", "top"), [("midtread", 7), ("midrise", 7.5)])

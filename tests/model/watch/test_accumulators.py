@@ -108,7 +108,10 @@ def test_layers_without_integer_sums_are_left_out() -> None:
         wt=QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4), first_last=True,
     )  # fmt: skip
     quantize(by_channel, grouped, select=Selection())
-    for model in (uneven, weights_alone, by_channel):
+    offset = nn.Sequential(nn.Linear(3, 2))
+    plus = QuantizerConfig(tag="fm", enable=True, method="lsqplus", levels=4)
+    quantize(offset, dataclasses.replace(grouped, fm=plus), select=Selection())
+    for model in (uneven, weights_alone, by_channel, offset):
         assert accumulators(model) == ()
     assert accumulator_remark(()) == ""
     assert " bits in 3 layers, the most in 5" in accumulator_remark(

@@ -65,6 +65,14 @@ def test_signs_behind_a_relu_are_warned_of(line: str, first: str, count: int) ->
     assert network.training
 
 
+def test_thresholds_that_nothing_is_below() -> None:
+    """ReActNet's start at zero; behind a ReLU every sign is +1."""
+    line = f"{BINARY} --model resnet20 --keyword cifar10,origin,cbsa,reactnet"
+    (warning,) = warnings_of(line)
+    assert "never go below their thresholds: " in warning and "; give --re_init, or choose" in warning
+    assert warnings_of(f"{line},RPReLU") == ()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -111,7 +119,13 @@ def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> N
     counts = re.match(r"the levels of (\d+) of (\d+) activation quantizers start at zero", warning)
     assert counts and int(counts[1]) >= least and int(counts[2]) == total, warning
     assert "give --fm_half_range (signed levels)" in warning
+    assert warning.endswith(", or the keyword lsqplus, which learns the lowest level")
     assert warnings_of(f"{line} --fm_half_range") == ()
+
+
+def test_an_offset_that_is_not_found_yet_is_warned_of() -> None:
+    (warning,) = warnings_of(f"{RESNET}plus,origin,cbsa,LReLU")
+    assert warning.endswith("cut off until the offset is learned; give --re_init, which finds it")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
     if quant.re_init and quant.enabled and searching and not clipping:
         warnings.append(
             f"--re_init_range {quant.re_init_range} has no effect: "
-            + ("no quantizer has a clipping value" if known else "no quantizer reads it")
+            + ("no quantizer has a clipping value that it could find" if known else "no quantizer reads it")
         )
     learning = not all(record.ignores("re_init") for record in records) or (searching and clipping)
     if quant.re_init and quant.enabled and not learning:
