@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,13 @@ from model.observe import BorrowsWeight
 from utils.errors import UserError
 
 _PARTS = ("q", "k", "v")
+
+
+class Part(NamedTuple):
+    """Some positions of an input, and the rows of a weight that they are multiplied by."""
+
+    tokens: slice
+    rows: slice
 
 
 class Projection(BorrowsWeight, nn.Linear):
@@ -47,29 +56,65 @@ class Projection(BorrowsWeight, nn.Linear):
         whole = self._around.in_proj_bias
         return whole if whole is None or self._part is None else whole.chunk(3)[self._part]
 
-    def forward(self, input: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Input [..., in], output [..., out], or the features `rows` of it alone."""
-        bias = self.bias
-        return functional.linear(input, self.weight[rows], None if bias is None else bias[rows])
+    def forward(self, input: Tensor, parts: Sequence[Part] = ()) -> Tensor:
+        """Input [..., in], output [..., out]; with `parts` see `multiplied`."""
+        return multiplied(input, self.weight, self.bias, parts)
 
 
 class QuantProjection(QuantLinear, Projection):
-    """`Projection` with quantizers on its input, weight and output. All calls share them."""
+    """`Projection` with quantizers on its input, weight and output. All parts share them."""
 
     def weight_entry(self, name: str) -> str:
         """See `QuantLayer`."""
         return f"{name.rpartition('.')[0]}.{self.weight_name}".lstrip(".")
 
-    def forward(self, input: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Input [..., in], output [..., out], or the features `rows` of it alone."""
-        if rows == slice(None):
-            return QuantLinear.forward(self, input)
-        if isinstance(self.quant_output, nn.Identity):
-            weight, bias = self.quant_weight(self.weight)[rows], self.bias
-            return self.product_of(input, weight, None if bias is None else bias[rows])
-        return QuantLinear.forward(self, input)[
-            ..., rows
-        ]  # the quantizer may know the channels by their place
+    def forward(self, input: Tensor, parts: Sequence[Part] = ()) -> Tensor:
+        """Input [..., in], output [..., out]; with `parts` see `multiplied`."""
+        if not parts or isinstance(self.quant_output, nn.Identity):
+            return self.quantized(input, parts=parts)
+        y = self.quantized(input)  # the whole: the quantizer may know the channels by their place
+        return torch.cat([y[:, tokens, rows] for tokens, rows in parts], 1)
+
+    def multiply(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantize: Callable[[Tensor], Tensor],
+        parts: Sequence[Part] = (),
+    ) -> Tensor:
+        """See `QuantLayer` and `multiplied`."""
+        return multiplied(quantize(x), weight, bias, parts)
+
+
+def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """A linear layer's output, or that of parts of its input and weight.
+
+    Args:
+        x: float32 [..., in]; [N, L, in] with parts.
+        weight: float32 [out, in].
+        bias: float32 [out].
+        parts: each with as many rows; none: all positions are multiplied by all rows.
+
+    Returns:
+        float32 [..., out]; with parts [N, sum of the parts' tokens, rows of a part].
+
+    Example:
+        >>> import torch
+        >>> from model.layers.attention import Part, multiplied
+        >>> x, weight = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[10.0], [100.0]])
+        >>> multiplied(x, weight, None, [Part(slice(1), slice(1)), Part(slice(1, 3), slice(1, 2))]).tolist()
+        [[[10.0], [200.0], [300.0]]]
+    """
+    if not parts:
+        return functional.linear(x, weight, bias)
+    return torch.cat(
+        [
+            functional.linear(x[:, tokens], weight[rows], None if bias is None else bias[rows])
+            for tokens, rows in parts
+        ],
+        1,
+    )
 
 
 class CalledAttention(nn.MultiheadAttention):
@@ -155,19 +200,22 @@ class CalledAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """The three factors [N, L, E]; what is projected alike comes in as the same tensor."""
+        """The three factors [N, L, E]; inputs that are one are the same tensor."""
         if self.in_proj_weight is None:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
-        size = self.embed_dim
         if query is key and key is value:
             return self.in_proj(query).chunk(3, -1)
-        if key is value:
-            return self.in_proj(query, slice(size)), *self.in_proj(key, slice(size, None)).chunk(2, -1)
-        if query is key:
-            both = self.in_proj(query, slice(2 * size)).chunk(2, -1)
-            return *both, self.in_proj(value, slice(2 * size, None))
-        parts = zip((query, key, value), range(3), strict=True)
-        return tuple(self.in_proj(x, slice(place * size, (place + 1) * size)) for x, place in parts)
+        # One call, since each is a training pass to the quantizers. Positions follow each other, so that a sample
+        # stays one.
+        given, different = (query, key, value), [query]
+        different += [x for x in ([key] if value is key else [key, value]) if x is not query]
+        ends = [0, *accumulate(x.shape[1] for x in different)]
+        parts = []
+        for place, x in enumerate(given):
+            number = next(i for i, other in enumerate(different) if other is x)
+            rows = slice(place * self.embed_dim, (place + 1) * self.embed_dim)
+            parts.append(Part(slice(ends[number], ends[number + 1]), rows))
+        return self.in_proj(torch.cat(different, 1), parts).split([x.shape[1] for x in given], 1)
 
 
 def call_projections(attention: nn.MultiheadAttention) -> None:

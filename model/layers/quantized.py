@@ -129,11 +129,11 @@ class QuantLayer(nn.Module):
         """`quantize` the input, padded where that comes first, and multiply it with the quantized weight."""
         raise NotImplementedError
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Quantize the input and multiply it with the quantized weight."""
-        return self.multiply(x, weight, bias, self.quant_activation)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
+        """Quantize the input and multiply it with the quantized weight; `more`: further arguments of `multiply`."""
+        return self.multiply(x, weight, bias, self.quant_activation, **more)
 
-    def product_of(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product_of(self, x: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> Tensor:
         """`product`, of which nothing but its arguments is kept where the layer is to `recompute` it.
 
         The whole is kept while a pass of the quantizer depends on the passes before it.
@@ -145,8 +145,8 @@ class QuantLayer(nn.Module):
         if not (
             self.recompute and self.training and isinstance(quantizer, Quantizer) and quantizer.repeats()
         ):
-            return self.product(x, weight, bias)
-        y = checkpoint(self.product, x, weight, bias, use_reentrant=False)
+            return self.product(x, weight, bias, **more)
+        y = checkpoint(self.product, x, weight, bias, use_reentrant=False, **more)
         held, version = [x.detach()], x._version  # which shares the counter of changes, but has no graph
 
         def check(_: Tensor) -> None:
@@ -264,11 +264,15 @@ class QuantLinear(QuantLayer, nn.Linear):
         x = input
         if x.ndim == 1:
             return QuantLinear.forward(self, x.unsqueeze(0)).squeeze(0)
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor, **more: Any) -> Tensor:
+        """`forward` of an input with two dimensions or more; `more`: further arguments of `multiply`."""
         weight = self.quant_weight(self.full_weight())
         if x.numel() == 0:
             self.check_empty()
-            return functional.linear(x, weight, self.bias)
-        return self.quant_output(self.product_of(x, weight, self.bias))
+            return self.multiply(x, weight, self.bias, lambda empty: empty, **more)
+        return self.quant_output(self.product_of(x, weight, self.bias, **more))
 
     def multiply(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, quantize: Callable[[Tensor], Tensor]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class RPReLU(nn.Module):
     """x - shift + offset where x > shift, else slope * (x - shift) + offset, learned for each channel (equation 2).
 
-    Input and output [N, channels, ...] of any floating dtype. Gradients are those of the formula: to `shift`, -1 where
-    x > shift, else -slope; to `offset`, 1; to `slope`, x - shift where x <= shift.
+    Input and output [N, channels, ...] of any floating dtype, in autocast too. Gradients are those of the formula: to
+    `shift`, -1 where x > shift, else -slope; to `offset`, 1; to `slope`, x - shift where x <= shift.
 
     Args:
         channels: of the input, its second dimension.
@@ -39,5 +38,9 @@ class RPReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         shape = (-1, *[1] * (x.ndim - 2))
-        shift, offset = self.shift.to(x.dtype).view(shape), self.offset.to(x.dtype).view(shape)
-        return functional.prelu(x - shift, self.slope.to(x.dtype)) + offset
+        shift, slope, offset = (
+            value.to(x.dtype).view(shape) for value in (self.shift, self.slope, self.offset)
+        )
+        shifted = x - shift
+        # Not torch's prelu, which autocast computes in its lower precision.
+        return torch.where(shifted > 0, shifted, slope * shifted) + offset

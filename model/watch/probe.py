@@ -28,7 +28,8 @@ class Probe:
 
     Each iteration has a file `iteration-N.npz`. For every layer it holds `LAYER.input` and `LAYER.output` of the chosen
     images, `LAYER.weight` and, where there are quantizers, `LAYER.quantized_input` and `LAYER.quantized_weight`; for a
-    tensor with a gradient also this, with `.gradient` appended to the name. All are float32.
+    tensor with a gradient also this, with `.gradient` appended to the name. The weight of a quantized layer is what is
+    quantized, and not the parameter where it is computed from it. All are float32.
 
     Args:
         model: the network.
@@ -66,16 +67,16 @@ class Probe:
         for name in self.layers:
             layer = self._model.get_submodule(name)
             hooks = [layer.register_forward_hook(partial(self._passed, name), with_kwargs=True)]
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, Tensor):
-                self._keep(f"{name}.weight", weight)
             if isinstance(layer, QuantLayer):
+                hooks.append(layer.quant_weight.register_forward_pre_hook(partial(self._weighed, name)))
                 for part, quantizer in layer.quantizers():
                     if part != "quant_output":  # its output is the layer's
                         what = "quantized_weight" if part == "quant_weight" else "quantized_input"
                         hooks.append(
                             quantizer.register_forward_hook(partial(self._quantized, f"{name}.{what}"))
                         )
+            elif isinstance(weight := getattr(layer, "weight", None), Tensor):
+                self._keep(f"{name}.weight", weight)
             self._hooks += hooks
 
     def end(self) -> None:
@@ -99,6 +100,10 @@ class Probe:
         self._keep(f"{name}.input", first_input(inputs, named), self._images)
         if isinstance(output, Tensor):
             self._keep(f"{name}.output", output, self._images)
+
+    def _weighed(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep what the quantizer of the weight gets, which is not always the parameter."""
+        self._keep(f"{name}.weight", inputs[0])
 
     def _quantized(self, name: str, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._keep(name, output, None if name.endswith("quantized_weight") else self._images)

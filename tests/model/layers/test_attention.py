@@ -21,6 +21,7 @@ from model.layers.called import call_layers
 from model.load import Trained
 from model.quant import QuantConfig, QuantizerConfig, quantized_layers, quantizers
 from model.training.oscillation import Freezing
+from tests import oracle
 from tests.model.foreign import config, vision_transformer
 from utils.config.schema import Config
 from utils.data.transform import ImageTransform
@@ -175,6 +176,69 @@ def test_parts_of_a_projection(kind: str, output: bool) -> None:
     q, k, v = (x[..., i * E : (i + 1) * E].unflatten(-1, (H, -1)).transpose(1, 2) for i, x in enumerate(wide))
     expected = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(y, net.out_proj(expected))
+    kept = [parameter.grad for parameter in net.parameters()]
+    net.zero_grad()
+    net.in_proj.recompute = True
+    again, _ = net(*given, need_weights=False)
+    again.square().sum().backward()
+    assert torch.equal(again, y)
+    for parameter, before in zip(net.parameters(), kept, strict=True):
+        torch.testing.assert_close(parameter.grad, before)
+
+
+@pytest.mark.parametrize("kind", ["self", "query is key", "key is value", "other"])
+def test_a_pass_of_the_attention_is_one_of_each_quantizer(kind: str) -> None:
+    """However many inputs it has; a calibration sees them all."""
+    tags = ("fm", "wt", "ot")
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4, stable=6) for tag in tags}
+    net = attention(batch_first=True)
+    quantize(net, QuantConfig(**parts, first_last=True))
+    largest = []
+    for step in range(2):
+        given = inputs(kind, {"batch_first": True})
+        given[2].mul_(step + 2)
+        net(*given)
+        largest.append(max(np.abs(x.double().numpy()).max() for x in given))
+    assert [int(quantizer.iteration) for _, quantizer in quantizers(net)] == [2] * 6
+    np.testing.assert_allclose(net.in_proj.quant_activation.range_mean.numpy(), [np.mean(largest)], rtol=1e-6)
+
+
+def test_statistics_of_a_sample_are_those_of_all_its_inputs() -> None:
+    """`adaptive` normalises each sample by what the projection reads of it: query, key and value."""
+    fm = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=16, adaptive="var-mean")
+    net = attention(batch_first=True).eval()
+    quantize(net, QuantConfig(fm=fm, first_last=True))
+    given = [x * 3 + 1 for x in inputs("other", {"batch_first": True})]
+    found = []
+    net.in_proj.register_forward_hook(lambda *hooked: found.append(hooked[2].detach().numpy()))
+    net(*given)
+    state = {name: value.double().numpy() for name, value in net.state_dict().items()}
+    x = [each.double().numpy() for each in given]
+    mean, deviation = oracle.statistics(np.concatenate(x, 1), "var-mean", weight=False)
+    clip = state["in_proj.quant_activation.clip_val"]
+    expected = [
+        oracle.uniform_round((each - mean) / deviation, clip, 16, False) @ weight.T + bias
+        for each, weight, bias in zip(
+            x, np.split(state["in_proj_weight"], 3), np.split(state["in_proj_bias"], 3), strict=True
+        )
+    ]
+    np.testing.assert_allclose(found[0], np.concatenate(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["self", "query is key", "key is value", "other"])
+@pytest.mark.parametrize("output", [False, True])
+def test_an_empty_batch(kind: str, output: bool) -> None:
+    """It passes as in full precision; its gradients are zero."""
+    tags = ("fm", "wt", "ot") if output else ("fm", "wt")
+    net = attention(batch_first=True)
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in tags}
+    quantize(net, QuantConfig(**parts, first_last=True))
+    given = inputs(kind, {"batch_first": True})
+    empty = {id(x): x[:0] for x in given}  # what is one tensor stays one
+    y, weights = net(*(empty[id(x)] for x in given))
+    assert y.shape == (0, L, E) and weights.shape == (0, L, given[1].shape[1])
+    y.sum().backward()
+    assert not net.in_proj_weight.grad.any()
 
 
 class Classifier(nn.Module):

@@ -28,8 +28,9 @@ from model.selection import Left, Selection
 from model.training.oscillation import Freezing, dampening
 from model.watch.accumulators import accumulators
 from model.watch.health import Health
+from model.watch.probe import Probe
 from utils.config.resolve import read
-from utils.config.schema import Config
+from utils.config.schema import Config, ProbeConfig
 from utils.data.transform import ImageTransform
 from utils.errors import UserError
 
@@ -96,7 +97,7 @@ def standardised(layer: nn.Module) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", STANDARDISED)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_standardised_weights(kind: type[nn.Conv2d], stride: int) -> None:
+def test_standardised_weights(kind: type[nn.Conv2d], stride: int, tmp_path: Path) -> None:
     """The standardised weight is quantized, wherever a weight is looked at; gradients reach the parameters."""
     torch.manual_seed(0)
     theirs, x = kind(4, 8, 3, stride=stride), torch.randn(2, 4, 7, 8)
@@ -116,11 +117,18 @@ def test_standardised_weights(kind: type[nn.Conv2d], stride: int) -> None:
     ratio = clip / np.abs(standardised(layer)).mean((1, 2, 3))
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
     assert not audit(network, [x]).problems
-    layer(x).square().sum().backward()
+    probe = Probe(network, ProbeConfig(enable=True, iterations=(0,)), tmp_path, steps=1, images=2)
+    probe.begin(0)
+    network(x).square().sum().backward()
+    probe.end()
     assert all(parameter.grad is not None for parameter in layer.parameters())
     w, q = standardised(layer), layer.quant_weight(weight).detach().double().numpy()
     inside = np.abs(w) <= clip.reshape(-1, 1, 1, 1)
     assert float(dampening(network).detach()) == pytest.approx(float(((q - w) ** 2 * inside).sum()), rel=1e-3)
+    with np.load(tmp_path / "iteration-000000.npz") as seen:
+        np.testing.assert_allclose(seen["0.weight"], w, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(seen["0.quantized_weight"], q)
+        np.testing.assert_allclose(seen["0.weight.gradient"], seen["0.quantized_weight.gradient"] * inside)
     numbers = Health(network).report(x)
     assert {row.name for row in numbers} == {"0.quant_activation", "0.quant_weight"}
     assert len(accumulators(network)) == 1

@@ -9,15 +9,19 @@ import torch
 from model.layers.rprelu import RPReLU
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 3)])
-def test_outputs_and_gradients_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
+def test_outputs_and_gradients_are_those_of_the_formula(shape: tuple[int, ...], autocast: bool) -> None:
+    """In float32, also where autocast rounds other layers to bfloat16."""
     rng = np.random.default_rng(3)
     state = {name: rng.normal(0, 0.5, 3) for name in ("shift", "offset", "slope")}
     x, arriving = rng.normal(0, 1, shape), rng.normal(0, 1, shape)
     activation = RPReLU(3)
     activation.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     given = torch.tensor(x, dtype=torch.float32, requires_grad=True)
-    found = activation(given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = activation(given)
+    assert found.dtype == torch.float32
     found.backward(torch.tensor(arriving, dtype=torch.float32))
 
     wide = {name: value.reshape(1, 3, *[1] * (len(shape) - 2)) for name, value in state.items()}
