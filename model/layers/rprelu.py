@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class RPReLU(nn.Module):
@@ -38,9 +39,6 @@ class RPReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         shape = (-1, *[1] * (x.ndim - 2))
-        shift, slope, offset = (
-            value.to(x.dtype).view(shape) for value in (self.shift, self.slope, self.offset)
-        )
-        shifted = x - shift
-        # Not torch's prelu, which autocast computes in its lower precision.
-        return torch.where(shifted > 0, shifted, slope * shifted) + offset
+        shift, offset = self.shift.to(x.dtype).view(shape), self.offset.to(x.dtype).view(shape)
+        with torch.autocast(x.device.type, enabled=False):  # which would round in `prelu`
+            return functional.prelu(x - shift, self.slope.to(x.dtype)) + offset
