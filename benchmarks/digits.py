@@ -166,6 +166,9 @@ FIRST_STEP = replace(
     options="--fm_enable --fm_bit 1 --fm_grad_type Triangle",
 )
 TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS} {SGD} {TAUGHT}")
+TWO_FIRST_STEP = replace(
+    TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
+)
 RECIPES = (
     Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     FIRST_STEP,
@@ -178,6 +181,8 @@ RECIPES = (
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
     Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
     TWO,
+    TWO_FIRST_STEP,
+    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
     replace(TWO, name="EWGS, taught", keywords="dorefa,ewgs"),
     replace(TWO, name="LSQ, untaught", recipe=f"{STEPS} {SGD} --label_smooth 0.1"),
     replace(TWO, name="LSQ, taught, gradients clipped", options=f"{bits(2)} --grad_clip 1"),
