@@ -4,7 +4,8 @@
     python benchmarks/digits.py --all               # every method at 1 bit, ternary, 2, 3 and 4 bits
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
-    python benchmarks/digits.py --dataset glyphs --recipes  # for 1 and 2 bits, and each of their factors alone
+    python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
+    python benchmarks/digits.py --dataset glyphs --factors  # what they consist of, one change at a time
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
@@ -60,7 +61,7 @@ NETWORK |= {
     for rows in ("starts", "agreement")
 }
 FONTS = "-fonts"  # ends the names of what was drawn with the fonts of --fonts
-SHARED = ("recipes", "peers")  # their networks, and so their starts, are those of --all
+SHARED = ("recipes", "factors", "peers")  # their networks, and so their starts, are those of --all
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
 
@@ -170,23 +171,25 @@ TWO_FIRST_STEP = replace(
     TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
 )
 RECIPES = (
-    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     FIRST_STEP,
     replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
+    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
+    TWO,
+    TWO_FIRST_STEP,
+    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
+)
+FACTORS = (  # one at a time
+    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     REACTNET,
     replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM} --label_smooth 0.1"),
     replace(REACTNET, name="ReActNet, SGD", recipe=f"{STEPS} {SGD} {TAUGHT_BINARY}"),
     replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
-    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
-    TWO,
-    TWO_FIRST_STEP,
-    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
     replace(TWO, name="EWGS, taught", keywords="dorefa,ewgs"),
     replace(TWO, name="LSQ, untaught", recipe=f"{STEPS} {SGD} --label_smooth 0.1"),
     replace(TWO, name="LSQ, taught, gradients clipped", options=f"{bits(2)} --grad_clip 1"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -376,7 +379,8 @@ def main() -> int:
     for chosen, what in (
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
-        ("recipes", "for 1 and 2 bits, and each of their factors alone"),
+        ("recipes", "the best ones for 1 and 2 bits"),
+        ("factors", "what the recipes consist of, one change at a time"),
         ("peers", "quantizers of other libraries"),
     ):
         sets.add_argument(
@@ -386,7 +390,9 @@ def main() -> int:
     parser.add_argument("--fonts", help="folder of fonts to draw the glyphs with: a second set")
     options = parser.parse_args()
 
-    methods = {"quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "peers": PEERS}[options.rows]
+    methods = {
+        "quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "factors": FACTORS, "peers": PEERS,
+    }[options.rows]  # fmt: skip
     ending, common = (FONTS, f"--fonts {shlex.quote(options.fonts)}") if options.fonts else ("", "")
     name = f"{options.dataset}-{options.rows}{ending}"
     setup = f"{options.dataset}-all{ending}" if options.rows in SHARED else name
