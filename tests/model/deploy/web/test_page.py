@@ -7,6 +7,7 @@ import http.server
 import json
 import tarfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_without_a_network_the_line_says_what_to_download(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one, which knows no proxy
     with pytest.raises(UserError) as error:
         runtime.files()
     path = tmp_path / "lowbit" / f"onnxruntime-web-{runtime.VERSION}.tgz"
