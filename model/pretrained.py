@@ -85,11 +85,12 @@ def load_payload(model: nn.Module, payload: Mapping[str, Any], path: Path, confi
             if clip is not None:
                 with torch.no_grad():
                     quantizer.set_range(clip)
-        prefix = f"{name}."
-        theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if trained is not None and (trained != quantizer.levels or quantizer.of_another_method(theirs)):
-            for key in theirs:
-                del state[prefix + key]
+        present = {part for part in quantizer.state_dict() if f"{name}.{part}" in state}
+        if trained is not None and (trained != quantizer.levels or quantizer.of_another_method(present)):
+            prefix = f"{name}."
+            theirs = {
+                key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)
+            }
             state.update({prefix + key: value for key, value in quantizer.adapted(theirs).items()})
     needed: set[str] = set()
     if config.run.evaluate:

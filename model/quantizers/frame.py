@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -336,8 +336,8 @@ class Quantizer(Grouped):
         """Change the range so that `levels` levels have the present distance; default: there is no such parameter."""
         return ()
 
-    def of_another_method(self, entries: Mapping[str, Tensor]) -> bool:
-        """Whether a checkpoint's entries are another method's, which means something else by the same names."""
+    def of_another_method(self, held: Collection[str]) -> bool:
+        """Whether the names of the state that a checkpoint holds show another method, which means others by them."""
         return False
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:

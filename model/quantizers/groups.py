@@ -17,9 +17,8 @@ class Grouped(nn.Module):
     config: QuantizerConfig
     site: LayerSite
     groups: int
-    per_channel_inputs: ClassVar[bool] = (
-        False  # by default each channel of an activation is a group, as of a weight
-    )
+    # By default each channel of an activation is a group, as of a weight.
+    per_channel_inputs: ClassVar[bool] = False
 
     def _resolve_groups(self, requested: int | None) -> int:
         channels = self.site.channels

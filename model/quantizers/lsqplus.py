@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -145,9 +145,9 @@ class LSQPlusActivation(LearnedRange):
             self.clip_val.mul_(ratio)
         return (self.clip_val, self.offset)
 
-    def of_another_method(self, entries: Mapping[str, Tensor]) -> bool:
+    def of_another_method(self, held: Collection[str]) -> bool:
         """See `Quantizer`: a clip value without an offset is that of LSQ or PACT."""
-        return "clip_val" in entries and "offset" not in entries
+        return "clip_val" in held and "offset" not in held
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """Also take the range of a method without an offset, [0, c] or [-c, c]."""

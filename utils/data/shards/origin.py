@@ -17,6 +17,8 @@ FORMS = (
     "a folder with train/ and val/, ImageNet's archives with the devkit, Parquet files, a CSV file beside its images, "
     "or shards"
 )
+# Forms that say themselves which images are for validation, as messages call them.
+DIVIDED = {"table": "a table", "tables": "a folder of tables", "archives": "a folder of ImageNet's archives"}
 
 
 def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, Images]:
@@ -56,10 +58,6 @@ def open_origin(place: Path | str, val_split: float | None = None) -> dict[str, 
     raise UserError(
         f"--from {path}: no images are found so; it may be {FORMS}; class folders alone need --val_split 0.1"
     )
-
-
-# Forms that say themselves which images are for validation, as messages call them.
-DIVIDED = {"table": "a table", "tables": "a folder of tables", "archives": "a folder of ImageNet's archives"}
 
 
 def _form_of(path: Path) -> str:
