@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import TorchAORows
 from model.quant import Grid, LayerSite, MethodRecord, Quantizer, QuantizerConfig, register
 from model.quantizers.grid import ScaleGradient, initial_clip
 from utils.config import keyword
@@ -86,28 +87,22 @@ class Brevitas(Peer):
 
 
 class TorchAO(Peer):
-    """Range learning of its `IntxFakeQuantizer`, whose scales are those of rows."""
+    """Its range learning, see `TorchAORows`."""
 
     def build(self) -> None:
         """See `Peer`."""
-        from torchao.quantization import PerAxis, qat  # pyright: ignore[reportMissingImports]
-
-        config = qat.IntxFakeQuantizeConfig(
-            getattr(torch, f"{'int' if self.signed else 'uint'}{self.bits}"), PerAxis(0),
-            is_symmetric=self.signed, is_dynamic=False, range_learning=True, zero_point_precision=torch.float32,
-        )  # fmt: skip
-        self.inner: Any = qat.IntxFakeQuantizer(config)
         rows = self.site.channels if self.signed else 1
-        qat.initialize_fake_quantizers(nn.Sequential(self.inner), (torch.rand(rows, 8),))
+        self.inner = TorchAORows(torch.rand(rows, 8), rows, self.bits, signed=self.signed)
 
     def set_step(self, step: Tensor) -> None:
         """See `Peer`."""
-        self.inner.scale.data.copy_(step.reshape(self.inner.scale.shape))
-        self.inner.zero_point.data.zero_()
+        learned = self.inner.quantizer
+        learned.scale.data.copy_(step.reshape(learned.scale.shape))
+        learned.zero_point.data.zero_()
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
-        return self.inner(x.reshape(len(self.inner.scale), -1)).reshape(x.shape)
+        return self.inner(x)
 
 
 class Round(torch.autograd.Function):

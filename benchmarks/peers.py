@@ -66,30 +66,37 @@ def brevitas(layer: Any, bits: int) -> Made:
 
 
 def torchao(layer: Any, bits: int) -> Made:
-    """Torchao. Its learned scales are those of rows, so that an input is one row and a weight has a row a channel."""
-    from torchao.quantization import PerAxis, qat  # pyright: ignore[reportMissingImports]
-
-    def quantizer(rows: int, dtype: torch.dtype, symmetric: bool, example: Tensor) -> nn.Module:
-        config = qat.IntxFakeQuantizeConfig(
-            dtype, PerAxis(0), is_symmetric=symmetric, is_dynamic=False, range_learning=True,
-            zero_point_precision=torch.float32,
-        )  # fmt: skip
-        made = _Rows(qat.IntxFakeQuantizer(config), rows)
-        qat.initialize_fake_quantizers(made, (example,))
-        return made
-
-    images, weight = torch.linspace(0, BOUNDARY, 4), layer.weight.detach()
-    layer.quant_activation = quantizer(1, getattr(torch, f"uint{bits}"), False, images)
-    layer.quant_weight = quantizer(len(weight), getattr(torch, f"int{bits}"), True, weight)
+    """Torchao's range learning."""
+    weight = layer.weight.detach()
+    layer.quant_activation = TorchAORows(torch.linspace(0, BOUNDARY, 4), 1, bits, signed=False)
+    layer.quant_weight = TorchAORows(weight, len(weight), bits, signed=True)
     return layer, layer.quant_activation
 
 
-class _Rows(nn.Module):
-    def __init__(self, quantizer: nn.Module, rows: int) -> None:
+class TorchAORows(nn.Module):
+    """A quantizer of torchao that learns its range; it has a scale for each row of what it is given.
+
+    Args:
+        example: gives the first scales.
+        rows: into so many every tensor is divided: an input is one row, a weight has a row a channel.
+        bits: of a level.
+        signed: levels on both sides of zero; else from zero on.
+    """
+
+    def __init__(self, example: Tensor, rows: int, bits: int, *, signed: bool) -> None:
+        from torchao.quantization import PerAxis, qat  # pyright: ignore[reportMissingImports]
+
         super().__init__()
-        self.quantizer, self.rows = quantizer, rows
+        config = qat.IntxFakeQuantizeConfig(
+            getattr(torch, f"{'int' if signed else 'uint'}{bits}"), PerAxis(0), is_symmetric=signed, is_dynamic=False,
+            range_learning=True, zero_point_precision=torch.float32,
+        )  # fmt: skip
+        self.quantizer: Any = qat.IntxFakeQuantizer(config)
+        self.rows = rows
+        qat.initialize_fake_quantizers(self, (example,))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantize a tensor of any shape."""
         return self.quantizer(x.reshape(self.rows, -1)).reshape(x.shape)
 
 
