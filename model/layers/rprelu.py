@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.quantizers.autocast import without_autocast
+
 
 class RPReLU(nn.Module):
     """x - shift + offset where x > shift, else slope * (x - shift) + offset, learned for each channel (equation 2).
@@ -40,5 +42,5 @@ class RPReLU(nn.Module):
         """See the class."""
         shape = (-1, *[1] * (x.ndim - 2))
         shift, offset = self.shift.to(x.dtype).view(shape), self.offset.to(x.dtype).view(shape)
-        with torch.autocast(x.device.type, enabled=False):  # which would round in `prelu`
+        with without_autocast(x):  # which would round in `prelu`
             return functional.prelu(x - shift, self.slope.to(x.dtype)) + offset

@@ -5,7 +5,6 @@ Formulas of the methods and of the options: docs/quantizers.md.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.quantizers import adaptive
+from model.quantizers.autocast import autocasts, without_autocast
 from model.quantizers.grid import Grid
 from model.quantizers.groups import Grouped
 from model.quantizers.integers import QuantizedTensor
@@ -23,12 +23,6 @@ from model.quantizers.site import LayerSite
 from model.quantizers.snapshot import snapshot
 from utils.config.schema import QuantizerConfig
 from utils.errors import UserError
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class Quantizer(Grouped):
@@ -188,7 +182,7 @@ class Quantizer(Grouped):
 
     def _compute(self, x: Tensor, counts: bool) -> Tensor:
         """`forward` of a tensor that is not empty; `counts`: it is a training pass."""
-        with torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext():
+        with without_autocast(x):
             return self._computed(x, counts)
 
     def _computed(self, x: Tensor, counts: bool) -> Tensor:

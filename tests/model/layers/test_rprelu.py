@@ -43,3 +43,9 @@ def test_outputs_and_gradients_are_those_of_the_formula(shape: tuple[int, ...], 
 
 def test_the_dtype_stays() -> None:
     assert RPReLU(3)(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_device_without_autocast() -> None:
+    """As that on which a network's cost is counted."""
+    with torch.device("meta"):
+        assert RPReLU(3)(torch.zeros(2, 3, 4, 4)).shape == (2, 3, 4, 4)
