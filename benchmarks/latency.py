@@ -34,7 +34,8 @@ from model.calibrate import initialise_ranges  # noqa: E402
 from model.convert import below_zero, quantize  # noqa: E402
 from model.deploy import openvino_ir  # noqa: E402
 from model.deploy.engines import Engine, Runner, versions  # noqa: E402
-from model.deploy.graph import deploy_graph, node_key  # noqa: E402
+from model.deploy.graph import deploy_graph  # noqa: E402
+from model.deploy.nodes import node_key  # noqa: E402
 from model.deploy.onnx_qdq import PRODUCTS, qdq_model  # noqa: E402
 from model.deploy.verify import cpu  # noqa: E402
 from model.networks.build import build_network  # noqa: E402

@@ -68,8 +68,26 @@ class CodeShares:
 def _count(counts: dict[str, Array], found: dict[str, Array], wanted: Mapping[str, Array | None]) -> None:
     for name, value in wanted.items():
         if name in found and value is not None:
+            value = unpadded(value, found[name].shape)
             apart = ~(np.abs(found[name] - value) <= APART * np.abs(value).max())  # NaN is apart, too
             counts[name] = counts.get(name, np.zeros(2)) + np.array([apart.sum(), apart.size])
+
+
+def unpadded(value: Array, shape: Sequence[int]) -> Array:
+    """The middle of an array [N, channels, height, width] where a tensor of a file has a smaller shape: no padding.
+
+    Files may pad behind a quantizer where torch pads in front of it.
+
+    Example:
+        >>> import numpy as np
+        >>> from model.deploy.code_shares import unpadded
+        >>> unpadded(np.arange(9).reshape(1, 1, 3, 3), (1, 1, 1, 3))
+        array([[[[3, 4, 5]]]])
+    """
+    if value.ndim != 4 or value.shape == tuple(shape):
+        return value
+    top, left = ((value.shape[i] - shape[i]) // 2 for i in (2, 3))
+    return value[:, :, top : top + shape[2], left : left + shape[3]]
 
 
 def has_integer_sums(path: Path) -> bool:

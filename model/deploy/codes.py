@@ -16,6 +16,7 @@ from utils.errors import UserError
 Array = np.ndarray
 MOST_COMPARISONS = 31  # of a value with thresholds; a quantizer with more of them is refused
 SPREAD = 2001  # values near thresholds, and as many far ones of each sign, with which these are checked
+NEAR = 0.49  # of a step: what rounds to zero, whatever the rounding errors
 SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divide
 
 
@@ -23,16 +24,19 @@ SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divid
 class ActivationCodes:
     """The quantizer of a layer's input or output, whose levels are the integers `lowest` .. `highest` times `scale`.
 
-    Where `integer` is False the levels are computed in float in front of the node, which then changes nothing.
+    Where `integer` is False the levels are computed in float in front of the node, which then changes nothing. Where
+    there is an offset, the node gets x - shift and gives the levels without it: `model.deploy.offsets` moves both into
+    what is beside the node.
 
     Attributes:
         name: the quantizer's name in the network.
         levels: their number.
         lowest: the lowest code.
         highest: the highest code.
-        step: the code of x is round(x / step), ties to even, within the lowest and the highest. None: what the node
-            gets is the code.
-        scale: the value of a code over the code.
+        step: the code of x is round((x - shift) / step), ties to even, within the lowest and the highest. None: what
+            the node gets is the code.
+        scale: the value of a code over the code, where there is no offset.
+        offset: added to all levels; the code 0 is the one nearest to zero.
         reason: why the levels are computed in float; empty where they are integers.
     """
 
@@ -42,12 +46,25 @@ class ActivationCodes:
     highest: int = 0
     step: float | None = None
     scale: float = 1.0
+    offset: float = 0.0
     reason: str = ""
 
     @property
     def integer(self) -> bool:
         """Whether the levels are integer codes times one scale, in 8 bits."""
         return not self.reason
+
+    @property
+    def shift(self) -> float:
+        """What the offset is of the input."""
+        return 0.0 if self.step is None else self.offset * self.step / self.scale
+
+    @property
+    def zero_to_zero(self) -> bool:
+        """Whether zero becomes the code 0, with a margin for rounding errors, so that padding may come behind it."""
+        if self.step is None:
+            return False
+        return abs(min(max(-self.shift / self.step, self.lowest), self.highest)) < NEAR
 
     @property
     def zero_point(self) -> int:
@@ -218,13 +235,13 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
         return ActivationCodes(name=name, levels=levels, reason="its levels are uneven")
     if quantizer.levels_per_sample() or found.deviation is not None:
         return ActivationCodes(name=name, levels=levels, reason="each image has its own scale")
-    if found.offset is not None:
-        return ActivationCodes(name=name, levels=levels, reason="its levels have an offset")
     scale = (found.scale if found.gamma is None else found.scale * found.gamma).detach()
     if scale.numel() > 1:
         return ActivationCodes(name=name, levels=levels, reason="its channels have scales of their own")
     if float(scale) <= 0:
         return ActivationCodes(name=name, levels=levels, reason="its scale is not positive")
+    if found.offset is not None:
+        return _with_offset(name, quantizer, quantizer.normalise(x), found)
     grid = quantizer.search_grid()
     if grid is not None:
         lowest, highest, even = grid.bottom, grid.top, grid.gap == 1
@@ -239,29 +256,53 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
     )  # fmt: skip
     if highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=levels, reason="its codes need more than 8 bits")
-    if made.step is not None:
-        _check_step(made, quantizer, quantizer.normalise(x))
+    wrong = None if made.step is None else _off_step(made, quantizer, quantizer.normalise(x))
+    if wrong is not None:
+        value, wanted, got = wrong
+        raise UserError(
+            f"{name}: {quantizer.config.method} cannot be exported: it makes {wanted:g} of {value:g}, and its "
+            f"search_grid and its integers {got:g}; mend these, or export --to program"
+        )
     return made
 
 
-def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> None:
-    """Compare round(x / step) with the quantizer in the middle half of each level, and beyond the outer ones."""
+def _with_offset(name: str, quantizer: Quantizer, x: Tensor, found: QuantizedTensor) -> ActivationCodes:
+    """Codes that count from the one of zero, and what is left of the offset; `x`: normalised."""
+    assert found.scale is not None and found.offset is not None
+    gamma = 1.0 if found.gamma is None else float(found.gamma.detach())
+    step, whole, zero = float(found.scale.detach()), found.whole, found.code_of_zero - found.zero_point
+    made = ActivationCodes(
+        name=name, levels=quantizer.levels, lowest=whole[0] - zero, highest=whole[-1] - zero, step=step,
+        scale=step * gamma, offset=(float(found.offset.detach()) + zero * step) * gamma,
+    )  # fmt: skip
+    even = whole == list(range(whole[0], whole[-1] + 1))
+    if not even or made.highest + made.zero_point > 255 or _off_step(made, quantizer, x) is not None:
+        return ActivationCodes(name=name, levels=quantizer.levels, reason="its levels have an offset")
+    return made
+
+
+def _off_step(
+    codes: ActivationCodes, quantizer: Quantizer, like: Tensor
+) -> tuple[float, float, float] | None:
+    """A value that is not quantized to round((x - shift) / step), what is made of it, and what that gives; None: none.
+
+    Compared are the middle half of each level, and values beyond the outer ones.
+    """
     assert codes.step is not None
     numbers = torch.arange(codes.lowest - 3, codes.highest + 4).reshape(-1, 1) + torch.tensor(
         [-0.25, 0, 0.25]
     )
     numbers = torch.cat([numbers.flatten(), torch.tensor([-1e4, 1e4])])
-    x = (numbers * codes.step).reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *_one_place(quantizer, like))
+    x = numbers * codes.step + codes.shift
+    x = x.reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *_one_place(quantizer, like))
     wanted = _quantized(quantizer, x)
-    found = (x / codes.step).round().clamp(codes.lowest, codes.highest) * codes.scale
+    found = ((x - codes.shift) / codes.step).round().clamp(codes.lowest, codes.highest) * codes.scale
+    found = found + codes.offset
     wrong = ((found - wanted).abs() > 1e-4 * abs(codes.scale) * max(1, codes.levels)).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        raise UserError(
-            f"{codes.name}: {quantizer.config.method} cannot be exported: it makes {float(wanted[at]):g} of "
-            f"{float(x[at]):g}, and its search_grid and its integers {float(found[at]):g}; mend these, or export --to "
-            "program"
-        )
+    if not len(wrong):
+        return None
+    at = tuple(wrong[0].tolist())
+    return float(x[at]), float(wanted[at]), float(found[at])
 
 
 def _one_place(quantizer: Quantizer, like: Tensor) -> list[int]:

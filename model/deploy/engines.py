@@ -6,14 +6,16 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from model.deploy.codes import Array
+from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import kind_of
@@ -101,6 +103,7 @@ class _Runner:
     """What runners share."""
 
     _pixels: Pixels | None = None
+    _offsets: Mapping[str, float] = MappingProxyType({})
 
     def prepared(self, images: Array) -> Array:
         return images if self._pixels is None else self._pixels(images)
@@ -109,7 +112,11 @@ class _Runner:
         raise NotImplementedError
 
     def __call__(self, images: Array) -> dict[str, Array]:
-        return self.run(self.prepared(images))
+        found = self.run(self.prepared(images))
+        for name, offset in self._offsets.items():
+            if name in found:
+                found[name] = found[name] + np.float32(offset)
+        return found
 
 
 @dataclass(frozen=True)
@@ -199,6 +206,11 @@ def read_onnx(path: Path) -> Any:
     return model
 
 
+def _offsets(path: Path, names: Sequence[str]) -> Mapping[str, float]:
+    """What is missing in the tensors of a file, which reads its metadata only if there are such."""
+    return read_offsets(read_metadata(path), path) if names else {}
+
+
 def _quantized(name: str) -> bool:
     return name.endswith(QUANTIZERS)
 
@@ -231,6 +243,7 @@ class _Onnxruntime(_Runner):
                 self._decoding[source] = node.output[0], float(scale), int(zero)
             model.graph.output.append(helper.make_tensor_value_info(source, kind, None))
         self.tensors = tuple(node.output[0] for node in wanted)
+        self._offsets = _offsets(path, self.tensors)
         with tempfile.TemporaryDirectory() as folder:
             options.optimized_model_filepath = os.path.join(folder, "optimised.onnx")
             self._session = onnxruntime.InferenceSession(
@@ -267,6 +280,7 @@ class _Openvino(_Runner):
             names = [name for op in model.get_ordered_ops() for out in op.outputs() for name in out.names]
             self.tensors = tuple(dict.fromkeys(name for name in names if _quantized(name)))
             model.add_outputs(list(self.tensors))
+        self._offsets = _offsets(path, self.tensors)
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if not optimised:  # without low-precision transformations everything but BinaryConvolution is float
             settings["LP_TRANSFORMS_MODE"] = False
@@ -313,6 +327,7 @@ class _Qonnx(_Runner):
         self.layers = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in nodes)
         names = [node.output[0] for node in nodes]
         self.tensors = tuple(name for name in names if _quantized(name)) if tensors else ()
+        self._offsets = _offsets(path, self.tensors)
 
     def run(self, images: Array) -> dict[str, Array]:
         from qonnx.core.onnx_exec import execute_onnx

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,22 +22,22 @@ from torch import Tensor, nn
 
 from model.deploy.codes import (
     ActivationCodes,
-    Array,
     WeightCodes,
     activation_codes,
     by_thresholds,
     thresholds,
     weight_codes,
 )
+from model.deploy.nodes import DOMAIN, initializers, node_key
+from model.deploy.offsets import offset_metadata, place_offsets
 from model.deploy.packages import needed
 from model.layers.quantized import quantized_layers
 from model.quantizers.frame import Quantizer
 from utils.errors import UserError
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto
 
-DOMAIN = "lowbit"
 OPSET = 18  # the oldest that torch's exporter writes
 INPUT, OUTPUT = "input", "logits"
 MOST_IMAGES = 2**16  # of a batch
@@ -115,8 +115,11 @@ def deploy_graph(
                 activations[key] = activation_codes(key, quantizer, inputs[key])
                 vars(quantizer)["forward"] = _activation(quantizer, activations[key], inputs[key])
     model = _exported(network, example)
+    _name_logits(model)
     weights = _fold_norms(model, weights)
-    return DeployGraph(model=model, activations=activations, weights=weights, metadata=metadata or {})
+    place_offsets(model, activations, weights)
+    metadata = (metadata or {}) | offset_metadata(activations)
+    return DeployGraph(model=model, activations=activations, weights=weights, metadata=metadata)
 
 
 def _inputs(network: nn.Module, example: Tensor) -> dict[str, Tensor]:
@@ -217,6 +220,15 @@ def _exported(network: nn.Module, example: Tensor) -> ModelProto:
     return program.model_proto
 
 
+def _name_logits(model: ModelProto) -> None:
+    """Give logits that a quantizer makes a node of their own, since a quantizer's tensor has the quantizer's name."""
+    from onnx import helper
+
+    for node in [node for node in model.graph.node if node.domain == DOMAIN and OUTPUT in node.output]:
+        node.output[0] = f"{OUTPUT}.levels"
+        model.graph.node.append(helper.make_node("Identity", list(node.output), [OUTPUT]))
+
+
 def with_byte_input(graph: DeployGraph, mean: Sequence[float], std: Sequence[float]) -> DeployGraph:
     """The graph with an input of bytes, uint8 [batch, channels, height, width], which it normalises itself.
 
@@ -248,18 +260,6 @@ def with_byte_input(graph: DeployGraph, mean: Sequence[float], std: Sequence[flo
         model.graph.node.insert(i, node)
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
     return replace(graph, model=model)
-
-
-def node_key(node: NodeProto) -> str:
-    """The attribute `key` of a node of the own domain."""
-    return next(attribute.s.decode() for attribute in node.attribute if attribute.name == "key")
-
-
-def initializers(model: ModelProto) -> dict[str, Array]:
-    """The constants of a model by name."""
-    from onnx import numpy_helper
-
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def _fold_norms(model: ModelProto, weights: dict[str, WeightCodes]) -> dict[str, WeightCodes]:
@@ -300,10 +300,3 @@ def _fold_norms(model: ModelProto, weights: dict[str, WeightCodes]) -> dict[str,
         conv.output[0] = norm.output[0]
         graph.node.remove(norm)
     return folded
-
-
-def tensor_attributes(node: NodeProto) -> dict[str, Any]:
-    """The attributes of a node as Python values."""
-    from onnx import helper
-
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

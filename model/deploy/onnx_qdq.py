@@ -13,7 +13,8 @@ import numpy as np
 
 from model.deploy.bias import roundable_bias
 from model.deploy.codes import ActivationCodes, Array, WeightCodes, digits_per_word
-from model.deploy.graph import DOMAIN, DeployGraph, node_key, tensor_attributes
+from model.deploy.graph import DeployGraph
+from model.deploy.nodes import DOMAIN, node_key, tensor_attributes
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
-from model.deploy.graph import DOMAIN, DeployGraph, node_key
+from model.deploy.graph import DeployGraph
+from model.deploy.nodes import DOMAIN, node_key
 from model.deploy.onnx_qdq import integer_weight, largest_codes, used_levels
 from model.deploy.packages import needed
 

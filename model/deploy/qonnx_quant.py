@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, WeightCodes
-from model.deploy.graph import DeployGraph, node_key
+from model.deploy.graph import DeployGraph
+from model.deploy.nodes import node_key
 from model.deploy.onnx_qdq import Builder, complete_model, expanded
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array
-from model.deploy.graph import DOMAIN, INPUT, DeployGraph
+from model.deploy.graph import INPUT, DeployGraph
+from model.deploy.nodes import DOMAIN
 from model.deploy.onnx_qdq import qdq_model
 from utils.errors import UserError
 
@@ -83,19 +84,23 @@ def _sums(model: ModelProto) -> list[str]:
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+    varying = {INPUT}  # what depends on the image
+    for node in model.graph.node:
+        if varying.intersection(node.input):
+            varying.update(node.output)
 
     def quantized(name: str) -> bool:
         node = made.get(name)
         if node is None:
             return False
-        if node.op_type == "Relu":
+        if node.op_type == "Relu" or (node.op_type == "Add" and node.input[1] not in varying):
             return quantized(node.input[0])
         weight = made.get(node.input[1]) if node.op_type == "Conv" else None
         return name in found or (weight is not None and weight.op_type == "Weight")
 
     found: list[str] = []
     for node in model.graph.node:
-        if node.op_type != "Add" or not all(name in made for name in node.input):
+        if node.op_type != "Add" or not all(name in made and name in varying for name in node.input):
             continue
         if not any(quantized(name) for name in node.input):
             continue

@@ -69,6 +69,15 @@ class QuantizedTensor:
         whole = self.whole
         return whole[0], whole[-1]
 
+    @property
+    def code_of_zero(self) -> int:
+        """The code whose value is nearest to zero; for levels with one scale alone, and at most one offset."""
+        if self.offset is None:
+            return self.zero_point
+        assert self.scale is not None
+        nearest = -float(self.offset.detach()) / float(self.scale.detach())
+        return self.zero_point + round(min(max(nearest, self.ends[0]), self.ends[1]))
+
     def dequantize(self) -> Tensor:
         """The float32 tensor that the integers represent, equal to the fake-quantized one to the last bit."""
         value = self.unscaled(self.numbers)

@@ -20,7 +20,8 @@ def accumulators(model: nn.Module) -> tuple[Accumulator, ...]:
     """The sums of each layer that multiplies integers, in the worst case, with its weight as it is now.
 
     The greatest sum takes, for each product, the highest or the lowest code of the input, whichever is more:
-    the sum of max(w a_low, w a_high). Left out are layers whose weight or input is in full precision or has uneven
+    the sum of max(w a_low, w a_high). Codes count from the one of zero: where inputs have an offset, what is left of it
+    is a part of the bias. Left out are layers whose weight or input is in full precision or has uneven
     levels, or whose input has a scale for each channel or place: no single integer sum is behind them.
 
     Example:
@@ -42,8 +43,8 @@ def accumulators(model: nn.Module) -> tuple[Accumulator, ...]:
 
 def worst_case(name: str, layer: QuantLayer) -> Accumulator | None:
     """The sums of one layer; None where it does not add products of integers."""
-    codes, ends = _weight_codes(layer), _input_ends(layer)
-    return None if codes is None or ends is None else _sums_of(name, codes, ends)
+    codes, entering = _weight_codes(layer), _input_codes(layer)
+    return None if codes is None or entering is None else _sums_of(name, codes, entering[0])
 
 
 def _sums_of(name: str, codes: Tensor, ends: tuple[int, int]) -> Accumulator:
@@ -62,7 +63,8 @@ def _even(layer: QuantLayer, part: str, x: Tensor) -> Any:
     if type(quantizer).encode is Quantizer.encode:  # a user's own quantizer may know no integers
         return None
     found = quantizer.integers(x)
-    return None if found.scale is None or not found.scale.isfinite().all() else found
+    parts = [found.scale, *([] if found.offset is None else [found.offset])]
+    return None if any(part is None or not part.isfinite().all() for part in parts) else found
 
 
 def _weight_codes(layer: QuantLayer) -> Tensor | None:
@@ -71,17 +73,20 @@ def _weight_codes(layer: QuantLayer) -> Tensor | None:
     return None if found is None else found.codes - found.zero_point
 
 
-def _input_ends(layer: QuantLayer) -> tuple[int, int] | None:
-    """The lowest and the highest integer of the input."""
+def _input_codes(layer: QuantLayer) -> tuple[tuple[int, int], int] | None:
+    """The lowest and the highest integer of the input, and the code from which they count."""
     quantizer = layer.quant_activation
     if not isinstance(quantizer, Quantizer):
         return None
     shape = [2] + [1] * (quantizer.site.ndim - 1)
     shape[quantizer.site.channel_dim] = quantizer.site.channels
     found = _even(layer, "quant_activation", layer.weight.new_ones(shape))
-    if found is None or found.scale.numel() > 1 or float(found.scale) <= 0 or found.offset is not None:
+    if found is None or found.scale.numel() > 1 or float(found.scale) <= 0:
         return None  # its layer is no sum of integers
-    return found.ends
+    if found.offset is not None and found.offset.numel() > 1:
+        return None
+    zero, ends = found.code_of_zero, found.ends
+    return (ends[0] + found.zero_point - zero, ends[1] + found.zero_point - zero), zero
 
 
 class Sums:
@@ -96,9 +101,10 @@ class Sums:
 
     def __call__(self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook before a layer, `with_kwargs`."""
-        codes, ends, x = _weight_codes(layer), _input_ends(layer), first_input(inputs, named)
-        if codes is None or ends is None:
+        codes, entering, x = _weight_codes(layer), _input_codes(layer), first_input(inputs, named)
+        if codes is None or entering is None:
             return
+        ends, zero = entering
         row = self.rows.setdefault(name, _sums_of(name, codes, ends))
         own = type(layer).forward not in (
             QuantConv2d.forward,
@@ -110,7 +116,7 @@ class Sums:
 
         def integers(value: Tensor) -> Tensor:
             found = layer.quant_activation.integers(value)  # pyright: ignore[reportCallIssue]
-            return (found.codes - found.zero_point).to(kind)
+            return (found.codes - zero).to(kind)
 
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             sums = layer.multiply(x, codes.to(kind), None, integers)

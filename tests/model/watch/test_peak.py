@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.convert import quantize
-from model.deploy.graph import DeployGraph, deploy_graph, node_key
+from model.deploy.graph import DeployGraph, deploy_graph
+from model.deploy.nodes import node_key
 from model.layers.quantized import quantizers
 from model.networks.build import build_network
 from model.quant import QuantConfig, QuantizerConfig
