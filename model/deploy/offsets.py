@@ -8,6 +8,7 @@ they have: zeros in front of the quantizer become the code 0, and convolutions p
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,7 +48,7 @@ def place_offsets(
 
     Args:
         model: the graph, with nodes `Activation` and `Weight`, whose activations have their true values.
-        activations: by the attribute `key`.
+        activations: by the attribute `key`; codes that cannot occur are taken away.
         weights: by the attribute `key`.
 
     Example:
@@ -72,6 +73,16 @@ def place_offsets(
     """
     for node in [node for node in model.graph.node if node.op_type == "Activation"]:
         codes = activations[node_key(node)]
+        source = _maker(model, node.input[0])
+        if (
+            codes.offset
+            and codes.highest > 0
+            and source is not None
+            and source.op_type == "Relu"
+            and codes.zero_to_zero
+        ):
+            # None of the codes below that of zero occurs; onnxruntime needs zero as the lowest one behind a ReLU.
+            codes = activations[node_key(node)] = replace(codes, lowest=max(codes.lowest, 0))
         moved = codes.zero_to_zero and _pad_behind(model, node, codes, weights)
         if codes.offset:
             _shift_input(model, node, codes, weights)

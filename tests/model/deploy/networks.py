@@ -22,18 +22,18 @@ class Parallel(nn.Module):
     """Branches of quantized convolutions for pairs of cases, and a quantized linear layer on the means of all channels.
 
     Behind each convolution come a norm and ReLU, so that an engine can compute the first of several with integers from
-    end to end.
+    end to end. The branches `after` pad behind their quantizers.
     """
 
-    def __init__(self, found: Sequence[Sequence[Case]], depth: int) -> None:
+    def __init__(self, found: Sequence[Sequence[Case]], depth: int, after: Sequence[int] = ()) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 8, 1)
         self.branches = nn.ModuleList()
-        for together in found:
+        for i, together in enumerate(found):
             layers = []
             for _ in range(depth):
-                layer = QuantConv2d(8, 8, 3, padding=1)
+                layer = QuantConv2d(8, 8, 3, padding=1, padding_after_quant=i in after)
                 layer.build_quantizers(QuantConfig(**{case.tag: case.config for case in together}), "conv")
                 nn.init.normal_(layer.weight, std=0.7)  # so that all levels occur
                 for case in together:
@@ -111,7 +111,14 @@ def options() -> list[tuple[Case, ...]]:
     """What comes on top of a method: a learned scale, normalisation, groups, another place of the padding."""
     fm, wt = Case("lsq", "fm", 4, True), Case("lsq", "wt", 4, False)
     restored = {"adaptive": "var-mean", "adaptive_restore": True}
+    plus = Case("lsqplus", "fm", 4, True)
     return [
+        (plus, wt),  # the branches AFTER
+        (plus, Case("lq", "wt", 4, True)),
+        (plus, wt, Case("lsqplus", "ot", 4, True)),
+        (plus.with_fields(gamma=True), wt),
+        (plus, Case("lq", "wt", 4, True)),
+        (plus,),
         (fm.with_fields(gamma=True), wt.with_fields(gamma=True)),
         (fm.with_fields(adaptive="var-mean"), wt.with_fields(adaptive="var-mean")),
         (fm.with_fields(**restored), wt),
@@ -124,9 +131,12 @@ def options() -> list[tuple[Case, ...]]:
     ]
 
 
+AFTER = (0, 1)  # of `options`
+
+
 @functools.cache
 def exported(kind: str) -> tuple[Parallel, DeployGraph]:
     """A network of `pairs`, `widths` or `options`, and its graph; made once, since torch's exporter takes seconds."""
     found = {"methods": pairs, "widths": widths, "options": options}[kind]()
-    network = Parallel(found, 2 if kind == "widths" else 1)
+    network = Parallel(found, 2 if kind == "widths" else 1, AFTER if kind == "options" else ())
     return network.eval(), deploy_graph(network, (3, 6, 6))

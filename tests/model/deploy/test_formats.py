@@ -32,15 +32,15 @@ RUNS = (
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
 )
-# What is computed with integers, of 26, 24 and 11 layers: all but the stem, layers with uneven levels on a side, with a
-# scale for each image or an offset, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer
-# behind a layer, too.
+# What is computed with integers, of 26, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
+# scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer behind a layer,
+# too.
 INTEGER = {
     ("methods", "onnxruntime"): 0,
-    ("methods", "openvino"): 18,
+    ("methods", "openvino"): 20,
     ("widths", "onnxruntime"): 5,
-    ("options", "onnxruntime"): 1,
-    ("options", "openvino"): 4,
+    ("options", "onnxruntime"): 2,
+    ("options", "openvino"): 7,
     ("widths", "openvino"): 15,
 }
 
@@ -72,6 +72,8 @@ def test_levels_and_logits_are_those_of_torch(
     found = runner(x.numpy())
     assert found.keys() == expected.keys() == {"logits", *graph.activations}
     for quantizer, value in expected.items():
+        if value.shape[2:] == (8, 8) and found[quantizer].shape[2:] == (6, 6):
+            value = value[:, :, 1:7, 1:7]  # padded in front of the quantizer in torch alone
         far = np.abs(found[quantizer] - value) > 1e-3 * np.abs(value).max()
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
     if engine.optimised and engine.name != "qonnx":
