@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -312,7 +312,7 @@ def _place(model: ModelProto, node: NodeProto) -> int:
 
 
 def _insert(
-    model: ModelProto, place: int, operator: str, inputs: list[str], output: str, **attributes: int
+    model: ModelProto, place: int, operator: str, inputs: list[str], output: str, **attributes: Any
 ) -> str:
     """A new node at a place of the order; returns its output."""
     from onnx import helper
