@@ -1,0 +1,92 @@
+"""Offsets of activations in files: every way in which a convolution pads, and residual sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.deploy.engines import Engine
+from model.deploy.graph import deploy_graph
+from model.deploy.offsets import read_offsets
+from model.deploy.onnx_qdq import integer_layers, qdq_model
+from model.deploy.sums import with_integer_sums
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+from tests.model.deploy.networks import images
+from utils.errors import UserError
+
+PARTS = {
+    tag: QuantizerConfig(tag=tag, enable=True, method="lsqplus", levels=4, half_range=tag == "fm")
+    for tag in ("fm", "wt")
+}
+PADDED: tuple[dict[str, Any], ...] = (
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 5), "padding": (2, 1), "dilation": (2, 1), "stride": (2, 1), "groups": 4},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    {"kernel_size": 4, "padding": "same"},
+)
+
+
+def convolution(offset: float, **more: Any) -> QuantConv2d:
+    layer = QuantConv2d(8, 8, bias=False, **more)
+    layer.build_quantizers(QuantConfig(**PARTS), "conv")
+    with torch.no_grad():
+        layer.quant_activation.get_parameter("offset").fill_(offset)
+        layer.quant_activation.get_parameter("clip_val").fill_(2.5)
+    return layer
+
+
+def difference(network: nn.Module, path: Path, *, sums: bool = False) -> float:
+    """The largest difference of a logit in onnxruntime, over the largest logit."""
+    x = images(4)
+    graph = deploy_graph(network, (3, 6, 6))
+    assert all(codes.integer for codes in graph.activations.values())
+    assert integer_layers(graph) == sum(isinstance(module, QuantConv2d) for module in network.modules())
+    if sums:
+        graph = with_integer_sums(graph, x.numpy())
+        assert sum(name.endswith(".sum") for name in graph.activations) == 3  # two addends and their sum
+    onnx.save(qdq_model(graph), path)
+    with torch.no_grad():
+        wanted = network(x).numpy()
+    found = Engine("onnxruntime", False).open(path)(x.numpy())["logits"]
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
+def test_files_pad_as_torch_does(after: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 1)]
+    for i, more in enumerate(PADDED[:2] if after else PADDED):
+        layers += [nn.SiLU(), convolution(-0.4 - 0.2 * i, padding_after_quant=after, **more)]
+    network = nn.Sequential(*layers, nn.Flatten()).eval()
+    assert difference(network, tmp_path / "x.onnx") < 1e-5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv = convolution(-0.4, kernel_size=3, padding=1, padding_after_quant=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.stem(x))
+        return (self.conv(x) + x).relu().mean(dim=(2, 3))
+
+
+@pytest.mark.slow
+def test_what_is_added_at_the_border_is_no_residual_sum(tmp_path: Path) -> None:
+    assert difference(Block().eval(), tmp_path / "x.onnx", sums=True) < 0.05
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": "b"}', '{"a": null}', "1"])
+def test_damaged_offsets_are_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"^x: its offsets are no table of numbers; export it anew$"):
+        read_offsets({"offsets": text}, "x")
+    assert read_offsets({"offsets": '{"a": -0.5}'}, "x") == {"a": -0.5}
