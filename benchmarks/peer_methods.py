@@ -96,9 +96,8 @@ class TorchAO(Peer):
 
     def set_step(self, step: Tensor) -> None:
         """See `Peer`."""
-        learned = self.inner.quantizer
-        learned.scale.data.copy_(step.reshape(learned.scale.shape))
-        learned.zero_point.data.zero_()
+        scale = self.inner.quantizer.scale
+        scale.data.copy_(step.reshape(scale.shape))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""
