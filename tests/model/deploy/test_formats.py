@@ -37,7 +37,7 @@ RUNS = (
 # behind a layer, too.
 INTEGER = {
     ("methods", "onnxruntime"): 0,
-    ("methods", "openvino"): 18,
+    ("methods", "openvino"): 19,
     ("widths", "onnxruntime"): 5,
     ("options", "onnxruntime"): 1,
     ("options", "openvino"): 4,
