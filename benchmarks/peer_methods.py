@@ -33,6 +33,10 @@ class Peer(Quantizer):
         self.signed = config.tag == "wt"
         self.build()
 
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`: all have a level at zero, so that padded zeros need not be quantized, nor shift the start."""
+        return True
+
     def top(self) -> int:
         """The highest code."""
         return 2 ** (self.bits - self.signed) - 1

@@ -64,8 +64,8 @@ class N2UQActivation(LearnedRange):
             )
 
     def zero_to_zero(self) -> bool:
-        """See `Quantizer`: the first threshold may be below zero."""
-        return False
+        """See `Quantizer`; padded positions stay 0, as in the paper's code, also if a threshold learns to be below."""
+        return super().zero_to_zero()
 
     def half_range_changes(self) -> bool:
         """See `Quantizer`: the thresholds belong to one range."""
