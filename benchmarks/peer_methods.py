@@ -34,7 +34,7 @@ class Peer(Quantizer):
         self.build()
 
     def zero_to_zero(self) -> bool:
-        """See `Quantizer`: all have a level at zero, so that padded zeros need not be quantized, nor shift the start."""
+        """See `Quantizer`: all have a level at zero, so that padding neither is quantized nor shifts the start."""
         return True
 
     def top(self) -> int:
