@@ -145,7 +145,6 @@ PEERS = tuple(
     for b in (2, 3, 4)
     for name, words in (
         ("LSQ", "dorefa,lsq"),  # of this project
-        ("EWGS", "dorefa,ewgs"),  # likewise
         ("LSQ as lsq-net computes it", "lsq-net"),
         ("Brevitas, learned scales", "brevitas"),
         ("torchao, range learning", "torchao"),

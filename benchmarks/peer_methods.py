@@ -33,6 +33,10 @@ class Peer(Quantizer):
         self.signed = config.tag == "wt"
         self.build()
 
+    def zero_to_zero(self) -> bool:
+        """See `Quantizer`: all have a level at zero, so that padding neither is quantized nor shifts the start."""
+        return True
+
     def top(self) -> int:
         """The highest code."""
         return 2 ** (self.bits - self.signed) - 1
@@ -96,9 +100,8 @@ class TorchAO(Peer):
 
     def set_step(self, step: Tensor) -> None:
         """See `Peer`."""
-        learned = self.inner.quantizer
-        learned.scale.data.copy_(step.reshape(learned.scale.shape))
-        learned.zero_point.data.zero_()
+        scale = self.inner.quantizer.scale
+        scale.data.copy_(step.reshape(scale.shape))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the nearest level."""

@@ -87,9 +87,10 @@ class TorchAORows(nn.Module):
         from torchao.quantization import PerAxis, qat  # pyright: ignore[reportMissingImports]
 
         super().__init__()
+        # Symmetric: its zero point is 0. A learned one does not stay whole, and 2^bits + 1 values appear.
         config = qat.IntxFakeQuantizeConfig(
-            getattr(torch, f"{'int' if signed else 'uint'}{bits}"), PerAxis(0), is_symmetric=signed, is_dynamic=False,
-            range_learning=True, zero_point_precision=torch.float32,
+            getattr(torch, f"{'int' if signed else 'uint'}{bits}"), PerAxis(0), is_symmetric=True, is_dynamic=False,
+            range_learning=True,
         )  # fmt: skip
         self.quantizer: Any = qat.IntxFakeQuantizer(config)
         self.rows = rows

@@ -139,6 +139,16 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
             )
         ],
     ],
+    "n2uq": [
+        [
+            _activation("activation, 2 bits, as it starts", "--keyword n2uq --fm_bit 2"),
+            _activation("activation, 2 bits, learned thresholds", "--keyword n2uq --fm_bit 2",
+                        state={"start": 0.05, "width0": 0.2, "width1": 0.3, "width2": 0.6}),
+            _activation("activation, 3 bits, learned thresholds", "--keyword n2uq --fm_bit 3",
+                        state={f"width{i}": 0.06 + 0.03 * i for i in range(7)}),
+        ],
+        _bits(_weight, "wt", "weight", "n2uq"),
+    ],
     "lq": [
         _bits(_activation, "fm", "activation", "lq", high=3, fitted=True),
         _bits(_weight, "wt", "weight", "lq", low=-3, high=3, fitted=True),

@@ -21,6 +21,7 @@ from model.quantizers import (  # noqa: F401  (registers what a configuration ca
     lq,
     lsq,
     lsqplus,
+    n2uq,
     pact,
     reactnet,
     xnor,

@@ -378,6 +378,54 @@ def fatnn_half(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE
     return Result(y, gx, named, distance)
 
 
+def n2uq(
+    x: Array,
+    gy: Array,
+    *,
+    clip_val: Array,
+    start: Array,
+    widths: list[Array],
+    half_range: bool,
+    groups: Groups = ONE,
+    factor: float = 1.0,
+) -> Result:
+    """c * l(k / n): k of n ramps of width |w_i| in units of c, the first from `start`, are passed by half or more.
+
+    Backwards k is the height of the ramps (paper, section 3.2): in ramp i, that begins at d, dk/dr = 1 / |w_i|,
+    dk/dd = -1 / |w_i| and dk/dw_i = -(r - d) / w_i^2; d moves with `start` and with all widths before it.
+    """
+    n = len(widths)
+    c, begin = groups.spread(np.abs(clip_val), x), groups.spread(start, x)
+    ratio = x / c
+    edges = [begin]
+    for width in widths:
+        edges.append(edges[-1] + groups.spread(np.abs(width), x))
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    k = np.sum([ratio > middle for middle in middles], axis=0)
+    unit = (1.0 if half_range else 2.0) / n
+    level = k * unit - (0.0 if half_range else 1.0)
+    slope, own = np.zeros_like(x), [np.zeros_like(x) for _ in widths]
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
+        inside = (ratio >= low) & (ratio <= high)
+        slope += inside / (high - low)
+        own[i] -= inside * (ratio - low) / (high - low) ** 2
+        for before in own[:i]:
+            before -= inside / (high - low)
+    grads = {
+        "clip_val": groups.sum(gy * (level - unit * slope * ratio)) * sign(clip_val),
+        "start": groups.sum(-gy * c * unit * slope),
+    } | {f"width{i}": groups.sum(gy * c * unit * each) * sign(widths[i]) for i, each in enumerate(own)}
+    jumps = np.min([np.abs(ratio - jump) for jump in (*edges, *middles)], axis=0)
+    return Result(c * level, gy * unit * slope, {name: grad * factor for name, grad in grads.items()}, jumps)
+
+
+def n2uq_weight(w: Array, gy: Array, *, levels: int, groups: Groups = ONE) -> Result:
+    """The nearest of evenly spaced levels in [-c, c], c = 2 (L - 1) / L * mean|w|; the gradient passes unchanged."""
+    c = groups.spread(2 * (levels - 1) / levels * np.abs(groups.rows(w)).mean(axis=1), w)
+    y = uniform_round(w, c, levels, False)
+    return Result(y, gy, {}, _to_nearest(w / c, uniform_jumps(levels, False)))
+
+
 def fatnn_ternary(x: Array, gy: Array, *, alphas: list[Array], groups: Groups = ONE) -> Result:
     """round(clamp(x * a_0, -1, 0)) + round(clamp(x * a_1, 0, 1)), a_i = |alpha_i|."""
     negative, positive = (groups.spread(np.abs(alpha), x) for alpha in alphas)

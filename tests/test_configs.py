@@ -27,7 +27,7 @@ from utils.config.schema import Config
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
     "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lsqplus": {"lsqplus"}, "ewgs": {"ewgs"}, "apot": {"apot"},
-    "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
+    "n2uq": {"n2uq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
     "xnor++": {"xnor"}, "bireal": {"xnor"}, "groupnet": {"xnor"}, "fixup": set(), "reactnet": {"reactnet"},
 }  # fmt: skip
 PRECISIONS = {"fp": None, "1bit": (1, 2), "ternary": (2, 3), "2bit": (2, 4), "3bit": (3, 8), "4bit": (4, 16)}

@@ -280,12 +280,12 @@ class PositiveClip(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, clip: Tensor) -> Tensor:
+    def forward(ctx: Any, clip: Tensor, floor: float = FLOOR) -> Tensor:
         if ctx.needs_input_grad[0]:  # not the parameter, which a warm-up may change before the backward pass
             ctx.save_for_backward(clip < 0)
-        return clip.float().abs().clamp_min(FLOOR)
+        return clip.float().abs().clamp_min(floor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (negative,) = ctx.saved_tensors
-        return torch.where(negative, -grad, grad)
+        return torch.where(negative, -grad, grad), None

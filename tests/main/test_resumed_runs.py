@@ -100,10 +100,18 @@ def test_a_run_that_was_ended_goes_on_exactly(
     assert "warning" not in log_of(tmp_path, "ended")
 
 
-def test_resume_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "methods",
+    [
+        "pact,ot_lsq --ot_enable --ot_bit 6 --fm_bit 3 --wt_bit 3",
+        "dorefa,fm_n2uq,wt_apot,ot_lsqplus --ot_enable --ot_bit 6 --fm_bit 3 --wt_bit 3 --re_init",
+        "RPReLU,reactnet --fm_bit 1 --wt_bit 1 --fm_grad_type Triangle --re_init",
+    ],
+)
+def test_resume_file(tmp_path: Path, methods: str) -> None:
     """Any kept checkpoint can be continued under another name; its metrics begin with the next epoch."""
-    line = f"{TINY} --keyword digits,bacs,preBN,pact,ot_lsq --optimizer ADAM --lr 1e-3 --epochs 3"
-    line += " --fm_enable --wt_enable --ot_enable --fm_bit 3 --wt_bit 3 --ot_bit 6"
+    line = f"{TINY} --optimizer ADAM --lr 1e-3 --epochs 3 --fm_enable --wt_enable"
+    line += f" --keyword digits,bacs,preBN,{methods}"
     assert call(f"{line} --case whole -s 1") == 0
     path = tmp_path / "weights" / "resnet20" / "whole-epoch1-checkpoint.pth.tar"
     assert call(f"{line} --case part --resume_file {path}") == 0

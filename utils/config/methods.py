@@ -271,6 +271,18 @@ declare(
     _ALL,
     _record(title="APoT", reads=_STEP - {"grid"}, nearest_levels=_sums_of_powers, **_LEARNED),
 )
+declare(
+    "n2uq",
+    _ACTIVATIONS,
+    _record(
+        title="N2UQ",
+        reads=_CLIP - {"re_init_range"} | {"grad_scale", "re_init"},
+        grad_types=frozenset(),
+        nearest_levels=lambda levels, half_range: min(levels, 16),
+        initial_step=True,
+    ),
+)
+declare("n2uq", ["wt"], _record(title="N2UQ", reads=frozenset({"quant_group"}), grad_types=frozenset()))
 _FATNN = frozenset({"scale", "quant_group", "closed_form", "re_init"})
 declare(
     "fatnn",

@@ -157,6 +157,7 @@ _BY_TAG = (
     ("lsqplus", "lsqplus", "LSQ+"),
     ("ewgs", "ewgs", "EWGS"),
     ("apot", "apot", "APoT"),
+    ("n2uq", "n2uq", "N2UQ"),
     ("non-uniform", "fatnn", "FATNN"),
 )
 _ALONE = ("pact", "lq", "xnor", "reactnet")  # beside which `lsq` and its like may not stand
@@ -176,6 +177,8 @@ _declare(
      {**_method("ewgs"), "rank": 1, "excludes": _ALONE}),
     ("apot", "APoT: levels are sums of powers of two, up to a learned clip value",
      {**_method("apot"), "rank": 1, "excludes": _ALONE}),
+    ("n2uq", "N2UQ: learned thresholds for activations of even levels, weights of high entropy",
+     {**_method("n2uq"), "rank": 1, "excludes": _ALONE}),
     ("non-uniform", "FATNN: learned thresholds, up to 4 levels; weights ternary",
      {**_method("fatnn"), "rank": 1, "excludes": _ALONE}),
     *((f"{tag}_{word}", f"{name} for {what}s alone",
@@ -233,7 +236,19 @@ _declare(
 
 
 # The words that choose a method, as messages propose them.
-METHOD_WORDS = ("lsq", "pact", "lsqplus", "ewgs", "apot", "dorefa", "lq", "non-uniform", "xnor", "reactnet")
+METHOD_WORDS = (
+    "lsq",
+    "pact",
+    "lsqplus",
+    "ewgs",
+    "apot",
+    "n2uq",
+    "dorefa",
+    "lq",
+    "non-uniform",
+    "xnor",
+    "reactnet",
+)
 
 
 def own_method_words(tag: str) -> tuple[str, ...]:

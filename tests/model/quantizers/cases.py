@@ -133,6 +133,18 @@ def apot(s: Setting, x: Array, gy: Array) -> Result:
     )  # fmt: skip
 
 
+def n2uq(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.n2uq(
+        x, gy, clip_val=s.state["clip_val"], start=s.state["start"],
+        widths=[s.state[f"width{i}"] for i in range(s.config.levels - 1)], half_range=s.config.half_range,
+        groups=s.groups, factor=s.factor,
+    )  # fmt: skip
+
+
+def n2uq_weight(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.n2uq_weight(x, gy, levels=s.config.levels, groups=s.groups)
+
+
 def lq(s: Setting, x: Array, gy: Array) -> Result:
     return oracle.lq(
         x,
@@ -218,6 +230,16 @@ METHODS = {
         even=False,
         **CLIP,
     ),
+    "n2uq": Method(
+        method="n2uq",
+        tags=FM,
+        expected=n2uq,
+        levels=(2, 3, 4, 8, 16),
+        state=("clip_val", "start", "width0", "width1", "width2"),
+        calibrates=True,
+        idempotent=False,
+    ),
+    "n2uq-wt": Method(method="n2uq", tags=WT, expected=n2uq_weight, half_range=FULL, idempotent=False),
     "lq": Method(method="lq", tags=FM, expected=lq, levels=POWERS, state=("basis",), calibrates=True),
     "lq-wt": Method(
         method="lq", tags=WT, expected=lq, levels=POWERS, state=("basis",), calibrates=True, spread=0.15

@@ -254,6 +254,7 @@ def test_keeping_the_step_scales_the_clip_value(case: Case) -> None:
         (Case("fatnn", "fm", 3, half_range=True), 4, "has 2 slopes"),
         (Case("fatnn", "wt", 3, half_range=False), 2, "cannot change from 3 to 2"),
         (Case("lq", "wt", 4, half_range=False), 8, "4 levels are fixed"),
+        (Case("n2uq", "fm", 4, half_range=True), 2, "has 3 thresholds"),
         (Case("lsq-midtread", "wt", 4, half_range=False), 2, "mid-tread grid needs at least 3"),
         (Case("dorefa-bin", "wt", 2, half_range=False), 4, "wt_bin has 2 levels"),
     ],
@@ -268,7 +269,10 @@ def test_levels_that_a_method_does_not_take(case: Case, levels: int, message: st
     assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
-@over(cases(levels=(4,), where=lambda method: {4, 8} <= set(method.levels) and method.method != "lq"))
+FIXED = ("lq", "n2uq")  # whose state has a value for each level
+
+
+@over(cases(levels=(4,), where=lambda method: {4, 8} <= set(method.levels) and method.method not in FIXED))
 def test_the_state_brings_the_number_of_levels(case: Case) -> None:
     trained = make(dataclasses.replace(case, levels=8))
     quantizer = make(case)
