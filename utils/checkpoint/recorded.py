@@ -17,7 +17,7 @@ from utils.config.recorded import from_dict
 from utils.config.resolve import resolve as resolve_options
 from utils.config.resolve.bits import spread_bits
 from utils.config.resolve.layers import layer_options
-from utils.config.schema import RECORDED, TAGS, Config, DataConfig, ModelConfig, Rule
+from utils.config.schema import PARTS, RECORDED, TAGS, Config, DataConfig, ModelConfig, Rule
 from utils.errors import UserError
 
 LIBRARIES = ("torchvision", "timm")  # words that --pretrained takes beside files
@@ -63,11 +63,10 @@ def _state_rules(payload: Mapping[str, Any]) -> tuple[Rule, ...]:
         where, _, last = name.rpartition(".")
         if last == "level_num" and tensor.numel() == 1:
             values.setdefault(where, {})["level_num"] = int(tensor)
-    tags = {f"quant_{part}": tag for tag, part in TAGS.items()}
     return tuple(
-        Rule(section="init", number=RECORDED, name=layer, tag=tags[part], values=one)
+        Rule(section="init", number=RECORDED, name=layer, tag=PARTS[part], values=one)
         for layer, _, part, one in ((*name.rpartition("."), one) for name, one in values.items())
-        if part in tags
+        if part in PARTS
     )
 
 

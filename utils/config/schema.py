@@ -20,6 +20,14 @@ from utils.config.layer_bits import WIDTHS, LayerBits, is_width
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
+# Names of quantizers in a layer, or in a product of two activations -> their tags.
+PARTS = {
+    "quant_activation": "fm",
+    "quant_weight": "wt",
+    "quant_output": "ot",
+    "quant_left": "fm",
+    "quant_right": "fm",
+}
 # Limits of boundary and scale; no clip value is below, and their quotients stay finite.
 LEAST, MOST = 1e-6, 1e6
 MAX_LEVELS = 2**16
@@ -179,6 +187,7 @@ class QuantConfig:
     last_bit: int | str | None = None  # the same of the last layer
     layer_bits: tuple[LayerBits, ...] = ()  # bits of single layers; later ones win
     depthwise: bool = True  # quantize depth-wise convolutions too
+    attention_matmul: bool = False  # quantize both factors of attention's two products, by `fm`
 
     def __post_init__(self) -> None:
         """Refuse parts that are of another tag, and values that the fields do not take."""
@@ -205,6 +214,8 @@ class QuantConfig:
         if not isinstance(rules, tuple) or not all(isinstance(rule, LayerBits) for rule in rules):
             raise check.error("layer_bits", "must be a tuple of LayerBits: give quantize a list of entries")
         check.flags()
+        if self.attention_matmul and not self.fm.enable:
+            raise check.error("attention_matmul", "needs an fm that is enabled, which quantizes the factors")
 
     @property
     def enabled(self) -> bool:
