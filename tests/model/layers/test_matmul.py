@@ -17,6 +17,9 @@ from torch.nn import functional
 from model.audit import audit
 from model.calibrate import initialise_ranges
 from model.convert import quantize
+from model.deploy.graph import deploy_graph
+from model.deploy.onnx_qdq import qdq_model
+from model.deploy.openvino_ir import openvino_model
 from model.layers.matmul import AttentionMatmuls, QuantMatmul
 from model.quant import QuantConfig, QuantizerConfig, quantizers
 from tests import oracle
@@ -238,3 +241,27 @@ def test_configurations_that_are_refused() -> None:
         quantize(timm_vit(), config(attention_matmul=True))
     with pytest.raises(UserError, match="attention_matmul True needs an fm"):
         QuantConfig(attention_matmul=True)
+
+
+def test_engines_compute_the_same_codes() -> None:
+    """The products in float, of the same levels: in an ONNX file in both engines, and in OpenVINO's own."""
+    import onnxruntime
+    import openvino
+
+    net, x = vision_transformer(), torch.randn(2, 3, 32, 32)
+    for parameter in net.parameters():  # biases too: sums that are 0 lie between two levels
+        nn.init.normal_(parameter, std=0.1)
+    wanted = config(4, attention_matmul=True)
+    quantize(net, wanted, example=(x,))
+    initialise_ranges(net, x, wanted)
+    graph = deploy_graph(net, (3, 32, 32))
+    assert sum(".matmuls." in name for name in graph.activations) == 8
+    expected = net.eval()(x).detach().numpy()
+    file = qdq_model(graph).SerializeToString()
+    found = [onnxruntime.InferenceSession(file).run(None, {"input": x.numpy()})[0]]
+    core = openvino.Core()
+    for model in (core.read_model(file), openvino_model(graph)):
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found.append(next(iter(compiled({"input": x.numpy()}).values())))
+    for each in found:
+        np.testing.assert_allclose(each, expected, atol=1e-5)
