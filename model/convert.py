@@ -185,6 +185,10 @@ def quantize(
         report = replace(module, config, select or Selection(), order)
         matmuls: tuple[str, ...] = ()
         if config.attention_matmul:
+            if not config.fm.enable:
+                raise UserError(
+                    "attention_matmul: fm quantizes the factors: enable it, or leave attention_matmul out"
+                )
             if example is None:
                 raise UserError(
                     "attention_matmul: a pass shows the products: give quantize an example=(images,)"

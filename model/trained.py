@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from model.layers.bits import single_settings
 from model.layers.quantized import quantizers, selected
 from utils.checkpoint.run_state import CHANGEABLE
-from utils.config.layer_bits import SINGLE_LAYERS, LayerBits
+from utils.config.layer_bits import PARTS, SINGLE_LAYERS, LayerBits
 from utils.config.recorded import to_dict
-from utils.config.schema import PARTS, TAGS, Config, QuantConfig, Rule
+from utils.config.schema import TAGS, Config, QuantConfig, Rule
 from utils.config.spelling import changed, word_of
 from utils.errors import UserError
 from utils.text import some_names

@@ -16,7 +16,7 @@ from model.deploy.codes import Array
 from model.deploy.packages import needed
 from model.layers.quantized import quantizers
 from utils.checkpoint.exported import kind_of
-from utils.config.schema import PARTS
+from utils.config.layer_bits import PARTS
 
 PRODUCTS = ("conv", "linear", "addmm", "matmul")  # parts of the names of a program's operators
 # Endings of the tensors that a quantizer makes.

@@ -73,7 +73,9 @@ def build_network(config: ModelConfig) -> nn.Module:
         raise UserError(
             f"--model {config.name}: its function returned a {type(network).__name__}, no nn.Module"
         )
-    if config.quant.attention_matmul and not any(isinstance(each, QuantMatmul) for each in network.modules()):
+    if config.quant.quantizes_matmuls and not any(
+        isinstance(each, QuantMatmul) for each in network.modules()
+    ):
         raise UserError(
             f"{WORD}: --model {config.name} has no attention that could be quantized: leave the word out"
         )

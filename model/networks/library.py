@@ -124,7 +124,7 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         signed = (order[0],) if config.quant.first_last else ()  # images have negative values
         report = replace(network, config.quant, Selection(signed=signed), order)
         _refuse_mixtures(config.name, network, report)
-        if config.quant.attention_matmul:
+        if config.quant.quantizes_matmuls:
             add_matmuls(network, torch.zeros(1, config.channels, *sides(config.input_size)))
         if not report.replaced:
             why = next((left for left in report.left if left.name not in (order[0], order[-1])), None)

@@ -12,12 +12,12 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
-from utils.config.layer_bits import SINGLE_LAYERS
+from utils.config.layer_bits import PARTS, SINGLE_LAYERS
 from utils.config.recorded import from_dict
 from utils.config.resolve import resolve as resolve_options
 from utils.config.resolve.bits import spread_bits
 from utils.config.resolve.layers import layer_options
-from utils.config.schema import PARTS, RECORDED, TAGS, Config, DataConfig, ModelConfig, Rule
+from utils.config.schema import RECORDED, TAGS, Config, DataConfig, ModelConfig, Rule
 from utils.errors import UserError
 
 LIBRARIES = ("torchvision", "timm")  # words that --pretrained takes beside files

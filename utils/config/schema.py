@@ -20,14 +20,6 @@ from utils.config.layer_bits import WIDTHS, LayerBits, is_width
 from utils.errors import UserError
 
 TAGS = {"fm": "activation", "wt": "weight", "ot": "output"}
-# Names of quantizers in a layer, or in a product of two activations -> their tags.
-PARTS = {
-    "quant_activation": "fm",
-    "quant_weight": "wt",
-    "quant_output": "ot",
-    "quant_left": "fm",
-    "quant_right": "fm",
-}
 # Limits of boundary and scale; no clip value is below, and their quotients stay finite.
 LEAST, MOST = 1e-6, 1e6
 MAX_LEVELS = 2**16
@@ -214,13 +206,16 @@ class QuantConfig:
         if not isinstance(rules, tuple) or not all(isinstance(rule, LayerBits) for rule in rules):
             raise check.error("layer_bits", "must be a tuple of LayerBits: give quantize a list of entries")
         check.flags()
-        if self.attention_matmul and not self.fm.enable:
-            raise check.error("attention_matmul", "needs an fm that is enabled, which quantizes the factors")
 
     @property
     def enabled(self) -> bool:
         """True when at least one tag quantizes."""
         return self.fm.enable or self.wt.enable or self.ot.enable
+
+    @property
+    def quantizes_matmuls(self) -> bool:
+        """Whether attention's products are quantized: that is asked for, and `fm` quantizes."""
+        return self.attention_matmul and self.fm.enable
 
 
 @dataclass(frozen=True, kw_only=True)

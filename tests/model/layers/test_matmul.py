@@ -239,8 +239,9 @@ def test_configurations_that_are_refused() -> None:
         quantize(timm_vit(), QuantConfig(fm=fm, attention_matmul=True), example=(torch.randn(1, 3, 32, 32),))
     with pytest.raises(UserError, match="give quantize an example"):
         quantize(timm_vit(), config(attention_matmul=True))
-    with pytest.raises(UserError, match="attention_matmul True needs an fm"):
-        QuantConfig(attention_matmul=True)
+    wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+    with pytest.raises(UserError, match="attention_matmul: fm quantizes the factors: enable it"):
+        quantize(timm_vit(), QuantConfig(wt=wt, attention_matmul=True))
 
 
 def test_engines_compute_the_same_codes() -> None:

@@ -34,7 +34,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         first_last=first_last,
         first_signed=bool(given["fm_first_signed"]),
         depthwise=bool(fields.get("quant.depthwise", True)),
-        attention_matmul=matmul and parts["fm"].enable,
+        attention_matmul=matmul,
     )
     records = [record_of(part.method, tag) for tag, part in parts.items() if part.enable]
     known = all(part.method in PROJECT for part in parts.values() if part.enable)
