@@ -112,12 +112,11 @@ def unquantized(model: nn.Module, config: QuantConfig) -> list[str]:
         >>> unquantized(nn.Sequential(QuantLinear(4, 2)), QuantConfig(wt=wt))
         ['0.quant_weight']
     """
-    parts = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
     return [
         f"{name}.{part}"
         for name, layer in model.named_modules()
         if isinstance(layer, QuantLayer)
-        for tag, part in parts.items()
+        for part, tag in layer.parts.items()
         if getattr(config, tag).enable
         and not (isinstance(getattr(layer, part), Quantizer) or layer.left_full(tag))
     ]

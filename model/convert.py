@@ -17,6 +17,7 @@ from model import quant  # noqa: F401  (registers what a configuration can name)
 from model.layers import bits
 from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
 from model.layers.called import call_layers, layers_called, undone_on_error
+from model.layers.fused_attention import add_matmuls
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
@@ -139,6 +140,7 @@ def quantize(
         example: a tuple of positional inputs for one forward pass, which runs in evaluation mode and without
             gradients. It shows which layer runs first and which runs last; without it the order of definition
             decides. Layers that are never called as modules are left, since a quantizer there would never run.
+            `config.attention_matmul` needs it.
         first_bit: bits of the first layer, whose input gets signed levels: 1 to 16, "ternary", or 32 for full
             precision; default: the configuration's.
         last_bit: the same of the last layer.
@@ -150,7 +152,8 @@ def quantize(
 
     Raises:
         UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, a
-            method does not have the bits, or a quantizer does not fit its layer. The network is as it was then.
+            method does not have the bits, a quantizer does not fit its layer, or `attention_matmul` does not fit the
+            network. The network is as it was then.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -180,13 +183,25 @@ def quantize(
         call_layers(module)
         order = None if example is None else called(module, *example)[1]
         report = replace(module, config, select or Selection(), order)
+        matmuls: tuple[str, ...] = ()
+        if config.attention_matmul:
+            if not config.fm.enable:
+                raise UserError(
+                    "attention_matmul: fm quantizes the factors: enable it, or leave attention_matmul out"
+                )
+            if example is None:
+                raise UserError(
+                    "attention_matmul: a pass shows the products: give quantize an example=(images,)"
+                )
+            matmuls = add_matmuls(module, *example)
         assign_bits(module, config, report.replaced)
-        for name in report.replaced:
+        first = next(module.parameters())
+        for name in (*report.replaced, *matmuls):
             layer = module.get_submodule(name)
-            assert isinstance(layer, QuantConv2d | QuantLinear)
+            assert isinstance(layer, QuantLayer)
             layer.build_quantizers(config, name)
             for _, quantizer in layer.quantizers():
-                quantizer.to(layer.weight.device).train(layer.training)
+                quantizer.to(getattr(layer, "weight", first).device).train(layer.training)
     return report
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.layers.bits import single_settings
 from model.layers.quantized import quantizers, selected
 from utils.checkpoint.run_state import CHANGEABLE
-from utils.config.layer_bits import SINGLE_LAYERS, LayerBits
+from utils.config.layer_bits import PARTS, SINGLE_LAYERS, LayerBits
 from utils.config.recorded import to_dict
 from utils.config.schema import TAGS, Config, QuantConfig, Rule
 from utils.config.spelling import changed, word_of
@@ -24,7 +24,6 @@ FULL, TERNARY = "32", "ternary"  # words of --bits
 SWITCHED = ("enable", "half_range")  # what policies set and a checkpoint's tensors do not hold
 # Fields of quantizers that tensors of a checkpoint decide, or that matter while training alone.
 OF_TRAINING = CHANGEABLE | {"levels", "enable", "tag", "ratio", "custom_update", "extra"}
-PARTS = {"fm": "quant_activation", "wt": "quant_weight", "ot": "quant_output"}
 # Norms whose evaluation is the same.
 SAME_NORMS = {"batch", "static", "frozen"}
 
@@ -101,11 +100,11 @@ def _check_quantizers(
     state: Mapping[str, Tensor], model: nn.Module, config: Config, network: Mapping[str, Any], source: str
 ) -> None:
     """Refuse a network that has other quantizers than the checkpoint, or at other bits."""
-    theirs: dict[str, dict[str, int]] = {tag: {} for tag in PARTS}
+    theirs: dict[str, dict[str, int]] = {tag: {} for tag in TAGS}
     present = set()
     for key in state:
         layer, _, last = key.rpartition(".")
-        for tag, part in PARTS.items():
+        for part, tag in PARTS.items():
             if layer == part or layer.endswith(f".{part}"):
                 present.add(tag)
                 if last == "level_num":

@@ -16,9 +16,11 @@ from model.deploy.codes import Array
 from model.deploy.packages import needed
 from model.layers.quantized import quantizers
 from utils.checkpoint.exported import kind_of
+from utils.config.layer_bits import PARTS
 
 PRODUCTS = ("conv", "linear", "addmm", "matmul")  # parts of the names of a program's operators
-QUANTIZERS = (".quant_activation", ".quant_output")  # endings of the tensors that a quantizer makes
+# Endings of the tensors that a quantizer makes.
+QUANTIZERS = tuple(f".{part}" for part, tag in PARTS.items() if tag != "wt")
 
 
 class TorchRunner:

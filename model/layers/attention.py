@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.layers.matmul import TakesMatmuls, additive
 from model.layers.quantized import QuantLinear
 from model.observe import BorrowsWeight
 from utils.errors import UserError
@@ -117,12 +118,13 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[P
     )
 
 
-class CalledAttention(nn.MultiheadAttention):
+class CalledAttention(TakesMatmuls, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose projections are layers that it calls: `in_proj` and `out_proj`.
 
     Where the key or the value has another number of features than the query, `q_proj`, `k_proj` and `v_proj` take the
     place of `in_proj`. Parameters keep their names, so that a state dict loads and saves as before. Results differ
-    from those of the class before by rounding alone; its fast path of evaluation is not taken.
+    from those of the class before by rounding alone; its fast path of evaluation is not taken. Where the factors of
+    its products are quantized too, the weights that it returns are those before that, without dropout.
 
     Example:
         >>> import torch
@@ -179,8 +181,11 @@ class CalledAttention(nn.MultiheadAttention):
             mask = None if mask is None else functional.pad(mask, (0, 1))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         drop = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
+        weights, matmuls = None, self.own_matmuls()
+        if matmuls is not None:
+            x, found = matmuls(q, k, v, mask, dropout=drop)
+            weights = found if need_weights else None
+        elif need_weights:
             scores = (q * self.head_dim**-0.5) @ k.mT
             weights = functional.dropout((scores if mask is None else scores + mask).softmax(-1), drop)
             x = weights @ v
@@ -254,15 +259,9 @@ def _sum_of_masks(
     """
     total = None
     if attn_mask is not None:
-        total = _added(attn_mask, query)
+        total = additive(attn_mask, query)
         total = total if total.ndim == 2 else total.unflatten(0, (len(query), heads))
     if key_padding_mask is not None:
-        padding = _added(key_padding_mask, query)[:, None, None]
+        padding = additive(key_padding_mask, query)[:, None, None]
         total = padding if total is None else total + padding
     return total
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    if mask.is_floating_point():
-        return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

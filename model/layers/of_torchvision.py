@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
+from model.layers.matmul import TakesMatmuls
 from model.layers.quantized import QuantLinear
 
 
-class CalledWindowAttention(ShiftedWindowAttention):
+class CalledWindowAttention(TakesMatmuls, ShiftedWindowAttention):
     """`ShiftedWindowAttention` that calls `qkv` and `proj`; results differ by rounding alone.
 
     Windows of an image [N, H, W, C] attend to themselves. In every other block the image is rolled by half a window
@@ -38,17 +39,20 @@ class CalledWindowAttention(ShiftedWindowAttention):
         if any(shift):
             apart = _apart(padded, self.window_size, shift, x)
             scores = (scores.unflatten(0, (-1, len(apart))) + apart[:, None]).flatten(0, 1)
-        weights = functional.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        x = functional.dropout(
-            self.proj((weights @ v).transpose(1, 2).flatten(2)), self.dropout, self.training
-        )
+        drop, matmuls = self.attention_dropout if self.training else 0.0, self.own_matmuls()
+        if matmuls is None:
+            x = functional.dropout(scores.softmax(-1), drop) @ v
+        else:
+            x = matmuls.weights_value(scores.softmax(-1), v, drop)
+        x = functional.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
         x = x.unflatten(1, (rows, columns)).unflatten(0, (-1, *grid)).transpose(2, 3)
         x = x.flatten(3, 4).flatten(1, 2)
         return x.roll((shift[0], shift[1]), (1, 2))[:, :height, :width].contiguous()
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """The products of query and key [N * windows, heads, positions, positions]."""
-        return (q * q.shape[-1] ** -0.5) @ k.mT
+        scale, matmuls = q.shape[-1] ** -0.5, self.own_matmuls()
+        return (q * scale) @ k.mT if matmuls is None else matmuls.query_key(q, k.mT) * scale
 
 
 class CalledWindowAttentionV2(CalledWindowAttention, ShiftedWindowAttentionV2):
@@ -56,7 +60,8 @@ class CalledWindowAttentionV2(CalledWindowAttention, ShiftedWindowAttentionV2):
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        return functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT * scale
+        q, k, matmuls = functional.normalize(q, dim=-1), functional.normalize(k, dim=-1), self.own_matmuls()
+        return (q @ k.mT if matmuls is None else matmuls.query_key(q, k.mT)) * scale
 
 
 class NoKeyBias(nn.Linear):

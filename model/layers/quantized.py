@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class QuantLayer(nn.Module):
     """The base of quantized layers: three quantizers, each `nn.Identity` until `build_quantizers`.
 
     Attributes:
+        parts: the names of the quantizers -> their tags.
         weight: float32 [out, ...], as in the layer's full-precision class.
         quant_activation: quantizes the input.
         quant_weight: quantizes `weight`.
@@ -48,6 +49,9 @@ class QuantLayer(nn.Module):
         [True, False]
     """
 
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"quant_activation": "fm", "quant_weight": "wt", "quant_output": "ot"}
+    )
     weight: nn.Parameter
     bias: nn.Parameter | None
     quant_activation: nn.Module
@@ -63,7 +67,7 @@ class QuantLayer(nn.Module):
 
     def build_quantizers(self, config: QuantConfig, name: str) -> None:
         """Create the quantizers of this layer, which messages call `name`."""
-        for tag, part in (("fm", "activation"), ("wt", "weight"), ("ot", "output")):
+        for part, tag in self.parts.items():
             settings: QuantizerConfig = getattr(config, tag)
             site, groups = self._site(tag, name), self.quant_groups.get(tag)
             if groups is not None and settings.enable and not self.left_full(tag):
@@ -75,7 +79,7 @@ class QuantLayer(nn.Module):
             if asked is not None:
                 settings = with_bits(settings, asked, images=tag == "fm" and self.reads_images, name=name)
             try:
-                setattr(self, f"quant_{part}", build_quantizer(settings, site))
+                setattr(self, part, build_quantizer(settings, site))
             except UserError as error:
                 if asked is not None:
                     raise UserError(f"{asked.source}: {name}: {error}") from error
@@ -110,7 +114,7 @@ class QuantLayer(nn.Module):
 
     def quantizers(self) -> Iterator[tuple[str, Quantizer]]:
         """The quantizers of the layer that are not the identity, with their attribute names."""
-        for part in ("quant_activation", "quant_weight", "quant_output"):
+        for part in self.parts:
             quantizer = getattr(self, part)
             if isinstance(quantizer, Quantizer):
                 yield part, quantizer
@@ -412,13 +416,12 @@ def selected(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
 
     Numbers of levels reach quantizers with bits of their own only by the layer's name, written out, or its index.
     """
-    tags = {"activation": "fm", "weight": "wt", "output": "ot"}
     return [
         (f"{name}.{part}", quantizer)
         for number, (name, layer) in enumerate(quantized_layers(model))
         if (not rule.index or number in rule.index) and (fnmatchcase(name, rule.name) or name == rule.name)
         for part, quantizer in layer.quantizers()
-        for tag in [tags[part.removeprefix("quant_")]]
+        for tag in [layer.parts[part]]
         if rule.tag in ("", tag)
         if "level_num" not in rule.values or rule.index or name == rule.name or not layer.has_own_bits(tag)
     ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from model.convert import build_quantizers
 from model.layers import norms
+from model.layers.matmul import WORD, QuantMatmul
 from model.layers.quantized import kept_off, quantizers
 from model.networks import library, torchvision_resnet
 from model.networks.mobilenet import MobileNetV1, MobileNetV2
@@ -71,6 +72,12 @@ def build_network(config: ModelConfig) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(
             f"--model {config.name}: its function returned a {type(network).__name__}, no nn.Module"
+        )
+    if config.quant.quantizes_matmuls and not any(
+        isinstance(each, QuantMatmul) for each in network.modules()
+    ):
+        raise UserError(
+            f"{WORD}: --model {config.name} has no attention that could be quantized: leave the word out"
         )
     norms.check_norms(network)
     build_quantizers(network, config.quant)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.convert import Report, Selection, called, replace
 from model.layers.called import call_layers
+from model.layers.fused_attention import add_matmuls
 from model.networks.grey import take_grey
 from utils.config.image_size import sides, size_text
 from utils.config.schema import ModelConfig
@@ -123,6 +124,8 @@ def build_library_network(config: ModelConfig) -> nn.Module:
         signed = (order[0],) if config.quant.first_last else ()  # images have negative values
         report = replace(network, config.quant, Selection(signed=signed), order)
         _refuse_mixtures(config.name, network, report)
+        if config.quant.quantizes_matmuls:
+            add_matmuls(network, torch.zeros(1, config.channels, *sides(config.input_size)))
         if not report.replaced:
             why = next((left for left in report.left if left.name not in (order[0], order[-1])), None)
             reason = "" if why is None else f": {why.name} {why.reason}"

@@ -69,6 +69,8 @@ def _even(layer: QuantLayer, part: str, x: Tensor) -> Any:
 
 def _weight_codes(layer: QuantLayer) -> Tensor | None:
     """The integers of the weight, int32 [out, ...]."""
+    if not isinstance(layer.quant_weight, Quantizer):  # a product of two activations has no weight at all
+        return None
     found = _even(layer, "quant_weight", layer.full_weight().detach())
     return None if found is None else found.codes - found.zero_point
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.layers.matmul import QuantMatmul
 from model.layers.quantized import QuantLayer, quantizers
 from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
@@ -87,8 +88,11 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
     for owner, product in products.found.items():
         name = next((name for name in within(owner) if name in called), owner)
         layers[name] = called.get(name) or _other_cost(owner, model.get_submodule(owner), product)
+    matmuls = [module for module in model.modules() if isinstance(module, QuantMatmul)]
     return Cost(
-        layers=tuple((layers | called).values()), parameters=sum(p.numel() for p in model.parameters())
+        layers=tuple((layers | called).values()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        matmuls=tuple(words for each in matmuls if (words := describe(each.quant_left)[0])),
     )
 
 

@@ -28,7 +28,8 @@ class Probe:
 
     Each iteration has a file `iteration-N.npz`. For every layer it holds `LAYER.input` and `LAYER.output` of the chosen
     images, `LAYER.weight` and, where there are quantizers, `LAYER.quantized_input` and `LAYER.quantized_weight`; for a
-    tensor with a gradient also this, with `.gradient` appended to the name. The weight of a quantized layer is what is
+    tensor with a gradient also this, with `.gradient` appended to the name. A product of two activations has
+    `LAYER.quantized_left` and `LAYER.quantized_right`. The weight of a quantized layer is what is
     quantized, and not the parameter where it is computed from it. All are float32.
 
     Args:
@@ -71,7 +72,7 @@ class Probe:
                 hooks.append(layer.quant_weight.register_forward_pre_hook(partial(self._weighed, name)))
                 for part, quantizer in layer.quantizers():
                     if part != "quant_output":  # its output is the layer's
-                        what = "quantized_weight" if part == "quant_weight" else "quantized_input"
+                        what = part.replace("quant_activation", "quant_input").replace("quant_", "quantized_")
                         hooks.append(
                             quantizer.register_forward_hook(partial(self._quantized, f"{name}.{what}"))
                         )

@@ -145,10 +145,11 @@ def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
             below, above = found.tolist()
             each.below, each.above = max(below, each.below), max(above, each.above)
 
-    layers = [
-        (name, layer, layer.quant_activation)
+    layers = [  # (name, the module whose input it is, quantizer)
+        (name, layer, quantizer) if part == "quant_activation" else (f"{name}.{part}", quantizer, quantizer)
         for name, layer in quantized_layers(model)
-        if isinstance(layer.quant_activation, Quantizer) and layer.quant_activation.enabled
+        for part, quantizer in layer.quantizers()
+        if quantizer.config.tag == "fm" and quantizer.enabled
     ]
     if not layers:
         return seen

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.config import keyword
 from utils.config.command_line import Given
-from utils.config.layer_bits import SINGLE_LAYERS
+from utils.config.layer_bits import PARTS, SINGLE_LAYERS
 from utils.config.recorded import from_dict
 from utils.config.resolve import resolve as resolve_options
 from utils.config.resolve.bits import spread_bits
@@ -63,11 +63,10 @@ def _state_rules(payload: Mapping[str, Any]) -> tuple[Rule, ...]:
         where, _, last = name.rpartition(".")
         if last == "level_num" and tensor.numel() == 1:
             values.setdefault(where, {})["level_num"] = int(tensor)
-    tags = {f"quant_{part}": tag for tag, part in TAGS.items()}
     return tuple(
-        Rule(section="init", number=RECORDED, name=layer, tag=tags[part], values=one)
+        Rule(section="init", number=RECORDED, name=layer, tag=PARTS[part], values=one)
         for layer, _, part, one in ((*name.rpartition("."), one) for name, one in values.items())
-        if part in tags
+        if part in PARTS
     )
 
 

@@ -14,6 +14,14 @@ FULL_BITS, MOST_BITS, TERNARY = 32, 16, "ternary"
 WIDTHS = f"a number of bits from 1 to {MOST_BITS}, {TERNARY}, or {FULL_BITS} for full precision"
 SINGLE_LAYERS = ("first_bit", "last_bit", "layer_bits")  # options, and fields of a `QuantConfig`
 MOST_GROUPS = 2**20  # and channels in a group
+# Names of quantizers in a layer, or in a product of two activations -> their tags.
+PARTS = {
+    "quant_activation": "fm",
+    "quant_weight": "wt",
+    "quant_output": "ot",
+    "quant_left": "fm",
+    "quant_right": "fm",
+}
 BOTH = ""  # in place of a tag: weights and inputs, as far as they are quantized
 
 

@@ -187,6 +187,32 @@ def unfit_levels(config: QuantizerConfig) -> str:
     )
 
 
+def attention_fault(config: QuantizerConfig) -> str:
+    """Why a method of activations cannot quantize the factors of attention's products; empty where it can.
+
+    Query, key and value need signed levels, the output of a softmax those from zero.
+
+    Example:
+        >>> from utils.config.methods import attention_fault
+        >>> from utils.config.schema import QuantizerConfig
+        >>> attention_fault(QuantizerConfig(tag="fm", method="fatnn", levels=4))
+        'FATNN has no 4 signed levels, which query, key and value need: give 3 levels (ternary)'
+    """
+    record = record_of(config.method, config.tag)
+    name = record.title or config.method
+    if record.ignores("half_range"):
+        return f"{name} has no levels that start at zero, which the output of a softmax needs: choose another method"
+    for half_range, which in (
+        (False, "signed levels, which query, key and value need"),
+        (True, "levels from zero"),
+    ):
+        fitting = record.fitting_levels(config.levels, half_range)
+        if fitting != config.levels:
+            given = f"{fitting} levels (ternary)" if fitting == levels_of(TERNARY) else f"{fitting} levels"
+            return f"{name} has no {config.levels} {which}: give {given}"
+    return ""
+
+
 def readers(option: str) -> str:
     """The methods that are known to read an option on some tag, for messages."""
     known = ((name, record) for (name, _), record in _RECORDS.items() if record.reads_option(option))

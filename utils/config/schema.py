@@ -179,6 +179,7 @@ class QuantConfig:
     last_bit: int | str | None = None  # the same of the last layer
     layer_bits: tuple[LayerBits, ...] = ()  # bits of single layers; later ones win
     depthwise: bool = True  # quantize depth-wise convolutions too
+    attention_matmul: bool = False  # quantize both factors of attention's two products, by `fm`
 
     def __post_init__(self) -> None:
         """Refuse parts that are of another tag, and values that the fields do not take."""
@@ -210,6 +211,11 @@ class QuantConfig:
     def enabled(self) -> bool:
         """True when at least one tag quantizes."""
         return self.fm.enable or self.wt.enable or self.ot.enable
+
+    @property
+    def quantizes_matmuls(self) -> bool:
+        """Whether attention's products are quantized: that is asked for, and `fm` quantizes."""
+        return self.attention_matmul and self.fm.enable
 
 
 @dataclass(frozen=True, kw_only=True)

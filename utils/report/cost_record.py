@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from utils.config.layer_bits import FULL_BITS
@@ -70,11 +71,14 @@ class Cost:
         layers: the convolutions and linear layers, in the order they run.
         parameters: number of all parameters.
         note: a line about the ranges of its quantizers before training; empty for none.
+        matmuls: the quantizers of each product of attention whose factors are quantized, in words; such products are
+            not among the layers.
     """
 
     layers: tuple[LayerCost, ...]
     parameters: int
     note: str = ""
+    matmuls: tuple[str, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -137,7 +141,11 @@ class Cost:
         if any(layer.result for layer in self.layers):
             head += ("result",)
             rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
-        return "\n".join([format_table(head, rows), self.totals(), *[self.note] * bool(self.note)])
+        matmuls = [
+            f"both factors of {count} products of attention, which are not counted: {kind}"
+            for kind, count in Counter(self.matmuls).items()
+        ]
+        return "\n".join([format_table(head, rows), self.totals(), *matmuls, *[self.note] * bool(self.note)])
 
     def bits_table(self) -> str:
         """The bits of each layer with its size and its bit operations as text, a line each, and a line of totals."""

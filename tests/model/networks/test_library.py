@@ -138,6 +138,21 @@ def test_depthwise_convolutions_can_stay() -> None:
         ("torchvision:inception_v3", "cifar10", r"cannot take images of this size \(.*\); its own is 299$"),
         ("torchvision:vit_b_32", "cifar10 --input_size 40", "; its own is 224$"),
         ("torchvison:resnet18", "cifar10", "no such network; did you mean torchvision:resnet18"),
+        (
+            "torchvision:resnet18",
+            "cifar10,lsq,attention-matmul --bits 2",
+            "^attention-matmul: the network has no attention: leave the word out$",
+        ),
+        (
+            "resnet20",
+            "cifar10,lsq,origin,cbsa,attention-matmul --bits 2",
+            "^attention-matmul: --model resnet20 has no attention",
+        ),
+        (
+            "timm:test_vit",
+            "cifar10,xnor,attention-matmul --bits 1",
+            "^the keyword attention-matmul: xnor has no levels that start at zero",
+        ),
     ],
 )
 def test_a_mistake(model: str, rest: str, message: str) -> None:
@@ -280,18 +295,19 @@ def test_a_dry_run_proposes_signed_inputs(
 
 
 @pytest.mark.parametrize(
-    ("model", "full"),
+    ("model", "word", "full"),
     [
-        ("torchvision:squeezenet1_1", "features.0, classifier.1"),
-        ("timm:test_vit --input_size 64", "patch_embed.proj, head"),
+        ("torchvision:squeezenet1_1", "", "features.0, classifier.1"),
+        ("timm:test_vit --input_size 64", "attention-matmul,", "patch_embed.proj, head"),
     ],
 )
 def test_a_run(
-    model: str, full: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    model: str, word: str, full: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Trained and audited, then evaluated from its checkpoint."""
     monkeypatch.chdir(tmp_path)
-    line = f"{TINY} --model {model} --keyword {LSQ} --epochs 1 --lr 0.01 --re_init"
+    line = f"{TINY} --model {model} --keyword {word}{LSQ} --epochs 1 --lr 0.01 --re_init"
     assert main.main(line.split()) == 0
     printed = capsys.readouterr().out
     assert f"in full precision: {full}\n" in printed and "audit: passed" in printed

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.config.command_line import Given
 from utils.config.layer_bits import FULL_BITS
-from utils.config.methods import PROJECT, readers, record_of
+from utils.config.methods import PROJECT, attention_fault, readers, record_of
 from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.families import family_of
 from utils.config.resolve.layers import layer_options
@@ -21,6 +21,9 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
     warnings: list[str] = []
     parts = {tag: _quantizer_config(tag, given, fields, warnings) for tag in TAGS}
     first_last = bool(fields.get("quant.first_last", False))
+    matmul = bool(fields.get("quant.attention_matmul", False))
+    if matmul:
+        _check_matmul(given, parts["fm"], warnings)
     quant = QuantConfig(
         **parts,
         **layer_options(given, parts, first_last=first_last),
@@ -31,6 +34,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         first_last=first_last,
         first_signed=bool(given["fm_first_signed"]),
         depthwise=bool(fields.get("quant.depthwise", True)),
+        attention_matmul=matmul,
     )
     records = [record_of(part.method, tag) for tag, part in parts.items() if part.enable]
     known = all(part.method in PROJECT for part in parts.values() if part.enable)
@@ -221,6 +225,14 @@ def _check_method(
             warnings.append(
                 f"the keyword {word} has no effect on {tag}, which is not quantized by {reading_methods}"
             )
+
+
+def _check_matmul(given: Given, fm: QuantizerConfig, warnings: list[str]) -> None:
+    """Refuse the word `attention-matmul` for a method without the levels that it needs; warn where it is idle."""
+    if fm.enable and (fault := attention_fault(fm)):
+        raise UserError(f"the keyword attention-matmul: {fault}")
+    if not fm.enable and not is_full_precision(given):
+        warnings.append("the keyword attention-matmul has no effect without --fm_enable")
 
 
 def _by_bits(tag: str, given: Given) -> bool:

@@ -1,0 +1,268 @@
+"""The factors of attention's two products, quantized: against NumPy, in networks, and refused by name."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.audit import audit
+from model.calibrate import initialise_ranges
+from model.convert import quantize
+from model.deploy.graph import deploy_graph
+from model.deploy.onnx_qdq import qdq_model
+from model.deploy.openvino_ir import openvino_model
+from model.layers.matmul import AttentionMatmuls, QuantMatmul
+from model.quant import QuantConfig, QuantizerConfig, quantizers
+from tests import oracle
+from tests.model.foreign import config, swin_transformer, vision_transformer
+from utils.errors import UserError
+
+N, H, L, S, D = 2, 3, 5, 7, 4
+CLIPS = {"query_key.quant_left": 1.7, "query_key.quant_right": 1.3, "weights_value.quant_left": 0.6,
+         "weights_value.quant_right": 2.1}  # fmt: skip
+
+
+def timm_vit() -> nn.Module:
+    return timm.create_model("test_vit", img_size=32, num_classes=5)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision's ViT": vision_transformer,
+    "torchvision's Swin": swin_transformer,
+    "torchvision's Swin V2": lambda: swin_transformer(v2=True),
+    "timm's ViT": timm_vit,
+    "timm's Swin, not fused by default": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, embed_dim=16, depths=(1, 2), num_heads=(2, 2), window_size=4,
+        num_classes=5,
+    ),
+}  # fmt: skip
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    shifted = np.exp(x - x.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients(levels: int, masked: bool) -> None:
+    """Against NumPy in float64, through both products, the softmax and its mask, to factors and clip values."""
+    torch.manual_seed(levels)
+    fm = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=levels, half_range=True)
+    matmuls = AttentionMatmuls()
+    for name, layer in matmuls.named_children():
+        layer.build_quantizers(QuantConfig(fm=fm, attention_matmul=True), name)  # pyright: ignore[reportCallIssue]
+    for name, clip in CLIPS.items():
+        nn.init.constant_(matmuls.get_parameter(f"{name}.clip_val"), clip)
+    given = [torch.randn(N, H, length, D, requires_grad=True) for length in (L, S, S)]
+    mask = torch.randn(H, L, S) if masked else None
+    gy = torch.randn(N, H, L, D)
+    y, weights = matmuls(*given, mask, scale=0.7)
+    (y * gy).sum().backward()
+
+    q, k, v = (x.detach().double().numpy() for x in given)
+    zero = np.zeros(1)
+
+    def quantized(name: str, x: np.ndarray, g: np.ndarray = zero) -> oracle.Result:
+        clip = np.array([np.float32(CLIPS[name])], np.float64)
+        half_range = name == "weights_value.quant_left"
+        return oracle.lsq(x, g, clip_val=clip, levels=levels, half_range=half_range)
+
+    def swapped(x: np.ndarray) -> np.ndarray:
+        return x.swapaxes(-1, -2)
+
+    ql, kr = quantized("query_key.quant_left", q).y, quantized("query_key.quant_right", k).y
+    full = softmax(0.7 * (ql @ swapped(kr)) + (0.0 if mask is None else mask.double().numpy()))
+    wl, vr = quantized("weights_value.quant_left", full), quantized("weights_value.quant_right", v).y
+    np.testing.assert_allclose(weights.detach().numpy(), full, atol=1e-6)
+    np.testing.assert_allclose(y.detach().numpy(), wl.y @ vr, atol=1e-5)
+    assert wl.y.min() >= 0 and len(np.unique(wl.y)) <= levels
+
+    g = gy.double().numpy()
+    of_weights = quantized("weights_value.quant_left", full, g @ swapped(vr))
+    of_value = quantized("weights_value.quant_right", v, swapped(wl.y) @ g)
+    of_scores = 0.7 * full * (of_weights.gx - (of_weights.gx * full).sum(-1, keepdims=True))
+    of_query = quantized("query_key.quant_left", q, of_scores @ kr)
+    of_key = quantized("query_key.quant_right", k, swapped(of_scores) @ ql)
+    for x, expected in zip(given, (of_query, of_key, of_value), strict=True):
+        assert x.grad is not None
+        np.testing.assert_allclose(x.grad.numpy(), expected.gx, atol=2e-5)
+    for name, expected in zip(CLIPS, (of_query, of_key, of_weights, of_value), strict=True):
+        found = matmuls.get_parameter(f"{name}.clip_val").grad
+        assert found is not None
+        np.testing.assert_allclose(found.numpy(), expected.grads["clip_val"], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_and_heads() -> None:
+    """Dropped are quantized values, so that no range grows in training; a group is one head or several."""
+    fm = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=3, half_range=True, quant_group=H)
+    product = QuantMatmul(of_softmax=True)
+    product.heads = H
+    product.build_quantizers(QuantConfig(fm=fm, attention_matmul=True), "matmul")
+    assert product.get_parameter("quant_left.clip_val").shape == (1, H, 1, 1)
+    weights = torch.eye(L).expand(N, H, L, L) * 0.8 + 0.3 * torch.eye(L).roll(1, 0)  # become 1, 0.5 and 0
+    y = product(weights, torch.eye(L).expand(N, H, L, L), 0.5)
+    assert set(y.unique().tolist()) == {0, 1, 2}
+    fm = QuantizerConfig(tag="fm", enable=True, method="lsq", levels=4, quant_group=2)
+    with pytest.raises(UserError, match=r"^attention-matmul: matmul: .* does not divide its 3 channels"):
+        product.build_quantizers(QuantConfig(fm=fm, attention_matmul=True), "matmul")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network(name: str) -> None:
+    """Two steps of training; the audit names each quantizer; copies, pickles and states carry them."""
+    torch.manual_seed(0)
+    net, x = NETWORKS[name](), torch.randn(4, 3, 32, 32)
+    for parameter in net.parameters():  # some heads start at zero
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    trained, full = net.state_dict(), net.eval()(x)
+    wanted = config(4, attention_matmul=True)
+    report = quantize(net, wanted, example=(x,))
+    own = {key: one for key, one in quantizers(net) if ".matmuls." in key}
+    products = [layer for layer in net.modules() if isinstance(layer, QuantMatmul)]
+    assert len(own) == 2 * len(products) > 0 and report.replaced
+    for key, one in own.items():
+        assert one.config.half_range == key.endswith("weights_value.quant_left")
+    for _, one in quantizers(net):
+        one.enabled = False
+    torch.testing.assert_close(net(x), full, rtol=1e-4, atol=1e-5)  # the same network but for the quantizers
+    for _, one in quantizers(net):
+        one.enabled = True
+    initialise_ranges(net, x, wanted)
+    optimizer = torch.optim.SGD(net.train().parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        functional.cross_entropy(net(x), torch.arange(4)).backward()
+        optimizer.step()
+    assert all(
+        parameter.grad is not None and parameter.grad.any()
+        for one in own.values()
+        for parameter in one.parameters()
+    )
+    assert all(int(one.iteration) == 2 for one in own.values())
+    found = audit(net.eval(), [x], wanted)
+    assert not found.problems and {row.name for row in found.rows} >= set(own)
+    y = net(x)
+    assert not torch.allclose(y, full)
+    for again in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(again(x), y)
+    state = net.state_dict()
+    assert [entry for entry in state if ".quant_" not in entry] == list(trained)
+    other = NETWORKS[name]()
+    quantize(other, wanted, example=(x,))
+    assert other.load_state_dict(trained, strict=False).unexpected_keys == []
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(x), y)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not audit(net, [x], wanted).problems and net(x).isfinite().all()
+
+
+class Own(nn.Module):
+    """One head; what it computes is `kind`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.qkv, self.kind = nn.Linear(4, 12), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        attend: Any = functional.scaled_dot_product_attention
+        if self.kind == "products":
+            return ((q @ k.mT).softmax(-1) @ v).squeeze(1)
+        if self.kind == "two":
+            return attend(attend(q, k, v), k, v).squeeze(1)
+        if self.kind == "three dimensions":
+            return attend(q[:, 0], k[:, 0], v[:, 0])
+        if self.kind == "boolean mask":
+            return attend(q, k, v, attn_mask=torch.ones(len(x[0]), len(x[0])).tril().bool()).squeeze(1)
+        return attend(q, k, v, is_causal=self.kind == "causal", scale=0.3).squeeze(1)
+
+
+def test_an_attention_of_ones_own() -> None:
+    """Of whatever class, where torch's function computes it, with its masks and its scale; one graph, compiled."""
+    x = torch.randn(2, 6, 4)
+    for kind in ("boolean mask", "causal", "plain"):
+        net = nn.Sequential(Own(kind)).eval()
+        before = net(x)
+        quantize(net, config(attention_matmul=True, first_last=True), example=(x,))
+        y = torch.compile(net, backend="aot_eager", fullgraph=True)(x) if kind == "causal" else net(x)
+        assert torch.equal(y, net(x))
+        for _, one in quantizers(net):
+            one.enabled = False
+        torch.testing.assert_close(net(x), before)
+
+
+def test_the_audit_sees_a_factor_that_is_not_quantized() -> None:
+    net, x = timm_vit(), torch.randn(2, 3, 32, 32)
+    wanted = config(attention_matmul=True)
+    quantize(net, wanted, example=(x,))
+    product = net.get_submodule("blocks.0.attn.matmuls.query_key")
+    product.forward = lambda left, right: left @ product.quant_right(right)  # pyright: ignore
+    assert any("query_key" in line and "quant_left" in line for line in audit(net, [x], wanted).problems)
+    product.quant_left = nn.Identity()
+    assert any("query_key.quant_left" in line for line in audit(net, [x], wanted).problems)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "the network has no attention: leave the word out"),
+        (lambda: nn.Sequential(Own("products")), r"0 \(Own\): multiplies activations in a way of its own"),
+        (lambda: nn.Sequential(Own("two")), r"0 \(Own\): multiplies"),
+        (lambda: nn.Sequential(Own("three dimensions")), r"0 \(Own\): multiplies"),
+        (lambda: timm.create_model("cait_xxs24_224", img_size=32), r"blocks\.0\.attn, .*TalkingHeadAttn"),
+    ],
+)
+def test_what_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    """By the names of the modules; the network is as it was."""
+    net = make()
+    x = torch.randn(2, 6, 4) if isinstance(net, nn.Sequential) else torch.randn(1, 3, 32, 32)
+    kinds = [type(module) for module in net.modules()]
+    with pytest.raises(UserError, match=f"^attention-matmul: {message}"):
+        quantize(net, config(attention_matmul=True, first_last=True), example=(x,))
+    assert [type(module) for module in net.modules()] == kinds
+
+
+def test_configurations_that_are_refused() -> None:
+    fm = QuantizerConfig(tag="fm", enable=True, method="xnor", levels=2)
+    with pytest.raises(UserError, match=r"^attention-matmul: xnor has no levels that start at zero"):
+        quantize(timm_vit(), QuantConfig(fm=fm, attention_matmul=True), example=(torch.randn(1, 3, 32, 32),))
+    with pytest.raises(UserError, match="give quantize an example"):
+        quantize(timm_vit(), config(attention_matmul=True))
+    wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
+    with pytest.raises(UserError, match="attention_matmul: fm quantizes the factors: enable it"):
+        quantize(timm_vit(), QuantConfig(wt=wt, attention_matmul=True))
+
+
+def test_engines_compute_the_same_codes() -> None:
+    """The products in float, of the same levels: in an ONNX file in both engines, and in OpenVINO's own."""
+    import onnxruntime
+    import openvino
+
+    net, x = vision_transformer(), torch.randn(2, 3, 32, 32)
+    for parameter in net.parameters():  # biases too: sums that are 0 lie between two levels
+        nn.init.normal_(parameter, std=0.1)
+    wanted = config(4, attention_matmul=True)
+    quantize(net, wanted, example=(x,))
+    initialise_ranges(net, x, wanted)
+    graph = deploy_graph(net, (3, 32, 32))
+    assert sum(".matmuls." in name for name in graph.activations) == 8
+    expected = net.eval()(x).detach().numpy()
+    file = qdq_model(graph).SerializeToString()
+    found = [onnxruntime.InferenceSession(file).run(None, {"input": x.numpy()})[0]]
+    core = openvino.Core()
+    for model in (core.read_model(file), openvino_model(graph)):
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found.append(next(iter(compiled({"input": x.numpy()}).values())))
+    for each in found:
+        np.testing.assert_allclose(each, expected, atol=1e-5)
