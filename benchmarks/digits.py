@@ -5,7 +5,7 @@
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
     python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
-    python benchmarks/digits.py --dataset glyphs --factors  # what they consist of, one change at a time
+    python benchmarks/digits.py --dataset glyphs --factors  # what that for 1 bit consists of, one change at a time
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
@@ -177,7 +177,7 @@ RECIPES = (
     TWO_FIRST_STEP,
     replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
 )
-FACTORS = (  # one at a time
+FACTORS = (  # of the binary recipe, one at a time
     Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     REACTNET,
     replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM} --label_smooth 0.1"),
@@ -185,9 +185,6 @@ FACTORS = (  # one at a time
     replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
-    replace(TWO, name="EWGS, taught", keywords="dorefa,ewgs"),
-    replace(TWO, name="LSQ, untaught", recipe=f"{STEPS} {SGD} --label_smooth 0.1"),
-    replace(TWO, name="LSQ, taught, gradients clipped", options=f"{bits(2)} --grad_clip 1"),
 )
 
 
@@ -379,7 +376,7 @@ def main() -> int:
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
         ("recipes", "the best ones for 1 and 2 bits"),
-        ("factors", "what the recipes consist of, one change at a time"),
+        ("factors", "what the recipe for 1 bit consists of, one change at a time"),
         ("peers", "quantizers of other libraries"),
     ):
         sets.add_argument(
