@@ -18,6 +18,8 @@ from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
 from tests import oracle
+from tests.model.quantizers import formulas
+from tests.model.quantizers.formulas import Setting
 from tests.oracle import Array, Groups, Result
 from utils.config.schema import QuantizerConfig
 
@@ -25,28 +27,6 @@ LEVELS = (2, 3, 4, 8, 16, 256)
 CHANNELS = 8
 SHAPES = {"fm": (4, CHANNELS, 5, 5), "ot": (4, CHANNELS, 5, 5), "wt": (CHANNELS, 6, 3, 3)}
 FAN = 54  # of the weight's shape
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What an expectation is computed from."""
-
-    config: QuantizerConfig
-    groups: Groups
-    state: Mapping[str, Array]  # the module's state; learned values as vectors [g]
-    factor: float  # of the clip value's gradient
-
-    @property
-    def ste_scale(self) -> bool:
-        return self.config.grad_type == "STE-scale"
-
-    @property
-    def weight(self) -> bool:
-        return self.config.tag == "wt"
-
-    @property
-    def alphas(self) -> list[Array]:
-        return [value for name, value in sorted(self.state.items()) if name.startswith("alpha")]
 
 
 Expectation = Callable[[Setting, Array, Array], Result]
@@ -73,149 +53,51 @@ class Method:
     scaled: float = 0.0  # how far the gradient of 1 may be from 1 within the range
 
 
-def dorefa_activation(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.dorefa_activation(
-        x,
-        gy,
-        clip=s.config.boundary,
-        levels=s.config.levels,
-        half_range=s.config.half_range,
-        ste_scale=s.ste_scale,
-    )
-
-
-def dorefa_weight(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.dorefa_weight(x, gy, levels=s.config.levels)
-
-
-def binary_weight(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.binary_weight(x, gy)
-
-
-def pact(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.pact(
-        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
-        groups=s.groups, factor=s.factor, ste_scale=s.ste_scale,
-    )  # fmt: skip
-
-
-def lsq(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.lsq(
-        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
-        groups=s.groups, factor=s.factor,
-    )  # fmt: skip
-
-
-def lsq_midtread(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.lsq_midtread(
-        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, groups=s.groups, factor=s.factor
-    )
-
-
-def lsqplus(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.lsqplus(
-        x, gy, clip_val=s.state["clip_val"], offset=s.state["offset"], levels=s.config.levels, groups=s.groups,
-        factor=s.factor,
-    )  # fmt: skip
-
-
-def ewgs(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.ewgs(
-        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
-        delta=s.config.grad_delta, groups=s.groups, factor=s.factor,
-    )  # fmt: skip
-
-
-def apot(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.apot(
-        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
-        groups=s.groups, factor=s.factor,
-    )  # fmt: skip
-
-
-def n2uq(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.n2uq(
-        x, gy, clip_val=s.state["clip_val"], start=s.state["start"],
-        widths=[s.state[f"width{i}"] for i in range(s.config.levels - 1)], half_range=s.config.half_range,
-        groups=s.groups, factor=s.factor,
-    )  # fmt: skip
-
-
-def n2uq_weight(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.n2uq_weight(x, gy, levels=s.config.levels, groups=s.groups)
-
-
-def lq(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.lq(
-        x,
-        gy,
-        basis=s.state["basis"],
-        half_range=s.config.half_range,
-        groups=s.groups,
-        activation=not s.weight,
-    )
-
-
-def fatnn_half(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.fatnn_half(x, gy, alphas=s.alphas, groups=s.groups)
-
-
-def fatnn_ternary(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.fatnn_ternary(x, gy, alphas=s.alphas, groups=s.groups)
-
-
-def xnor_activation(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.xnor_activation(x, gy, grad_type=s.config.grad_type, custom=s.config.custom)
-
-
-def rsign(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.rsign(x, gy, threshold=s.state["threshold"], grad_type=s.config.grad_type, groups=s.groups)
-
-
-def xnor_weight(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.xnor_weight(x, gy, grad_type=s.config.grad_type, groups=s.groups)
-
-
 FM, WT = ("fm", "ot"), ("wt",)
 FULL, HALF, POWERS = (False,), (True,), (2, 4, 8, 16, 256)
-TANH: dict[str, Any] = {"expected": dorefa_weight, "half_range": FULL, "idempotent": False}
+TANH: dict[str, Any] = {"expected": formulas.dorefa_weight, "half_range": FULL, "idempotent": False}
 CLIP: dict[str, Any] = {"state": ("clip_val",), "range_name": "clip_val", "calibrates": True}
 BINARY: dict[str, Any] = {"levels": (2,), "half_range": FULL}
 DELTA = 0.5  # large enough to see
 METHODS = {
-    "dorefa": Method(method="dorefa", tags=FM, expected=dorefa_activation, calibrates=True),
+    "dorefa": Method(method="dorefa", tags=FM, expected=formulas.dorefa_activation, calibrates=True),
     "dorefa-wt": Method(method="dorefa", tags=WT, **TANH),
     "dorefa-bin": Method(
         method="dorefa",
         tags=WT,
-        expected=binary_weight,
+        expected=formulas.binary_weight,
         fields={"binary_scale": True},
         idempotent=False,
         **BINARY,
     ),
-    "pact": Method(method="pact", tags=FM, expected=pact, **CLIP),
+    "pact": Method(method="pact", tags=FM, expected=formulas.pact, **CLIP),
     "pact-wt": Method(method="pact", tags=WT, **TANH),
-    "lsq": Method(method="lsq", tags=(*FM, *WT), expected=lsq, **CLIP),
+    "lsq": Method(method="lsq", tags=(*FM, *WT), expected=formulas.lsq, **CLIP),
     "lsq-midtread": Method(
         method="lsq",
         tags=(*FM, *WT),
-        expected=lsq_midtread,
+        expected=formulas.lsq_midtread,
         fields={"grid": "midtread"},
         levels=(3, 4, 8, 16, 256),
         half_range=FULL,
         **CLIP,
     ),
     "lsqplus": Method(
-        method="lsqplus", tags=FM, expected=lsqplus, state=("clip_val", "offset"), calibrates=True
+        method="lsqplus", tags=FM, expected=formulas.lsqplus, state=("clip_val", "offset"), calibrates=True
     ),
-    "lsqplus-wt": Method(method="lsqplus", tags=WT, expected=lsq, **CLIP),
+    "lsqplus-wt": Method(method="lsqplus", tags=WT, expected=formulas.lsq, **CLIP),
     "ewgs": Method(
-        method="ewgs", tags=(*FM, *WT), expected=ewgs, fields={"grad_delta": DELTA}, scaled=DELTA / 2, **CLIP
+        method="ewgs",
+        tags=(*FM, *WT),
+        expected=formulas.ewgs,
+        fields={"grad_delta": DELTA},
+        scaled=DELTA / 2,
+        **CLIP,
     ),
     "apot": Method(
         method="apot",
         tags=(*FM, *WT),
-        expected=apot,
+        expected=formulas.apot,
         levels=(2, 4, 8, 16, 64),
         half_range=HALF,
         even=False,
@@ -224,7 +106,7 @@ METHODS = {
     "apot-signed": Method(
         method="apot",
         tags=(*FM, *WT),
-        expected=apot,
+        expected=formulas.apot,
         levels=(3, 4, 8, 16, 64),
         half_range=FULL,
         even=False,
@@ -233,21 +115,31 @@ METHODS = {
     "n2uq": Method(
         method="n2uq",
         tags=FM,
-        expected=n2uq,
+        expected=formulas.n2uq,
         levels=(2, 3, 4, 8, 16),
         state=("clip_val", "start", "width0", "width1", "width2"),
         calibrates=True,
         idempotent=False,
     ),
-    "n2uq-wt": Method(method="n2uq", tags=WT, expected=n2uq_weight, half_range=FULL, idempotent=False),
-    "lq": Method(method="lq", tags=FM, expected=lq, levels=POWERS, state=("basis",), calibrates=True),
+    "n2uq-wt": Method(
+        method="n2uq", tags=WT, expected=formulas.n2uq_weight, half_range=FULL, idempotent=False
+    ),
+    "lq": Method(
+        method="lq", tags=FM, expected=formulas.lq, levels=POWERS, state=("basis",), calibrates=True
+    ),
     "lq-wt": Method(
-        method="lq", tags=WT, expected=lq, levels=POWERS, state=("basis",), calibrates=True, spread=0.15
+        method="lq",
+        tags=WT,
+        expected=formulas.lq,
+        levels=POWERS,
+        state=("basis",),
+        calibrates=True,
+        spread=0.15,
     ),
     "fatnn": Method(
         method="fatnn",
         tags=FM,
-        expected=fatnn_half,
+        expected=formulas.fatnn_half,
         levels=(2, 3, 4),
         half_range=HALF,
         state=("alpha0", "alpha1", "alpha2", "clip_val"),
@@ -257,7 +149,7 @@ METHODS = {
     "fatnn-ternary": Method(
         method="fatnn",
         tags=FM,
-        expected=fatnn_ternary,
+        expected=formulas.fatnn_ternary,
         levels=(3,),
         half_range=FULL,
         state=("alpha0", "alpha1", "clip_val"),
@@ -267,24 +159,24 @@ METHODS = {
     "fatnn-wt": Method(
         method="fatnn",
         tags=WT,
-        expected=fatnn_ternary,
+        expected=formulas.fatnn_ternary,
         levels=(3,),
         half_range=FULL,
         state=("alpha0", "alpha1"),
         calibrates=True,
         idempotent=False,
     ),
-    "xnor": Method(method="xnor", tags=FM, expected=xnor_activation, levels=(2,)),
+    "xnor": Method(method="xnor", tags=FM, expected=formulas.xnor_activation, levels=(2,)),
     "xnor-STE": Method(
-        method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "STE"}, **BINARY
+        method="xnor", tags=FM, expected=formulas.xnor_activation, fields={"grad_type": "STE"}, **BINARY
     ),
     "xnor-Triangle": Method(
-        method="xnor", tags=FM, expected=xnor_activation, fields={"grad_type": "Triangle"}, **BINARY
+        method="xnor", tags=FM, expected=formulas.xnor_activation, fields={"grad_type": "Triangle"}, **BINARY
     ),
     "xnor-channel": Method(
         method="xnor",
         tags=FM,
-        expected=xnor_activation,
+        expected=formulas.xnor_activation,
         fields={"custom": "channel"},
         idempotent=False,
         monotonic=False,
@@ -293,7 +185,7 @@ METHODS = {
     "xnor-resolution": Method(
         method="xnor",
         tags=FM,
-        expected=xnor_activation,
+        expected=formulas.xnor_activation,
         fields={"custom": "resolution", "grad_type": "STE"},
         idempotent=False,
         monotonic=False,
@@ -302,17 +194,24 @@ METHODS = {
     "reactnet": Method(
         method="reactnet",
         tags=FM,
-        expected=rsign,
+        expected=formulas.rsign,
         fields={"grad_type": "Triangle"},
         state=("threshold",),
         per_channel=True,
         idempotent=False,
         **BINARY,
     ),
-    "reactnet-wt": Method(method="reactnet", tags=WT, expected=xnor_weight, idempotent=False, **BINARY),
-    "xnor-wt": Method(method="xnor", tags=WT, expected=xnor_weight, idempotent=False, **BINARY),
+    "reactnet-wt": Method(
+        method="reactnet", tags=WT, expected=formulas.xnor_weight, idempotent=False, **BINARY
+    ),
+    "xnor-wt": Method(method="xnor", tags=WT, expected=formulas.xnor_weight, idempotent=False, **BINARY),
     "xnor-wt-STE": Method(
-        method="xnor", tags=WT, expected=xnor_weight, fields={"grad_type": "STE"}, idempotent=False, **BINARY
+        method="xnor",
+        tags=WT,
+        expected=formulas.xnor_weight,
+        fields={"grad_type": "STE"},
+        idempotent=False,
+        **BINARY,
     ),
 }
 

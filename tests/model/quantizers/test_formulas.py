@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.quantizers.registry import methods
+from tests.model.quantizers import formulas
 from tests.model.quantizers.cases import (
     CHANNELS,
     METHODS,
@@ -17,13 +18,9 @@ from tests.model.quantizers.cases import (
     backward,
     cases,
     compare,
-    dorefa_activation,
     each_level,
-    fatnn_half,
-    lsq_midtread,
     make,
     over,
-    pact,
     sample,
     setting,
 )
@@ -44,12 +41,12 @@ def test_gradient_scale(case: Case, kind: str) -> None:
     compare(case.with_fields(grad_scale=kind, scale=0.7))
 
 
-@over(cases(where=lambda method: method.expected in (dorefa_activation, pact)))
+@over(cases(where=lambda method: method.expected in (formulas.dorefa_activation, formulas.pact)))
 def test_ste_scale_makes_up_for_the_clipped_elements(case: Case) -> None:
     compare(case.with_fields(grad_type="STE-scale"))
 
 
-@over(cases(where=lambda method: method.expected in (dorefa_activation, pact)))
+@over(cases(where=lambda method: method.expected in (formulas.dorefa_activation, formulas.pact)))
 def test_ste_scale_with_every_element_clipped(case: Case) -> None:
     _, gx = backward(make(case.with_fields(grad_type="STE-scale")), torch.full(SHAPES[case.tag], 100.0))
     assert torch.equal(gx, torch.zeros_like(gx))
@@ -62,7 +59,9 @@ def test_gamma(case: Case) -> None:
 
 @pytest.mark.parametrize("restore", [False, True], ids=["kept", "restored"])
 @pytest.mark.parametrize("kind", ["mean", "var", "mean-var", "var-mean"])
-@over(cases(groups=(2,), where=lambda method: method.monotonic and method.expected is not fatnn_half))
+@over(
+    cases(groups=(2,), where=lambda method: method.monotonic and method.expected is not formulas.fatnn_half)
+)
 def test_adaptive(case: Case, kind: str, restore: bool) -> None:
     compare(case.with_fields(adaptive=kind, adaptive_restore=restore))
 
@@ -70,7 +69,7 @@ def test_adaptive(case: Case, kind: str, restore: bool) -> None:
 @over(cases(groups=(None, 1), where=lambda method: method.range_name == "clip_val"))
 def test_outside_the_range_the_gradient_to_the_clip_value_is_the_slope_of_the_output(case: Case) -> None:
     """Where all is clipped the output is smooth in the clip value, for LSQ below the range too."""
-    signs = [1.0] if case.method.expected is pact else [1.0, -1.0]
+    signs = [1.0] if case.method.expected is formulas.pact else [1.0, -1.0]
     for sign in signs:
         quantizer = make(case)
         x = torch.full(SHAPES[case.tag], 100.0 * sign)
@@ -94,7 +93,7 @@ def test_paper_gradient_scale_moves_the_step_as_the_paper_does(tag: str) -> None
     quantizer, high, rate = make(case), 7, 0.01
     x = sample(case).astype(np.float64)
     given = setting(plain, quantizer)
-    gradient = lsq_midtread(given, x, np.ones_like(x)).grads["clip_val"] * high
+    gradient = formulas.lsq_midtread(given, x, np.ones_like(x)).grads["clip_val"] * high
     count = x.size if tag == "wt" else x[0].size
     clip = quantizer.get_parameter("clip_val")
     before = clip.detach().clone()

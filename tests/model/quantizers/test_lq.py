@@ -11,7 +11,7 @@ import torch
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.lq import LQ
-from tests import oracle
+from tests import uneven
 from tests.model.quantizers.cases import (
     CHANNELS,
     FAN,
@@ -32,7 +32,7 @@ def assert_follows(
 ) -> None:
     """A step with x: the basis becomes `update` of the last one and of the least-squares fit to x."""
     given, old = setting(case, quantizer), quantizer.get_buffer("basis").double().numpy()
-    new = oracle.lq_least_squares(
+    new = uneven.lq_least_squares(
         x.astype(np.float64), basis=old, half_range=case.half_range, groups=given.groups, activation=not given.weight
     )  # fmt: skip
     expected = update(old, new)
@@ -45,11 +45,11 @@ def test_lq_basis_follows_least_squares(case: Case) -> None:
     quantizer = make(case)
     given = setting(case, quantizer)
     basis = given.state["basis"]
-    initial = oracle.lq_initial_basis(len(basis), given.groups.count, fan=FAN if given.weight else None)
+    initial = uneven.lq_initial_basis(len(basis), given.groups.count, fan=FAN if given.weight else None)
     np.testing.assert_allclose(basis, initial, rtol=1e-6)
     for step in range(3):
         x = sample(case, step)
-        assert_follows(quantizer, case, x, oracle.lq_blend)
+        assert_follows(quantizer, case, x, uneven.lq_blend)
     basis = quantizer.get_buffer("basis").clone()
     quantizer.eval()
     quantizer(torch.from_numpy(x))
@@ -62,7 +62,7 @@ def test_lq_custom_update_is_a_running_mean(case: Case) -> None:
     quantizer = make(case)
     for iteration in (1, 2, 3):
         x = sample(case, iteration)
-        assert_follows(quantizer, case, x, partial(oracle.lq_running_mean, iteration=iteration))
+        assert_follows(quantizer, case, x, partial(uneven.lq_running_mean, iteration=iteration))
 
 
 @over(cases(where=lambda method: method.method == "lq"))
@@ -74,7 +74,7 @@ def test_the_running_mean_begins_behind_a_warm_up(case: Case) -> None:
         quantizer(torch.from_numpy(sample(case, iteration)))
     for count in (1, 2):
         x = sample(case, 100 + count)
-        assert_follows(quantizer, case, x, partial(oracle.lq_running_mean, iteration=count))
+        assert_follows(quantizer, case, x, partial(uneven.lq_running_mean, iteration=count))
 
 
 @over(cases(where=lambda method: method.method == "lq"))

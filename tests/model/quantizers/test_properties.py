@@ -15,7 +15,7 @@ from model.layers.quantized import QuantConv2d, QuantLinear
 from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
-from tests import oracle
+from tests import oracle, uneven
 from tests.conformance import options
 from tests.model.quantizers.cases import METHODS, Case, Method, cases, each_level
 from utils.errors import UserError
@@ -107,7 +107,7 @@ def test_the_level_is_the_nearest(case: Case, x: Tensor, clip: float) -> None:
 def test_lq_takes_the_nearest_of_its_levels(case: Case, x: Tensor) -> None:
     quantizer = per_tensor(case, x)
     basis = quantizer.get_buffer("basis").double().numpy().ravel()
-    levels = oracle.lq_codes(len(basis), case.half_range) @ basis
+    levels = uneven.lq_codes(len(basis), case.half_range) @ basis
     values = x.double().numpy()
     nearest = np.abs(values[..., None] - levels).min(axis=-1)
     found = np.abs(quantizer(x).double().numpy() - values)
