@@ -158,24 +158,24 @@ def n2uq(
     groups: Groups = ONE,
     factor: float = 1.0,
 ) -> Result:
-    """c * l(k / n): k of n ramps of width |w_i| in units of c, the first from `start`, are passed by half or more.
+    """c * l(k / n): k of n ramps of width |w_i| in units of c, the first from `start`, are passed by more than half.
 
     Backwards k is the height of the ramps (paper, section 3.2): in ramp i, that begins at d, dk/dr = 1 / |w_i|,
     dk/dd = -1 / |w_i| and dk/dw_i = -(r - d) / w_i^2; d moves with `start` and with all widths before it.
     """
-    n = len(widths)
+    n, floor = len(widths), 1e-3
     c, begin = groups.spread(np.abs(clip_val), x), groups.spread(start, x)
     ratio = x / c
     edges = [begin]
     for width in widths:
-        edges.append(edges[-1] + groups.spread(np.abs(width), x))
+        edges.append(edges[-1] + groups.spread(np.maximum(np.abs(width), floor), x))
     middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
     k = np.sum([ratio > middle for middle in middles], axis=0)
     unit = (1.0 if half_range else 2.0) / n
     level = k * unit - (0.0 if half_range else 1.0)
     slope, own = np.zeros_like(x), [np.zeros_like(x) for _ in widths]
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
-        inside = (ratio >= low) & (ratio <= high)
+        inside = (ratio > low) & (ratio <= high)
         slope += inside / (high - low)
         own[i] -= inside * (ratio - low) / (high - low) ** 2
         for before in own[:i]:

@@ -256,13 +256,8 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
     )  # fmt: skip
     if highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=levels, reason="its codes need more than 8 bits")
-    wrong = None if made.step is None else _off_step(made, quantizer, quantizer.normalise(x))
-    if wrong is not None:
-        value, wanted, got = wrong
-        raise UserError(
-            f"{name}: {quantizer.config.method} cannot be exported: it makes {wanted:g} of {value:g}, and its "
-            f"search_grid and its integers {got:g}; mend these, or export --to program"
-        )
+    if made.step is not None:
+        _check_step(made, quantizer, quantizer.normalise(x))
     return made
 
 
@@ -271,14 +266,29 @@ def _with_offset(name: str, quantizer: Quantizer, x: Tensor, found: QuantizedTen
     assert found.scale is not None and found.offset is not None
     gamma = 1.0 if found.gamma is None else float(found.gamma.detach())
     step, whole, zero = float(found.scale.detach()), found.whole, found.code_of_zero - found.zero_point
+    if whole != list(range(whole[0], whole[-1] + 1)):
+        return ActivationCodes(name=name, levels=quantizer.levels, reason="its levels are uneven")
+    if len(whole) == 256 and (zero - whole[0]) % 2:  # which is the zero point, see there
+        zero += 1 if zero < whole[-1] else -1
     made = ActivationCodes(
         name=name, levels=quantizer.levels, lowest=whole[0] - zero, highest=whole[-1] - zero, step=step,
         scale=step * gamma, offset=(float(found.offset.detach()) + zero * step) * gamma,
     )  # fmt: skip
-    even = whole == list(range(whole[0], whole[-1] + 1))
-    if not even or made.highest + made.zero_point > 255 or _off_step(made, quantizer, x) is not None:
-        return ActivationCodes(name=name, levels=quantizer.levels, reason="its levels have an offset")
+    if made.highest + made.zero_point > 255:
+        return ActivationCodes(name=name, levels=quantizer.levels, reason="its codes need more than 8 bits")
+    _check_step(made, quantizer, x)
     return made
+
+
+def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> None:
+    """Refuse a quantizer that does not give round((x - shift) / step)."""
+    wrong = _off_step(codes, quantizer, like)
+    if wrong is not None:
+        value, wanted, got = wrong
+        raise UserError(
+            f"{codes.name}: {quantizer.config.method} cannot be exported: it makes {wanted:g} of {value:g}, and its "
+            f"search_grid and its integers {got:g}; mend these, or export --to program"
+        )
 
 
 def _off_step(

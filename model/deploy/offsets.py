@@ -73,17 +73,12 @@ def place_offsets(
     """
     for node in [node for node in model.graph.node if node.op_type == "Activation"]:
         codes = activations[node_key(node)]
+        moved = codes.zero_to_zero and _pad_behind(model, node, codes, weights)
         source = _maker(model, node.input[0])
-        if (
-            codes.offset
-            and codes.highest > 0
-            and source is not None
-            and source.op_type == "Relu"
-            and codes.zero_to_zero
-        ):
+        behind_relu = source is not None and source.op_type == "Relu"
+        if codes.offset and codes.highest > 0 and behind_relu and codes.zero_to_zero:
             # None of the codes below that of zero occurs; onnxruntime needs zero as the lowest one behind a ReLU.
             codes = activations[node_key(node)] = replace(codes, lowest=max(codes.lowest, 0))
-        moved = codes.zero_to_zero and _pad_behind(model, node, codes, weights)
         if codes.offset:
             _shift_input(model, node, codes, weights)
             _add_behind(model, node, codes, weights, padded_by_zero=not moved)
@@ -122,6 +117,7 @@ def _pad_behind(
     if (
         pad is None
         or around is None
+        or not readers
         or not all(
             reader.op_type == "Conv"
             and reader.input[0] == node.output[0]
@@ -171,12 +167,12 @@ def _shift_input(
     if source is not None and _alone(model, source):
         count = _outputs(model, source, weights)
         if count:
-            return _add_to_bias(model, source, np.full(count, -codes.shift))
+            _add_to_bias(model, source, np.full(count, -codes.shift))
+            return
     constant = _new_constant(model, f"{codes.name}.shift", np.array(codes.shift))
     shifted = f"{codes.name}.shifted_input"
     _insert(model, _place(model, node), "Sub", [node.input[0], constant], shifted)
     node.input[0] = shifted
-    return None
 
 
 def _add_behind(

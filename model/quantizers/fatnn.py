@@ -31,12 +31,20 @@ class RoundedRamps(torch.autograd.Function):
         slopes: float32 [ramps, ...], each broadcastable to x.
         shifts: float32 [ramps, ...], likewise.
         lows: -1 or 0 for each ramp.
+        open_below: the gradients are 0 at the lower end of a ramp, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slopes: Tensor, shifts: Tensor, lows: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slopes: Tensor,
+        shifts: Tensor,
+        lows: tuple[int, ...],
+        open_below: bool = False,
+    ) -> Tensor:
         ctx.save_for_backward(x, slopes, shifts)
-        ctx.lows = lows
+        ctx.lows, ctx.open_below = lows, open_below
         result = torch.zeros_like(x)
         for slope, shift, low in zip(slopes, shifts, lows, strict=True):
             result.add_((x - shift).mul_(slope).clamp_(low, low + 1).round_())
@@ -49,11 +57,12 @@ class RoundedRamps(torch.autograd.Function):
         grad_slopes, grad_shifts = [], []
         for slope, shift, low in zip(slopes, shifts, ctx.lows, strict=True):
             distance = x - shift
-            arriving = between(grad, distance * slope, low, next_up(low + 1))
+            first = next_up(low) if ctx.open_below else low
+            arriving = between(grad, distance * slope, first, next_up(low + 1))
             grad_x.addcmul_(arriving, slope)
             grad_shifts.append(-slope * arriving.sum_to_size(shift.shape))
             grad_slopes.append(distance.mul_(arriving).sum_to_size(slope.shape))
-        return grad_x, torch.stack(grad_slopes), torch.stack(grad_shifts), None
+        return grad_x, torch.stack(grad_slopes), torch.stack(grad_shifts), None, None
 
 
 class _FATNN(Quantizer):

@@ -65,7 +65,7 @@ class N2UQActivation(LearnedRange):
 
     def zero_to_zero(self) -> bool:
         """See `Quantizer`; padded positions stay 0, as in the paper's code, also if a threshold learns to be below."""
-        return super().zero_to_zero()
+        return self.config.half_range and self.config.adaptive == "none"
 
     def half_range_changes(self) -> bool:
         """See `Quantizer`: the thresholds belong to one range."""
@@ -80,10 +80,13 @@ class N2UQActivation(LearnedRange):
     def _widths(self) -> list[Tensor]:
         return [getattr(self, f"width{i}") for i in range(self.levels - 1)]
 
-    def _ramps(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Slopes and beginnings of the ramps [n, ...], broadcastable to x, and the lower ends of their values."""
+    def _positive_widths(self) -> list[Tensor]:
+        return [apply(PositiveClip, width, NARROWEST) for width in self._widths()]
+
+    def _ramps(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
+        """The arguments of `RoundedRamps` beside the first: slopes and beginnings [n, ...], and lower ends."""
         factor = 1.0 if self.config.grad_scale == "none" else self.gradient_factor(x, self.grid().qp)
-        learned = [apply(PositiveClip, width, NARROWEST) for width in self._widths()]
+        learned = self._positive_widths()
         # A copy, since a warm-up may change the parameter before the backward pass.
         start, *widths = (
             self.per_channel(apply(ScaleGradient, value, factor))
@@ -94,7 +97,8 @@ class N2UQActivation(LearnedRange):
             slopes.append(1 / width)
             begins.append(start)
             start = start + width
-        return torch.stack(slopes), torch.stack(begins), (0,) * len(widths)
+        # Open below: of the many zeros behind a ReLU none moves a first ramp that begins at zero.
+        return torch.stack(slopes), torch.stack(begins), (0,) * len(widths), True
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the level of the highest threshold that is reached."""
@@ -126,24 +130,31 @@ class N2UQActivation(LearnedRange):
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Where the first ramp begins and where the last one ends."""
-        clip = self.clip_val.detach().abs()
-        total = torch.stack([width.detach().abs() for width in self._widths()]).sum(0)
-        return self.start.detach() * clip, (self.start.detach() + total) * clip
+        clip, start = apply(PositiveClip, self.clip_val).detach(), self.start.detach()
+        total = torch.stack(self._positive_widths()).sum(0).detach()
+        return start * clip, (start + total) * clip
 
     def of_another_method(self, held: Collection[str]) -> bool:
         """See `Quantizer`: a clip value alone is that of LSQ or PACT, whose thresholds are evenly spaced."""
         return "clip_val" in held and "start" not in held
 
     def adapted(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep the range, over which the thresholds are spread evenly."""
-        own = self.state_dict()
-        entries = super().adapted(entries)
+        """Keep the largest value that is not clipped; the thresholds are spread evenly up to it.
+
+        That of FATNN, whose levels have another scale, is not taken.
+        """
+        entries, own = super().adapted(entries), self.state_dict()
         widths = [value for name, value in entries.items() if name.startswith("width")]
         if widths:
             even = self._even_widths(torch.stack(widths).abs().sum(0))
-        else:  # of a method without thresholds
-            entries["start"] = torch.full_like(own["start"], 0.0 if self.config.half_range else -1.0)
-            even = self._even_widths(torch.full_like(own["start"], self._extent))
+        else:
+            begin = torch.full_like(self.start, 0.0 if self.config.half_range else -1.0)
+            even = {"start": begin} | self._even_widths(torch.full_like(begin, self._extent))
+            if "offset" in entries:  # LSQ+: the clip value is the width of the range
+                low = entries["offset"]
+                even["clip_val"] = torch.maximum(low.abs(), (low + entries["clip_val"].abs()).abs())
+            elif "alpha0" in entries:
+                even["clip_val"] = own["clip_val"]
         return {name: value for name, value in entries.items() if name in own} | even
 
 
@@ -170,8 +181,8 @@ class N2UQWeight(Quantizer):
     """The nearest of evenly spaced levels in [-c, c], c = 2 (levels - 1) / levels * mean|w| over each group.
 
     With this c, weights that are spread evenly over an interval take all levels equally often, which is the largest
-    entropy (paper, section 3.3). With two levels these are XNOR-Net's weights. Straight-through with a gradient of 1
-    everywhere; c is a constant for it.
+    entropy (paper, section 3.3). With two levels these are XNOR-Net's weights, but for the sign of 0. Straight-through
+    with a gradient of 1 everywhere; c is a constant for it.
     """
 
     pure: ClassVar[bool] = True
