@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,33 @@ def test_files_pad_as_torch_does(after: bool, tmp_path: Path) -> None:
         layers += [nn.SiLU(), convolution(-0.4 - 0.2 * i, padding_after_quant=after, **more)]
     network = nn.Sequential(*layers, nn.Flatten()).eval()
     assert difference(network, tmp_path / "x.onnx") < 1e-5
+
+
+@pytest.mark.slow
+def test_onnxruntime_multiplies_integers_between_relus(tmp_path: Path) -> None:
+    """Codes below that of zero cannot occur there, and must be gone for onnxruntime's integer kernels."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 1)]
+    for padding in (1, 0, 1):
+        layers += [nn.ReLU(), convolution(-0.9, kernel_size=3, padding=padding)]
+    network, path = nn.Sequential(*layers, nn.Flatten()).eval(), tmp_path / "x.onnx"
+    assert difference(network, path) < 1e-5
+    assert Engine("onnxruntime", True).open(path).integer == 2  # behind the last one there is no quantizer
+
+
+@pytest.mark.parametrize("offset", [-0.065, -0.06, 0.0, -2.5])
+def test_the_code_of_zero_is_even_where_codes_fill_a_byte(offset: float) -> None:
+    fm = replace(PARTS["fm"], levels=256)
+    layer = QuantConv2d(3, 4, 1, bias=False)
+    layer.build_quantizers(QuantConfig(fm=fm, wt=PARTS["wt"]), "conv")
+    with torch.no_grad():
+        layer.quant_activation.get_parameter("offset").fill_(offset)
+        layer.quant_activation.get_parameter("clip_val").fill_(2.55)
+    graph = deploy_graph(nn.Sequential(layer, nn.Flatten()).eval(), (3, 6, 6))
+    (codes,) = graph.activations.values()
+    assert codes.integer and codes.zero_point % 2 == 0
+    assert codes.zero_point + codes.lowest >= 0 and codes.zero_point + codes.highest <= 255
+    assert codes.lowest * codes.scale + codes.offset == pytest.approx(offset, abs=1e-6)
 
 
 class Block(nn.Module):
