@@ -20,6 +20,7 @@ from benchmarks.peers import TorchAORows
 from model.quant import Grid, LayerSite, MethodRecord, Quantizer, QuantizerConfig, register
 from model.quantizers.grid import ScaleGradient, initial_clip
 from utils.config import keyword
+from utils.errors import UserError
 
 RECORD = MethodRecord(reads=frozenset({"re_init"}))
 
@@ -31,6 +32,10 @@ class Peer(Quantizer):
         super().__init__(config, site)
         self.bits = (config.levels - 1).bit_length()
         self.signed = config.tag == "wt"
+        if self.top() < 1:
+            raise UserError(
+                f"{site.name}: {config.method} has no weights of 1 bit here: give --wt_bit 2 or more"
+            )
         self.build()
 
     def zero_to_zero(self) -> bool:

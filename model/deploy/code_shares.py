@@ -84,7 +84,7 @@ def unpadded(value: Array, shape: Sequence[int]) -> Array:
         >>> unpadded(np.arange(9).reshape(1, 1, 3, 3), (1, 1, 1, 3))
         array([[[[3, 4, 5]]]])
     """
-    if value.ndim != 4 or value.shape == tuple(shape):
+    if value.ndim != 4 or len(shape) != 4 or any(value.shape[i] < shape[i] for i in range(4)):
         return value
     top, left = ((value.shape[i] - shape[i]) // 2 for i in (2, 3))
     return value[:, :, top : top + shape[2], left : left + shape[3]]

@@ -9,7 +9,7 @@ from torch import nn
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.site import LayerSite
-from utils.config.methods import MethodRecord, declare, misfit
+from utils.config.methods import MethodRecord, declare, misfit, unfit_levels
 from utils.config.schema import TAGS, QuantizerConfig
 from utils.errors import UserError
 from utils.text import closest
@@ -96,7 +96,10 @@ def method_class(config: QuantizerConfig) -> type[Quantizer]:
             f"{', '.join(known)}"
         ) from None
     if cls.level_limit is not None and config.levels > cls.level_limit:
-        raise UserError(f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}")
+        raise UserError(
+            unfit_levels(config)
+            or f"{config.method} takes at most {cls.level_limit} levels, not {config.levels}"
+        )
     if fault := misfit(config):
         raise UserError(f"QuantizerConfig: {fault}")
     return cls
