@@ -184,7 +184,7 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         ]
         for name, layer in quantized_layers(model):
             hooks.append(layer.register_forward_pre_hook(partial(pixels.look, name), with_kwargs=True))
-            hooks.append(layer.register_forward_pre_hook(products.enter_layer))
+            hooks.append(layer.register_forward_pre_hook(products.enter_layer, with_kwargs=True))
             hooks.append(layer.register_forward_hook(partial(products.leave_layer, name), with_kwargs=True))
             for part, quantizer in layer.quantizers():
                 hooks.append(quantizer.register_forward_pre_hook(products.enter_quantizer))
