@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from model.layers.matmul import WORD, AttentionMatmuls, QuantMatmul, TakesMatmuls, additive
+from model.layers.quantized import keep_full_precision
 from model.observe import ParameterProducts, observing
+from model.quantizers.frame import Quantizer
 from model.selection import Selection, matches
 from utils.errors import UserError
 from utils.text import some_names
@@ -64,9 +67,7 @@ def add_matmuls(network: nn.Module, *inputs: Any, select: Selection | None = Non
             vars(module)[_SWITCH] = True
     seen = _Seen(network)
     with observing(network) as hooks, seen, _Noted(seen):
-        for name, module in network.named_modules():
-            hooks.append(module.register_forward_pre_hook(functools.partial(seen.enter, name)))
-            hooks.append(module.register_forward_hook(seen.leave, always_call=True))
+        hooks += seen.watch()
         network(*inputs)
     others = {name: each for name in seen.others if (each := network.get_submodule(name)) in chosen}
     if others:
@@ -85,6 +86,9 @@ def add_matmuls(network: nn.Module, *inputs: Any, select: Selection | None = Non
         if left := [*seen.fused, *seen.others]:
             raise UserError(f"{WORD}: the selection leaves out every attention: {some_names(left)}")
         raise UserError(f"{WORD}: the network has no attention: leave the word out")
+    for name in (*seen.fused, *seen.others):
+        if (module := network.get_submodule(name)) not in chosen:
+            keep_full_precision(module, "is not selected")
     layers = network.named_modules()
     return tuple(name for name, layer in layers if isinstance(layer, QuantMatmul) and layer not in before)
 
@@ -102,28 +106,68 @@ def _chosen(network: nn.Module, select: Selection) -> dict[nn.Module, None]:
     }
 
 
-class _Seen(ParameterProducts):
-    """Sees the products of two activations.
+class ActivationProducts(ParameterProducts):
+    """Sees the products of two activations too, while it is entered and `watch` has added its hooks.
+
+    Attributes:
+        others: the names of modules that multiply two activations outside of a `QuantMatmul`.
+        inside: a function that is known runs; its products do not count.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.others: dict[str, None] = {}
+        self.inside = False
+        self._network = network
+        self._names: list[str] = []  # of the modules that are being called
+
+    def watch(self) -> list[RemovableHandle]:
+        """Add the hooks by which it knows the module that is being called; the caller removes them."""
+        hooks: list[RemovableHandle] = []
+        for name, module in self._network.named_modules():
+            hooks.append(module.register_forward_pre_hook(functools.partial(self.enter, name)))
+            hooks.append(module.register_forward_hook(self.leave, always_call=True))
+        return hooks
+
+    def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A hook before each module."""
+        self._names.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """A hook after each module, also where it fails."""
+        self._names.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `ParameterProducts`."""
+        if not self.inside and "scaled_dot_product" in func.name():  # called inside another function of torch
+            self.others.setdefault(self._names[-1])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _multiplied(self, func: Any, args: Any, kwargs: Any, result: Any, factors: list[Tensor]) -> None:
+        super()._multiplied(func, args, kwargs, result, factors)
+        between = all(self._fixed.get(factor) is None for factor in factors)
+        own = isinstance(self._network.get_submodule(self._names[-1]), QuantMatmul | Quantizer)
+        if between and not self.inside and not own:
+            self.others.setdefault(self._names[-1])
+
+
+class _Seen(ActivationProducts):
+    """Sees which attentions call `scaled_dot_product_attention`, or take layers of their own.
 
     Attributes:
         fused: name of a module -> the heads of its `scaled_dot_product_attention`, their features and the keys.
-        others: the names of modules that multiply activations in another way.
         reached: the attentions that took their own `matmuls`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.fused: dict[str, tuple[int, int, int]] = {}
-        self.others: dict[str, None] = {}
         self.reached: set[nn.Module] = set()
-        self.inside = False  # the function
-        self._network = network
-        self._names: list[str] = []  # of the modules that are being called
-        self._calls: list[int] = []  # how often each has called the function
+        self._calls: list[int] = []  # how often each module has called the function
 
     def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A hook before each module."""
-        self._names.append(name)
+        super().enter(name, module, inputs)
         self._calls.append(0)
         if isinstance(module, QuantMatmul):
             module.heads, module.inner = inputs[0].shape[1], inputs[0].shape[-1]
@@ -131,7 +175,7 @@ class _Seen(ParameterProducts):
 
     def leave(self, *_: Any) -> None:
         """A hook after each module, also where it fails."""
-        self._names.pop()
+        super().leave()
         self._calls.pop()
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> None:
@@ -145,18 +189,6 @@ class _Seen(ParameterProducts):
             self.others.setdefault(name)
         else:
             self.fused[name] = (query.shape[1], query.shape[-1], key.shape[-2])
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `ParameterProducts`."""
-        if not self.inside and "scaled_dot_product" in func.name():  # called inside another function of torch
-            self.others.setdefault(self._names[-1])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _multiplied(self, func: Any, args: Any, kwargs: Any, result: Any, factors: list[Tensor]) -> None:
-        name = self._names[-1]
-        between = all(self._fixed.get(factor) is None for factor in factors)
-        if between and not self.inside and not isinstance(self._network.get_submodule(name), QuantMatmul):
-            self.others.setdefault(name)
 
 
 class _Noted(TorchFunctionMode):

@@ -372,6 +372,23 @@ def test_the_audit_sees_a_factor_that_is_not_quantized() -> None:
     assert any("query_key.quant_left" in line for line in audit(net, [x], wanted).problems)
 
 
+def test_the_audit_sees_products_that_are_not_quantized() -> None:
+    """In a network that was quantized without them, and outside of the layers; not where the selection left them."""
+    x, wanted = torch.randn(2, 6, 4), fm()
+    net = nn.Sequential(Own("plain"))
+    quantize(net, dataclasses.replace(wanted, attention_matmul=False), example=(x,))
+    assert any("0 multiplies two activations" in line for line in audit(net, [x], wanted).problems)
+    net = nn.Sequential(nn.Linear(4, 4))
+    quantize(net, dataclasses.replace(wanted, attention_matmul=False), example=(x,))
+    assert any("has no attention" in line for line in audit(net, [x], wanted).problems)
+    net = nn.Sequential(Own("plain"), Own("products"))
+    quantize(net, wanted, example=(x,), select=Selection(exclude=("1*",)))
+    left = [line for line in audit(net, [x], wanted).problems if "two activations" in line]
+    assert left == []
+    net[0].kind = "products"
+    assert any("0 multiplies two activations" in line for line in audit(net, [x], wanted).problems)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
