@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import full_precision
+from model.layers.fused_attention import ActivationProducts
+from model.layers.matmul import QuantMatmul
 from model.layers.quantized import (
     QuantLayer,
     check_one_copy,
@@ -127,7 +129,8 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
 
     In a quantized network whatever multiplies by its parameters without a quantizer fails, a module of any class,
     unless it was left so on purpose: by `model.convert`, by `model.layers.factory`, or with
-    `model.quant.keep_full_precision`. Convolutions and matrix products are seen as they run
+    `model.quant.keep_full_precision`. Where `config.attention_matmul` asks for it, the same holds for products of two
+    activations. Convolutions and matrix products are seen as they run
     (`model.observe.ParameterProducts`).
 
     Args:
@@ -165,7 +168,8 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         name: full_precision_reason(module) if kept_off(module) else "" for name, module in found.items()
     }
     watches = {name: _Watch() for name in found}
-    products, of_parameters = Products(), ParameterProducts(model)
+    matmuls = config is not None and config.quantizes_matmuls
+    products, of_parameters = Products(), ActivationProducts(model) if matmuls else ParameterProducts(model)
     sums, pixels = Sums(), _Pixels()
 
     def is_constant(module: Quantizer, inputs: object, output: Tensor) -> None:
@@ -178,13 +182,15 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
             for name, layer in quantized_layers(model)
         ]
         hooks += summed
+        if isinstance(of_parameters, ActivationProducts):
+            hooks += of_parameters.watch()
         hooks += [module.register_forward_hook(is_constant) for module in found.values()]
         hooks += [
             module.register_forward_hook(watches[name]) for name, module in found.items() if not reasons[name]
         ]
         for name, layer in quantized_layers(model):
             hooks.append(layer.register_forward_pre_hook(partial(pixels.look, name), with_kwargs=True))
-            hooks.append(layer.register_forward_pre_hook(products.enter_layer))
+            hooks.append(layer.register_forward_pre_hook(products.enter_layer, with_kwargs=True))
             hooks.append(layer.register_forward_hook(partial(products.leave_layer, name), with_kwargs=True))
             for part, quantizer in layer.quantizers():
                 hooks.append(quantizer.register_forward_pre_hook(products.enter_quantizer))
@@ -219,11 +225,27 @@ def audit(model: nn.Module, batches: Iterable[Tensor], config: QuantConfig | Non
         layers.append(
             LayerRow(name="the network", problem="has no quantizer, though its configuration enables some")
         )
+    if isinstance(of_parameters, ActivationProducts):
+        layers += _matmul_rows(model, of_parameters.others)
     left = full_precision_rows(model) if rows else ()
     known = {row.name for row in left} | {name for name, _ in quantized_layers(model)}
     if rows:
         layers += _unknown_rows(of_parameters.found, known)
     return Audit(tuple(rows), (*left, *layers), tuple(sums.rows.values()))
+
+
+def _matmul_rows(model: nn.Module, others: Iterable[str]) -> list[LayerRow]:
+    """A row with a problem for each module that multiplies activations in full precision, or for there being none."""
+    problem = "multiplies two activations in full precision, and attention_matmul asks for quantized ones"
+    rows = [
+        LayerRow(name=name or "the network", problem=problem)
+        for name in others
+        if not any(full_precision_reason(model.get_submodule(each)) for each in within(name))
+    ]
+    if not rows and not any(isinstance(each, QuantMatmul) for each in model.modules()):
+        problem = "has no attention with quantized products, and attention_matmul asks for them"
+        rows.append(LayerRow(name="the network", problem=problem))
+    return rows
 
 
 def _unknown_rows(found: Mapping[str, Product], known: Collection[str]) -> list[LayerRow]:

@@ -5,12 +5,14 @@ How other programs use this: docs/detectron2.md.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model import quant  # noqa: F401  (registers what a configuration can name)
@@ -18,6 +20,7 @@ from model.layers import bits
 from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
 from model.layers.called import call_layers, layers_called, undone_on_error
 from model.layers.fused_attention import add_matmuls
+from model.layers.matmul import check_matmuls
 from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
@@ -136,7 +139,8 @@ def quantize(
         module: any network; changed in place. Parameters keep their identity, names and values; layers keep their
             hooks, mode and device.
         config: the quantizers, and whether the first and the last layer and depth-wise convolutions get them.
-        select: which layers; default: all.
+        select: which layers; default: all. An attention gets products (`config.attention_matmul`) where its own name
+            is included and not excluded.
         example: a tuple of positional inputs for one forward pass, which runs in evaluation mode and without
             gradients. It shows which layer runs first and which runs last; without it the order of definition
             decides. Layers that are never called as modules are left, since a quantizer there would never run.
@@ -148,7 +152,8 @@ def quantize(
             default: the configuration's.
 
     Returns:
-        The layers that were replaced, and the layers that were left with the reasons.
+        The layers that were replaced, with the products of attention behind them, and the layers that were left with
+        the reasons.
 
     Raises:
         UserError: the configuration quantizes nothing or names an unknown method, a pattern matches no layer, a
@@ -179,30 +184,34 @@ def quantize(
     for part in (config.fm, config.wt, config.ot):
         if part.enable:
             method_class(part)  # an unknown method is refused before anything has changed
+    if config.attention_matmul:
+        check_matmuls(config, example)
+    select = select or Selection()
     with undone_on_error(module):
         call_layers(module)
         order = None if example is None else called(module, *example)[1]
-        report = replace(module, config, select or Selection(), order)
+        report = replace(module, config, select, order)
         matmuls: tuple[str, ...] = ()
-        if config.attention_matmul:
-            if not config.fm.enable:
-                raise UserError(
-                    "attention_matmul: fm quantizes the factors: enable it, or leave attention_matmul out"
-                )
-            if example is None:
-                raise UserError(
-                    "attention_matmul: a pass shows the products: give quantize an example=(images,)"
-                )
-            matmuls = add_matmuls(module, *example)
+        if config.attention_matmul and example is not None:
+            matmuls = add_matmuls(module, *example, select=select)
         assign_bits(module, config, report.replaced)
-        first = next(module.parameters())
         for name in (*report.replaced, *matmuls):
             layer = module.get_submodule(name)
             assert isinstance(layer, QuantLayer)
+            device = _device(module, name)
             layer.build_quantizers(config, name)
             for _, quantizer in layer.quantizers():
-                quantizer.to(getattr(layer, "weight", first).device).train(layer.training)
-    return report
+                quantizer.to(device).train(layer.training)
+    return dataclasses.replace(report, replaced=(*report.replaced, *matmuls))
+
+
+def _device(module: nn.Module, name: str) -> torch.device:
+    """That of a layer's weight, or, where it has none, of a parameter of the closest module around it that has."""
+    weight = getattr(module.get_submodule(name), "weight", None)
+    if weight is not None:
+        return weight.device
+    around = (value for each in within(name) for value in module.get_submodule(each).parameters())
+    return next((value.device for value in around), torch.device("cpu"))
 
 
 def _check_arguments(module: object, config: object, select: object, example: object) -> None:

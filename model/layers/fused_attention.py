@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from model.layers.matmul import WORD, AttentionMatmuls, QuantMatmul, TakesMatmuls, additive
+from model.layers.quantized import keep_full_precision
 from model.observe import ParameterProducts, observing
+from model.quantizers.frame import Quantizer
+from model.selection import Selection, matches
 from utils.errors import UserError
 from utils.text import some_names
 
@@ -20,7 +24,7 @@ _SWITCH = "fused_attn"  # timm's: whether an attention calls that function
 _DIMS = 4  # [N, heads, L, d]
 
 
-def add_matmuls(network: nn.Module, *inputs: Any) -> tuple[str, ...]:
+def add_matmuls(network: nn.Module, *inputs: Any, select: Selection | None = None) -> tuple[str, ...]:
     """Give every attention of a network the layers of its two products, whose quantizers are not built yet.
 
     One pass shows the products of two activations. Those of `nn.MultiheadAttention` and torchvision's Swin, once they
@@ -30,12 +34,13 @@ def add_matmuls(network: nn.Module, *inputs: Any) -> tuple[str, ...]:
     Args:
         network: changed in place.
         inputs: its positional inputs, for one pass in evaluation mode and without gradients.
+        select: attentions whose own names it does not include, or excludes, stay as they are; default: all.
 
     Returns:
         The names of these layers, without those that were there before.
 
     Raises:
-        UserError: there is no attention, or another product of two activations.
+        UserError: there is no attention or none is selected, or another product of two activations.
 
     Example:
         >>> import torch
@@ -53,61 +58,116 @@ def add_matmuls(network: nn.Module, *inputs: Any) -> tuple[str, ...]:
         True
     """
     before = {module for module in network.modules() if isinstance(module, QuantMatmul)}
-    fresh = [
-        module
-        for module in network.modules()
-        if isinstance(module, TakesMatmuls) and module.own_matmuls() is None
-    ]
+    chosen = _chosen(network, select or Selection())
+    fresh = [module for module in chosen if isinstance(module, TakesMatmuls) and module.own_matmuls() is None]
     for module in fresh:
         module.add_module("matmuls", AttentionMatmuls().train(module.training))
-    for module in network.modules():
+    for module in chosen:
         if type(module).__module__.startswith("timm.") and vars(module).get(_SWITCH) is False:
             vars(module)[_SWITCH] = True
     seen = _Seen(network)
     with observing(network) as hooks, seen, _Noted(seen):
-        for name, module in network.named_modules():
-            hooks.append(module.register_forward_pre_hook(functools.partial(seen.enter, name)))
-            hooks.append(module.register_forward_hook(seen.leave, always_call=True))
+        hooks += seen.watch()
         network(*inputs)
-    if seen.others:
-        kinds = sorted({type(network.get_submodule(name)).__name__ for name in seen.others})
+    others = {name: each for name in seen.others if (each := network.get_submodule(name)) in chosen}
+    if others:
+        kinds = sorted({type(each).__name__ for each in others.values()})
         raise UserError(
-            f"{WORD}: {some_names(seen.others)} ({', '.join(kinds)}): multiplies activations in a way of its own, "
+            f"{WORD}: {some_names(others)} ({', '.join(kinds)}): multiplies activations in a way of its own, "
             "where no quantizer can reach: choose another network, or leave the word out"
         )
-    for name, (heads, inner, keys) in seen.fused.items():
+    fused = {name: sizes for name, sizes in seen.fused.items() if network.get_submodule(name) in chosen}
+    for name, (heads, inner, keys) in fused.items():
         _call_matmuls(network.get_submodule(name), heads, inner, keys)
     for module in fresh:
         if module not in seen.reached:  # the network does not call it
             del module._modules["matmuls"]
-    if not (seen.fused or seen.reached):
+    if not (fused or seen.reached):
+        if left := [*seen.fused, *seen.others]:
+            raise UserError(f"{WORD}: the selection leaves out every attention: {some_names(left)}")
         raise UserError(f"{WORD}: the network has no attention: leave the word out")
+    for name in (*seen.fused, *seen.others):
+        if (module := network.get_submodule(name)) not in chosen:
+            keep_full_precision(module, "is not selected")
     layers = network.named_modules()
     return tuple(name for name, layer in layers if isinstance(layer, QuantMatmul) and layer not in before)
 
 
-class _Seen(ParameterProducts):
-    """Sees the products of two activations.
+def _chosen(network: nn.Module, select: Selection) -> dict[nn.Module, None]:
+    """The modules that a selection includes and does not exclude, in the network's order."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {
+        module: None
+        for module, own in names.items()
+        if any(matches(pattern, own) for pattern in select.include)
+        and not any(matches(pattern, own) for pattern in select.exclude)
+    }
+
+
+class ActivationProducts(ParameterProducts):
+    """Sees the products of two activations too, while it is entered and `watch` has added its hooks.
+
+    Attributes:
+        others: the names of modules that multiply two activations outside of a `QuantMatmul`.
+        inside: a function that is known runs; its products do not count.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.others: dict[str, None] = {}
+        self.inside = False
+        self._network = network
+        self._names: list[str] = []  # of the modules that are being called
+
+    def watch(self) -> list[RemovableHandle]:
+        """Add the hooks by which it knows the module that is being called; the caller removes them."""
+        hooks: list[RemovableHandle] = []
+        for name, module in self._network.named_modules():
+            hooks.append(module.register_forward_pre_hook(functools.partial(self.enter, name)))
+            hooks.append(module.register_forward_hook(self.leave, always_call=True))
+        return hooks
+
+    def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A hook before each module."""
+        self._names.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """A hook after each module, also where it fails."""
+        self._names.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `ParameterProducts`."""
+        if not self.inside and "scaled_dot_product" in func.name():  # called inside another function of torch
+            self.others.setdefault(self._names[-1])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _multiplied(self, func: Any, args: Any, kwargs: Any, result: Any, factors: list[Tensor]) -> None:
+        super()._multiplied(func, args, kwargs, result, factors)
+        between = all(self._fixed.get(factor) is None for factor in factors)
+        own = isinstance(self._network.get_submodule(self._names[-1]), QuantMatmul | Quantizer)
+        if between and not self.inside and not own:
+            self.others.setdefault(self._names[-1])
+
+
+class _Seen(ActivationProducts):
+    """Sees which attentions call `scaled_dot_product_attention`, or take layers of their own.
 
     Attributes:
         fused: name of a module -> the heads of its `scaled_dot_product_attention`, their features and the keys.
-        others: the names of modules that multiply activations in another way.
         reached: the attentions that took their own `matmuls`.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
         self.fused: dict[str, tuple[int, int, int]] = {}
-        self.others: dict[str, None] = {}
         self.reached: set[nn.Module] = set()
-        self.inside = False  # the function
-        self._network = network
-        self._names: list[str] = []  # of the modules that are being called
-        self._calls: list[int] = []  # how often each has called the function
+        self._calls: list[int] = []  # how often each module has called the function
 
     def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A hook before each module."""
-        self._names.append(name)
+        super().enter(name, module, inputs)
         self._calls.append(0)
         if isinstance(module, QuantMatmul):
             module.heads, module.inner = inputs[0].shape[1], inputs[0].shape[-1]
@@ -115,7 +175,7 @@ class _Seen(ParameterProducts):
 
     def leave(self, *_: Any) -> None:
         """A hook after each module, also where it fails."""
-        self._names.pop()
+        super().leave()
         self._calls.pop()
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> None:
@@ -129,18 +189,6 @@ class _Seen(ParameterProducts):
             self.others.setdefault(name)
         else:
             self.fused[name] = (query.shape[1], query.shape[-1], key.shape[-2])
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `ParameterProducts`."""
-        if not self.inside and "scaled_dot_product" in func.name():  # called inside another function of torch
-            self.others.setdefault(self._names[-1])
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _multiplied(self, func: Any, args: Any, kwargs: Any, result: Any, factors: list[Tensor]) -> None:
-        name = self._names[-1]
-        between = all(self._fixed.get(factor) is None for factor in factors)
-        if between and not self.inside and not isinstance(self._network.get_submodule(name), QuantMatmul):
-            self.others.setdefault(name)
 
 
 class _Noted(TorchFunctionMode):
@@ -180,22 +228,25 @@ class _Replaced(TorchFunctionMode):
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """The function, with its arguments; a boolean mask has True where positions take part."""
+        if is_causal and attn_mask is not None:
+            raise RuntimeError("scaled_dot_product_attention: give attn_mask or is_causal=True, not both")
         mask = attn_mask
-        if mask is not None and mask.dtype == torch.bool:
-            mask = additive(~mask, query)
+        if mask is not None:
+            mask = additive(~mask if mask.dtype == torch.bool else mask, query)
         if is_causal:
             mask = additive(query.new_ones(query.shape[-2], key.shape[-2]).triu(1).bool(), query)
-        return self._matmuls(query, key, value, mask, dropout=dropout_p, scale=scale)[0]
+        y = self._matmuls(query, key, value, mask, dropout=dropout_p, scale=scale)[0]
+        return y.transpose(1, 2).contiguous().transpose(1, 2)  # the function's layout: callers may view it
 
 
 class FusedAttention(TakesMatmuls):
     """The base of attentions whose `scaled_dot_product_attention` is computed by the layers `matmuls`.
 
     Attributes:
-        kind: the class of the attention.
+        attention_class: the class of the attention.
     """
 
-    kind: ClassVar[type[nn.Module]]
+    attention_class: ClassVar[type[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class of the attention."""
@@ -206,13 +257,19 @@ class FusedAttention(TakesMatmuls):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy and a pickle find the class by that of the attention."""
-        return _blank, (self.kind,), self.__dict__
+        return (
+            _blank,
+            (type(self).attention_class,),
+            self.__dict__,
+        )  # not of the object, which may have its own
 
 
 @functools.cache
 def _fused(kind: type[nn.Module]) -> type[FusedAttention]:
     """The class of an attention of the class `kind` whose products are layers."""
-    return type(f"Quant{kind.__name__}", (FusedAttention, kind), {"__doc__": kind.__doc__, "kind": kind})
+    return type(
+        f"Quant{kind.__name__}", (FusedAttention, kind), {"__doc__": kind.__doc__, "attention_class": kind}
+    )
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

@@ -50,6 +50,7 @@ class QuantMatmul(QuantLayer):
         [True, False]
     """
 
+    own_signs: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, str]] = MappingProxyType({"quant_left": "fm", "quant_right": "fm"})
     # Those of a layer with a weight.
     quant_activation: nn.Module = nn.Identity()
@@ -81,16 +82,37 @@ class QuantMatmul(QuantLayer):
             except UserError as error:
                 raise UserError(f"{WORD}: {error}") from error
 
-    def forward(self, left: Tensor, right: Tensor, dropout: float = 0.0) -> Tensor:
+    def forward(self, left: Tensor, right: Tensor, dropout: float = 0.0, scale: float = 1.0) -> Tensor:
         """Left [N, heads, L, inner], right [N, heads, inner, M], output [N, heads, L, M].
 
-        Dropout is that of the quantized left factor, whose range is the same in training and evaluation so.
+        Dropout is that of the quantized left factor, whose range is the same in training and evaluation so. The scale
+        multiplies that factor too, since the product without it may be more than float16 holds.
         """
         if left.numel() == 0 or right.numel() == 0:
             self.check_empty()
-            return left @ right
+            return left * scale @ right
         left, right = self.quant_left(left), self.quant_right(right)
+        left = left if scale == 1 else left * scale
         return (functional.dropout(left, dropout) if dropout else left) @ right
+
+
+def check_matmuls(config: QuantConfig, example: object) -> None:
+    """Check that products of attention can be quantized as asked for, before anything is changed.
+
+    Args:
+        config: the quantizers.
+        example: the inputs of a pass; None: there are none.
+
+    Raises:
+        UserError: `fm` is not enabled or does not suit, or there are no inputs.
+    """
+    fault = ""
+    if not config.fm.enable:
+        fault = "fm quantizes the factors: enable it, or leave attention_matmul out"
+    elif example is None:
+        fault = "a pass shows the products: give quantize an example=(images,)"
+    if fault := fault or attention_fault(config.fm):
+        raise UserError(f"{WORD}: {fault}")
 
 
 class AttentionMatmuls(nn.Module):
@@ -116,15 +138,15 @@ class AttentionMatmuls(nn.Module):
             query: float [N, heads, L, d].
             key: float [N, heads, S, d].
             value: float [N, heads, S, e].
-            mask: is added to the scores, broadcastable to [N, heads, L, S].
+            mask: is added to the scores, broadcastable to [N, heads, L, S]; see `masked_softmax`.
             dropout: the share of the softmax's output that is dropped.
             scale: factor of the scores; None: d ** -0.5.
 
         Returns:
             float [N, heads, L, e] and [N, heads, L, S].
         """
-        scores = self.query_key(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        weights = (scores if mask is None else scores + mask).softmax(-1)
+        scores = self.query_key(query, key.mT, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+        weights = scores.softmax(-1) if mask is None else masked_softmax(scores, mask)
         return self.weights_value(weights, value, dropout), weights
 
 
@@ -136,6 +158,31 @@ class TakesMatmuls(nn.Module):
         found = self._modules.get("matmuls")
         assert found is None or isinstance(found, AttentionMatmuls)
         return found
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """The softmax of scores + mask over the last dimension; 0 where a row of the mask is minus infinity throughout.
+
+    Such a row is a position that sees none. Torch's `scaled_dot_product_attention` gives 0 there, too.
+
+    Args:
+        scores: float [N, heads, L, S].
+        mask: of the same type, broadcastable to the scores.
+
+    Returns:
+        float [N, heads, L, S].
+
+    Example:
+        >>> import torch
+        >>> from model.layers.matmul import masked_softmax
+        >>> inf = float("inf")
+        >>> masked_softmax(torch.zeros(1, 1, 2, 2), torch.tensor([[0.0, -inf], [-inf, -inf]]))
+        tensor([[[[1., 0.],
+                  [0., 0.]]]])
+    """
+    blind = (mask == float("-inf")).all(-1, keepdim=True)
+    # Filled before and behind, so that gradients are finite too.
+    return (scores + mask).masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def additive(mask: Tensor, like: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class CalledWindowAttention(TakesMatmuls, ShiftedWindowAttention):
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
         """The products of query and key [N * windows, heads, positions, positions]."""
         scale, matmuls = q.shape[-1] ** -0.5, self.own_matmuls()
-        return (q * scale) @ k.mT if matmuls is None else matmuls.query_key(q, k.mT) * scale
+        return (q * scale) @ k.mT if matmuls is None else matmuls.query_key(q, k.mT, scale=scale)
 
 
 class CalledWindowAttentionV2(CalledWindowAttention, ShiftedWindowAttentionV2):

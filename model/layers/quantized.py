@@ -25,7 +25,9 @@ from utils.errors import UserError
 
 
 class QuantLayer(nn.Module):
-    """The base of quantized layers: three quantizers, each `nn.Identity` until `build_quantizers`.
+    """The base of quantized layers: their quantizers (`parts`), each `nn.Identity` until `build_quantizers`.
+
+    Those of input, weight and output, but for a product of two activations (`model.layers.matmul`): those of both.
 
     Attributes:
         parts: the names of the quantizers -> their tags.
@@ -38,6 +40,7 @@ class QuantLayer(nn.Module):
         quant_groups: tag -> the groups of its quantizer, likewise.
         reads_images: it is the first layer and its input has bits of its own: levels are signed, around a zero.
         named_whole: only an entry of `--layer_bits` that writes its name out is for it.
+        own_signs: whether its levels start at zero is the layer's matter, and no policy changes it.
         weight_is_whole: `weight` is what the layer multiplies by already, and nothing is computed from it.
         recompute: keep no quantized input for the backward pass, but compute it again there from the input.
 
@@ -62,6 +65,7 @@ class QuantLayer(nn.Module):
     quant_groups: Mapping[str, AskedGroups] = MappingProxyType({})
     reads_images: bool = False
     named_whole: bool = False
+    own_signs: ClassVar[bool] = False
     weight_is_whole: bool = False
     recompute: bool = False
 
@@ -415,6 +419,7 @@ def selected(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
     """The quantizers that a policy's rule selects, with their names; none where it selects nothing.
 
     Numbers of levels reach quantizers with bits of their own only by the layer's name, written out, or its index.
+    `half_range` passes over layers that have signs of their own.
     """
     return [
         (f"{name}.{part}", quantizer)
@@ -424,6 +429,7 @@ def selected(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
         for tag in [layer.parts[part]]
         if rule.tag in ("", tag)
         if "level_num" not in rule.values or rule.index or name == rule.name or not layer.has_own_bits(tag)
+        if "half_range" not in rule.values or not layer.own_signs
     ]
 
 

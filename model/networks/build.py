@@ -77,7 +77,8 @@ def build_network(config: ModelConfig) -> nn.Module:
         isinstance(each, QuantMatmul) for each in network.modules()
     ):
         raise UserError(
-            f"{WORD}: --model {config.name} has no attention that could be quantized: leave the word out"
+            f"{WORD}: --model {config.name} has no attention with quantized products: leave the word out, or, in a "
+            "function of your own, call model.convert.quantize(network, config.quant, example=(images,))"
         )
     norms.check_norms(network)
     build_quantizers(network, config.quant)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.gradient import apply
-from model.quantizers.grid import known
+from model.quantizers.grid import inside, known
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.site import LayerSite
@@ -41,7 +41,7 @@ class BelowTop(torch.autograd.Function):
             return grad, None, None, None
         x, top = ctx.saved_tensors
         x, end = (x, top.item()) if known(top, x) else (x - top, 0.0)
-        return torch.ops.aten.hardtanh_backward(grad, x, -math.inf, end), None, None, None
+        return inside(grad, x, -math.inf, end), None, None, None
 
 
 class LQ(Quantizer):

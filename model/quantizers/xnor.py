@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.quantizers.frame import Quantizer
 from model.quantizers.gradient import apply
-from model.quantizers.grid import known
+from model.quantizers.grid import inside, known
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.registry import register
 from model.quantizers.sign import binary, mean_magnitude, sign
@@ -34,7 +34,7 @@ class ScaledSign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.mask == "STE":
-            grad = torch.ops.aten.hardtanh_backward(grad, x, -1.0, 1.0)
+            grad = inside(grad, x, -1.0, 1.0)
         elif ctx.mask == "Triangle":
             grad = x.abs().mul_(-2).add_(2).clamp_min_(0) * grad
         return grad, None, None

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from model.convert import full_precision
-from model.layers.quantized import keep_full_precision, quantized_layers, quantizers, selected
+from model.layers.quantized import QuantLayer, keep_full_precision, quantized_layers, quantizers, selected
 from model.quantizers.frame import Quantizer
 from model.selection import close_layers
 from utils.config.methods import PROJECT, record_of
@@ -81,15 +81,19 @@ def _select(rule: Rule, model: nn.Module) -> list[tuple[str, Quantizer]]:
     return found
 
 
-def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+def _meant(rule: Rule, model: nn.Module, layers: Mapping[str, QuantLayer]) -> str:
     """What a rule that selects nothing may have meant."""
     full = [name for name in full_precision(model) if fnmatchcase(name, rule.name)]
     if full and not rule.index and not rule.tag:
         return (
             f"{some_names(full)} {'is' if len(full) == 1 else 'are'} in full precision anyway: leave it out"
         )
-    without = dataclasses.replace(rule, values={})  # of values that pass over layers with bits of their own
+    without = dataclasses.replace(
+        rule, values={}
+    )  # of values that pass over layers with bits or signs of their own
     own = dict.fromkeys(name.rpartition(".")[0] for name, _ in selected(without, model))
+    if own and "half_range" in rule.values and all(layers[name].own_signs for name in own):
+        return f"half_range of {some_names(own)} stays: query, key and value are signed, the softmax's output is not"
     if own:
         return f"the bits of {some_names(own)} are the layer's own: write such a name out to change them"
     return (

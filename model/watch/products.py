@@ -18,8 +18,12 @@ from model.quantizers.frame import Quantizer
 
 @dataclass
 class _Call:
-    """One call of a quantized layer: the outputs of its quantizers so far, its products and their first problem."""
+    """One call of a quantized layer: the outputs of its quantizers so far, its products and their first problem.
 
+    The scale is the layer's argument of this name, by which it may multiply such an output.
+    """
+
+    scale: float = 1.0
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     products: int = 0
     problem: str = ""
@@ -48,9 +52,9 @@ class Products(TorchDispatchMode):
             call.problem = call.problem or _multiplied(layer, call, [args[place] for place in places])
         return func(*args, **(kwargs or {}))
 
-    def enter_layer(self, layer: QuantLayer, inputs: object) -> None:
+    def enter_layer(self, layer: QuantLayer, inputs: object, named: dict[str, Any]) -> None:
         """A hook before a quantized layer."""
-        self._calls.append((layer, _Call()))
+        self._calls.append((layer, _Call(scale=named.get("scale", 1.0))))
 
     def leave_layer(
         self, name: str, layer: QuantLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
@@ -77,7 +81,10 @@ class Products(TorchDispatchMode):
         """A hook after a quantizer."""
         self._calls.pop()
         if self._calls and self._calls[-1] is not None:
-            self._calls[-1][1].outputs.setdefault(part, []).append(output)
+            call = self._calls[-1][1]
+            call.outputs.setdefault(part, []).append(output)
+            if call.scale != 1:
+                call.outputs[part].append(output * call.scale)
 
 
 def _multiplied(layer: QuantLayer, call: _Call, factors: Sequence[Tensor]) -> str:

@@ -40,6 +40,7 @@ class MethodRecord:
         restores: it undoes the normalisation of `adaptive` whatever `adaptive_restore` says.
         other_scale: its levels have another scale than the tensor that it quantizes, unless `binary_scale` is set.
         offset: the lowest level of its activations is learned, too.
+        moves_zero: zero may become another level than zero, also where levels start at zero.
         initial_step: its clip value starts from LSQ's formula with `--re_init`.
 
     Raises:
@@ -64,6 +65,7 @@ class MethodRecord:
     restores: bool = False
     other_scale: bool = False
     offset: bool = False
+    moves_zero: bool = False
     initial_step: bool = False
 
     def __post_init__(self) -> None:
@@ -190,7 +192,8 @@ def unfit_levels(config: QuantizerConfig) -> str:
 def attention_fault(config: QuantizerConfig) -> str:
     """Why a method of activations cannot quantize the factors of attention's products; empty where it can.
 
-    Query, key and value need signed levels, the output of a softmax those from zero.
+    Query, key and value need signed levels, the output of a softmax those from zero. Zero must stay zero there, since
+    masked positions would be seen otherwise.
 
     Example:
         >>> from utils.config.methods import attention_fault
@@ -202,6 +205,17 @@ def attention_fault(config: QuantizerConfig) -> str:
     name = record.title or config.method
     if record.ignores("half_range"):
         return f"{name} has no levels that start at zero, which the output of a softmax needs: choose another method"
+    if record.offset or record.moves_zero:
+        return f"{name} may turn the zeros of a mask behind the softmax into another level: choose {EVEN}, for example"
+    if (
+        "mean" in config.adaptive
+        and config.adaptive != "mean"
+        and (config.adaptive_restore or record.restores)
+    ):
+        return (
+            f"adaptive {config.adaptive}, undone behind {name}, turns the zeros of a mask behind the softmax into "
+            "their mean: leave adaptive out, or choose var or mean"
+        )
     for half_range, which in (
         (False, "signed levels, which query, key and value need"),
         (True, "levels from zero"),
@@ -305,6 +319,7 @@ declare(
         reads=_CLIP - {"re_init_range"} | {"grad_scale", "re_init"},
         grad_types=frozenset(),
         nearest_levels=lambda levels, half_range: min(levels, 16),
+        moves_zero=True,  # where the first threshold learns to be below it
         initial_step=True,
     ),
 )

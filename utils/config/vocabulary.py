@@ -149,7 +149,8 @@ _declare(
     ("first-last", "the first and the last layer are quantized too", _sets(quant__first_last=True)),
     ("real_depthwise", "depth-wise convolutions stay in full precision",
      {**_sets(quant__depthwise=False), "families": ("torchvision", "timm", "mobilenet")}),
-    ("attention-matmul", "both factors of attention's two matrix products are quantized, as --fm_* says",
+    ("attention-matmul", "both factors of attention's two matrix products are quantized, as --fm_* says, but for "
+     "their signs: the softmax's output has levels from zero, the others are signed",
      _sets(quant__attention_matmul=True)),
 )  # fmt: skip
 

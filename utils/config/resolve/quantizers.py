@@ -230,7 +230,7 @@ def _check_method(
 def _check_matmul(given: Given, fm: QuantizerConfig, warnings: list[str]) -> None:
     """Refuse the word `attention-matmul` for a method without the levels that it needs; warn where it is idle."""
     if fm.enable and (fault := attention_fault(fm)):
-        raise UserError(f"the keyword attention-matmul: {fault}")
+        raise UserError(f"attention-matmul: {fault}")
     if not fm.enable and not is_full_precision(given):
         warnings.append("the keyword attention-matmul has no effect without --fm_enable")
 
