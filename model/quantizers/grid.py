@@ -253,12 +253,29 @@ def encode_on_grid(x: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:
         >>> torch.equal(found.dequantize(), ClipSTE.apply(x, clip, grid))
         True
     """
-    numbers = grid.numbers(x / clip).long()
+    return encode_numbers(grid.numbers(x / clip), clip, grid)
+
+
+def encode_numbers(numbers: Tensor, clip: Tensor, grid: Grid) -> QuantizedTensor:
+    """The integer codes of levels by their numbers, and their scale.
+
+    Args:
+        numbers: counted from the lowest level, float32 or integers of any shape.
+        clip: see `encode_on_grid`.
+        grid: the levels.
+
+    Example:
+        >>> import torch
+        >>> from model.quantizers.grid import Grid, encode_numbers
+        >>> encode_numbers(torch.tensor([0.0, 3.0]), torch.tensor([0.6]), Grid.of(4, half_range=False)).codes
+        tensor([-3,  3], dtype=torch.int32)
+    """
+    numbers = numbers.long()
     return QuantizedTensor(
         codes=(numbers * grid.gap + grid.bottom).to(torch.int32),
         scale=(clip / grid.top).detach(),
         numbers=numbers,
-        codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=x.device)).unsqueeze(0),
+        codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=numbers.device)).unsqueeze(0),
         factor=clip.detach(),
     )
 

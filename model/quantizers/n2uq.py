@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.quantizers.fatnn import RoundedRamps
 from model.quantizers.frame import Quantizer
 from model.quantizers.gradient import apply
-from model.quantizers.grid import FLOOR, Grid, PositiveClip, ScaleGradient, encode_on_grid
+from model.quantizers.grid import FLOOR, Grid, PositiveClip, ScaleGradient, encode_numbers, encode_on_grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.learned_range import LearnedRange
 from model.quantizers.registry import register
@@ -38,18 +38,18 @@ class N2UQActivation(LearnedRange):
         width0, width1, ...: float32, `range_shape`, in units of c.
     """
 
+    start: nn.Parameter
     level_limit: ClassVar[int | None] = 16  # each threshold is a pass over the tensor
 
     def __init__(self, config: QuantizerConfig, site: LayerSite) -> None:
         super().__init__(config, site)
-        self.start = nn.Parameter(torch.full(self.range_shape(), 0.0 if config.half_range else -1.0))
-        for name, width in self._even_widths(torch.full(self.range_shape(), self._extent)).items():
-            self.register_parameter(name, nn.Parameter(width))
+        for name, value in self._even_ramps(self.clip_val.detach()).items():
+            self.register_parameter(name, nn.Parameter(value))
 
-    @property
-    def _extent(self) -> float:
-        """The width of the range in units of c."""
-        return 1.0 if self.config.half_range else 2.0
+    def _even_ramps(self, like: Tensor) -> dict[str, Tensor]:
+        """Start and widths of ramps that cover [0, 1] or [-1, 1], in the shape of `like`."""
+        low, extent = (0.0, 1.0) if self.config.half_range else (-1.0, 2.0)
+        return {"start": torch.full_like(like, low)} | self._even_widths(torch.full_like(like, extent))
 
     def _even_widths(self, total: Tensor) -> dict[str, Tensor]:
         return {f"width{i}": total / (self.levels - 1) for i in range(self.levels - 1)}
@@ -100,22 +100,19 @@ class N2UQActivation(LearnedRange):
         # Open below: of the many zeros behind a ReLU none moves a first ramp that begins at zero.
         return torch.stack(slopes), torch.stack(begins), (0,) * len(widths), True
 
+    def _numbers(self, x: Tensor, clip: Tensor) -> Tensor:
+        """How many thresholds each value reaches."""
+        return apply(RoundedRamps, x / clip, *self._ramps(x))
+
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to the level of the highest threshold that is reached."""
         clip = self.clip(x)
-        return self.grid().ratios(apply(RoundedRamps, x / clip, *self._ramps(x))) * clip
+        return self.grid().ratios(self._numbers(x, clip)) * clip
 
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes of the evenly spaced levels and their scale."""
-        clip, grid = self.clip(x).detach(), self.grid()
-        numbers = apply(RoundedRamps, x / clip, *self._ramps(x)).long()
-        return QuantizedTensor(
-            codes=(numbers * grid.gap + grid.bottom).to(torch.int32),
-            scale=clip / grid.top,
-            numbers=numbers,
-            codebook=grid.ratios(torch.arange(grid.steps + 1.0, device=x.device)).unsqueeze(0),
-            factor=clip,
-        )
+        clip = self.clip(x)
+        return encode_numbers(self._numbers(x, clip), clip, self.grid())
 
     def range_error(self, x: Tensor) -> Tensor | None:
         """See `Quantizer`; None for normalised values."""
@@ -124,9 +121,8 @@ class N2UQActivation(LearnedRange):
     def set_range(self, value: Tensor) -> None:
         """Take [0, value] or [-value, value] as the range, over which the thresholds are spread evenly."""
         super().set_range(value)
-        self.start.fill_(0.0 if self.config.half_range else -1.0)
-        for width in self._widths():
-            width.fill_(self._extent / (self.levels - 1))
+        for name, even in self._even_ramps(value).items():
+            self.get_parameter(name).copy_(even)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Where the first ramp begins and where the last one ends."""
@@ -148,8 +144,7 @@ class N2UQActivation(LearnedRange):
         if widths:
             even = self._even_widths(torch.stack(widths).abs().sum(0))
         else:
-            begin = torch.full_like(self.start, 0.0 if self.config.half_range else -1.0)
-            even = {"start": begin} | self._even_widths(torch.full_like(begin, self._extent))
+            even = self._even_ramps(own["start"])
             if "offset" in entries:  # LSQ+: the clip value is the width of the range
                 low = entries["offset"]
                 even["clip_val"] = torch.maximum(low.abs(), (low + entries["clip_val"].abs()).abs())
