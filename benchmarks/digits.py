@@ -60,6 +60,7 @@ NETWORK |= {
     for dataset in ("digits", "glyphs")
     for rows in ("starts", "agreement")
 }
+NO_START = "random weights"  # of a row that starts from no other network
 FONTS = "-fonts"  # ends the names of what was drawn with the fonts of --fonts
 SHARED = ("recipes", "factors", "peers")  # their networks, and so their starts, are those of --all
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
@@ -78,7 +79,8 @@ class Method:
         most: the largest gap to full precision, in points, that counts as reached; a target, not a claim. None: a row
             for comparison.
         recipe: of the training, to which `options` are added; {teacher} is the full-precision checkpoint of the seed.
-        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block.
+        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block;
+            `NO_START`: none.
     """
 
     name: str
@@ -185,6 +187,8 @@ FACTORS = (  # of the binary recipe, one at a time
     replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
+    replace(REACTNET, name="ReActNet, random weights at the start", start=NO_START),
+    replace(REACTNET, name="ReActNet, 20 epochs", options=f"{ONE} --epochs 20"),
 )
 
 
@@ -263,6 +267,8 @@ def outcomes(
 
         def tuned(job: tuple[Method, int]) -> Outcome:
             m, seed = job
+            if m.start == NO_START:
+                return outcome(m, seed, tuned_case(m, seed), m.recipe)
             start = tuned_case(by_name[m.start], seed) if m.start else full_case(m.block, seed)
             return outcome(
                 m, seed, tuned_case(m, seed), f"{m.recipe} --pretrained {start}-checkpoint.pth.tar"
