@@ -12,10 +12,13 @@ from torch import nn
 
 from model.audit import audit
 from model.convert import quantize
+from model.layers.matmul import QuantMatmul
+from model.layers.quantized import QuantLayer
 from model.quant import QuantConfig, QuantizerConfig
 from model.selection import Selection
 from model.watch.cost import network_cost
 from tests.model.foreign import OwnAttention, Turned, config, product_config, timm_vit
+from utils.config.layer_bits import PARTS
 from utils.errors import UserError
 
 
@@ -101,3 +104,7 @@ def test_configurations_that_are_refused() -> None:
     wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
     with pytest.raises(UserError, match=r"^attention-matmul: fm quantizes the factors: enable it"):
         quantize(timm_vit(), QuantConfig(wt=wt, attention_matmul=True))
+
+
+def test_options_name_the_quantizers_of_layers_and_products() -> None:
+    assert {**QuantLayer.parts, **QuantMatmul.parts} == PARTS
