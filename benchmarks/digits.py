@@ -60,8 +60,9 @@ NETWORK |= {
     for dataset in ("digits", "glyphs")
     for rows in ("starts", "agreement")
 }
+NO_START = "random weights"  # of a row that starts from no other network
 FONTS = "-fonts"  # ends the names of what was drawn with the fonts of --fonts
-SHARED = ("recipes", "factors", "peers")  # their networks, and so their starts, are those of --all
+SHARED = ("recipes", "steps", "factors", "peers")  # their networks, and so their starts, are those of --all
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
 
 
@@ -78,7 +79,8 @@ class Method:
         most: the largest gap to full precision, in points, that counts as reached; a target, not a claim. None: a row
             for comparison.
         recipe: of the training, to which `options` are added; {teacher} is the full-precision checkpoint of the seed.
-        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block.
+        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block;
+            `NO_START`: none.
     """
 
     name: str
@@ -177,6 +179,24 @@ RECIPES = (
     TWO_FIRST_STEP,
     replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
 )
+N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
+
+
+def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Method:
+    """The row of 2-bit weights and activations that starts from a first step."""
+    return replace(TWO, name=f"{name}, two steps", keywords=keywords, start=first.name)
+
+
+TWO_STEPS = (  # the recipe for 2 bits with other methods, and one step of as many epochs as both have
+    TWO_FIRST_STEP,
+    N2UQ_FIRST_STEP,
+    replace(TWO, name="LSQ, taught, 20 epochs", options=f"{bits(2)} --epochs 20"),
+    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
+    second_step("LSQ, EWGS weights", "dorefa,lsq,wt_ewgs"),
+    second_step("LSQ, StableQAT weights", "dorefa,lsq,wt_stableqat"),
+    second_step("N2UQ, LSQ weights", "dorefa,fm_n2uq,wt_lsq", N2UQ_FIRST_STEP),
+    second_step("N2UQ, StableQAT weights", "dorefa,fm_n2uq,wt_stableqat", N2UQ_FIRST_STEP),
+)
 FACTORS = (  # of the binary recipe, one at a time
     Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     REACTNET,
@@ -185,6 +205,8 @@ FACTORS = (  # of the binary recipe, one at a time
     replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
+    replace(REACTNET, name="ReActNet, random weights at the start", start=NO_START),
+    replace(REACTNET, name="ReActNet, 20 epochs", options=f"{ONE} --epochs 20"),
 )
 
 
@@ -263,6 +285,8 @@ def outcomes(
 
         def tuned(job: tuple[Method, int]) -> Outcome:
             m, seed = job
+            if m.start == NO_START:
+                return outcome(m, seed, tuned_case(m, seed), m.recipe)
             start = tuned_case(by_name[m.start], seed) if m.start else full_case(m.block, seed)
             return outcome(
                 m, seed, tuned_case(m, seed), f"{m.recipe} --pretrained {start}-checkpoint.pth.tar"
@@ -376,6 +400,7 @@ def main() -> int:
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
         ("recipes", "the best ones for 1 and 2 bits"),
+        ("steps", "the recipe for 2 bits with other methods"),
         ("factors", "what the recipe for 1 bit consists of, one change at a time"),
         ("peers", "quantizers of other libraries"),
     ):
@@ -387,7 +412,8 @@ def main() -> int:
     options = parser.parse_args()
 
     methods = {
-        "quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "factors": FACTORS, "peers": PEERS,
+        "quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "steps": TWO_STEPS,
+        "factors": FACTORS, "peers": PEERS,
     }[options.rows]  # fmt: skip
     ending, common = (FONTS, f"--fonts {shlex.quote(options.fonts)}") if options.fonts else ("", "")
     name = f"{options.dataset}-{options.rows}{ending}"

@@ -130,6 +130,10 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
         _bits(_activation, "fm", "activation", "ewgs", beside="--fm_grad_delta 2"),
         _bits(_weight, "wt", "weight", "ewgs", beside="--wt_grad_delta 2"),
     ],
+    "stableqat": [
+        _bits(_activation, "fm", "activation", "stableqat"),
+        _bits(_weight, "wt", "weight", "stableqat"),
+    ],
     "apot": [
         [_activation(f"activation, {bits} bits", f"--keyword apot --fm_bit {bits}") for bits in (2, 3, 4)],
         [

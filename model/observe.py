@@ -16,6 +16,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from utils.errors import UserError
+
 # Operators -> positions of the two factors of a convolution or a matrix product among their arguments.
 _aten = torch.ops.aten
 PRODUCTS: dict[Any, tuple[int, int]] = {
@@ -155,6 +157,16 @@ class ParameterProducts(TorchDispatchMode):
         """Begin to look; autocast must cast parameters again, since it would hand out unknown copies."""
         torch.clear_autocast_cache()
         return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """End; an operator that torch compiles itself, such as flex_attention, is refused: nobody sees inside it."""
+        super().__exit__(kind, error, trace)
+        if isinstance(error, NotImplementedError) and "HigherOrderOperator" in str(error):
+            name = str(error).partition("HigherOrderOperator ")[2].partition(" ")[0]
+            raise UserError(
+                f"the network calls {name}, inside of which nothing can be observed or quantized: call "
+                "torch.nn.functional.scaled_dot_product_attention, or other plain operators"
+            ) from error
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See the class."""

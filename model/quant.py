@@ -24,6 +24,7 @@ from model.quantizers import (  # noqa: F401  (registers what a configuration ca
     n2uq,
     pact,
     reactnet,
+    stableqat,
     xnor,
 )
 from model.quantizers.frame import Quantizer

@@ -236,6 +236,25 @@ def ewgs(
     return Result(c * (low + width * x_q), g_n / (width * c), {"clip_val": grad}, distance)
 
 
+def stableqat(
+    x: Array, gy: Array, *, clip_val: Array, levels: int, half_range: bool, groups: Groups = ONE,
+    factor: float = 1.0,
+) -> Result:  # fmt: skip
+    """`lsq` whose gradient to x is multiplied by the slope of a smooth staircase.
+
+    The staircase y(u) is where v = (y - u) / sqrt(2) is -A sin(sqrt(2) pi w), w = (u + y) / sqrt(2). Its slope is
+    (1 + v') / (1 - v') with v' = dv/dw = -A sqrt(2) pi cos(pi (u + y)), taken at the staircase of rounding: u is x in
+    steps and y its level, both from a level (paper, equations of sections 3.1 and 3.2 with A = 0.21).
+    """
+    found = lsq(x, gy, clip_val=clip_val, levels=levels, half_range=half_range, groups=groups, factor=factor)
+    step = groups.spread(np.abs(clip_val), x) * (1 if half_range else 2) / (levels - 1)
+    turned = np.cos(
+        np.pi * (x - found.y) / step
+    )  # cos(pi (u + y)) = cos(pi (u - y)), since 2 pi y is whole turns
+    change = -0.21 * np.sqrt(2) * np.pi * turned
+    return replace(found, gx=found.gx * (1 + change) / (1 - change))
+
+
 # Binary methods ----------------------------------------------------------------------------------
 
 

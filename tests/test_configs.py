@@ -26,7 +26,8 @@ from utils.config.schema import Config
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
-    "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lsqplus": {"lsqplus"}, "ewgs": {"ewgs"}, "apot": {"apot"},
+    "dorefa": {"dorefa"}, "pact": {"pact"}, "lsq": {"lsq"}, "lsqplus": {"lsqplus"}, "ewgs": {"ewgs"},
+    "stableqat": {"stableqat"}, "apot": {"apot"},
     "n2uq": {"n2uq"}, "lq": {"lq"}, "fatnn": {"fatnn"}, "xnor": {"xnor"},
     "xnor++": {"xnor"}, "bireal": {"xnor"}, "groupnet": {"xnor"}, "fixup": set(), "reactnet": {"reactnet"},
 }  # fmt: skip
@@ -124,7 +125,7 @@ def expected_bits(name: str) -> set[tuple[str, int, int]]:
     # FATNN's weights are ternary; at two bits LSQ takes their place.
     methods = {"fatnn", "lsq"} if (method, precision) == ("fatnn", "2bit") else METHODS[method]
     paper = (
-        method in ("lsq", "lsqplus", "ewgs")
+        method in ("lsq", "lsqplus", "ewgs", "stableqat")
         and precision != "1bit"
         and dataset in ("imagenet", "dali", "cifar10", "cifar100")
     )

@@ -17,7 +17,7 @@ from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
 from utils.config.layer_bits import FULL_BITS
 from utils.config.schema import QuantizerConfig
-from utils.report.cost_record import TERNARY, Cost, LayerCost, stored_bits
+from utils.report.cost_record import TERNARY, Cost, LayerCost, MatmulCost, stored_bits
 
 
 def describe_quantizer(quantizer: nn.Module | None) -> tuple[str, int]:
@@ -75,6 +75,15 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
             inputs=first_input(inputs, named)[0].numel(),
         )
 
+    matmuls: dict[QuantMatmul, MatmulCost] = {}
+
+    def count_matmul(module: QuantMatmul, factors: tuple[Tensor, ...], output: Tensor) -> None:
+        kind, bits = describe(module.quant_left)
+        if kind:
+            before = matmuls[module].macs if module in matmuls else 0
+            macs = before + output[0].numel() * factors[0].shape[-1]
+            matmuls[module] = MatmulCost(kind=kind, macs=macs, bits=bits)
+
     parameter = next(model.parameters())
     image = torch.zeros(1, channels, *sides(input_size), device=parameter.device, dtype=parameter.dtype)
     with one_of_a_kind(model), observing(model) as hooks, ParameterProducts(model) as products:
@@ -83,16 +92,20 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
         ]
+        hooks += [
+            module.register_forward_hook(count_matmul)
+            for module in model.modules()
+            if isinstance(module, QuantMatmul)
+        ]
         model(image)
     layers: dict[str, LayerCost] = {}  # in the order they run
     for owner, product in products.found.items():
         name = next((name for name in within(owner) if name in called), owner)
         layers[name] = called.get(name) or _other_cost(owner, model.get_submodule(owner), product)
-    matmuls = [module for module in model.modules() if isinstance(module, QuantMatmul)]
     return Cost(
         layers=tuple((layers | called).values()),
         parameters=sum(p.numel() for p in model.parameters()),
-        matmuls=tuple(words for each in matmuls if (words := describe(each.quant_left)[0])),
+        matmuls=tuple(matmuls.values()),
     )
 
 

@@ -149,7 +149,7 @@ def misfit(config: QuantizerConfig) -> str:
         >>> from utils.config.methods import misfit
         >>> from utils.config.schema import GRAD_TYPES, QuantizerConfig
         >>> misfit(QuantizerConfig(tag="wt", method="dorefa", grid="midtread"))
-        "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa"
+        "grid 'midtread' belongs to lsq, lsqplus, ewgs or stableqat, not to dorefa"
     """
     record, method = record_of(config.method, config.tag), config.method
     if record.levels not in (None, config.levels):
@@ -280,6 +280,7 @@ _PLUS = _LEARNED | {
 declare("lsqplus", _ACTIVATIONS, _record(reads=_STEP - {"grid", "re_init_range"}, offset=True, **_PLUS))
 declare("lsqplus", ["wt"], _record(reads=_STEP, **_PLUS))
 declare("ewgs", _ALL, _record(reads=_STEP | {"grad_delta"}, **_LEARNED))
+declare("stableqat", _ALL, _record(reads=_STEP, **_LEARNED))
 declare(
     "lq",
     _ALL,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 from utils.config.layer_bits import FULL_BITS
@@ -64,6 +63,21 @@ class LayerCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatmulCost:
+    """One product of two quantized activations for one image.
+
+    Attributes:
+        kind: how its factors are quantized, in words.
+        macs: multiply-accumulate operations.
+        bits: of a value of either factor.
+    """
+
+    kind: str
+    macs: int
+    bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """A network's layers and totals.
 
@@ -71,14 +85,14 @@ class Cost:
         layers: the convolutions and linear layers, in the order they run.
         parameters: number of all parameters.
         note: a line about the ranges of its quantizers before training; empty for none.
-        matmuls: the quantizers of each product of attention whose factors are quantized, in words; such products are
-            not among the layers.
+        matmuls: the products of attention whose factors are quantized; they are not among the layers, and in no total,
+            since products in full precision are not counted either.
     """
 
     layers: tuple[LayerCost, ...]
     parameters: int
     note: str = ""
-    matmuls: tuple[str, ...] = ()
+    matmuls: tuple[MatmulCost, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -142,8 +156,11 @@ class Cost:
             head += ("result",)
             rows = [(*row, layer.result or "-") for row, layer in zip(rows, self.layers, strict=True)]
         matmuls = [
-            f"both factors of {count} products of attention, which are not counted: {kind}"
-            for kind, count in Counter(self.matmuls).items()
+            f"beside the total, {len(products)} products of attention with both factors quantized: {kind}; "
+            f"{sum(each.macs for each in products):,} MACs, "
+            f"{sum(each.macs * each.bits**2 for each in products):,} bit operations"
+            for kind in dict.fromkeys(each.kind for each in self.matmuls)
+            if (products := [each for each in self.matmuls if each.kind == kind])
         ]
         return "\n".join([format_table(head, rows), self.totals(), *matmuls, *[self.note] * bool(self.note)])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from model.audit import audit
@@ -26,17 +26,20 @@ from model.quant import QuantConfig, QuantizerConfig, quantizers
 from model.selection import Selection
 from model.training.policy import initialise
 from tests import oracle
-from tests.model.foreign import config, swin_transformer, vision_transformer
+from tests.model.foreign import (
+    OwnAttention,
+    config,
+    product_config,
+    swin_transformer,
+    timm_vit,
+    vision_transformer,
+)
 from utils.config.schema import Rule
 from utils.errors import UserError
 
 N, H, L, S, D = 2, 3, 5, 7, 4
 CLIPS = {"query_key.quant_left": 1.7, "query_key.quant_right": 1.3, "weights_value.quant_left": 0.6,
          "weights_value.quant_right": 2.1}  # fmt: skip
-
-
-def timm_vit() -> nn.Module:
-    return timm.create_model("test_vit", img_size=32, num_classes=5)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -171,39 +174,11 @@ def test_a_network(name: str) -> None:
         assert not audit(net, [x], wanted).problems and net(x).isfinite().all()
 
 
-class Own(nn.Module):
-    """Heads of 4 features; what it computes is `kind`."""
-
-    def __init__(self, kind: str, heads: int = 1) -> None:
-        super().__init__()
-        self.qkv, self.kind, self.heads = nn.Linear(4 * heads, 12 * heads), kind, heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        attend: Any = functional.scaled_dot_product_attention
-        if self.kind == "both":
-            return attend(q, k, v, attn_mask=torch.zeros(len(x[0]), len(x[0])), is_causal=True)
-        if self.kind == "products":
-            return ((q @ k.mT).softmax(-1) @ v).squeeze(1)
-        if self.kind == "two":
-            return attend(attend(q, k, v), k, v).squeeze(1)
-        if self.kind in ("blind", "mask of float32"):
-            mask = torch.ones(len(x[0]), len(x[0])).tril(-1)  # the first position sees none
-            mask = mask.bool() if self.kind == "blind" else mask
-            return attend(q, k, v, attn_mask=mask).transpose(1, 2).view(x.shape)
-        if self.kind == "three dimensions":
-            return attend(q[:, 0], k[:, 0], v[:, 0])
-        if self.kind == "boolean mask":
-            return attend(q, k, v, attn_mask=torch.ones(len(x[0]), len(x[0])).tril().bool()).squeeze(1)
-        y = attend(q, k, v, is_causal=self.kind == "causal", scale=0.3)
-        return y.transpose(1, 2).view(x.shape)
-
-
 def test_an_attention_of_ones_own() -> None:
     """Of whatever class, where torch's function computes it, with its masks and its scale; one graph, compiled."""
     x = torch.randn(2, 6, 4)
     for kind in ("boolean mask", "causal", "plain"):
-        net = nn.Sequential(Own(kind)).eval()
+        net = nn.Sequential(OwnAttention(kind)).eval()
         before = net(x)
         quantize(net, config(attention_matmul=True, first_last=True), example=(x,))
         y = torch.compile(net, backend="aot_eager", fullgraph=True)(x) if kind == "causal" else net(x)
@@ -213,14 +188,6 @@ def test_an_attention_of_ones_own() -> None:
         torch.testing.assert_close(net(x), before)
 
 
-def fm(method: str = "lsq", levels: int = 4, **options: Any) -> QuantConfig:
-    """First and last layers too, since a small network has no others."""
-    activations = QuantizerConfig(
-        tag="fm", enable=True, method=method, levels=levels, half_range=True, **options
-    )
-    return QuantConfig(fm=activations, attention_matmul=True, first_last=True)
-
-
 SOFTMAX_LEVELS = {"dorefa": 4, "pact": 4, "lsq": 4, "ewgs": 4, "lq": 4, "apot": 4, "fatnn": 3}
 
 
@@ -228,8 +195,8 @@ SOFTMAX_LEVELS = {"dorefa": 4, "pact": 4, "lsq": 4, "ewgs": 4, "lq": 4, "apot": 
 def test_masked_positions_stay_unseen(method: str) -> None:
     """Of a causal attention, after training too: the last token changes no output before it."""
     torch.manual_seed(0)
-    x, wanted = torch.randn(8, 6, 4), fm(method, SOFTMAX_LEVELS[method])
-    net = nn.Sequential(Own("causal"), nn.Flatten(), nn.Linear(24, 4))
+    x, wanted = torch.randn(8, 6, 4), product_config(method, SOFTMAX_LEVELS[method])
+    net = nn.Sequential(OwnAttention("causal"), nn.Flatten(), nn.Linear(24, 4))
     quantize(net, wanted, example=(x,), select=Selection(include=("0*",)))
     initialise_ranges(net, x, wanted)
     optimizer = torch.optim.SGD(net.train().parameters(), lr=0.05)
@@ -248,17 +215,17 @@ def test_masked_positions_stay_unseen(method: str) -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (fm("lsqplus"), "lsqplus may turn the zeros of a mask"),
-        (fm("n2uq"), "N2UQ may turn the zeros of a mask"),
+        (product_config("lsqplus"), "lsqplus may turn the zeros of a mask"),
+        (product_config("n2uq"), "N2UQ may turn the zeros of a mask"),
         (
-            fm(adaptive="var-mean", adaptive_restore=True),
+            product_config(adaptive="var-mean", adaptive_restore=True),
             "adaptive var-mean, undone behind lsq, turns the zeros",
         ),
-        (fm("lq", adaptive="mean-var"), "adaptive mean-var, undone behind lq, turns the zeros"),
+        (product_config("lq", adaptive="mean-var"), "adaptive mean-var, undone behind lq, turns the zeros"),
     ],
 )
 def test_masks_whose_zeros_would_move(wanted: QuantConfig, message: str) -> None:
-    net = nn.Sequential(Own("causal"))
+    net = nn.Sequential(OwnAttention("causal"))
     with pytest.raises(UserError, match=f"^attention-matmul: {message}"):
         quantize(net, wanted, example=(torch.randn(2, 6, 4),))
     assert not any(True for _ in quantizers(net))
@@ -269,8 +236,8 @@ def test_a_compiled_step_has_the_same_gradients(method: str) -> None:
     """The key's gradient has another layout than the key, which its graph must know."""
     torch.manual_seed(0)
     x = torch.randn(3, 6, 8)
-    net = nn.Sequential(Own("plain", heads=2)).train()
-    quantize(net, fm(method), example=(x,))
+    net = nn.Sequential(OwnAttention("plain", heads=2)).train()
+    quantize(net, product_config(method), example=(x,))
     other = copy.deepcopy(net)
     compiled: Any = torch.compile(other, backend="aot_eager")
     for each in (net, compiled):
@@ -282,9 +249,9 @@ def test_a_compiled_step_has_the_same_gradients(method: str) -> None:
 def test_a_row_that_sees_nothing() -> None:
     """Is 0, as torch's function has it, and so are its gradients; nothing else is."""
     x = torch.randn(2, 6, 8, requires_grad=True)
-    net = nn.Sequential(Own("blind", heads=2))
+    net = nn.Sequential(OwnAttention("blind", heads=2))
     before = net(x)
-    quantize(net, fm(), example=(x,))
+    quantize(net, product_config(), example=(x,))
     for _, one in quantizers(net):
         one.enabled = False
     torch.testing.assert_close(net(x), before)
@@ -298,8 +265,8 @@ def test_a_row_that_sees_nothing() -> None:
 def test_half_precision() -> None:
     """A mask of another type is cast; scores that float16 does not hold are finite once they are scaled."""
     x = torch.randn(2, 6, 4, dtype=torch.bfloat16)
-    net = nn.Sequential(Own("mask of float32")).bfloat16()
-    quantize(net, fm(), example=(x,))
+    net = nn.Sequential(OwnAttention("mask of float32")).bfloat16()
+    quantize(net, product_config(), example=(x,))
     assert net(x).dtype == torch.bfloat16 and net(x).isfinite().all()
     query, value = torch.full((1, 1, 2, 64), 40.0).half(), torch.randn(1, 1, 2, 64).half()
     expected = value.double().numpy().mean(2, keepdims=True).repeat(2, 2)  # of scores that are equal
@@ -310,8 +277,8 @@ def test_half_precision() -> None:
 def test_a_mask_beside_is_causal() -> None:
     """Torch refuses both together; so do the layers."""
     x = torch.randn(2, 6, 4)
-    net = nn.Sequential(Own("plain"))
-    quantize(net, fm(), example=(x,))
+    net = nn.Sequential(OwnAttention("plain"))
+    quantize(net, product_config(), example=(x,))
     net[0].kind = "both"
     with pytest.raises(RuntimeError, match="attn_mask or is_causal=True, not both"):
         net(x)
@@ -322,25 +289,25 @@ def test_a_selection() -> None:
     x = torch.randn(2, 6, 4)
     products = ("1.matmuls.query_key", "1.matmuls.weights_value")
     for chosen in (Selection(exclude=("0*",)), Selection(include=("1*",))):
-        net = nn.Sequential(Own("products"), Own("plain"))
-        assert quantize(net, fm(), example=(x,), select=chosen).replaced == ("1.qkv", *products)
-        assert type(net[0]) is Own
-    net = nn.Sequential(Own("plain"), nn.Linear(4, 4))
+        net = nn.Sequential(OwnAttention("products"), OwnAttention("plain"))
+        assert quantize(net, product_config(), example=(x,), select=chosen).replaced == ("1.qkv", *products)
+        assert type(net[0]) is OwnAttention
+    net = nn.Sequential(OwnAttention("plain"), nn.Linear(4, 4))
     with pytest.raises(UserError, match=r"^attention-matmul: the selection leaves out every attention: 0$"):
-        quantize(net, fm(), example=(x,), select=Selection(include=("1",)))
+        quantize(net, product_config(), example=(x,), select=Selection(include=("1",)))
     swin, images = swin_transformer(), torch.randn(1, 3, 32, 32)
     names = [name for name, _ in swin.named_modules() if name.endswith(".attn")]
     exclude = tuple(f"{name}*" for name in names[1:])
-    quantize(swin, fm(), example=(images,), select=Selection(exclude=exclude))
+    quantize(swin, product_config(), example=(images,), select=Selection(exclude=exclude))
     found = [name for name, each in swin.named_modules() if isinstance(each, QuantMatmul)]
     assert found == [f"{names[0]}.matmuls.query_key", f"{names[0]}.matmuls.weights_value"]
 
 
 def test_the_device_is_that_of_the_attention() -> None:
     x = torch.randn(2, 6, 4)
-    net = nn.Sequential(Own("plain"))
+    net = nn.Sequential(OwnAttention("plain"))
     net.register_parameter("elsewhere", nn.Parameter(torch.zeros(1, device="meta")))
-    quantize(net, fm(), example=(x,))
+    quantize(net, product_config(), example=(x,))
     assert {value.device.type for _, one in quantizers(net) for value in one.parameters()} == {"cpu"}
     assert net(x).isfinite().all()
 
@@ -348,8 +315,8 @@ def test_the_device_is_that_of_the_attention() -> None:
 def test_a_policy_keeps_the_signs() -> None:
     """`half_range` passes over the products, whose levels are signed or not whatever the options say."""
     x = torch.randn(2, 6, 4)
-    net = nn.Sequential(Own("plain"))
-    wanted = fm()
+    net = nn.Sequential(OwnAttention("plain"))
+    wanted = product_config()
     quantize(
         net, dataclasses.replace(wanted, fm=dataclasses.replace(wanted.fm, half_range=False)), example=(x,)
     )
@@ -359,65 +326,6 @@ def test_a_policy_keeps_the_signs() -> None:
     assert [name for name, half in signs.items() if half] == ["0.matmuls.weights_value.quant_left"]
     with pytest.raises(UserError, match=r"half_range of 0\.matmuls\.query_key, .* stays"):
         initialise(net, [dataclasses.replace(rule, name="0.matmuls.*")])
-
-
-def test_the_audit_sees_a_factor_that_is_not_quantized() -> None:
-    net, x = timm_vit(), torch.randn(2, 3, 32, 32)
-    wanted = config(attention_matmul=True)
-    quantize(net, wanted, example=(x,))
-    product = net.get_submodule("blocks.0.attn.matmuls.query_key")
-    product.forward = lambda left, right, scale: left @ product.quant_right(right)  # pyright: ignore
-    assert any("query_key" in line and "quant_left" in line for line in audit(net, [x], wanted).problems)
-    product.quant_left = nn.Identity()
-    assert any("query_key.quant_left" in line for line in audit(net, [x], wanted).problems)
-
-
-def test_the_audit_sees_products_that_are_not_quantized() -> None:
-    """In a network that was quantized without them, and outside of the layers; not where the selection left them."""
-    x, wanted = torch.randn(2, 6, 4), fm()
-    net = nn.Sequential(Own("plain"))
-    quantize(net, dataclasses.replace(wanted, attention_matmul=False), example=(x,))
-    assert any("0 multiplies two activations" in line for line in audit(net, [x], wanted).problems)
-    net = nn.Sequential(nn.Linear(4, 4))
-    quantize(net, dataclasses.replace(wanted, attention_matmul=False), example=(x,))
-    assert any("has no attention" in line for line in audit(net, [x], wanted).problems)
-    net = nn.Sequential(Own("plain"), Own("products"))
-    quantize(net, wanted, example=(x,), select=Selection(exclude=("1*",)))
-    left = [line for line in audit(net, [x], wanted).problems if "two activations" in line]
-    assert left == []
-    net[0].kind = "products"
-    assert any("0 multiplies two activations" in line for line in audit(net, [x], wanted).problems)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), "the network has no attention: leave the word out"),
-        (lambda: nn.Sequential(Own("products")), r"0 \(Own\): multiplies activations in a way of its own"),
-        (lambda: nn.Sequential(Own("two")), r"0 \(Own\): multiplies"),
-        (lambda: nn.Sequential(Own("three dimensions")), r"0 \(Own\): multiplies"),
-        (lambda: timm.create_model("cait_xxs24_224", img_size=32), r"blocks\.0\.attn, .*TalkingHeadAttn"),
-    ],
-)
-def test_what_is_refused(make: Callable[[], nn.Module], message: str) -> None:
-    """By the names of the modules; the network is as it was."""
-    net = make()
-    x = torch.randn(2, 6, 4) if isinstance(net, nn.Sequential) else torch.randn(1, 3, 32, 32)
-    kinds = [type(module) for module in net.modules()]
-    with pytest.raises(UserError, match=f"^attention-matmul: {message}"):
-        quantize(net, config(attention_matmul=True, first_last=True), example=(x,))
-    assert [type(module) for module in net.modules()] == kinds
-
-
-def test_configurations_that_are_refused() -> None:
-    fm = QuantizerConfig(tag="fm", enable=True, method="xnor", levels=2)
-    with pytest.raises(UserError, match=r"^attention-matmul: xnor has no levels that start at zero"):
-        quantize(timm_vit(), QuantConfig(fm=fm, attention_matmul=True), example=(torch.randn(1, 3, 32, 32),))
-    with pytest.raises(UserError, match=r"^attention-matmul: .* give quantize an example"):
-        quantize(timm_vit(), config(attention_matmul=True))
-    wt = QuantizerConfig(tag="wt", enable=True, method="lsq", levels=4)
-    with pytest.raises(UserError, match=r"^attention-matmul: fm quantizes the factors: enable it"):
-        quantize(timm_vit(), QuantConfig(wt=wt, attention_matmul=True))
 
 
 def test_engines_compute_the_same_codes() -> None:

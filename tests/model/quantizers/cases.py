@@ -59,6 +59,7 @@ TANH: dict[str, Any] = {"expected": formulas.dorefa_weight, "half_range": FULL, 
 CLIP: dict[str, Any] = {"state": ("clip_val",), "range_name": "clip_val", "calibrates": True}
 BINARY: dict[str, Any] = {"levels": (2,), "half_range": FULL}
 DELTA = 0.5  # large enough to see
+LEAST_SLOPE = (1 - 0.21 * np.pi * np.sqrt(2)) / (1 + 0.21 * np.pi * np.sqrt(2))  # of StableQAT
 METHODS = {
     "dorefa": Method(method="dorefa", tags=FM, expected=formulas.dorefa_activation, calibrates=True),
     "dorefa-wt": Method(method="dorefa", tags=WT, **TANH),
@@ -92,6 +93,14 @@ METHODS = {
         expected=formulas.ewgs,
         fields={"grad_delta": DELTA},
         scaled=DELTA / 2,
+        **CLIP,
+    ),
+    "stableqat": Method(
+        method="stableqat",
+        tags=(*FM, *WT),
+        expected=formulas.stableqat,
+        levels=LEVELS[:-1],  # of 256 levels, float32 knows the distance to a level to 1e-5 steps only
+        scaled=1 - LEAST_SLOPE,
         **CLIP,
     ),
     "apot": Method(

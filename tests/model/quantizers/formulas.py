@@ -85,6 +85,13 @@ def ewgs(s: Setting, x: Array, gy: Array) -> Result:
     )  # fmt: skip
 
 
+def stableqat(s: Setting, x: Array, gy: Array) -> Result:
+    return oracle.stableqat(
+        x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,
+        groups=s.groups, factor=s.factor,
+    )  # fmt: skip
+
+
 def apot(s: Setting, x: Array, gy: Array) -> Result:
     return uneven.apot(
         x, gy, clip_val=s.state["clip_val"], levels=s.config.levels, half_range=s.config.half_range,

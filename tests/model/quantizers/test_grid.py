@@ -75,9 +75,9 @@ def test_an_infinite_element_leaves_the_gradients_finite(case: Case) -> None:
         torch.testing.assert_close(one.grad, two.grad)
 
 
-@over([case for case in cases(groups=(None, 2)) if learned(case)])
+@over([case for case in cases(groups=(None, 2)) if learned(case) and case.method.method != "stableqat"])
 def test_a_gradient_of_the_gradient(case: Case) -> None:
-    """That of a penalty on the gradient, in which rounding counts as the identity too."""
+    """That of a penalty on the gradient, in which rounding counts as the identity too; StableQAT's slope is another."""
 
     x = tensor(case).requires_grad_()
     y = make(case.with_fields(grad_delta=0.0))(x)

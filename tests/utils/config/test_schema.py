@@ -284,7 +284,7 @@ def test_right_calls_that_look_like_wrong_ones() -> None:
     [
         (
             {"method": "dorefa", "grid": "midtread"},
-            "grid 'midtread' belongs to lsq, lsqplus or ewgs, not to dorefa",
+            "grid 'midtread' belongs to lsq, lsqplus, ewgs or stableqat, not to dorefa",
         ),
         ({"method": "lsq", "grid": "midtread", "half_range": True}, "grid 'midtread' needs half_range=False"),
         ({"method": "lsq", "grad_type": "Triangle"}, "grad_type 'Triangle' does not go with lsq on wt"),
