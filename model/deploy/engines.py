@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from model.deploy.c.engine import CRunner, read_description
 from model.deploy.codes import Array
 from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
@@ -21,11 +22,14 @@ from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
+C_COMPILER = "cc"  # stands for whichever compiler is installed
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
+    if path.suffix == ".h":
+        return read_description(path)["texts"]
     if path.suffix == ".xml":
         needed("openvino")
         import openvino
@@ -147,7 +151,8 @@ class Engine:
         Raises:
             UserError: the engine is not installed, or does not take the file.
         """
-        needed(self.name)
+        if self.name != C_COMPILER:
+            needed(self.name)
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:
@@ -169,10 +174,12 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine("openvino"), Engine("openvino", False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
+    if kind == "c":
+        return [Engine(C_COMPILER), Engine(C_COMPILER, False)]
     if kind != "onnx":
         raise UserError(
-            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2 "
-            "or the folder of a page"
+            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
+            ".h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -346,6 +353,7 @@ def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> T
 
 
 _RUNNERS: dict[str, Any] = {
+    C_COMPILER: CRunner,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

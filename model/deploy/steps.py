@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
-from model.deploy.graph import OUTPUT, DeployGraph
+from model.deploy.graph import OPSET, OUTPUT, DeployGraph
 from model.deploy.nodes import DOMAIN, initializers, node_key, tensor_attributes
 from utils.errors import UserError
 
@@ -95,12 +95,16 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             activation=graph.activations[node_key(node)] if own and node.op_type == ACTIVATION else None,
             weight=graph.weights[node_key(node)] if own and node.op_type == WEIGHT else None,
         )  # fmt: skip
-        if node.op_type == "Constant":
-            constants[step.outputs[0]] = _constant(step)
+        if node.op_type == "Shape":
+            whole = np.array(shapes[inputs[0]])
+            constants[step.outputs[0]] = whole[step.attributes.get("start", 0) : step.attributes.get("end")]
+        elif not own and all(name in constants for name in inputs if name):
+            constants |= _computed(node, [constants.get(name) for name in inputs])
         elif node.op_type == "Identity" and OUTPUT not in step.outputs:
             renamed[step.outputs[0]] = inputs[0]
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants)
+            shapes[steps[-2].outputs[0]] = shapes[step.outputs[0]]
         else:
             steps.append(step)
     for step in steps:
@@ -120,11 +124,22 @@ def _layer(node: NodeProto) -> str:
     return next(iter(ast.literal_eval(scopes)[-2:-1]), "")
 
 
-def _constant(step: Step) -> Array:
-    from onnx import numpy_helper
+def _computed(node: NodeProto, values: Sequence[Array | None]) -> dict[str, Array]:
+    """The results of an operator all of whose inputs are constants."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
 
-    value = next(iter(step.attributes.values()))
-    return numpy_helper.to_array(value) if hasattr(value, "raw_data") else np.array(value)
+    given = {name: value for name, value in zip(node.input, values, strict=True) if value is not None}
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    ]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    model = helper.make_model(
+        helper.make_graph([node], "", inputs, outputs), opset_imports=[helper.make_opsetid("", OPSET)]
+    )
+    found = ReferenceEvaluator(model).run(None, given)
+    return {name: np.asarray(value) for name, value in zip(node.output, found, strict=True)}
 
 
 def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:
