@@ -137,7 +137,9 @@ class Engine:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, {'default' if self.optimised else 'basic'}" if self.name != "torch" else self.name
+            f"{self.name}, {'default' if self.optimised else 'basic'}"
+            if self.name not in ("torch", C_COMPILER)
+            else self.name
         )
 
     def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
@@ -175,7 +177,7 @@ def engines_of(path: Path) -> list[Engine]:
     if kind in ("packed", "program"):
         return [Engine("torch")]
     if kind == "c":
-        return [Engine(C_COMPILER), Engine(C_COMPILER, False)]
+        return [Engine(C_COMPILER)]
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
@@ -352,8 +354,12 @@ def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> T
     return open_torch(path, tensors)
 
 
+def _c(path: Path, optimised: bool, tensors: bool, threads: int | None) -> CRunner:
+    return CRunner(path, tensors)
+
+
 _RUNNERS: dict[str, Any] = {
-    C_COMPILER: CRunner,
+    C_COMPILER: _c,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,8 +106,17 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants)
             shapes[steps[-2].outputs[0]] = shapes[step.outputs[0]]
+        elif node.op_type == "Gather" and _takes_all(step, constants, shapes):
+            shape = f"{step.outputs[0]}.shape"
+            constants[shape] = np.array(constants[inputs[1]].shape)
+            shapes[step.outputs[0]] = constants[inputs[1]].shape
+            steps.append(replace(step, operator="Reshape", inputs=(inputs[0], shape), attributes={}))
         else:
             steps.append(step)
+            if (
+                node.op_type == "Reshape" and inputs[1] in constants
+            ):  # which may depend on what is folded here
+                shapes[step.outputs[0]] = _reshaped(shapes[inputs[0]], constants[inputs[1]].tolist(), step)
     for step in steps:
         if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
             where = f"{step.layer}: " if step.layer else ""
@@ -140,6 +150,21 @@ def _computed(node: NodeProto, values: Sequence[Array | None]) -> dict[str, Arra
     )
     found = ReferenceEvaluator(model).run(None, given)
     return {name: np.asarray(value) for name, value in zip(node.output, found, strict=True)}
+
+
+def _takes_all(step: Step, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a Gather gives all values of a vector in their order, as torch writes a view of strides."""
+    chosen = constants.get(step.inputs[1])
+    size = shapes.get(step.inputs[0], ())
+    return chosen is not None and len(size) == 1 and np.array_equal(chosen.reshape(-1), np.arange(*size))
+
+
+def _reshaped(shape: tuple[int, ...], target: Sequence[int], step: Step) -> tuple[int, ...]:
+    """The shape that a Reshape makes."""
+    if not step.attributes.get("allowzero"):
+        target = [shape[axis] if size == 0 else size for axis, size in enumerate(target)]
+    known = prod(size for size in target if size != -1)
+    return tuple(prod(shape) // known if size == -1 else size for size in target)
 
 
 def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:

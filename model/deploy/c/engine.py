@@ -77,7 +77,7 @@ class CRunner:
     The compiler runs on the file, and what it makes runs in this process.
     """
 
-    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+    def __init__(self, path: Path, tensors: bool) -> None:
         self.path = path
         described = read_description(path)
         self._shape, self._classes = tuple(described["shape"]), int(described["classes"])
@@ -90,7 +90,7 @@ class CRunner:
             shutil.copyfile(path, Path(folder) / "network.h")
             source.write_text(PROGRAM.format(header="network.h"), "utf-8")
             # Without contraction, products are rounded before they are added, as the file says.
-            flags = ["-std=c99", "-O2" if optimised else "-O0", "-ffp-contract=off", "-fPIC", "-shared"]
+            flags = ["-std=c99", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
             command = [compiler(), *flags, str(source), "-o", str(library), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:

@@ -252,16 +252,16 @@ class _Writer:
                 f"{step.layer}: a product of two activations is not written as C; export --to onnx"
             )
         flipped = step.operator == "MatMul" or (step.operator == "Gemm" and not attributes.get("transB"))
-        values = None
-        if weight is None or flipped:
-            values = self._values(step.inputs[1])
-            values = values.T if flipped else values
-        size = (values if weight is None or values is not None else weight.codes).shape
+        values = self._values(step.inputs[1]) if weight is None or flipped else None
+        values = values.T if values is not None and flipped else values
+        whole = values if weight is None or values is not None else weight.codes
+        assert whole is not None
+        size: tuple[int, ...] = whole.shape
         output = self._shape(name)
         if step.operator == "Conv":
             strides, dilations = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
             pads = attributes.get("pads", [0, 0, 0, 0])
-            geometry = (
+            geometry: tuple[int, ...] = (
                 *shape[1:],
                 *output[1:],
                 *size[2:],
