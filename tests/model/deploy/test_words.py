@@ -99,7 +99,7 @@ def test_files_for_torch_and_pages_are_verified(
         assert len(item["codes"]) == 7 and set(item["codes"].values()) == {0.0}
         assert item["layers"] == 9 and item["bytes"] > 0 and item["milliseconds"] > 0
     assert (header["engine"], header["same"], header["integer"], header["layers"]) == ("cc", 1.0, 7, 9)
-    assert len(header["codes"]) == 7 and set(header["codes"].values()) == {0.0}
+    assert len(header["codes"]) == 7 and max(header["codes"].values()) < 1e-4  # sums in another order
     assert {(item["engine"], item["file"]) for item in others} == {
         (f"{name}, {how}", str(page / NETWORK))
         for name in ("onnxruntime", "openvino")
