@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from model.deploy.c.engine import CRunner, read_description
 from model.deploy.codes import Array
 from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
@@ -21,11 +22,14 @@ from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
+C_COMPILER = "cc"  # stands for whichever compiler is installed
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
+    if path.suffix == ".h":
+        return read_description(path)["texts"]
     if path.suffix == ".xml":
         needed("openvino")
         import openvino
@@ -133,7 +137,9 @@ class Engine:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, {'default' if self.optimised else 'basic'}" if self.name != "torch" else self.name
+            f"{self.name}, {'default' if self.optimised else 'basic'}"
+            if self.name not in ("torch", C_COMPILER)
+            else self.name
         )
 
     def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
@@ -147,7 +153,8 @@ class Engine:
         Raises:
             UserError: the engine is not installed, or does not take the file.
         """
-        needed(self.name)
+        if self.name != C_COMPILER:
+            needed(self.name)
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:
@@ -169,10 +176,12 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine("openvino"), Engine("openvino", False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
+    if kind == "c":
+        return [Engine(C_COMPILER)]
     if kind != "onnx":
         raise UserError(
-            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2 "
-            "or the folder of a page"
+            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
+            ".h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -345,7 +354,12 @@ def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> T
     return open_torch(path, tensors)
 
 
+def _c(path: Path, optimised: bool, tensors: bool, threads: int | None) -> CRunner:
+    return CRunner(path, tensors)
+
+
 _RUNNERS: dict[str, Any] = {
+    C_COMPILER: _c,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

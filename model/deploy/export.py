@@ -94,6 +94,13 @@ def _packed(trained: Trained, path: Path, options: Options) -> None:
     packed.write(trained, path)
 
 
+def _c(trained: Trained, path: Path, options: Options) -> None:
+    """A C header with codes and plain loops, for programs without an engine."""
+    from model.deploy.c.header import c_header
+
+    path.write_text(c_header(_graph(trained, options)), "utf-8")
+
+
 def _web(trained: Trained, path: Path, options: Options) -> None:
     """A folder with a page for browsers."""
     from model.deploy import web
@@ -108,6 +115,7 @@ Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
 FORMATS: dict[str, Write] = {
+    "c": _c,
     "onnx": _onnx,
     "openvino": _openvino,
     "packed": _packed,
@@ -117,10 +125,11 @@ FORMATS: dict[str, Write] = {
 }
 """What `--to` takes: name -> the function that writes it."""
 
-ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
+ENDINGS = {"c": ".h", "onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
 """The endings by which other words know a format."""
 
 PACKAGES = {
+    "c": ("onnx", "onnxscript"),
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "packed": ("safetensors",),

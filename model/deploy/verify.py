@@ -89,6 +89,7 @@ def compare(
     import numpy as np
     import onnx
 
+    from model.deploy.c.header import c_header
     from model.deploy.code_shares import (
         CodeShares,
         faults_of_codes,
@@ -112,8 +113,10 @@ def compare(
         plain, float_file = without_quantizers(network), Path(folder) / "float.onnx"
         graph = None
         if any(engine.name != "torch" for _, engine in order):
-            graph = deploy_graph(network, shape)
-            onnx.save(qdq_model(deploy_graph(plain, shape)), float_file)
+            graph, float_graph = deploy_graph(network, shape), deploy_graph(plain, shape)
+            onnx.save(qdq_model(float_graph), float_file)
+            if any(kind_of(file) == "c" for file in engines):
+                float_file.with_suffix(".h").write_text(c_header(float_graph), "utf-8")
         for i, ((file, engine), runner, logits) in enumerate(zip(order, runners, found, strict=True)):
             top1 = 100 * float((logits.argmax(1) == target).mean())
             faults, sums = [], has_integer_sums(file)
@@ -242,7 +245,8 @@ def _latency(
         beside: Runner = TorchRunner(file, plain)
     else:
         other = engine if engine.name != "qonnx" else Engine("onnxruntime")
-        beside = other.open(float_file, threads=threads)
+        own = float_file.with_suffix(".h") if kind_of(file) == "c" else float_file
+        beside = other.open(own, threads=threads)
     runners = (engine.open(file, threads=threads), beside)
     inputs = [runner.prepared(image) for runner in runners]
     times: list[list[float]] = [[], []]

@@ -8,11 +8,13 @@ from pathlib import Path
 
 NETWORK = "network.onnx"  # in the folder of a page
 KEY = "lowbit"  # of a packed file's metadata
+C_MARK = "// lowbit: "  # begins a C header
 TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
 _LONGEST_HEADER = 10**8  # bytes, of a safetensors file
 
 _NAME = "name the checkpoint that it was exported from"
 _INSTEAD = {
+    "c": f"a C header, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
     "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
     "packed": "a packed network, no checkpoint: tools.py --keyword import makes one of it, to evaluate and to export; "
@@ -36,6 +38,8 @@ def exported_kind(path: Path) -> str:
             return "onnx"
         if path.suffix == ".xml" or (path.suffix == ".bin" and path.with_suffix(".xml").is_file()):
             return "openvino"
+        if path.suffix == ".h":
+            return "c" if _begins_with(path, C_MARK.encode()) else ""
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/extra/")[2] for name in archive.namelist()}
@@ -45,12 +49,17 @@ def exported_kind(path: Path) -> str:
         return ""
 
 
-_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".safetensors": "packed", ".pt2": "program"}
+_ENDINGS = {".h": "c", ".onnx": "onnx", ".xml": "openvino", ".safetensors": "packed", ".pt2": "program"}
 
 
 def kind_of(path: Path) -> str:
     """As `exported_kind`; what is damaged or missing is known by its ending, and every folder counts as a page."""
     return "web" if path.is_dir() else exported_kind(path) or _ENDINGS.get(path.suffix, "")
+
+
+def _begins_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def _is_packed(path: Path) -> bool:

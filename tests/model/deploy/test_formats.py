@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.deploy.c.header import c_header
 from model.deploy.engines import Engine
 from model.deploy.graph import DeployGraph, deploy_graph
 from model.deploy.onnx_qdq import qdq_model
@@ -20,7 +21,8 @@ from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.networks import exported, images, torch_values
 from utils.errors import UserError
 
-FORMATS: dict[str, Callable[[DeployGraph, Path], None]] = {
+FORMATS: dict[str, Callable[[DeployGraph, Path], object]] = {
+    "header.h": lambda graph, path: path.write_text(c_header(graph)),
     "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
     "openvino.xml": write_openvino,
     "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
@@ -31,11 +33,15 @@ RUNS = (
     ("qdq.onnx", Engine("openvino")),
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
+    ("header.h", Engine("cc")),
 )
 # What is computed with integers, of 28, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
 # scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer behind a layer,
 # too.
 INTEGER = {
+    ("methods", "cc"): 23,  # also 8 bits on both sides
+    ("widths", "cc"): 21,
+    ("options", "cc"): 7,
     ("methods", "onnxruntime"): 0,
     ("methods", "openvino"): 21,
     ("widths", "onnxruntime"): 5,

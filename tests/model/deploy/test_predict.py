@@ -135,6 +135,7 @@ def test_every_exported_file_predicts(call: Call, images: Path, tmp_path: Path) 
         "openvino": tmp_path / "x.xml",
         "packed": tmp_path / "x.safetensors",
         "program": tmp_path / "x.pt2",
+        "c": tmp_path / "x.h",
     }
     for to, new in files.items():
         assert call("--keyword", f"export_{to}", "--old", old, "--new", new)[0] == 0
@@ -204,6 +205,7 @@ def test_files_that_do_not_fit(
     [
         ("x.pt2", b"no zip", "damaged, cut short or no program of torch.export"),
         ("x.safetensors", b"no header", "damaged, cut short or no packed network"),
+        ("x.h", b"#define X", "x.h: not a header that export --to c has written"),
         ("gone.pt2", None, "gone.pt2: cannot be read (No such file or directory)"),
         ("gone.safetensors", None, "gone.safetensors: cannot be read (No such file or directory"),
         ("photos", None, "photos is a folder without network.onnx"),

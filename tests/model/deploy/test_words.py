@@ -80,23 +80,26 @@ def test_files_for_torch_and_pages_are_verified(
     tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A packed network to the last bit, a program with its codes, a page by the ONNX file in it."""
-    files = {"packed": tmp_path / "any.name", "program": tmp_path / "other.name", "onnx": tmp_path / "x.onnx"}
+    files = {"packed": tmp_path / "any.name", "program": tmp_path / "other.name", "c": tmp_path / "x.h",
+             "onnx": tmp_path / "x.onnx"}  # fmt: skip
     for to, path in files.items():
         assert export(to, path, old=small) == 0
     page = tmp_path / "page"
     page.mkdir()
     files["onnx"].rename(page / NETWORK)
     report = tmp_path / "report.json"
-    given = (files["packed"], files["program"], page)
+    given = (files["packed"], files["program"], files["c"], page)
     assert words("--keyword", "verify", "--old", small, *given, "--output", report, "--threads", "2") == 0
     printed = capsys.readouterr().out
     assert "page/network.onnx: the ONNX file of a page, run here and not in a browser" in printed
     assert "2 threads" in printed
-    packed, program, *others = json.loads(report.read_text())["comparisons"]
+    packed, program, header, *others = json.loads(report.read_text())["comparisons"]
     for item in (packed, program):
         assert (item["engine"], item["logits"], item["same"], item["integer"]) == ("torch", 0.0, 1.0, 0)
         assert len(item["codes"]) == 7 and set(item["codes"].values()) == {0.0}
         assert item["layers"] == 9 and item["bytes"] > 0 and item["milliseconds"] > 0
+    assert (header["engine"], header["same"], header["integer"], header["layers"]) == ("cc", 1.0, 7, 9)
+    assert len(header["codes"]) == 7 and max(header["codes"].values()) < 1e-4  # sums in another order
     assert {(item["engine"], item["file"]) for item in others} == {
         (f"{name}, {how}", str(page / NETWORK))
         for name in ("onnxruntime", "openvino")
@@ -136,6 +139,7 @@ def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (("--to", "onnx", "--new", "x.bin"), "end the name of this format's files in .onnx"),
+        (("--to", "c", "--new", "x.c"), "end the name of this format's files in .h"),
         (("--to", "openvino", "--new", "x.onnx"), "end the name of this format's files in .xml"),
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
         (("--to", "onyx", "--new", "x.onnx"), "did you mean onnx"),

@@ -1,0 +1,201 @@
+"""A network as a list of steps, for files that are written operator by operator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.deploy.codes import ActivationCodes, Array, WeightCodes
+from model.deploy.graph import OPSET, OUTPUT, DeployGraph
+from model.deploy.nodes import DOMAIN, initializers, node_key, tensor_attributes
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+ACTIVATION, WEIGHT = "Activation", "Weight"  # operators of the own domain
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch notes the modules that a node comes from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator.
+
+    Attributes:
+        operator: its name in ONNX, of opset 18; `Activation` and `Weight` are quantizers.
+        layer: the module that it comes from, for messages; empty where torch does not say.
+        inputs: the names of its tensors; empty names stand for inputs that are left out.
+        outputs: the names of its results.
+        attributes: those of ONNX.
+        activation: the quantizer of an `Activation`.
+        weight: the quantized weight of a `Weight`.
+    """
+
+    operator: str
+    layer: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    activation: ActivationCodes | None = None
+    weight: WeightCodes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """A network for images of one size, from `input` to `logits`.
+
+    Attributes:
+        steps: in an order in which they can run.
+        constants: the tensors that do not depend on the image, but for quantized weights.
+        shapes: of every other tensor, with one image as the batch.
+        metadata: what travels in the file.
+    """
+
+    steps: tuple[Step, ...]
+    constants: Mapping[str, Array]
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+
+
+def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: str = "onnx") -> Steps:
+    """The steps of a graph. Batch norms that are no part of a weight are a factor and a sum, identities are left out.
+
+    Args:
+        graph: the network.
+        taken: the operators that the file can hold.
+        engine: its name, for messages.
+        instead: what `--to` takes for networks with other operators.
+
+    Raises:
+        UserError: an operator is not taken.
+
+    Example:
+        >>> from torch import nn
+        >>> from model.deploy.graph import deploy_graph
+        >>> from model.deploy.steps import steps_of
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        >>> found = steps_of(deploy_graph(network, (3, 4, 4)), {"Conv", "Relu", "Reshape", "Gemm"}, "an engine")
+        >>> [(step.operator, found.shapes[step.outputs[0]]) for step in found.steps]
+        [('Conv', (1, 4, 4, 4)), ('Relu', (1, 4, 4, 4)), ('Reshape', (1, 64)), ('Gemm', (1, 2))]
+    """
+    constants = initializers(graph.model)
+    shapes = _shapes(graph.model)
+    renamed: dict[str, str] = {}
+    steps: list[Step] = []
+    for node in graph.model.graph.node:
+        inputs = tuple(renamed.get(name, name) for name in node.input)
+        own = node.domain == DOMAIN
+        step = Step(
+            operator=node.op_type, layer=_layer(node), inputs=inputs, outputs=tuple(node.output),
+            attributes=tensor_attributes(node),
+            activation=graph.activations[node_key(node)] if own and node.op_type == ACTIVATION else None,
+            weight=graph.weights[node_key(node)] if own and node.op_type == WEIGHT else None,
+        )  # fmt: skip
+        if node.op_type == "Shape":
+            whole = np.array(shapes[inputs[0]])
+            constants[step.outputs[0]] = whole[step.attributes.get("start", 0) : step.attributes.get("end")]
+        elif not own and all(name in constants for name in inputs if name):
+            constants |= _computed(node, [constants.get(name) for name in inputs])
+        elif node.op_type == "Identity" and OUTPUT not in step.outputs:
+            renamed[step.outputs[0]] = inputs[0]
+        elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
+            steps += _norm(step, constants)
+            shapes[steps[-2].outputs[0]] = shapes[step.outputs[0]]
+        elif node.op_type == "Gather" and _takes_all(step, constants, shapes):
+            shape = f"{step.outputs[0]}.shape"
+            constants[shape] = np.array(constants[inputs[1]].shape)
+            shapes[step.outputs[0]] = constants[inputs[1]].shape
+            steps.append(replace(step, operator="Reshape", inputs=(inputs[0], shape), attributes={}))
+        else:
+            steps.append(step)
+            if (
+                node.op_type == "Reshape" and inputs[1] in constants
+            ):  # which may depend on what is folded here
+                shapes[step.outputs[0]] = _reshaped(shapes[inputs[0]], constants[inputs[1]].tolist(), step)
+    for step in steps:
+        if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
+            where = f"{step.layer}: " if step.layer else ""
+            raise UserError(
+                f"{where}{engine} files do not hold the operator {step.operator}; export --to {instead}"
+            )
+    return Steps(steps=tuple(steps), constants=constants, shapes=shapes, metadata=graph.metadata)
+
+
+def _layer(node: NodeProto) -> str:
+    """The innermost module of a node, without the node's own name."""
+    import ast
+
+    scopes = next((item.value for item in node.metadata_props if item.key == SCOPES), "[]")
+    return next(iter(ast.literal_eval(scopes)[-2:-1]), "")
+
+
+def _computed(node: NodeProto, values: Sequence[Array | None]) -> dict[str, Array]:
+    """The results of an operator all of whose inputs are constants."""
+    from onnx import helper
+    from onnx.reference import ReferenceEvaluator
+
+    given = {name: value for name, value in zip(node.input, values, strict=True) if value is not None}
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in given.items()
+    ]
+    outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    model = helper.make_model(
+        helper.make_graph([node], "", inputs, outputs), opset_imports=[helper.make_opsetid("", OPSET)]
+    )
+    found = ReferenceEvaluator(model).run(None, given)
+    return {name: np.asarray(value) for name, value in zip(node.output, found, strict=True)}
+
+
+def _takes_all(step: Step, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a Gather gives all values of a vector in their order, as torch writes a view of strides."""
+    chosen = constants.get(step.inputs[1])
+    size = shapes.get(step.inputs[0], ())
+    return chosen is not None and len(size) == 1 and np.array_equal(chosen.reshape(-1), np.arange(*size))
+
+
+def _reshaped(shape: tuple[int, ...], target: Sequence[int], step: Step) -> tuple[int, ...]:
+    """The shape that a Reshape makes."""
+    if not step.attributes.get("allowzero"):
+        target = [shape[axis] if size == 0 else size for axis, size in enumerate(target)]
+    known = prod(size for size in target if size != -1)
+    return tuple(prod(shape) // known if size == -1 else size for size in target)
+
+
+def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:
+    """A batch norm in evaluation as y = x * factor + shift, whose constants are added."""
+    gamma, beta, mean, variance = (np.asarray(constants[name], np.float64) for name in step.inputs[1:])
+    factor = gamma / np.sqrt(variance + step.attributes.get("epsilon", 1e-5))
+    y = step.outputs[0]
+    shape = (1, -1, 1, 1)
+    constants[f"{y}.factor"] = factor.astype(np.float32).reshape(shape)
+    constants[f"{y}.shift"] = (beta - mean * factor).astype(np.float32).reshape(shape)
+    plain = replace(step, attributes={}, operator="Mul")
+    return [
+        replace(plain, inputs=(step.inputs[0], f"{y}.factor"), outputs=(f"{y}.scaled",)),
+        replace(plain, inputs=(f"{y}.scaled", f"{y}.shift"), outputs=(y,), operator="Add"),
+    ]
+
+
+def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors, with one image as the batch."""
+    from onnx import shape_inference
+
+    model = copy.deepcopy(model)
+    for node in model.graph.node:
+        if node.domain == DOMAIN:  # of the shape of its input
+            node.domain, node.op_type = "", "Identity"
+            del node.attribute[:]
+    del model.graph.value_info[:]
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    found = shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in (*found.value_info, *found.input, *found.output)
+    }
