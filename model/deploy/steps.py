@@ -100,7 +100,7 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         elif node.op_type == "Identity" and OUTPUT not in step.outputs:
             renamed[step.outputs[0]] = inputs[0]
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
-            steps += _norm(step, constants)
+            steps += _norm(step, constants, shapes)
         else:
             steps.append(step)
     for step in steps:
@@ -127,14 +127,15 @@ def _constant(step: Step) -> Array:
     return numpy_helper.to_array(value) if hasattr(value, "raw_data") else np.array(value)
 
 
-def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:
-    """A batch norm in evaluation as y = x * factor + shift, whose constants are added."""
+def _norm(step: Step, constants: dict[str, Array], shapes: dict[str, tuple[int, ...]]) -> list[Step]:
+    """A batch norm in evaluation as y = x * factor + shift, whose constants and shapes are added."""
     gamma, beta, mean, variance = (np.asarray(constants[name], np.float64) for name in step.inputs[1:])
     factor = gamma / np.sqrt(variance + step.attributes.get("epsilon", 1e-5))
     y = step.outputs[0]
     shape = (1, -1, 1, 1)
     constants[f"{y}.factor"] = factor.astype(np.float32).reshape(shape)
     constants[f"{y}.shift"] = (beta - mean * factor).astype(np.float32).reshape(shape)
+    shapes[f"{y}.scaled"] = shapes[y]
     plain = replace(step, attributes={}, operator="Mul")
     return [
         replace(plain, inputs=(step.inputs[0], f"{y}.factor"), outputs=(f"{y}.scaled",)),
