@@ -133,6 +133,7 @@ def _exported(
 
 
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
+    "litert": open_for_engine,
     "onnx": open_for_engine,
     "openvino": open_for_engine,
     "packed": open_packed,

@@ -97,6 +97,7 @@ def compare(
     )
     from model.deploy.engines import Engine
     from model.deploy.graph import deploy_graph
+    from model.deploy.litert.write import litert_file
     from model.deploy.onnx_qdq import integer_layers, qdq_model
     from model.watch.cost import network_cost
 
@@ -110,10 +111,14 @@ def compare(
     results = []
     with tempfile.TemporaryDirectory() as folder:
         plain, float_file = without_quantizers(network), Path(folder) / "float.onnx"
+        float_litert = Path(folder) / "float.tflite"
         graph = None
         if any(engine.name != "torch" for _, engine in order):
             graph = deploy_graph(network, shape)
-            onnx.save(qdq_model(deploy_graph(plain, shape)), float_file)
+            float_graph = deploy_graph(plain, shape)
+            onnx.save(qdq_model(float_graph), float_file)
+            if any(engine.name == "litert" for _, engine in order):
+                float_litert.write_bytes(litert_file(float_graph).data)
         for i, ((file, engine), runner, logits) in enumerate(zip(order, runners, found, strict=True)):
             top1 = 100 * float((logits.argmax(1) == target).mean())
             faults, sums = [], has_integer_sums(file)
@@ -139,7 +144,8 @@ def compare(
                 faults.append("it computes NaN or infinity")
             if kind_of(file) == "packed" and not np.array_equal(logits, wanted, equal_nan=True):
                 faults.append("its logits are not those of the checkpoint to the last bit")
-            own, other = _latency(file, engine, float_file, plain, images[:1], threads)
+            beside = float_litert if engine.name == "litert" else float_file
+            own, other = _latency(file, engine, beside, plain, images[:1], threads)
             results.append(
                 Comparison(
                     file=str(file), engine=str(engine), bits=bits, images=len(target), codes=codes,
