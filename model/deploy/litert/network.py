@@ -40,6 +40,7 @@ class LitertNetwork:
             step.outputs[0]: step.weight for step in steps.steps if step.operator == WEIGHT and step.weight
         }
         self._kinds: dict[str, str] = {}
+        self._sizes: dict[str, tuple[int, ...]] = {}
         self.file.tensor(INPUT, self.physical(self.shape(INPUT)), input_kind)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -97,7 +98,8 @@ class LitertNetwork:
     ) -> str:
         """An operator with one output, of the shape that the graph says, or of `shape` with channels last."""
         self._kinds[output] = kind
-        self.file.tensor(output, self.physical(self.shape(output)) if shape is None else shape, kind)
+        size = self._sizes[output] = tuple(self.physical(self.shape(output)) if shape is None else shape)
+        self.file.tensor(output, size, kind)
         self.file.operator(operator, inputs, [output], version, **options)
         return output
 
@@ -149,7 +151,7 @@ class LitertNetwork:
         name = f"{x}.and_half_sum"
         if name in self._kinds:
             return name
-        shape = self.physical(self.shape(x))
+        shape = self._sizes.get(x) or self.physical(self.shape(x))
         half, one, several = f"{x}.half_sum", (*shape[:-1], 1), (*shape[:-1], shape[-1] + 1)
         if len(shape) == 4:
             ones = self.file.constant(f"halves_{shape[-1]}", np.full((1, 1, 1, shape[-1]), 0.5, np.float32))

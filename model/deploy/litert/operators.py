@@ -118,16 +118,16 @@ def _padded(
 
 def pad(network: LitertNetwork, step: Step) -> None:
     """Constant rows and columns around images."""
-    shape = network.shape(step.inputs[0])
-    pads = network.known(step.inputs[1])
-    given = network.known(step.inputs[2]) if len(step.inputs) > 2 and step.inputs[2] else np.zeros(1)
-    plain = step.attributes.get("mode", b"constant") in (b"constant", "constant") and not step.inputs[3:]
+    source, amount, filling, axes = (*step.inputs, "", "")[:4]
+    shape, pads = network.shape(source), network.known(amount)
+    given = network.known(filling) if filling else np.zeros(1)
+    plain = step.attributes.get("mode", b"constant") in (b"constant", "constant") and not axes
     if not plain or pads is None or given is None or len(pads) != 2 * len(shape) or pads.min() < 0:
         raise network.refuse(step, "it does more than to put constants around images")
     both = np.array(pads, np.int32).reshape(2, -1).T
     both = both[list(LAST)] if len(shape) == 4 else both
     around = network.file.constant(f"{step.outputs[0]}.pads", both)
-    value, x = float(given.item()), network.operand(step.inputs[0])
+    value, x = float(given.item()), network.operand(source)
     if value:
         network.add("PADV2", [x, around, _scalar(network, value)], step.outputs[0])
     else:
@@ -240,8 +240,9 @@ def leaky_relu(network: LitertNetwork, step: Step) -> None:
 
 def reduce(operator: str, network: LitertNetwork, step: Step) -> None:
     """The mean, the sum or the largest of some dimensions."""
-    rank = len(network.shape(step.inputs[0]))
-    axes = network.known(step.inputs[1]) if len(step.inputs) > 1 else np.arange(rank)
+    source, along = (*step.inputs, "")[:2]
+    rank = len(network.shape(source))
+    axes = network.known(along) if along else np.arange(rank)
     keep = bool(step.attributes.get("keepdims", 1))
     if axes is None:
         raise network.refuse(step, "its dimensions are computed")
@@ -250,7 +251,7 @@ def reduce(operator: str, network: LitertNetwork, step: Step) -> None:
     if not keep and (sorted(rest, key=lambda axis: network.axis(axis, rank)) != rest or len(rest) == 4):
         raise network.refuse(step, "what is left would be in another order")
     along = network.numbers(f"axes_{'_'.join(map(str, places))}", places)
-    network.add(operator, [network.operand(step.inputs[0]), along], step.outputs[0], keepDims=keep)
+    network.add(operator, [network.operand(source), along], step.outputs[0], keepDims=keep)
 
 
 def reshape(network: LitertNetwork, step: Step) -> None:
