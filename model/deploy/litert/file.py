@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,15 @@ def schema() -> Any:
 
 
 class FileBuilder:
-    """A file under construction: one network, from `input` to `logits`. Tensors have names."""
+    """A file under construction: one network, from `input` to `logits`.
 
-    def __init__(self) -> None:
+    Args:
+        named: the tensors whose names are written; those of others are for building alone, and would take up a third
+            of the file of a small network.
+    """
+
+    def __init__(self, named: Collection[str]) -> None:
+        self._named_tensors = {INPUT, OUTPUT, *named}
         self._schema = schema()
         self._buffers = [self._schema.BufferT()]  # the first stays empty
         self._tensors: list[Any] = []
@@ -53,7 +59,7 @@ class FileBuilder:
     def tensor(self, name: str, shape: Sequence[int], kind: str = "float32") -> str:
         """A tensor that an operator makes, or the input; returns its name."""
         tensor = self._schema.TensorT()
-        tensor.name, tensor.shape = name, np.array(shape, np.int32)
+        tensor.name, tensor.shape = name if name in self._named_tensors else "", np.array(shape, np.int32)
         tensor.type, tensor.buffer = getattr(self._schema.TensorType, kind.upper()), 0
         self._places[name] = len(self._tensors)
         self._tensors.append(tensor)
@@ -197,6 +203,6 @@ def read_texts(path: Path) -> dict[str, str]:
     }
 
 
-def text(value: bytes | str) -> str:
+def text(value: bytes | str | None) -> str:
     """A text of the schema."""
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode() if isinstance(value, bytes) else value or ""

@@ -32,7 +32,9 @@ class LitertNetwork:
     """
 
     def __init__(self, steps: Steps, input_kind: str) -> None:
-        self.file = FileBuilder()
+        quantizers = [step.activation or step.weight for step in steps.steps]
+        names = [quantizer.name for quantizer in quantizers if quantizer is not None]
+        self.file = FileBuilder([*names, *(f"{name}.codes" for name in names)])
         self.float_weights: list[str] = []
         self._steps = steps
         self._constants = dict(steps.constants)

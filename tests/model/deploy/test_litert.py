@@ -15,7 +15,7 @@ from model.convert import quantize
 from model.deploy import packages
 from model.deploy.codes import WeightCodes
 from model.deploy.engines import Engine, read_metadata
-from model.deploy.graph import deploy_graph
+from model.deploy.graph import deploy_graph, with_byte_input
 from model.deploy.litert.write import litert_file
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.networks import exported, images, torch_values
@@ -59,7 +59,7 @@ def test_the_codes_of_weights_are_those_of_the_network(kind: str) -> None:
     _, graph = exported(kind)
     made = litert_file(graph)
     model, content = graph_of(made.data)
-    tensors = {tensor.name.decode(): tensor for tensor in content.tensors}
+    tensors = {tensor.name.decode(): tensor for tensor in content.tensors if tensor.name}
     for name, weight in graph.weights.items():
         if name in made.float_weights:
             assert not weight.scaled or np.abs(weight.codes).max() > 127
@@ -161,8 +161,6 @@ def test_ties_go_to_even_levels_by_division(tmp_path: Path) -> None:
 
 
 def test_bytes_are_taken_as_images(tmp_path: Path) -> None:
-    from model.deploy.graph import with_byte_input
-
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
     graph = deploy_graph(
         network, (3, 4, 4), metadata={"images": '{"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}'}
