@@ -229,7 +229,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )
     parser.add_argument(
         "--uint8_input", action="store_true",
-        help="export to onnx, openvino: take images as bytes; the normalisation is inside",
+        help="export to litert, onnx, openvino: take images as bytes; the normalisation is inside",
     )  # fmt: skip
     parser.add_argument(
         "--int8_sums", action="store_true",

@@ -16,6 +16,7 @@ import numpy as np
 
 from model.deploy.c.engine import CRunner, read_description
 from model.deploy.codes import Array
+from model.deploy.litert.file import PACKAGE, read_texts
 from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
@@ -30,6 +31,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
     if path.suffix == ".h":
         return read_description(path)["texts"]
+    if kind_of(path) == "litert":
+        return read_texts(path)
     if path.suffix == ".xml":
         needed("openvino")
         import openvino
@@ -128,7 +131,7 @@ class Engine:
     """A program that runs exported files.
 
     Attributes:
-        name: the package's.
+        name: the package's, or its short form.
         optimised: with the optimisation that it has by default, otherwise with the least.
     """
 
@@ -154,7 +157,7 @@ class Engine:
             UserError: the engine is not installed, or does not take the file.
         """
         if self.name != C_COMPILER:
-            needed(self.name)
+            needed(_PACKAGES.get(self.name, self.name))
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:
@@ -174,6 +177,8 @@ def engines_of(path: Path) -> list[Engine]:
     kind = kind_of(path)
     if kind == "openvino":
         return [Engine("openvino"), Engine("openvino", False)]
+    if kind == "litert":
+        return [Engine("litert"), Engine("litert", False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
     if kind == "c":
@@ -181,7 +186,7 @@ def engines_of(path: Path) -> list[Engine]:
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".h or the folder of a page"
+            ".tflite, .h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -350,6 +355,24 @@ class _Qonnx(_Runner):
         return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
 
 
+class _Litert(_Runner):
+    """LiteRT's interpreter on the CPU: with XNNPACK, or by its own kernels. All products are float."""
+
+    integer = 0
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        from model.deploy.litert.run import LitertInterpreter
+
+        self.path = path
+        self._interpreter = LitertInterpreter(path, optimised, QUANTIZERS if tensors else (), threads)
+        self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
+        self._offsets = _offsets(path, self.tensors)
+        self._pixels = Pixels.of(path) if self._interpreter.bytes_in else None
+
+    def run(self, images: Array) -> dict[str, Array]:
+        return self._interpreter.run(images)
+
+
 def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> TorchRunner:
     return open_torch(path, tensors)
 
@@ -358,8 +381,12 @@ def _c(path: Path, optimised: bool, tensors: bool, threads: int | None) -> CRunn
     return CRunner(path, tensors)
 
 
+_PACKAGES = {"litert": PACKAGE}
+"""The package of an engine, where it has another name."""
+
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,
+    "litert": _Litert,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

@@ -15,7 +15,7 @@ from model.deploy.packages import needed
 from model.deploy.verify import bytes_of
 from model.deploy.web import is_page
 from utils.errors import UserError
-from utils.text import closest, printable
+from utils.text import closest, printable, some_names
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -87,6 +87,21 @@ def _qonnx(trained: Trained, path: Path, options: Options) -> None:
     path.write_bytes(qonnx_model(_graph(trained, options)).SerializeToString())
 
 
+def _litert(trained: Trained, path: Path, options: Options) -> None:
+    """A file of LiteRT."""
+    from model.deploy.litert.write import litert_file
+
+    found = litert_file(_graph(trained, options))
+    path.write_bytes(found.data)
+    if found.float_weights:
+        print(
+            printable(
+                f"float32 in this format, since they are no integers of 8 bits times a scale: "
+                f"{some_names(found.float_weights)}"
+            )
+        )
+
+
 def _packed(trained: Trained, path: Path, options: Options) -> None:
     """A safetensors file with the weights' codes as a stream of bits."""
     from model.deploy import packed
@@ -116,6 +131,7 @@ Write = Callable[["Trained", Path, Options], None]
 
 FORMATS: dict[str, Write] = {
     "c": _c,
+    "litert": _litert,
     "onnx": _onnx,
     "openvino": _openvino,
     "packed": _packed,
@@ -125,11 +141,12 @@ FORMATS: dict[str, Write] = {
 }
 """What `--to` takes: name -> the function that writes it."""
 
-ENDINGS = {"c": ".h", "onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
+ENDINGS = {"c": ".h", "litert": ".tflite", "onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
 """The endings by which other words know a format."""
 
 PACKAGES = {
     "c": ("onnx", "onnxscript"),
+    "litert": ("onnx", "onnxscript", "ai_edge_litert"),
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "packed": ("safetensors",),
@@ -138,7 +155,7 @@ PACKAGES = {
 }
 """What writes a format; `--int8_sums` needs onnxruntime besides."""
 
-TAKEN = {"uint8_input": ("onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
+TAKEN = {"uint8_input": ("litert", "onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
 """Options that change the graph around the network, and the formats that they are for."""
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import sys
 
 from utils.errors import UserError
+
+TESTED = {"ai_edge_litert": "2.3.0"}
+"""Packages whose files may differ with their version, and the version that was tested."""
 
 
 def needed(*packages: str) -> None:
@@ -16,7 +22,8 @@ def needed(*packages: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
+        pinned = [f"{name}=={TESTED[name]}" if name in TESTED else name for name in missing]
+        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(pinned)}")
     for name in packages:
         try:
             importlib.import_module(name)
@@ -24,3 +31,16 @@ def needed(*packages: str) -> None:
             raise UserError(
                 f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {name}"
             ) from None
+        _warn_of_version(name)
+
+
+@functools.cache
+def _warn_of_version(name: str) -> None:
+    """Say once that a package has another version than the tested one."""
+    tested = TESTED.get(name)
+    if tested is not None and (found := importlib.metadata.version(name)) != tested:
+        print(
+            f"warning: {name} {found} is installed, and {tested} was tested: look at its files with tools.py --keyword "
+            "verify",
+            file=sys.stderr,
+        )

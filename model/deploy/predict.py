@@ -134,6 +134,7 @@ def _exported(
 
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
     "c": open_for_engine,
+    "litert": open_for_engine,
     "onnx": open_for_engine,
     "openvino": open_for_engine,
     "packed": open_packed,

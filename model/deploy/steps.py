@@ -104,8 +104,7 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         elif node.op_type == "Identity" and OUTPUT not in step.outputs:
             renamed[step.outputs[0]] = inputs[0]
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
-            steps += _norm(step, constants)
-            shapes[steps[-2].outputs[0]] = shapes[step.outputs[0]]
+            steps += _norm(step, constants, shapes)
         elif node.op_type == "Gather" and _takes_all(step, constants, shapes):
             shape = f"{step.outputs[0]}.shape"
             constants[shape] = np.array(constants[inputs[1]].shape)
@@ -167,14 +166,15 @@ def _reshaped(shape: tuple[int, ...], target: Sequence[int], step: Step) -> tupl
     return tuple(prod(shape) // known if size == -1 else size for size in target)
 
 
-def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:
-    """A batch norm in evaluation as y = x * factor + shift, whose constants are added."""
+def _norm(step: Step, constants: dict[str, Array], shapes: dict[str, tuple[int, ...]]) -> list[Step]:
+    """A batch norm in evaluation as y = x * factor + shift, whose constants and shapes are added."""
     gamma, beta, mean, variance = (np.asarray(constants[name], np.float64) for name in step.inputs[1:])
     factor = gamma / np.sqrt(variance + step.attributes.get("epsilon", 1e-5))
     y = step.outputs[0]
     shape = (1, -1, 1, 1)
     constants[f"{y}.factor"] = factor.astype(np.float32).reshape(shape)
     constants[f"{y}.shift"] = (beta - mean * factor).astype(np.float32).reshape(shape)
+    shapes[f"{y}.scaled"] = shapes[y]
     plain = replace(step, attributes={}, operator="Mul")
     return [
         replace(plain, inputs=(step.inputs[0], f"{y}.factor"), outputs=(f"{y}.scaled",)),

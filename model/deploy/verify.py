@@ -87,9 +87,7 @@ def compare(
     import tempfile
 
     import numpy as np
-    import onnx
 
-    from model.deploy.c.header import c_header
     from model.deploy.code_shares import (
         CodeShares,
         faults_of_codes,
@@ -98,7 +96,7 @@ def compare(
     )
     from model.deploy.engines import Engine
     from model.deploy.graph import deploy_graph
-    from model.deploy.onnx_qdq import integer_layers, qdq_model
+    from model.deploy.onnx_qdq import integer_layers
     from model.watch.cost import network_cost
 
     order = [(file, engine) for file, several in engines.items() for engine in several]
@@ -110,13 +108,11 @@ def compare(
     reference = 100 * float((wanted.argmax(1) == target).mean())
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        plain, float_file = without_quantizers(network), Path(folder) / "float.onnx"
+        plain, floats = without_quantizers(network), dict[str, Path]()
         graph = None
         if any(engine.name != "torch" for _, engine in order):
-            graph, float_graph = deploy_graph(network, shape), deploy_graph(plain, shape)
-            onnx.save(qdq_model(float_graph), float_file)
-            if any(kind_of(file) == "c" for file in engines):
-                float_file.with_suffix(".h").write_text(c_header(float_graph), "utf-8")
+            graph = deploy_graph(network, shape)
+            floats = _float_files(deploy_graph(plain, shape), set(map(kind_of, engines)), Path(folder))
         for i, ((file, engine), runner, logits) in enumerate(zip(order, runners, found, strict=True)):
             top1 = 100 * float((logits.argmax(1) == target).mean())
             faults, sums = [], has_integer_sums(file)
@@ -142,7 +138,8 @@ def compare(
                 faults.append("it computes NaN or infinity")
             if kind_of(file) == "packed" and not np.array_equal(logits, wanted, equal_nan=True):
                 faults.append("its logits are not those of the checkpoint to the last bit")
-            own, other = _latency(file, engine, float_file, plain, images[:1], threads)
+            beside = floats.get(kind_of(file), floats.get("onnx"))
+            own, other = _latency(file, engine, beside, plain, images[:1], threads)
             results.append(
                 Comparison(
                     file=str(file), engine=str(engine), bits=bits, images=len(target), codes=codes,
@@ -228,8 +225,26 @@ def without_quantizers(network: nn.Module) -> nn.Module:
     return plain
 
 
+def _float_files(graph: DeployGraph, kinds: set[str], folder: Path) -> dict[str, Path]:
+    """The float network in the formats of these kinds that have engines of their own, and as ONNX for all others."""
+    import onnx
+
+    from model.deploy.c.header import c_header
+    from model.deploy.litert.write import litert_file
+    from model.deploy.onnx_qdq import qdq_model
+
+    files = {"onnx": folder / "float.onnx", "c": folder / "float.h", "litert": folder / "float.tflite"}
+    files = {kind: path for kind, path in files.items() if kind in kinds | {"onnx"}}
+    onnx.save(qdq_model(graph), files["onnx"])
+    if "c" in files:
+        files["c"].write_text(c_header(graph), "utf-8")
+    if "litert" in files:
+        files["litert"].write_bytes(litert_file(graph).data)
+    return files
+
+
 def _latency(
-    file: Path, engine: Engine, float_file: Path, plain: nn.Module, image: Array, threads: int
+    file: Path, engine: Engine, float_file: Path | None, plain: nn.Module, image: Array, threads: int
 ) -> tuple[float, float]:
     """Median milliseconds of one image in a file and in the float network, measured in turn.
 
@@ -241,12 +256,11 @@ def _latency(
     from model.deploy.engines import Engine
     from model.deploy.torch_engine import TorchRunner
 
-    if engine.name == "torch":
+    if float_file is None:
         beside: Runner = TorchRunner(file, plain)
     else:
         other = engine if engine.name != "qonnx" else Engine("onnxruntime")
-        own = float_file.with_suffix(".h") if kind_of(file) == "c" else float_file
-        beside = other.open(own, threads=threads)
+        beside = other.open(float_file, threads=threads)
     runners = (engine.open(file, threads=threads), beside)
     inputs = [runner.prepared(image) for runner in runners]
     times: list[list[float]] = [[], []]

@@ -12,9 +12,12 @@ C_MARK = "// lowbit: "  # begins a C header
 TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
 _LONGEST_HEADER = 10**8  # bytes, of a safetensors file
 
+LITERT_MARK = b"TFL3"  # of a file of LiteRT, behind its first four bytes
+
 _NAME = "name the checkpoint that it was exported from"
 _INSTEAD = {
     "c": f"a C header, no PyTorch checkpoint; {_NAME}",
+    "litert": f"a file of LiteRT, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
     "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
     "packed": "a packed network, no checkpoint: tools.py --keyword import makes one of it, to evaluate and to export; "
@@ -40,6 +43,9 @@ def exported_kind(path: Path) -> str:
             return "openvino"
         if path.suffix == ".h":
             return "c" if _begins_with(path, C_MARK.encode()) else ""
+        with path.open("rb") as file:
+            if file.read(8)[4:] == LITERT_MARK:
+                return "litert"
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/extra/")[2] for name in archive.namelist()}
@@ -49,7 +55,14 @@ def exported_kind(path: Path) -> str:
         return ""
 
 
-_ENDINGS = {".h": "c", ".onnx": "onnx", ".xml": "openvino", ".safetensors": "packed", ".pt2": "program"}
+_ENDINGS = {
+    ".h": "c",
+    ".onnx": "onnx",
+    ".xml": "openvino",
+    ".safetensors": "packed",
+    ".pt2": "program",
+    ".tflite": "litert",
+}
 
 
 def kind_of(path: Path) -> str:

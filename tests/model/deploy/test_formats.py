@@ -14,6 +14,7 @@ from torch import nn
 from model.deploy.c.header import c_header
 from model.deploy.engines import Engine
 from model.deploy.graph import DeployGraph, deploy_graph
+from model.deploy.litert.write import litert_file
 from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import write_openvino
 from model.deploy.qonnx_quant import qonnx_model
@@ -26,6 +27,7 @@ FORMATS: dict[str, Callable[[DeployGraph, Path], object]] = {
     "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
     "openvino.xml": write_openvino,
     "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
+    "litert.tflite": lambda graph, path: path.write_bytes(litert_file(graph).data),
 }
 RUNS = (
     ("qdq.onnx", Engine("onnxruntime")),
@@ -34,6 +36,8 @@ RUNS = (
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
     ("header.h", Engine("cc")),
+    ("litert.tflite", Engine("litert")),
+    ("litert.tflite", Engine("litert", False)),
 )
 # What is computed with integers, of 28, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
 # scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer behind a layer,
@@ -82,7 +86,7 @@ def test_levels_and_logits_are_those_of_torch(
             value = value[:, :, 1:7, 1:7]  # padded in front of the quantizer in torch alone
         far = np.abs(found[quantizer] - value) > 1e-3 * np.abs(value).max()
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
-    if engine.optimised and engine.name != "qonnx":
+    if engine.optimised and engine.name not in ("qonnx", "litert"):
         assert runner.integer == INTEGER[kind, engine.name]
 
 

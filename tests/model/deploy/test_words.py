@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import tools
+from model.deploy.export import ENDINGS
 from model.deploy.packages import needed
 from model.deploy.packed import read_checkpoint
 from tests import ROOT
@@ -142,6 +143,7 @@ def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> Non
         (("--to", "c", "--new", "x.c"), "end the name of this format's files in .h"),
         (("--to", "openvino", "--new", "x.onnx"), "end the name of this format's files in .xml"),
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
+        (("--to", "litert", "--new", "x.lite"), "end the name of this format's files in .tflite"),
         (("--to", "onyx", "--new", "x.onnx"), "did you mean onnx"),
         (("--to", "onnx", "--new", "x.onnx", "--root", "x"), "--root x has no effect without --int8_sums"),
         (("--to", "packed", "--new", "x", "--root", "x"), "--root x has no effect without --int8_sums"),
@@ -169,6 +171,7 @@ def test_mistakes_in_exports(
     [
         ("openvino", (), "onnx onnxscript openvino"),
         ("onnx", ("--int8_sums",), "onnx onnxscript onnxruntime"),
+        ("litert", (), "onnx onnxscript ai_edge_litert==2.3.0"),
         ("packed", (), "safetensors"),
     ],
 )
@@ -181,7 +184,7 @@ def test_a_missing_package_is_named_with_its_command(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert export(to, tmp_path / "x.xml" if to == "openvino" else tmp_path / f"x.{to}", *more) == 2
+    assert export(to, tmp_path / f"x{ENDINGS.get(to, '')}", *more) == 2
     assert f"pip install {packages}\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -206,7 +209,10 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
     for path, message in (
         (damaged, "not a valid ONNX file"),
         (foreign, "not a file that this tool exports"),
-        *((tmp_path / f"none.{ending}", "no such file") for ending in ("onnx", "xml", "pt2", "safetensors")),
+        *(
+            (tmp_path / f"none.{ending}", "no such file")
+            for ending in ("onnx", "xml", "pt2", "safetensors", "tflite")
+        ),
         (photo, "no exported file"),
     ):
         assert words("--keyword", "verify", "--old", CHECKPOINT, path) == 2

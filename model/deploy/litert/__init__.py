@@ -1,0 +1,1 @@
+"""LiteRT's files (.tflite): writing and running them."""
