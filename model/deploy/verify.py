@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from model.deploy.code_shares import CodeShares
     from model.deploy.codes import Array
     from model.deploy.engines import Engine, Runner
+    from model.deploy.graph import DeployGraph
 
 ALLOWED = 0.2  # percentage points of top-1 between the checkpoint and a file
 SAME = 0.999  # share of images with the same class, default beside basic optimisation
@@ -256,7 +257,7 @@ def _latency(
     from model.deploy.engines import Engine
     from model.deploy.torch_engine import TorchRunner
 
-    if float_file is None:
+    if engine.name == "torch" or float_file is None:
         beside: Runner = TorchRunner(file, plain)
     else:
         other = engine if engine.name != "qonnx" else Engine("onnxruntime")

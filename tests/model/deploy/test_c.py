@@ -89,12 +89,12 @@ def test_what_cannot_be_written(make: Callable[[], nn.Module], message: str) -> 
 def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(
-        UserError, match="^CC=no-such-compiler: no such program; name a C compiler, or unset CC$"
+        UserError, match=r"^CC=no-such-compiler: no such program; name a C compiler, or unset CC$"
     ):
         compiler()
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="^no C compiler is installed: install gcc or clang"):
+    with pytest.raises(UserError, match=r"^no C compiler is installed: install gcc or clang"):
         compiler()
 
 
