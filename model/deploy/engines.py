@@ -26,6 +26,10 @@ QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
+    if kind_of(path) == "coreml":
+        from model.deploy.coreml.file import Package
+
+        return Package(path).metadata
     if path.suffix == ".xml":
         needed("openvino")
         import openvino
@@ -133,7 +137,9 @@ class Engine:
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, {'default' if self.optimised else 'basic'}" if self.name != "torch" else self.name
+            f"{self.name}, {'default' if self.optimised else 'basic'}"
+            if self.name not in ("torch", "coremltools")
+            else self.name
         )
 
     def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
@@ -169,10 +175,12 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine("openvino"), Engine("openvino", False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
+    if kind == "coreml":
+        return [Engine("coremltools")]
     if kind != "onnx":
         raise UserError(
-            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2 "
-            "or the folder of a page"
+            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
+            ".mlpackage or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -345,7 +353,14 @@ def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> T
     return open_torch(path, tensors)
 
 
+def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> Runner:
+    from model.deploy.coreml.engine import CoremlRunner
+
+    return CoremlRunner(path, tensors)
+
+
 _RUNNERS: dict[str, Any] = {
+    "coremltools": _coreml,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

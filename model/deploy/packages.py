@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import logging
+import sys
 
 from utils.errors import UserError
+
+TESTED = {"coremltools": "9.0"}
+"""Packages whose files may differ with their version, and the version that was tested."""
+
+NOISY = ("coremltools",)
+"""Packages that log warnings about other packages when they are imported."""
 
 
 def needed(*packages: str) -> None:
@@ -16,11 +26,27 @@ def needed(*packages: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
+        pinned = [f"{name}=={TESTED[name]}" if name in TESTED else name for name in missing]
+        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(pinned)}")
     for name in packages:
+        if name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(
                 f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {name}"
             ) from None
+        _warn_of_version(name)
+
+
+@functools.cache
+def _warn_of_version(name: str) -> None:
+    """Say once that a package has another version than the tested one."""
+    tested = TESTED.get(name)
+    if tested is not None and (found := importlib.metadata.version(name)) != tested:
+        print(
+            f"warning: {name} {found} is installed, and {tested} was tested: look at its files with tools.py --keyword "
+            "verify",
+            file=sys.stderr,
+        )

@@ -85,7 +85,7 @@ def open_for_engine(options: Options) -> Predictor:
     from model.deploy.engines import engines_of, read_metadata
 
     path = given_path(options.old)
-    if path.is_dir():
+    if kind_of(path) == "web":
         path /= NETWORK
         if not path.is_file():
             raise UserError(
@@ -133,6 +133,7 @@ def _exported(
 
 
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
+    "coreml": open_for_engine,
     "onnx": open_for_engine,
     "openvino": open_for_engine,
     "packed": open_packed,

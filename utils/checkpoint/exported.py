@@ -7,12 +7,14 @@ import zipfile
 from pathlib import Path
 
 NETWORK = "network.onnx"  # in the folder of a page
+MANIFEST = "Manifest.json"  # in the folder of a Core ML package
 KEY = "lowbit"  # of a packed file's metadata
 TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
 _LONGEST_HEADER = 10**8  # bytes, of a safetensors file
 
 _NAME = "name the checkpoint that it was exported from"
 _INSTEAD = {
+    "coreml": f"a package of Core ML, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
     "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
     "packed": "a packed network, no checkpoint: tools.py --keyword import makes one of it, to evaluate and to export; "
@@ -29,7 +31,7 @@ def exported_kind(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            return "web" if (path / NETWORK).is_file() else ""
+            return "web" if (path / NETWORK).is_file() else "coreml" if (path / MANIFEST).is_file() else ""
         if not path.is_file():
             return ""
         if path.suffix == ".onnx":
@@ -45,12 +47,21 @@ def exported_kind(path: Path) -> str:
         return ""
 
 
-_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".safetensors": "packed", ".pt2": "program"}
+_ENDINGS = {
+    ".mlpackage": "coreml",
+    ".onnx": "onnx",
+    ".xml": "openvino",
+    ".safetensors": "packed",
+    ".pt2": "program",
+}
 
 
 def kind_of(path: Path) -> str:
-    """As `exported_kind`; what is damaged or missing is known by its ending, and every folder counts as a page."""
-    return "web" if path.is_dir() else exported_kind(path) or _ENDINGS.get(path.suffix, "")
+    """As `exported_kind`; what is damaged or missing is known by its ending, and all other folders count as pages."""
+    found = exported_kind(path)
+    if path.is_dir():
+        return found or ("coreml" if path.suffix == ".mlpackage" else "web")
+    return found or _ENDINGS.get(path.suffix, "")
 
 
 def _is_packed(path: Path) -> bool:

@@ -11,18 +11,21 @@ import pytest
 import torch
 from torch import nn
 
+from model.deploy.coreml.package import write_coreml
 from model.deploy.engines import Engine
 from model.deploy.graph import DeployGraph, deploy_graph
 from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import write_openvino
 from model.deploy.qonnx_quant import qonnx_model
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+from tests.model.deploy.coreml_interpreter import Interpreted
 from tests.model.deploy.networks import exported, images, torch_values
 from utils.errors import UserError
 
 FORMATS: dict[str, Callable[[DeployGraph, Path], None]] = {
     "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
     "openvino.xml": write_openvino,
+    "coreml.mlpackage": write_coreml,
     "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
 }
 RUNS = (
@@ -31,6 +34,7 @@ RUNS = (
     ("qdq.onnx", Engine("openvino")),
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
+    ("coreml.mlpackage", Interpreted()),
 )
 # What is computed with integers, of 28, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
 # scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer behind a layer,
@@ -63,7 +67,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
 @pytest.mark.parametrize("kind", ["methods", "widths", "options"])
 @pytest.mark.parametrize(("name", "engine"), RUNS, ids=str)
 def test_levels_and_logits_are_those_of_torch(
-    kind: str, name: str, engine: Engine, written: Callable[[str, str], Path]
+    kind: str, name: str, engine: Engine | Interpreted, written: Callable[[str, str], Path]
 ) -> None:
     network, graph = exported(kind)
     x = images(4)
@@ -76,7 +80,7 @@ def test_levels_and_logits_are_those_of_torch(
             value = value[:, :, 1:7, 1:7]  # padded in front of the quantizer in torch alone
         far = np.abs(found[quantizer] - value) > 1e-3 * np.abs(value).max()
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
-    if engine.optimised and engine.name != "qonnx":
+    if isinstance(engine, Engine) and engine.optimised and engine.name != "qonnx":
         assert runner.integer == INTEGER[kind, engine.name]
 
 
