@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
-from model.deploy.graph import OUTPUT, DeployGraph
+from model.deploy.graph import OPSET, OUTPUT, DeployGraph
 from model.deploy.nodes import DOMAIN, initializers, node_key, tensor_attributes
 from utils.errors import UserError
 
@@ -62,7 +62,10 @@ class Steps:
 
 
 def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: str = "onnx") -> Steps:
-    """The steps of a graph. Batch norms that are no part of a weight are a factor and a sum, identities are left out.
+    """The steps of a graph.
+
+    Batch norms that are no part of a weight are a factor and a sum, identities are left out, and what follows from
+    constants and shapes is a constant.
 
     Args:
         graph: the network.
@@ -99,6 +102,11 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             constants[step.outputs[0]] = _constant(step)
         elif node.op_type == "Identity" and OUTPUT not in step.outputs:
             renamed[step.outputs[0]] = inputs[0]
+        elif not own and inputs and all(name in constants or not name for name in inputs):
+            _fold(node, dict(zip(node.input, inputs, strict=True)), constants)
+        elif node.op_type == "Shape":
+            sizes, parts = np.array(shapes[inputs[0]], np.int64), step.attributes
+            constants[step.outputs[0]] = sizes[parts.get("start", 0) : parts.get("end")]
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants)
         else:
@@ -125,6 +133,15 @@ def _constant(step: Step) -> Array:
 
     value = next(iter(step.attributes.values()))
     return numpy_helper.to_array(value) if hasattr(value, "raw_data") else np.array(value)
+
+
+def _fold(node: NodeProto, names: Mapping[str, str], constants: dict[str, Array]) -> None:
+    """Add what a node makes of constants, whose names it has by those of its inputs."""
+    from onnx.reference import ReferenceEvaluator
+
+    given = {name: constants[source] for name, source in names.items() if name}
+    made = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, given)
+    constants.update(zip(node.output, map(np.asarray, made), strict=True))
 
 
 def _norm(step: Step, constants: dict[str, Array]) -> list[Step]:

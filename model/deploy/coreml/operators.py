@@ -41,6 +41,14 @@ class Emitter:
     def __init__(self, steps: Steps, tensors: dict[str, Any]) -> None:
         self.steps = steps
         self.tensors = tensors
+        self._shared: dict[str, Any] = {}
+
+    def shared(self, value: Any) -> Any:
+        """A constant, of which all operators with the same one share a copy: an operator takes some 200 bytes."""
+        key = repr(value)
+        if key not in self._shared:
+            self._shared[key] = builder().const(val=value)
+        return self._shared[key]
 
     def shape(self, step: Step) -> tuple[int, ...]:
         """Of what a step makes."""
@@ -100,8 +108,11 @@ def _pads(step: Step, rank: int) -> list[int]:
     return [int(value) for pair in zip(found[:rank], found[rank:], strict=True) for value in pair]
 
 
-def _ends(step: Step) -> dict[str, Any]:
-    return dict(pad_type="custom", pad=_pads(step, 2))
+def _window(emitter: Emitter, step: Step) -> dict[str, Any]:
+    """Padding and strides."""
+    strides = list(step.attributes.get("strides", [1, 1]))
+    found = {"pad_type": "custom", "pad": _pads(step, 2), "strides": strides}
+    return {name: emitter.shared(value) for name, value in found.items()}
 
 
 def _weighted(emitter: Emitter, step: Step, layer: Emit, channel: int, name: dict[str, str]) -> Any:
@@ -129,9 +140,8 @@ def _conv(emitter: Emitter, step: Step, **name: str) -> Any:
     if len(emitter.shape(step)) != 4:
         raise _refused(step, f"of {len(emitter.shape(step)) - 2} dimensions")
     layer = partial(
-        builder().conv, x=emitter.tensor(step.inputs[0]), groups=step.attributes.get("group", 1),
-        strides=list(step.attributes.get("strides", [1, 1])),
-        dilations=list(step.attributes.get("dilations", [1, 1])), **_ends(step),
+        builder().conv, x=emitter.tensor(step.inputs[0]), groups=emitter.shared(step.attributes.get("group", 1)),
+        dilations=emitter.shared(list(step.attributes.get("dilations", [1, 1]))), **_window(emitter, step),
     )  # fmt: skip
     return _weighted(emitter, step, layer, 1, name)
 
@@ -165,11 +175,12 @@ def _clip(emitter: Emitter, step: Step, **name: str) -> Any:
 
 def _pool(word: str, emitter: Emitter, step: Step, **name: str) -> Any:
     _only(step, dilations=([1, 1],), storage_order=(0,))
-    inside = {"exclude_padding_from_average": not step.attributes.get("count_include_pad", 0)}
+    inside = {}
+    if word == "avg_pool":
+        inside["exclude_padding_from_average"] = not step.attributes.get("count_include_pad", 0)
     return getattr(builder(), word)(
         x=emitter.tensor(step.inputs[0]), kernel_sizes=list(step.attributes["kernel_shape"]),
-        strides=list(step.attributes.get("strides", [1, 1])), ceil_mode=bool(step.attributes.get("ceil_mode", 0)),
-        **_ends(step), **(inside if word == "avg_pool" else {}), **name,
+        ceil_mode=bool(step.attributes.get("ceil_mode", 0)), **_window(emitter, step), **inside, **name,
     )  # fmt: skip
 
 
@@ -218,7 +229,11 @@ def _gather(emitter: Emitter, step: Step, **name: str) -> Any:
 
 
 def _where(emitter: Emitter, step: Step, **name: str) -> Any:
+    """Core ML's `select` has the shape of its values alone, so that one of them must have the whole one."""
     cond, a, b = (emitter.tensor(given) for given in step.inputs)
+    if emitter.shape(step) not in (a.shape, b.shape):
+        zeros = builder().mul(x=builder().cast(x=cond, dtype="fp32"), y=np.float32(0))
+        b = builder().add(x=zeros, y=b)
     return builder().select(cond=cond, a=a, b=b, **name)
 
 

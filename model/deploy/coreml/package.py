@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,9 +173,11 @@ def coreml_model(graph: DeployGraph) -> MLModel:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Without progress bars, which the converter writes to standard error."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    """Without progress bars on standard error, and warnings of temporary folders that the converter leaves."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
         yield
+        gc.collect()
 
 
 def _weight(palette: Palette, name: str, newer: bool) -> Any:
@@ -220,12 +224,14 @@ def _activation(emitter: Emitter, step: Step, codes: ActivationCodes, name: str)
     if not codes.integer:
         value = make.identity(x=x, name=name)
     elif codes.signs:
-        above = make.greater_equal(x=x, y=np.float32(0))
-        value = make.select(cond=above, a=scale, b=-scale, name=name)
+        above = make.cast(x=make.greater_equal(x=x, y=np.float32(0)), dtype="fp32")
+        value = make.sub(x=make.mul(x=above, y=2 * scale), y=scale, name=name)
     else:
         if codes.step is not None:
+            ends = {"alpha": codes.lowest, "beta": codes.highest}
+            ends = {name: emitter.shared(np.float32(end)) for name, end in ends.items()}
             rounded = make.round(x=make.real_div(x=x, y=np.float32(codes.step)))
-            x = make.clip(x=rounded, alpha=np.float32(codes.lowest), beta=np.float32(codes.highest))
+            x = make.clip(x=rounded, **ends)
         value = make.mul(x=x, y=scale, name=name)
     emitter.tensors[step.outputs[0]] = value
 

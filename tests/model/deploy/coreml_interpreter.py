@@ -100,7 +100,7 @@ class Interpreter:
             if which == "strings":
                 return tensor.strings.values[0]
             if which == "bytes":  # of few elements
-                assert kind.name == "UINT8" or kind.name in KINDS
+                assert kind.name in ("UINT8", "UINT32")
                 found = np.frombuffer(tensor.bytes.values, {"UINT32": "<u4"}.get(kind.name, "u1"))
             else:
                 found = np.array(getattr(tensor, which).values, IMMEDIATE[which])
