@@ -297,6 +297,17 @@ def _negative(emitter: Emitter, step: Step, **name: str) -> Any:
     return builder().mul(x=emitter.tensor(step.inputs[0]), y=np.float32(-1), **name)
 
 
+def _is_infinite(emitter: Emitter, step: Step, **name: str) -> Any:
+    _only(step, detect_negative=(1,), detect_positive=(1,))
+    size = builder().abs(x=emitter.tensor(step.inputs[0]))
+    return builder().greater(x=size, y=np.finfo(np.float32).max, **name)
+
+
+def _is_nan(emitter: Emitter, step: Step, **name: str) -> Any:
+    x = emitter.tensor(step.inputs[0])
+    return builder().not_equal(x=x, y=x, **name)
+
+
 UNARY = {
     "Abs": "abs", "Ceil": "ceil", "Erf": "erf", "Exp": "exp", "Floor": "floor", "Identity": "identity",
     "Not": "logical_not", "Relu": "relu", "Round": "round", "Sigmoid": "sigmoid", "Sign": "sign",
