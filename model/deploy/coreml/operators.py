@@ -30,6 +30,11 @@ class Scaled:
         return builder().mul(x=value, y=self.factor.reshape(shape), name=name)
 
 
+def given_input(step: Step, place: int) -> str:
+    """The name of an input; empty where it is left out."""
+    return "".join(step.inputs[place : place + 1])
+
+
 class Emitter:
     """The tensors of a program that is being built, by the names of the steps.
 
@@ -118,7 +123,7 @@ def _window(emitter: Emitter, step: Step) -> dict[str, Any]:
 def _weighted(emitter: Emitter, step: Step, layer: Emit, channel: int, name: dict[str, str]) -> Any:
     """A layer with its bias. The factors of its weight are multiplied behind its sums, and the bias is added then."""
     weight = emitter.tensors.get(step.inputs[1])
-    given = step.inputs[2] if len(step.inputs) > 2 else ""
+    given = given_input(step, 2)
     bias = emitter.constant(given)
     scaled = weight if isinstance(weight, Scaled) else None
     weight = scaled.weight if scaled is not None else emitter.tensor(step.inputs[1])
@@ -186,7 +191,7 @@ def _pool(word: str, emitter: Emitter, step: Step, **name: str) -> Any:
 
 def _reduce(word: str, emitter: Emitter, step: Step, **name: str) -> Any:
     axes = step.attributes.get("axes")
-    if axes is None and len(step.inputs) > 1 and step.inputs[1]:
+    if axes is None and given_input(step, 1):
         axes = emitter.needed_constant(step, 1).tolist()
     both = {} if axes is None else {"axes": list(axes)}
     return getattr(builder(), word)(
@@ -213,8 +218,8 @@ def _transpose(emitter: Emitter, step: Step, **name: str) -> Any:
 
 def _pad(emitter: Emitter, step: Step, **name: str) -> Any:
     _only(step, mode=(b"constant",))
-    pads, given = emitter.needed_constant(step, 1), step.inputs[2] if len(step.inputs) > 2 else ""
-    if len(step.inputs) > 3 and step.inputs[3]:
+    pads, given = emitter.needed_constant(step, 1), given_input(step, 2)
+    if given_input(step, 3):
         raise _refused(step, "of some axes")
     value = float(emitter.needed_constant(step, 2)) if given else 0.0
     turned = pads.reshape(2, -1).T.reshape(-1).tolist()
@@ -251,7 +256,7 @@ def _split(emitter: Emitter, step: Step, **name: str) -> Sequence[Any]:
 def _slice(emitter: Emitter, step: Step, **name: str) -> Any:
     x, rank = emitter.tensor(step.inputs[0]), len(emitter.shape(step))
     starts, ends = (emitter.needed_constant(step, place).tolist() for place in (1, 2))
-    places = [emitter.needed_constant(step, i).tolist() if len(step.inputs) > i else None for i in (3, 4)]
+    places = [emitter.needed_constant(step, i).tolist() if given_input(step, i) else None for i in (3, 4)]
     axes, strides = places[0] or list(range(len(starts))), places[1] or [1] * len(starts)
     begin, end, stride = [0] * rank, list(x.shape), [1] * rank
     for axis, first, last, step_size in zip(axes, starts, ends, strides, strict=True):
@@ -332,7 +337,8 @@ OPERATORS: dict[str, Emit] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     "AveragePool": partial(_pool, "avg_pool"), "Cast": _cast, "Clip": _clip, "Concat": _concat, "Conv": _conv,
     "Gather": _gather, "Gemm": _gemm, "GlobalAveragePool": _global_pool, "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _hard_swish, "LeakyRelu": _leaky, "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
+    "HardSwish": _hard_swish,
+    "IsInf": _is_infinite, "IsNaN": _is_nan, "LeakyRelu": _leaky, "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
     "PRelu": _prelu, "Pad": _pad, "Reciprocal": _reciprocal, "Slice": _slice, "Softmax": _softmax, "Split": _split,
     "Transpose": _transpose, "Where": _where,
 }  # fmt: skip

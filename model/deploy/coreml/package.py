@@ -182,9 +182,9 @@ def _quiet() -> Any:
 
 def _weight(palette: Palette, name: str, newer: bool) -> Any:
     """A constant that Core ML unpacks; without indices where there are more levels than these can have."""
-    from coremltools.converters.mil import mil
+    from coremltools.converters.mil.mil import types
 
-    kinds: Any = mil.types
+    kinds: Any = types
 
     shape, widths = palette.indices.shape, WIDTHS if newer else OLDER_WIDTHS
     bits = next((bits for bits in widths if 2**bits >= palette.table.shape[1]), None)
