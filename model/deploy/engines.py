@@ -33,6 +33,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         return read_description(path)["texts"]
     if kind_of(path) == "litert":
         return read_texts(path)
+    if kind_of(path) == "coreml":
+        from model.deploy.coreml.file import Package
+
+        return Package(path).metadata
     if path.suffix == ".xml":
         needed("openvino")
         import openvino
@@ -141,7 +145,7 @@ class Engine:
     def __str__(self) -> str:
         return (
             f"{self.name}, {'default' if self.optimised else 'basic'}"
-            if self.name not in ("torch", C_COMPILER)
+            if self.name not in ("torch", "coremltools", C_COMPILER)
             else self.name
         )
 
@@ -183,10 +187,12 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine("torch")]
     if kind == "c":
         return [Engine(C_COMPILER)]
+    if kind == "coreml":
+        return [Engine("coremltools")]
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".tflite, .h or the folder of a page"
+            ".tflite, .mlpackage, .h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -381,11 +387,18 @@ def _c(path: Path, optimised: bool, tensors: bool, threads: int | None) -> CRunn
     return CRunner(path, tensors)
 
 
+def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> Runner:
+    from model.deploy.coreml.engine import CoremlRunner
+
+    return CoremlRunner(path, tensors)
+
+
 _PACKAGES = {"litert": PACKAGE}
 """The package of an engine, where it has another name."""
 
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,
+    "coremltools": _coreml,
     "litert": _Litert,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy.coreml.folder import is_package
 from model.deploy.packages import needed
 from model.deploy.verify import bytes_of
 from model.deploy.web import is_page
@@ -126,11 +127,19 @@ def _web(trained: Trained, path: Path, options: Options) -> None:
     web.write(trained, qdq_model(_graph(trained, options)), engine, path)
 
 
+def _coreml(trained: Trained, path: Path, options: Options) -> None:
+    """A package of Core ML."""
+    from model.deploy.coreml.package import write_coreml
+
+    write_coreml(_graph(trained, options), path)
+
+
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
 FORMATS: dict[str, Write] = {
     "c": _c,
+    "coreml": _coreml,
     "litert": _litert,
     "onnx": _onnx,
     "openvino": _openvino,
@@ -141,11 +150,22 @@ FORMATS: dict[str, Write] = {
 }
 """What `--to` takes: name -> the function that writes it."""
 
-ENDINGS = {"c": ".h", "litert": ".tflite", "onnx": ".onnx", "openvino": ".xml", "qonnx": ".onnx"}
+ENDINGS = {
+    "c": ".h",
+    "coreml": ".mlpackage",
+    "litert": ".tflite",
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "qonnx": ".onnx",
+}
 """The endings by which other words know a format."""
+
+FOLDERS: dict[str, Callable[[Path], bool]] = {"coreml": is_package, "web": is_page}
+"""Formats that are folders, and whether a folder is one of them, which may be replaced."""
 
 PACKAGES = {
     "c": ("onnx", "onnxscript"),
+    "coreml": ("onnx", "onnxscript", "coremltools"),
     "litert": ("onnx", "onnxscript", "ai_edge_litert"),
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -178,9 +198,9 @@ def export(options: Options) -> int:
         raise UserError(
             f"--root {options.root} has no effect without --int8_sums: add --int8_sums, or leave --root out"
         )
-    if name != "web" or not is_page(new):
+    if not (name in FOLDERS and FOLDERS[name](new)):
         refuse_folders(new)
-    if name == "web" and new.is_file():
+    if name in FOLDERS and new.is_file():
         raise UserError(f"--new {new} is a file; name a folder, which is made")
     refuse_existing(options, new)
     check_folder_of(new)
@@ -225,8 +245,8 @@ def check_folder_of(path: Path) -> None:
 def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> None:
     """Let `write` make a file or a folder, with more files beside it if it likes, and move all of it to `new`.
 
-    It writes into a temporary folder, so that a failure leaves everything as it was. A folder is replaced by a page
-    alone, if it is one itself (`is_page`).
+    It writes into a temporary folder, so that a failure leaves everything as it was. A folder is replaced by one of
+    the same format alone (`FOLDERS`).
 
     Raises:
         UserError: one of the other files exists, without --force, or is a folder; or the disk refuses.
@@ -238,7 +258,11 @@ def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> 
                 Path(folder).iterdir(), key=lambda path: path.name == new.name
             )  # the named one last
             refuse_folders(
-                *(new.parent / path.name for path in made if not (is_page(path) and is_page(new))),
+                *(
+                    new.parent / path.name
+                    for path in made
+                    if not any(same(path) and same(new) for same in FOLDERS.values())
+                ),
             )
             refuse_existing(options, *(new.parent / path.name for path in made))
             for path in made:

@@ -6,12 +6,16 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 
 from utils.errors import UserError
 
-TESTED = {"ai_edge_litert": "2.3.0"}
+TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0"}
 """Packages whose files may differ with their version, and the version that was tested."""
+
+NOISY = ("coremltools",)
+"""Packages that log warnings about other packages when they are imported."""
 
 
 def needed(*packages: str) -> None:
@@ -25,6 +29,8 @@ def needed(*packages: str) -> None:
         pinned = [f"{name}=={TESTED[name]}" if name in TESTED else name for name in missing]
         raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(pinned)}")
     for name in packages:
+        if name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             importlib.import_module(name)
         except ImportError as error:

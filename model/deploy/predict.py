@@ -85,7 +85,7 @@ def open_for_engine(options: Options) -> Predictor:
     from model.deploy.engines import engines_of, read_metadata
 
     path = given_path(options.old)
-    if path.is_dir():
+    if kind_of(path) == "web":
         path /= NETWORK
         if not path.is_file():
             raise UserError(
@@ -134,6 +134,7 @@ def _exported(
 
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
     "c": open_for_engine,
+    "coreml": open_for_engine,
     "litert": open_for_engine,
     "onnx": open_for_engine,
     "openvino": open_for_engine,

@@ -63,7 +63,10 @@ class Steps:
 
 
 def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: str = "onnx") -> Steps:
-    """The steps of a graph. Batch norms that are no part of a weight are a factor and a sum, identities are left out.
+    """The steps of a graph.
+
+    Batch norms that are no part of a weight are a factor and a sum, identities are left out, and what follows from
+    constants and shapes is a constant.
 
     Args:
         graph: the network.
@@ -96,13 +99,13 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             activation=graph.activations[node_key(node)] if own and node.op_type == ACTIVATION else None,
             weight=graph.weights[node_key(node)] if own and node.op_type == WEIGHT else None,
         )  # fmt: skip
-        if node.op_type == "Shape":
-            whole = np.array(shapes[inputs[0]])
-            constants[step.outputs[0]] = whole[step.attributes.get("start", 0) : step.attributes.get("end")]
-        elif not own and all(name in constants for name in inputs if name):
-            constants |= _computed(node, [constants.get(name) for name in inputs])
-        elif node.op_type == "Identity" and OUTPUT not in step.outputs:
+        if node.op_type == "Identity" and OUTPUT not in step.outputs:
             renamed[step.outputs[0]] = inputs[0]
+        elif node.op_type == "Shape":
+            sizes, parts = np.array(shapes[inputs[0]], np.int64), step.attributes
+            constants[step.outputs[0]] = sizes[parts.get("start", 0) : parts.get("end")]
+        elif not own and all(name in constants or not name for name in inputs):
+            _fold(node, dict(zip(node.input, inputs, strict=True)), constants)
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants, shapes)
         elif node.op_type == "Gather" and _takes_all(step, constants, shapes):
@@ -112,9 +115,7 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             steps.append(replace(step, operator="Reshape", inputs=(inputs[0], shape), attributes={}))
         else:
             steps.append(step)
-            if (
-                node.op_type == "Reshape" and inputs[1] in constants
-            ):  # which may depend on what is folded here
+            if node.op_type == "Reshape" and inputs[1] in constants:  # maybe one that was folded
                 shapes[step.outputs[0]] = _reshaped(shapes[inputs[0]], constants[inputs[1]].tolist(), step)
     for step in steps:
         if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
@@ -133,22 +134,13 @@ def _layer(node: NodeProto) -> str:
     return next(iter(ast.literal_eval(scopes)[-2:-1]), "")
 
 
-def _computed(node: NodeProto, values: Sequence[Array | None]) -> dict[str, Array]:
-    """The results of an operator all of whose inputs are constants."""
-    from onnx import helper
+def _fold(node: NodeProto, names: Mapping[str, str], constants: dict[str, Array]) -> None:
+    """Add what a node makes of constants, whose names it has by those of its inputs."""
     from onnx.reference import ReferenceEvaluator
 
-    given = {name: value for name, value in zip(node.input, values, strict=True) if value is not None}
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in given.items()
-    ]
-    outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
-    model = helper.make_model(
-        helper.make_graph([node], "", inputs, outputs), opset_imports=[helper.make_opsetid("", OPSET)]
-    )
-    found = ReferenceEvaluator(model).run(None, given)
-    return {name: np.asarray(value) for name, value in zip(node.output, found, strict=True)}
+    given = {name: constants[source] for name, source in names.items() if name}
+    made = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, given)
+    constants.update(zip(node.output, map(np.asarray, made), strict=True))
 
 
 def _takes_all(step: Step, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> bool:

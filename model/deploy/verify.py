@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy.coreml.folder import predicts
+from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, exported_kind, kind_of
 from utils.errors import UserError
 from utils.report.verified import FILE, Comparison, Verified
@@ -40,15 +42,27 @@ def verify(options: Options) -> int:
 
     files = [file / NETWORK if exported_kind(file) == "web" else file for file in options.files or ()]
     engines = {file: engines_of(file) for file in files}
+    unrun = [] if predicts() else [file for file in files if kind_of(file) == "coreml"]
+    if unrun:
+        needed("coremltools")
+        engines = {file: engine for file, engine in engines.items() if file not in unrun}
+    if options.output is not None and not engines:
+        raise UserError(
+            f"--output {options.output}: predictions of Core ML need macOS, so that there are no figures to write; "
+            "leave it out, or add files of other formats"
+        )
     from model.load import data_of, load_trained
     from utils.config.image_size import sides
 
     old = given_path(options.old)
     trained = load_trained(old, ema_weights=options.ema_weights)
+    shape = (trained.transform.channels, *sides(trained.transform.size))
+    differ = _compare_unrun(unrun, trained.network, shape)
+    if not engines:
+        return 1 if differ else 0
     loader = data_of(trained, options.root).val
     if loader is None:
         raise UserError(f"{old}: its data set has no validation images to compare with")
-    shape = (trained.transform.channels, *sides(trained.transform.size))
     found = compare(trained.network, shape, loader, engines, threads=options.threads or 1)
     record = Verified(checkpoint=str(old), cpu=cpu(), comparisons=tuple(found))
     print(record.as_text())
@@ -62,7 +76,24 @@ def verify(options: Options) -> int:
         archive.write_atomic(path, record.as_json().encode())
         shown = "" if options.output else f", for tools.py --keyword report {printable(str(path.parent))}"
         print(f"written: {printable(str(path))}{shown}")
-    return 1 if record.faults else 0
+    return 1 if record.faults or differ else 0
+
+
+def _compare_unrun(files: Sequence[Path], network: nn.Module, shape: Sequence[int]) -> bool:
+    """Compare what files hold with the network where nothing runs them; prints lines, returns whether they differ."""
+    if not files:
+        return False
+    from model.deploy.coreml.engine import compared
+    from model.deploy.graph import deploy_graph
+
+    graph, differ = deploy_graph(network, shape), False
+    for file in files:
+        line, faults = compared(file, graph)
+        print(printable(line))
+        for fault in faults:
+            print(printable(f"{file}: {fault}"))
+        differ = differ or bool(faults)
+    return differ
 
 
 def compare(
@@ -231,14 +262,17 @@ def _float_files(graph: DeployGraph, kinds: set[str], folder: Path) -> dict[str,
     import onnx
 
     from model.deploy.c.header import c_header
+    from model.deploy.coreml.package import write_coreml
     from model.deploy.litert.write import litert_file
     from model.deploy.onnx_qdq import qdq_model
 
-    files = {"onnx": folder / "float.onnx", "c": folder / "float.h", "litert": folder / "float.tflite"}
-    files = {kind: path for kind, path in files.items() if kind in kinds | {"onnx"}}
+    endings = {"onnx": "onnx", "c": "h", "coreml": "mlpackage", "litert": "tflite"}
+    files = {kind: folder / f"float.{ending}" for kind, ending in endings.items() if kind in {"onnx", *kinds}}
     onnx.save(qdq_model(graph), files["onnx"])
     if "c" in files:
         files["c"].write_text(c_header(graph), "utf-8")
+    if "coreml" in files:
+        write_coreml(graph, files["coreml"])
     if "litert" in files:
         files["litert"].write_bytes(litert_file(graph).data)
     return files
@@ -280,7 +314,9 @@ def _latency(
 
 
 def bytes_of(file: Path) -> int:
-    """Bytes of a file, and of OpenVINO's weights beside it."""
+    """Bytes of a file, and of OpenVINO's weights beside it; of all files in a folder."""
+    if file.is_dir():
+        return sum(path.stat().st_size for path in file.rglob("*") if path.is_file())
     beside = [file, *([file.with_suffix(".bin")] if file.suffix == ".xml" else [])]
     return sum(path.stat().st_size for path in beside)
 

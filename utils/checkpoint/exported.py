@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 NETWORK = "network.onnx"  # in the folder of a page
+MANIFEST = "Manifest.json"  # in the folder of a Core ML package
 KEY = "lowbit"  # of a packed file's metadata
 C_MARK = "// lowbit: "  # begins a C header
 TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
@@ -17,6 +18,7 @@ LITERT_MARK = b"TFL3"  # of a file of LiteRT, behind its first four bytes
 _NAME = "name the checkpoint that it was exported from"
 _INSTEAD = {
     "c": f"a C header, no PyTorch checkpoint; {_NAME}",
+    "coreml": f"a package of Core ML, no PyTorch checkpoint; {_NAME}",
     "litert": f"a file of LiteRT, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
     "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
@@ -34,7 +36,7 @@ def exported_kind(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            return "web" if (path / NETWORK).is_file() else ""
+            return "web" if (path / NETWORK).is_file() else "coreml" if (path / MANIFEST).is_file() else ""
         if not path.is_file():
             return ""
         if path.suffix == ".onnx":
@@ -57,6 +59,7 @@ def exported_kind(path: Path) -> str:
 
 _ENDINGS = {
     ".h": "c",
+    ".mlpackage": "coreml",
     ".onnx": "onnx",
     ".xml": "openvino",
     ".safetensors": "packed",
@@ -66,8 +69,11 @@ _ENDINGS = {
 
 
 def kind_of(path: Path) -> str:
-    """As `exported_kind`; what is damaged or missing is known by its ending, and every folder counts as a page."""
-    return "web" if path.is_dir() else exported_kind(path) or _ENDINGS.get(path.suffix, "")
+    """As `exported_kind`; what is damaged or missing is known by its ending, and all other folders count as pages."""
+    found = exported_kind(path)
+    if path.is_dir():
+        return found or ("coreml" if path.suffix == ".mlpackage" else "web")
+    return found or _ENDINGS.get(path.suffix, "")
 
 
 def _begins_with(path: Path, mark: bytes) -> bool:

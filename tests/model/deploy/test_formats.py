@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from model.deploy.c.header import c_header
+from model.deploy.coreml.file import agreement
+from model.deploy.coreml.package import write_coreml
 from model.deploy.engines import Engine
 from model.deploy.graph import DeployGraph, deploy_graph
 from model.deploy.litert.write import litert_file
@@ -19,6 +21,7 @@ from model.deploy.onnx_qdq import qdq_model
 from model.deploy.openvino_ir import write_openvino
 from model.deploy.qonnx_quant import qonnx_model
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+from tests.model.deploy.coreml_interpreter import Interpreted
 from tests.model.deploy.networks import exported, images, torch_values
 from utils.errors import UserError
 
@@ -26,6 +29,7 @@ FORMATS: dict[str, Callable[[DeployGraph, Path], object]] = {
     "header.h": lambda graph, path: path.write_text(c_header(graph)),
     "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
     "openvino.xml": write_openvino,
+    "coreml.mlpackage": write_coreml,
     "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
     "litert.tflite": lambda graph, path: path.write_bytes(litert_file(graph).data),
 }
@@ -38,6 +42,7 @@ RUNS = (
     ("header.h", Engine("cc")),
     ("litert.tflite", Engine("litert")),
     ("litert.tflite", Engine("litert", False)),
+    ("coreml.mlpackage", Interpreted()),
 )
 # What is computed with integers, of 28, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
 # scale for each image, with 8 bits on both sides, or with a code of -128. onnxruntime needs a quantizer behind a layer,
@@ -73,7 +78,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
 @pytest.mark.parametrize("kind", ["methods", "widths", "options"])
 @pytest.mark.parametrize(("name", "engine"), RUNS, ids=str)
 def test_levels_and_logits_are_those_of_torch(
-    kind: str, name: str, engine: Engine, written: Callable[[str, str], Path]
+    kind: str, name: str, engine: Engine | Interpreted, written: Callable[[str, str], Path]
 ) -> None:
     network, graph = exported(kind)
     x = images(4)
@@ -86,7 +91,9 @@ def test_levels_and_logits_are_those_of_torch(
             value = value[:, :, 1:7, 1:7]  # padded in front of the quantizer in torch alone
         far = np.abs(found[quantizer] - value) > 1e-3 * np.abs(value).max()
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
-    if engine.optimised and engine.name not in ("qonnx", "litert"):
+    if isinstance(engine, Interpreted):
+        assert agreement(written(kind, name), graph).faults == ()
+    elif engine.optimised and engine.name not in ("qonnx", "litert"):
         assert runner.integer == INTEGER[kind, engine.name]
 
 

@@ -1,0 +1,1 @@
+"""Core ML: packages for iPhones and Macs."""
