@@ -87,7 +87,8 @@ def deploy_graph(
         {'1.quant_weight': (2, 4, 1, 1)}
     """
     needed("onnx", "onnxscript")
-    network = copy.deepcopy(network).eval()
+    # Behind channels-last weights torch exports a pooling to one place as a computed gather.
+    network = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     example = torch.rand(2, *shape, device=device, generator=torch.Generator(device).manual_seed(0))
     activations: dict[str, ActivationCodes] = {}

@@ -10,11 +10,11 @@ import numpy as np
 
 from model.deploy.codes import Array
 from model.deploy.packages import needed
+from utils.checkpoint.exported import LITERT_MARK as MARK
 from utils.errors import UserError
 
 PACKAGE = "ai_edge_litert"
 VERSION = 3  # of the schema
-MARK = b"TFL3"  # of its files, behind four bytes
 INPUT, OUTPUT = "input", "logits"
 PACKED = {"int2": 2, "int4": 4, "int8": 8}  # bits of a code
 SIGNATURE = "serving_default"
