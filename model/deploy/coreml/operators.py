@@ -338,7 +338,8 @@ OPERATORS: dict[str, Emit] = {
     "AveragePool": partial(_pool, "avg_pool"), "Cast": _cast, "Clip": _clip, "Concat": _concat, "Conv": _conv,
     "Gather": _gather, "Gemm": _gemm, "GlobalAveragePool": _global_pool, "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
-    "IsInf": _is_infinite, "IsNaN": _is_nan, "LeakyRelu": _leaky, "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
+    "IsInf": _is_infinite, "IsNaN": _is_nan, "LeakyRelu": _leaky,
+    "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
     "PRelu": _prelu, "Pad": _pad, "Reciprocal": _reciprocal, "Slice": _slice, "Softmax": _softmax, "Split": _split,
     "Transpose": _transpose, "Where": _where,
 }  # fmt: skip
