@@ -171,6 +171,8 @@ def _clip(emitter: Emitter, step: Step, **name: str) -> Any:
         np.float32(end if not given else emitter.needed_constant(step, place))
         for place, (given, end) in enumerate(((low, -np.inf), (high, np.inf)), start=1)
     ]
+    if np.isfinite(ends).all() and ends[0] >= ends[1]:  # which `clip` refuses
+        return builder().minimum(x=builder().maximum(x=x, y=ends[0]), y=ends[1], **name)
     if np.isfinite(ends).all():
         return builder().clip(x=x, alpha=ends[0], beta=ends[1], **name)
     if np.isinf(ends[1]):
