@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,15 +107,8 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             _fold(node, dict(zip(node.input, inputs, strict=True)), constants)
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants, shapes)
-        elif node.op_type == "Gather" and _takes_all(step, constants, shapes):
-            shape = f"{step.outputs[0]}.shape"
-            constants[shape] = np.array(constants[inputs[1]].shape)
-            shapes[step.outputs[0]] = constants[inputs[1]].shape
-            steps.append(replace(step, operator="Reshape", inputs=(inputs[0], shape), attributes={}))
         else:
             steps.append(step)
-            if node.op_type == "Reshape" and inputs[1] in constants:  # maybe one that was folded
-                shapes[step.outputs[0]] = _reshaped(shapes[inputs[0]], constants[inputs[1]].tolist(), step)
     for step in steps:
         if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
             where = f"{step.layer}: " if step.layer else ""
@@ -141,21 +133,6 @@ def _fold(node: NodeProto, names: Mapping[str, str], constants: dict[str, Array]
     given = {name: constants[source] for name, source in names.items() if name}
     made = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, given)
     constants.update(zip(node.output, map(np.asarray, made), strict=True))
-
-
-def _takes_all(step: Step, constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a Gather gives all values of a vector in their order, as torch writes a view of strides."""
-    chosen = constants.get(step.inputs[1])
-    size = shapes.get(step.inputs[0], ())
-    return chosen is not None and len(size) == 1 and np.array_equal(chosen.reshape(-1), np.arange(*size))
-
-
-def _reshaped(shape: tuple[int, ...], target: Sequence[int], step: Step) -> tuple[int, ...]:
-    """The shape that a Reshape makes."""
-    if not step.attributes.get("allowzero"):
-        target = [shape[axis] if size == 0 else size for axis, size in enumerate(target)]
-    known = prod(size for size in target if size != -1)
-    return tuple(prod(shape) // known if size == -1 else size for size in target)
 
 
 def _norm(step: Step, constants: dict[str, Array], shapes: dict[str, tuple[int, ...]]) -> list[Step]:

@@ -171,6 +171,8 @@ def _clip(emitter: Emitter, step: Step, **name: str) -> Any:
         np.float32(end if not given else emitter.needed_constant(step, place))
         for place, (given, end) in enumerate(((low, -np.inf), (high, np.inf)), start=1)
     ]
+    if np.isfinite(ends).all() and ends[0] >= ends[1]:  # which `clip` refuses
+        return builder().minimum(x=builder().maximum(x=x, y=ends[0]), y=ends[1], **name)
     if np.isfinite(ends).all():
         return builder().clip(x=x, alpha=ends[0], beta=ends[1], **name)
     if np.isinf(ends[1]):
@@ -337,8 +339,9 @@ OPERATORS: dict[str, Emit] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     "AveragePool": partial(_pool, "avg_pool"), "Cast": _cast, "Clip": _clip, "Concat": _concat, "Conv": _conv,
     "Gather": _gather, "Gemm": _gemm, "GlobalAveragePool": _global_pool, "HardSigmoid": _hard_sigmoid,
-    "HardSwish": _hard_swish, "IsInf": _is_infinite,
-    "IsNaN": _is_nan, "LeakyRelu": _leaky, "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
+    "HardSwish": _hard_swish,
+    "IsInf": _is_infinite, "IsNaN": _is_nan, "LeakyRelu": _leaky,
+    "MaxPool": partial(_pool, "max_pool"), "Neg": _negative,
     "PRelu": _prelu, "Pad": _pad, "Reciprocal": _reciprocal, "Slice": _slice, "Softmax": _softmax, "Split": _split,
     "Transpose": _transpose, "Where": _where,
 }  # fmt: skip

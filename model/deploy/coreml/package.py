@@ -80,8 +80,9 @@ def palette_of(weight: WeightCodes) -> Palette:
     indices = places.reshape(weight.codes.shape)
     if weight.table is not None:
         table = weight.table[:, codes]
-        offset = 0 if weight.offset is None else weight.offset.reshape(-1, 1)
-        return Palette(indices=indices, table=(table + offset).astype(np.float32))
+        if weight.offset is not None:  # else a zero would lose its sign
+            table = (table + weight.offset.reshape(-1, 1)).astype(np.float32)
+        return Palette(indices=indices, table=table)
     if weight.offset is None and weight.scale.size > 1 and np.abs(codes).max() <= LARGEST:
         table = codes.astype(np.float32).reshape(1, -1)
         return Palette(indices=indices, table=table, factor=weight.scale.reshape(-1))
