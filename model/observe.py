@@ -162,7 +162,7 @@ class ParameterProducts(TorchDispatchMode):
         """End; an operator that torch compiles itself, such as flex_attention, is refused: nobody sees inside it."""
         super().__exit__(kind, error, trace)
         if isinstance(error, NotImplementedError) and "HigherOrderOperator" in str(error):
-            name = str(error).partition("HigherOrderOperator ")[2].partition(" ")[0]
+            name = str(error).partition("HigherOrderOperator ")[2].partition(" ")[0] or "an operator"
             raise UserError(
                 f"the network calls {name}, inside of which nothing can be observed or quantized: call "
                 "torch.nn.functional.scaled_dot_product_attention, or other plain operators"

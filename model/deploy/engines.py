@@ -30,7 +30,7 @@ QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
     if path.suffix == ".h":
-        return read_description(path)["texts"]
+        return read_description(path).texts
     if kind_of(path) == "litert":
         return read_texts(path)
     if kind_of(path) == "coreml":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the oldest that torch's exporter writes
 INPUT, OUTPUT = "input", "logits"
+NUDGE = 2.0**-20  # of the clip value: less than rounding errors of the sums in front
 MOST_IMAGES = 2**16  # of a batch
 
 
@@ -169,13 +170,29 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     if codes.integer and codes.step is not None:
         return lambda x: mark(quantizer.normalise(x))
     if codes.integer and not codes.signs:
-        return lambda x: mark(quantizer.integers(x).codes.float())
+        nudge = _nudge(quantizer, example)
+        return lambda x: mark(quantizer.integers(x + nudge if nudge else x).codes.float())
     found = quantizer.integers(example)
     if found.scale is not None and not codes.signs:
         return lambda x: mark(_value(quantizer, x))
     places, levels = thresholds(codes.name, quantizer, quantizer.normalise(example))
     levels = levels.sign() if codes.signs else levels
     return lambda x: mark(by_thresholds(quantizer.normalise(x), places, levels))
+
+
+def _nudge(quantizer: Quantizer, example: Tensor) -> float:
+    """What moves zero off the middle between two levels, to the side that it is rounded to; 0 where it is on none.
+
+    Zeros are frequent, behind a ReLU and as padding. OpenVINO adds before it divides, where the formula divides before
+    it adds, and so comes out on either side of the middle.
+    """
+    grid = quantizer.search_grid()
+    if grid is None or grid.gap == 1 or quantizer.config.adaptive != "none":
+        return 0.0
+    zero = quantizer.integers(torch.zeros_like(example[:1]))
+    assert zero.scale is not None
+    clip = grid.top * float(zero.scale.detach().reshape(-1)[0])
+    return float(zero.codes.reshape(-1)[0].sign()) * clip * NUDGE
 
 
 def _value(quantizer: Quantizer, x: Tensor) -> Tensor:

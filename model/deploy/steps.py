@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         elif node.op_type == "Shape":
             sizes, parts = np.array(shapes[inputs[0]], np.int64), step.attributes
             constants[step.outputs[0]] = sizes[parts.get("start", 0) : parts.get("end")]
-        elif not own and all(name in constants or not name for name in inputs):
+        elif _is_constant(node, inputs, constants):
             _fold(node, dict(zip(node.input, inputs, strict=True)), constants)
         elif node.op_type == "BatchNormalization" and all(name in constants for name in inputs[1:]):
             steps += _norm(step, constants, shapes)
@@ -126,6 +126,12 @@ def _layer(node: NodeProto) -> str:
     return next(iter(ast.literal_eval(scopes)[-2:-1]), "")
 
 
+def _is_constant(node: NodeProto, inputs: Sequence[str], constants: Mapping[str, Array]) -> bool:
+    """Whether an operator's results follow from constants."""
+    known = all(name in constants or not name for name in inputs)
+    return node.domain != DOMAIN and known and bool(inputs or node.op_type == "Constant")
+
+
 def _fold(node: NodeProto, names: Mapping[str, str], constants: dict[str, Array]) -> None:
     """Add what a node makes of constants, whose names it has by those of its inputs."""
     from onnx.reference import ReferenceEvaluator
@@ -140,7 +146,7 @@ def _norm(step: Step, constants: dict[str, Array], shapes: dict[str, tuple[int, 
     gamma, beta, mean, variance = (np.asarray(constants[name], np.float64) for name in step.inputs[1:])
     factor = gamma / np.sqrt(variance + step.attributes.get("epsilon", 1e-5))
     y = step.outputs[0]
-    shape = (1, -1, 1, 1)
+    shape = (1, -1, *[1] * (len(shapes[y]) - 2))
     constants[f"{y}.factor"] = factor.astype(np.float32).reshape(shape)
     constants[f"{y}.shift"] = (beta - mean * factor).astype(np.float32).reshape(shape)
     shapes[f"{y}.scaled"] = shapes[y]

@@ -61,7 +61,7 @@ class ClipRDFS(ClipSTE):
         grad_clip = None
         if ctx.needs_input_grad[1]:
             grad_clip = (grad * level).addcmul_(passed, ratio, value=-1).sum_to_size(clip.shape)
-        wave = ratio.sub_(level).mul_(math.pi * grid.qp).cos_().mul_(DAMPING)
+        wave = (ratio - level).mul_(math.pi * grid.qp).cos_().mul_(DAMPING)
         return passed * (1 - wave) / (1 + wave), grad_clip, None, None
 
 

@@ -64,7 +64,7 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
             output=tuple(output.shape[1:]),
             weights=module.weight.numel(),
             # Every output value takes one product per weight of its output channel.
-            macs=before + output[0].numel() * module.weight[0].numel(),
+            macs=before + output.numel() * module.weight[0].numel(),  # windows may be its first dimension
             weight=weight,
             activation=activation,
             weight_bits=weight_bits,
@@ -81,7 +81,7 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
         kind, bits = describe(module.quant_left)
         if kind:
             before = matmuls[module].macs if module in matmuls else 0
-            macs = before + output[0].numel() * factors[0].shape[-1]
+            macs = before + output.numel() * factors[0].shape[-1]
             matmuls[module] = MatmulCost(kind=kind, macs=macs, bits=bits)
 
     parameter = next(model.parameters())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,6 @@ from model.deploy.offsets import read_offsets
 from utils.checkpoint.exported import C_MARK
 from utils.errors import UserError
 
-FIELDS = {"quantizers", "shape", "classes", "integer", "layers", "texts"}
 COMPILERS = ("cc", "gcc", "clang")
 PROGRAM = """\
 #include <stddef.h>
@@ -26,7 +27,10 @@ static float *watched;
 static int watching;
 #define LOWBIT_WATCH(values, count, scale) \\
     if (watching) for (int w_ = 0; w_ < (count); ++w_) *watched++ = (float)(values)[w_] * (scale);
-#include "{header}"
+#include "network.h"
+#if !({expected})
+#error the first line and the loops have other sizes
+#endif
 void run(const float *images, int count, float *logits, float *values) {{
     watched = values, watching = values != NULL;
     const size_t size = (size_t)LOWBIT_CHANNELS * LOWBIT_HEIGHT * LOWBIT_WIDTH;
@@ -35,40 +39,62 @@ void run(const float *images, int count, float *logits, float *values) {{
 """
 
 
-def compiler() -> str:
+def compiler() -> list[str]:
     """The C compiler: that of the environment's CC, or one that is installed; raises UserError where there is none."""
-    given = os.environ.get("CC")
-    for name in (given,) if given else COMPILERS:
+    given = shlex.split(os.environ.get("CC", ""))
+    for name, *options in [given] if given else [[name] for name in COMPILERS]:
         if found := shutil.which(name):
-            return found
+            return [found, *options]
     if given:
-        raise UserError(f"CC={given}: no such program; name a C compiler, or unset CC")
+        raise UserError(f"CC={given[0]}: no such program; name a C compiler, or unset CC")
     raise UserError("no C compiler is installed: install gcc or clang, or name one in the environment's CC")
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """What the first line of a header says: shapes, quantizers, texts.
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What the first line of a header says.
+
+    Attributes:
+        shape: of an image, channels first.
+        classes: number of logits.
+        quantizers: shapes of the quantizers of activations, by name, without the batch.
+        integer: products of codes.
+        layers: all products.
+        texts: what travels in each exported file.
+    """
+
+    shape: tuple[int, ...]
+    classes: int
+    quantizers: dict[str, tuple[int, ...]]
+    integer: int
+    layers: int
+    texts: dict[str, str]
+
+
+def read_description(path: Path) -> Description:
+    """What a header says of itself.
 
     Raises:
-        UserError: the file is missing, or no header that export has written.
+        UserError: the file is missing or damaged, or no header that export has written.
     """
     try:
         with path.open(encoding="utf-8") as file:
             first = file.readline()
-        if first.startswith(C_MARK):
-            found = json.loads(first.removeprefix(C_MARK))
-            if isinstance(found, dict) and {
-                "quantizers",
-                "shape",
-                "classes",
-                "integer",
-                "layers",
-                "texts",
-            } <= set(found):
-                return found
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a header: {error}") from error
-    raise UserError(f"{path}: not a header that export --to c has written")
+    try:
+        found = json.loads(first.removeprefix(C_MARK)) if first.startswith(C_MARK) else {}
+        sizes = {str(name): tuple(map(int, shape))[1:] for name, shape in found["quantizers"].items()}
+        texts = found["texts"]
+        shape = tuple(map(int, found["shape"]))
+        if not all(isinstance(text, str) for text in texts.values()) or len(shape) != 3:
+            raise ValueError
+        numbers = [int(found[name]) for name in ("classes", "integer", "layers")]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path}: not a header that export --to c has written, or a damaged one") from None
+    return Description(
+        shape=shape, classes=numbers[0], quantizers=sizes, integer=numbers[1], layers=numbers[2], texts=texts
+    )
 
 
 class CRunner:
@@ -80,21 +106,26 @@ class CRunner:
     def __init__(self, path: Path, tensors: bool) -> None:
         self.path = path
         described = read_description(path)
-        self._shape, self._classes = tuple(described["shape"]), int(described["classes"])
-        self._sizes = {name: tuple(shape)[1:] for name, shape in described["quantizers"].items()}
+        self._shape, self._classes, self._sizes = described.shape, described.classes, described.quantizers
         self.tensors = tuple(self._sizes) if tensors else ()
-        self.integer, self.layers = int(described["integer"]), int(described["layers"])
-        self._offsets = read_offsets(described["texts"], path)
+        self.integer, self.layers = described.integer, described.layers
+        self._offsets = read_offsets(described.texts, path)
+        sizes = zip(("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"), (*self._shape, self._classes), strict=True)
+        expected = [f"LOWBIT_{name} == {size}" for name, size in sizes]
+        expected.append(f"LOWBIT_WATCHED == {sum(prod(size) for size in self._sizes.values())}")
         with tempfile.TemporaryDirectory() as folder:
             source, library = Path(folder) / "network.c", Path(folder) / "network.so"
             shutil.copyfile(path, Path(folder) / "network.h")
-            source.write_text(PROGRAM.format(header="network.h"), "utf-8")
+            source.write_text(PROGRAM.format(expected=" && ".join(expected)), "utf-8")
             # Without contraction, products are rounded before they are added, as the file says.
             flags = ["-std=c99", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
-            command = [compiler(), *flags, str(source), "-o", str(library), "-lm"]
+            command = [*compiler(), *flags, str(source), "-o", str(library), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                said = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
+                said = next(
+                    (line for line in done.stderr.splitlines() if "error" in line),
+                    f"exit status {done.returncode}",
+                )
                 raise UserError(f"{path}: the compiler does not take it: {said}")
             self._run = ctypes.CDLL(str(library)).run
         self._run.restype = None
@@ -110,7 +141,7 @@ class CRunner:
             wanted, given = ("x".join(map(str, shape)) for shape in (self._shape, images.shape[1:]))
             raise UserError(f"{self.path}: computes images of {wanted}, and these have {given}")
         logits = np.zeros((len(images), self._classes), np.float32)
-        width = sum(int(np.prod(size)) for size in self._sizes.values())
+        width = sum(prod(size) for size in self._sizes.values())
         values = np.zeros((len(images), width if self.tensors else 0), np.float32)
         pointer = ctypes.POINTER(ctypes.c_float)
         self._run(
@@ -121,7 +152,7 @@ class CRunner:
         )
         found, start = {"logits": logits}, 0
         for name in self.tensors:
-            end = start + int(np.prod(self._sizes[name]))
+            end = start + prod(self._sizes[name])
             found[name] = values[:, start:end].reshape(-1, *self._sizes[name])
             start = end
         return found

@@ -24,6 +24,7 @@ REDUCED = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
 MOVED = ("Pad", "Concat", "Transpose", "Slice")
 TAKEN = (*PRODUCTS, *MOVED, *op.UNARY, *op.BINARY, *op.ALIASES, "Where", "Clip", "HardSigmoid", "LeakyRelu", "Cast",
          "MaxPool", "AveragePool", "GlobalAveragePool", *REDUCED)  # fmt: skip
+MOST_CODE = 2**15 - 1  # of an int16
 MOST_SUM = 2**31 - 1  # of an int32
 INTERFACE = Path(__file__).with_name("interface.h")  # what does not depend on the network
 
@@ -102,7 +103,10 @@ class _Writer:
                 memory.give(start)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return self.network.shapes[name]
+        shape = self.network.shapes.get(name, (0,))
+        if 0 in shape:
+            raise UserError(f"{name}: a tensor of unknown or no size is not written as C; export --to onnx")
+        return shape
 
     def _buffer(self, name: str) -> Tensor:
         """A place for a result."""
@@ -128,7 +132,7 @@ class _Writer:
 
     def constant(self, value: Array, kind: str = "float") -> str:
         """A constant array, by its name."""
-        name = f"k{len(self._named)}"
+        name = f"lowbit_k{len(self._named)}"
         self._named.add(name)
         flat = value.reshape(-1)
         texts = [number(each) for each in flat] if kind == "float" else [str(int(each)) for each in flat]
@@ -144,7 +148,7 @@ class _Writer:
         count = prod(shape)
         self.watched[codes.name] = shape
         if not codes.integer:
-            self.body.append(f"    LOWBIT_WATCH({x.place}, {count}, 1.0f)  /* {codes.name} */")
+            self.body.append(f"    LOWBIT_WATCH({x.place}, {count}, 1.0f)  {comment(codes.name)}")
             self._alias(name, step.inputs[0])
             return
         start = self.codes.take(count)
@@ -152,7 +156,7 @@ class _Writer:
         ends = f"{codes.lowest}, {codes.highest}"
         step_size = number(1.0 if codes.step is None else codes.step)
         self.body += [
-            f"    for (int i = 0; i < {count}; ++i)  /* {codes.name} */",
+            f"    for (int i = 0; i < {count}; ++i)  {comment(codes.name)}",
             f"        {place}[i] = lowbit_quantize({x.place}[i], {step_size}, {ends});",
             f"    LOWBIT_WATCH({place}, {count}, {number(codes.scale)})",
         ]
@@ -172,9 +176,15 @@ class _Writer:
         weight = next(
             (step.weight for step in self.network.steps if step.outputs[0] == reader.inputs[1]), None
         )
-        if weight is None or not weight.scaled or reader.operator == "MatMul":
+        stored_by_output = reader.operator == "Conv" or reader.attributes.get("transB")
+        if (
+            weight is None
+            or not weight.scaled
+            or not stored_by_output
+            or not _by_output(weight.scale, weight)
+        ):
             return False
-        if weight.scale.size not in (1, len(weight.codes)):
+        if np.abs(weight.codes.astype(np.int64)).max() > MOST_CODE:
             return False
         codes = self._quantized[name].codes
         largest = np.abs(weight.codes.astype(np.int64)).reshape(len(weight.codes), -1).sum(1).max()
@@ -191,18 +201,20 @@ class _Writer:
         """One operator."""
         name = step.outputs[0]
         if len([each for each in step.outputs if each]) > 1:
-            raise UserError(
-                f"{step.layer}: {step.operator} with several results is not written as C; export --to onnx"
-            )
+            raise op.refused(step, f"{step.operator} with several results")
         if step.operator in op.ALIASES and name != OUTPUT:
             self._alias(name, step.inputs[0])
             return
-        self.body.append(f"    /* {step.layer or step.operator} */")
+        self.body.append(f"    {comment(step.layer or step.operator)}")
         if step.operator in PRODUCTS:
             self._product(step)
             return
         given = [each for each in step.inputs if each]
         values = [self.network.constants.get(each) for each in step.inputs]
+        if step.operator in op.BINARY and len(given) != 2:
+            raise op.refused(step, f"{step.operator} of {len(given)} tensors")
+        if step.operator in ("MaxPool", "AveragePool") and len(self._shape(given[0])) != 4:
+            raise op.refused(step, "a pool of other data than images")
         count = 3 if step.operator == "Where" else 2 if step.operator in op.BINARY else 1
         inputs = [self._tensor(each) for each in (given if step.operator == "Concat" else given[:count])]
         y = self._buffer(name)
@@ -232,11 +244,11 @@ class _Writer:
 
     def _pad(self, step: Step, x: Tensor, y: Tensor, values: list[Array | None]) -> list[str]:
         if step.attributes.get("mode", b"constant") != b"constant" or values[1] is None:
-            raise UserError(
-                f"{step.layer}: padding with other values than a constant is not written as C; export --to onnx"
-            )
+            raise op.refused(step, "padding with other values than a constant")
         before = values[1].tolist()[: len(x.shape)]
         value = values[2] if len(values) > 2 else None
+        if any(name and found is None for name, found in zip(step.inputs[2:], values[2:], strict=True)):
+            raise op.refused(step, "padding with computed values")
         if len(values) > 3 and values[3] is not None:
             axes = [int(axis) % len(x.shape) for axis in values[3]]
             before = [before[axes.index(axis)] if axis in axes else 0 for axis in range(len(x.shape))]
@@ -245,12 +257,11 @@ class _Writer:
     def _product(self, step: Step) -> None:
         """A convolution or a linear layer."""
         attributes, name = step.attributes, step.outputs[0]
-        shape = self._shape(step.inputs[0])
         weight = self._weights.get(step.inputs[1])
-        if weight is None and step.inputs[1] not in self.network.constants:
-            raise UserError(
-                f"{step.layer}: a product of two activations is not written as C; export --to onnx"
-            )
+        known = weight is not None or step.inputs[1] in self.network.constants
+        if not known or step.inputs[0] not in self.network.shapes:
+            raise op.refused(step, f"a {step.operator} whose second factor is no weight")
+        shape = self._shape(step.inputs[0])
         flipped = step.operator == "MatMul" or (step.operator == "Gemm" and not attributes.get("transB"))
         values = self._values(step.inputs[1]) if weight is None or flipped else None
         values = values.T if values is not None and flipped else values
@@ -271,16 +282,12 @@ class _Writer:
                 attributes.get("group", 1),
             )
             if len(geometry) != 15 or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-                raise UserError(
-                    f"{step.layer}: only convolutions of images are written as C; export --to onnx"
-                )
+                raise op.refused(step, "a convolution of other data than images")
         else:
             if prod(shape[:-1]) != 1 or attributes.get("transA") or len(size) != 2:
-                raise UserError(
-                    f"{step.layer}: a linear layer of several positions is not written as C; export --to onnx"
-                )
+                raise op.refused(step, "a linear layer of several positions")
             if (attributes.get("alpha", 1), attributes.get("beta", 1)) != (1, 1):
-                raise UserError(f"{step.layer}: a factor of a Gemm is not written as C; export --to onnx")
+                raise op.refused(step, "a factor of a Gemm")
             geometry = (shape[-1], 1, 1, size[0], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
         bias = self._tensor(step.inputs[2]).place if len(step.inputs) > 2 and step.inputs[2] else "NULL"
         self.row = max(self.row, prod(size[1:]))
@@ -305,7 +312,7 @@ class _Writer:
             return f".values = {self.constant(values)}"
         table, rows = used_levels(weight) if weight.table is not None else (None, None)
         parts = [weight.scale, weight.offset] if table is None else [rows]
-        if any(part is not None and part.size not in (1, len(weight.codes)) for part in parts):
+        if any(part is not None and not _by_output(part, weight) for part in parts):
             return f".values = {self.constant(weight.values())}"
         bits = max(1, int(weight.base - 1).bit_length())
         fields = [f".digits = {self.constant(packed(weight.digits, bits), 'uint8_t')}", f".bits = {bits}"]
@@ -321,6 +328,22 @@ class _Writer:
         return ", ".join(
             [*fields, f".low = {weight.lowest}", f".gap = {weight.gap}", f".per_output = {int(count > 1)}"]
         )
+
+
+def _by_output(value: Array, weight: WeightCodes) -> bool:
+    """Whether a value is one for the whole weight, or one for each output channel."""
+    return value.size == 1 or value.shape == (len(weight.codes), *[1] * (weight.codes.ndim - 1))
+
+
+def comment(text: str) -> str:
+    """A comment of C; what would end it, or is no plain text, is left out.
+
+    Example:
+        >>> from model.deploy.c.header import comment
+        >>> comment("layer1.*/0")
+        '/* layer1.0 */'
+    """
+    return f"/* {''.join(c for c in text if c.isascii() and (c.isalnum() or c in '._-+ '))} */"
 
 
 def packed(digits: Array, bits: int) -> Array:
@@ -343,6 +366,12 @@ def c_header(graph: DeployGraph) -> str:
         UserError: an operator of the network has no form in C.
     """
     network = steps_of(graph, TAKEN, "C")
+    whole = network.shapes[OUTPUT]
+    if len(whole) != 2 or whole[0] != 1 or not network.steps or OUTPUT not in network.steps[-1].outputs:
+        shown = "x".join(map(str, whole))
+        raise UserError(
+            f"logits of the shape {shown} are not written as C: flatten them, or export --to onnx"
+        )
     writer = _Writer(network)
     writer.write()
     _, channels, height, width = network.shapes[INPUT]
@@ -364,6 +393,7 @@ def c_header(graph: DeployGraph) -> str:
         f"#define LOWBIT_HEIGHT {height}",
         f"#define LOWBIT_WIDTH {width}",
         f"#define LOWBIT_CLASSES {network.shapes[OUTPUT][-1]}",
+        f"#define LOWBIT_WATCHED {sum(map(prod, writer.watched.values()))}  // values that LOWBIT_WATCH sees",
         "",
         INTERFACE.read_text("utf-8"),
         *writer.data,

@@ -12,6 +12,7 @@ import numpy as np
 
 from model.deploy.codes import Array
 from model.deploy.steps import Step
+from utils.errors import UserError
 
 UNARY = {  # of a value x
     "Relu": "x > 0 ? x : 0",
@@ -51,7 +52,7 @@ BINARY = {  # of values x and y
     "Or": "x != 0 || y != 0",
 }
 ALIASES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # the same values in another shape
-_INTEGERS = (2, 3, 4, 5, 6, 7, 12, 13)  # ONNX's numbers of integer types
+_CASTS = {1: "x", 11: "x", 6: "truncf(x)", 7: "truncf(x)", 9: "x != 0"}  # by ONNX's numbers of types
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ def _expression(step: Step, constants: Sequence[Array | None]) -> str:
     if step.operator == "Where":
         return "x != 0 ? y : z"
     if step.operator == "Clip":
+        if any(name and value is None for name, value in zip(step.inputs[1:], constants[1:], strict=True)):
+            raise refused(step, "a Clip with computed ends")
         ends = [
             None if value is None else float(value.reshape(-1)[0]) for value in (*constants[1:3], None, None)
         ][:2]
@@ -153,7 +156,9 @@ def _expression(step: Step, constants: Sequence[Array | None]) -> str:
     if step.operator == "LeakyRelu":
         return f"x < 0 ? {number(attributes.get('alpha', 0.01))} * x : x"
     if step.operator == "Cast":
-        return "truncf(x)" if attributes["to"] in _INTEGERS else "x"
+        if attributes["to"] not in _CASTS:
+            raise refused(step, "a cast to a narrow type")
+        return _CASTS[attributes["to"]]
     return UNARY.get(step.operator) or BINARY[step.operator]
 
 
@@ -165,7 +170,9 @@ def pooled(step: Step, x: Tensor, output: Tensor) -> list[str]:
     largest = step.operator == "MaxPool"
     counted = bool(step.attributes.get("count_include_pad", 0))
     combine = "sum = fmaxf(sum, v)" if largest else "sum += v"
-    divisor = "" if largest else f" / {prod(kernel)}" if counted else " / count"
+    divisor = "" if largest else " / count"
+    ends = tuple(step.attributes.get("pads", (0, 0, 0, 0)))[2:]
+    places = f"y < {height + ends[0]} && x < {width + ends[1]}"  # with ceil_mode windows may go on behind the padding
     return [
         f"    for (int c = 0; c < {channels}; ++c)",
         f"        for (int i = 0; i < {output.shape[2]}; ++i)",
@@ -175,9 +182,10 @@ def pooled(step: Step, x: Tensor, output: Tensor) -> list[str]:
         f"                    for (int l = 0; l < {kernel[1]}; ++l) {{",
         f"                        const int y = i * {strides[0]} + k * {dilations[0]} - {pads[0]};",
         f"                        const int x = j * {strides[1]} + l * {dilations[1]} - {pads[1]};",
+        f"                        count += {f'({places})' if counted else '0'};",
         f"                        if (y < 0 || y >= {height} || x < 0 || x >= {width}) continue;",
         f"                        const float v = {x.place}[(c * {height} + y) * {width} + x];",
-        f"                        {combine}; ++count;",
+        f"                        {combine}{'' if counted else ', ++count'};",
         "                    }",
         f"                {output.place}[(c * {output.shape[2]} + i) * {output.shape[3]} + j] = sum{divisor};",
         "                (void)count;",
@@ -214,9 +222,18 @@ def copied(x: Tensor, output: Tensor, at: Callable[[int], str]) -> list[str]:
 
 
 def padded(x: Tensor, output: Tensor, before: Sequence[int], value: float) -> list[str]:
-    """`x` within a border of `value`."""
-    lines = [f"    for (int i = 0; i < {output.size}; ++i) {output.place}[i] = {number(value)};"]
-    return lines + copied(x, output, lambda axis: f"i{axis} + {before[axis]}")
+    """`x` within a border of `value`; a negative border is cut off."""
+    places = [f"(i{axis} - {start})" if start else f"i{axis}" for axis, start in enumerate(before)]
+    inside = " && ".join(
+        f"{place} >= 0 && {place} < {size}" for place, size in zip(places, x.shape, strict=True)
+    )
+    strides = [prod(x.shape[axis + 1 :]) for axis in range(len(x.shape))]
+    source = " + ".join(f"{place} * {stride}" for place, stride in zip(places, strides, strict=True))
+    names = " ".join(f"const int i{axis} = 0;" for axis, size in enumerate(output.shape) if size == 1)
+    chosen = f"{inside} ? {x.place}[{source}] : {number(value)}"
+    return looped(
+        output.shape, f"{{ {names} {output.place}[{index(output.shape, output.shape)}] = {chosen}; }}"
+    )
 
 
 def transposed(x: Tensor, output: Tensor, order: Sequence[int]) -> list[str]:
@@ -246,12 +263,22 @@ def part_of(step: Step, x: Tensor, values: Sequence[Array | None]) -> dict[int, 
     found: dict[int, tuple[int, int]] = {}
     for place, axis in enumerate(chosen):
         size, step_size = x.shape[axis], 1 if steps is None else int(steps[place])
-        start = int(starts[place])
-        found[axis % len(x.shape)] = (min(start + size if start < 0 else start, size), step_size)
+        first = slice(int(starts[place]), None, step_size).indices(size)[0]
+        found[axis % len(x.shape)] = (first, step_size)
     return found
 
 
 def axes_of(step: Step, constants: Sequence[Any], rank: int) -> tuple[int, ...]:
     """The axes that an operator reduces."""
+    if len(constants) > 1 and constants[1] is None and step.inputs[1]:
+        raise refused(step, "a sum over computed axes")
     given = constants[1] if len(constants) > 1 and constants[1] is not None else step.attributes.get("axes")
-    return tuple(range(rank)) if given is None else tuple(int(axis) % rank for axis in given)
+    if given is None or len(given) == 0:
+        return () if step.attributes.get("noop_with_empty_axes") else tuple(range(rank))
+    return tuple(int(axis) % rank for axis in given)
+
+
+def refused(step: Step, what: str) -> UserError:
+    """The error of a network that cannot be written."""
+    where = f"{step.layer}: " if step.layer else ""
+    return UserError(f"{where}{what} is not written as C; export --to onnx")

@@ -59,7 +59,7 @@ def test_operators_are_those_of_torch(tmp_path: Path) -> None:
     # As strict compilers like it.
     strict = ["-std=c99", "-Wall", "-Wextra", "-Wno-unused-variable", "-pedantic", "-Werror", "-fsyntax-only"]
     done = subprocess.run(
-        [compiler(), *strict, "-x", "c", str(path)], capture_output=True, text=True, check=False
+        [*compiler(), *strict, "-x", "c", str(path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -79,11 +79,66 @@ def test_operators_are_those_of_torch(tmp_path: Path) -> None:
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.Softmax(1)),
             "^2: C files do not hold the operator S",
         ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1)),
+            "^logits of the shape 1x4x1x1 are n",
+        ),
+        (
+            lambda: nn.Sequential(nn.Flatten(2), nn.AvgPool1d(2), nn.Flatten()),
+            "^1: a pool of other data than images",
+        ),
     ],
 )
 def test_what_cannot_be_written(make: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises(UserError, match=f"{message}.*; export --to onnx$"):
+    with pytest.raises(UserError, match=f"{message}.*export --to onnx$"):
         c_header(deploy_graph(make().eval(), (3, 4, 4)))
+
+
+class Single(nn.Module):
+    """One function of the image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: functional.pad(x, (-1, -1, -1, 0)).flatten(1),
+        lambda x: functional.pad(x, (2, -1, -1, 1), value=0.5).flatten(1),
+        lambda x: functional.avg_pool2d(x, 2, 2, ceil_mode=True).flatten(1),
+        lambda x: functional.avg_pool2d(x, 3, 2, padding=1, ceil_mode=True).flatten(1),
+        lambda x: x.bool().float().flatten(1) + (x > 0.5).float().flatten(1),
+        lambda x: x.clamp(max=x.mean((1, 2, 3), keepdim=True)).flatten(1),
+        lambda x: x.flip(2)[:, :, 1:-1:2].flatten(1),
+    ],
+    ids=["cut", "cut and padded", "ceil", "ceil and padded", "bool", "a computed end", "backwards"],
+)
+def test_single_operators(tmp_path: Path, function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(2, 3, 5, 5).relu(), tmp_path / "x.h"
+    path.write_text(c_header(deploy_graph(Single(function).eval(), (3, 5, 5))))
+    np.testing.assert_allclose(CRunner(path, False)(x.numpy())["logits"], function(x).numpy(), rtol=1e-5)
+
+
+def test_what_a_damaged_header_says(tmp_path: Path) -> None:
+    """Sizes that are not those of the loops are an error of the compiler, not a crash."""
+    path = tmp_path / "x.h"
+    text = c_header(deploy_graph(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), (3, 2, 2)))
+    path.write_text(text.replace('"classes": 3', '"classes": 2', 1))
+    with pytest.raises(UserError, match=r"the compiler does not take it: .*the loops have other sizes"):
+        CRunner(path, False)
+    described = text.splitlines()[0].removeprefix("// lowbit: ")
+    for line in ("[1]", '{"texts": 5}', described.replace('"texts": {}', '"texts": {"classes": 5}')):
+        path.write_text(f"// lowbit: {line}\n")
+        with pytest.raises(
+            UserError, match=r"x\.h: not a header that export --to c has written, or a damaged one$"
+        ):
+            CRunner(path, False)
 
 
 def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
