@@ -157,7 +157,7 @@ def _bits(plan: Plan) -> str:
         ("weights", [layer.weight for layer in layers]),
         ("inputs", [layer.activation for layer in layers]),
         ("outputs", [layer.result for layer in layers]),
-        ("factors of attention's products", plan.cost.matmuls),
+        ("factors of attention's products", [each.kind for each in plan.cost.matmuls]),
     )
     said = [
         f"{name}: " + ", ".join(f"{kind} in {count} layers" for kind, count in counted.items())

@@ -267,7 +267,7 @@ class _Writer:
         values = values.T if values is not None and flipped else values
         whole = values if weight is None or values is not None else weight.codes
         assert whole is not None
-        size: tuple[int, ...] = whole.shape
+        size = tuple(int(each) for each in whole.shape)
         output = self._shape(name)
         if step.operator == "Conv":
             strides, dilations = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
@@ -289,7 +289,7 @@ class _Writer:
             if (attributes.get("alpha", 1), attributes.get("beta", 1)) != (1, 1):
                 raise op.refused(step, "a factor of a Gemm")
             geometry = (shape[-1], 1, 1, size[0], 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
-        bias = self._tensor(step.inputs[2]).place if len(step.inputs) > 2 and step.inputs[2] else "NULL"
+        bias = next((self._tensor(each).place for each in step.inputs[2:] if each), "NULL")
         self.row = max(self.row, prod(size[1:]))
         shown = ", ".join(map(str, geometry))
         written = f"&(lowbit_weight){{{self._weight(weight, values)}}}, {bias}, (lowbit_shape){{{shown}}}"

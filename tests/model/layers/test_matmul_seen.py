@@ -44,7 +44,8 @@ def test_an_operator_that_torch_compiles(products: bool) -> None:
         UserError, match=r"^the network calls flex_attention, .* call torch\.nn\.functional\.scaled_dot"
     ):
         quantize(net, config(attention_matmul=products, first_last=True), example=(x,))
-        audit(net, [x], config())
+    with pytest.raises(UserError, match=r"^the network calls flex_attention, "):
+        network_cost(nn.Sequential(nn.Flatten(2), Turned(), OwnAttention("flex")), (2, 3), 4)
 
 
 def test_the_audit_sees_a_factor_that_is_not_quantized() -> None:
