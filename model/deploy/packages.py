@@ -26,8 +26,9 @@ def needed(*packages: str) -> None:
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        pinned = [f"{name}=={TESTED[name]}" if name in TESTED else name for name in missing]
-        raise UserError(f"{' and '.join(missing)} not installed: pip install {' '.join(pinned)}")
+        raise UserError(
+            f"{' and '.join(missing)} not installed: pip install {' '.join(map(_pinned, missing))}"
+        )
     for name in packages:
         if name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -35,9 +36,14 @@ def needed(*packages: str) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(
-                f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {name}"
+                f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {_pinned(name)}"
             ) from None
         _warn_of_version(name)
+
+
+def _pinned(name: str) -> str:
+    """What pip is to install."""
+    return f"{name}=={TESTED[name]}" if name in TESTED else name
 
 
 @functools.cache

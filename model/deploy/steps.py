@@ -109,11 +109,18 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
             steps += _norm(step, constants, shapes)
         else:
             steps.append(step)
+    if OUTPUT in constants:
+        raise UserError("the logits do not depend on the image")
+    read = {OUTPUT, *(name for step in steps for name in step.inputs)}
     for step in steps:
+        where = f"{step.layer}: " if step.layer else ""
         if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
-            where = f"{step.layer}: " if step.layer else ""
             raise UserError(
                 f"{where}{engine} files do not hold the operator {step.operator}; export --to {instead}"
+            )
+        if any(0 in shapes.get(name, (0,)) for name in read.intersection(step.outputs)):
+            raise UserError(
+                f"{where}the size of what {step.operator} makes is not known; export --to {instead}"
             )
     return Steps(steps=tuple(steps), constants=constants, shapes=shapes, metadata=graph.metadata)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from model.deploy.coreml.folder import predicts
 from model.deploy.graph import INPUT, OUTPUT
 from model.deploy.offsets import read_offsets
 from utils.errors import UserError
+from utils.text import some_names
 
 if TYPE_CHECKING:
     from model.deploy.graph import DeployGraph
@@ -98,12 +100,20 @@ def compared(path: Path, graph: DeployGraph) -> tuple[str, tuple[str, ...]]:
     Raises:
         UserError: the package is damaged.
     """
-    from model.deploy.coreml.file import agreement
+    from model.deploy.coreml.file import agreement, other_operators
+    from model.deploy.coreml.package import write_coreml
 
     found = agreement(path, graph)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "checkpoint.mlpackage"
+        write_coreml(graph, written)
+        others = other_operators(Package(path), Package(written))
+    faults = found.faults
+    if others:
+        faults += (f"{some_names(others)}: not as export --to coreml writes the checkpoint now",)
     what = (
-        f"{found.weights} quantized weights of {found.codes:,} codes, and the steps of {found.activations} "
-        "quantizers of activations"
+        f"{found.weights} quantized weights of {found.codes:,} codes, the steps of {found.activations} quantizers of "
+        "activations, and all operators with their constants"
     )
-    line = f"{path}: {what} " + ("are the checkpoint's" if not found.faults else "were compared")
-    return f"{line}; predictions need macOS and were not run", found.faults
+    line = f"{path}: {what} " + ("are the checkpoint's" if not faults else "were compared")
+    return f"{line}; predictions need macOS and were not run", faults

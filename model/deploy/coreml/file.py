@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DATA = Path("Data/com.apple.CoreML")  # below the package
 MARK = 0xDEADBEEF  # in front of each entry of the file of weights
 ENTRY = "<IIQQQ"  # mark, type, bytes, their place, and bits without meaning at the end
+DAMAGED = (LookupError, ValueError, TypeError, AttributeError, OverflowError, OSError, struct.error)
 TUPLES = {"floats": np.float32, "ints": np.int32, "bools": np.bool_, "longInts": np.int64}
 
 
@@ -137,10 +138,10 @@ class Package:
         with file.open("rb") as stream:
             stream.seek(offset)
             mark, _, size, place, _ = struct.unpack(ENTRY, stream.read(struct.calcsize(ENTRY)))
+            if mark != MARK or place + size > file.stat().st_size:
+                raise ValueError("no entry of a file of weights")
             stream.seek(place)
             content = stream.read(size)
-        if mark != MARK:
-            raise ValueError("no entry of a file of weights")
         return _numbers(content, word, shape)
 
 
@@ -171,7 +172,7 @@ class Agreement:
     Attributes:
         weights: how many quantized weights it holds.
         codes: how many elements these have.
-        activations: how many quantizers of activations.
+        activations: how many quantizers of activations were compared: those that divide, round and clip.
         faults: what is not the checkpoint's.
     """
 
@@ -191,7 +192,7 @@ def agreement(path: Path, graph: DeployGraph) -> Agreement:
     for name, weight in graph.weights.items():
         try:
             found = package.weight(name)
-        except (KeyError, ValueError, OSError, struct.error):
+        except DAMAGED:
             faults.append(f"it has no {name}, a quantized weight of the checkpoint, or a damaged one")
             continue
         if found.indices.shape != weight.codes.shape:
@@ -202,18 +203,20 @@ def agreement(path: Path, graph: DeployGraph) -> Agreement:
         other = (found.values().view(np.int32) != weight.values().astype(np.float32).view(np.int32)).mean()
         if other:
             faults.append(f"{100 * other:.1f} % of the values of {name} are others")
+    compared = 0
     for name, codes in graph.activations.items():
         if not codes.integer or codes.signs or codes.step is None:
             continue
+        compared += 1
         try:
             same = package.activation(name) == _constants(codes)
-        except (KeyError, ValueError, TypeError, OSError, struct.error):
+        except DAMAGED:
             same = False
         if not same:
             faults.append(f"{name} is not the quantizer of the checkpoint")
     return Agreement(
         weights=len(graph.weights), codes=sum(weight.codes.size for weight in graph.weights.values()),
-        activations=len(graph.activations), faults=tuple(faults),
+        activations=compared, faults=tuple(faults),
     )  # fmt: skip
 
 
@@ -225,3 +228,36 @@ def _constants(codes: ActivationCodes) -> tuple[float, ...]:
         float(codes.highest),
         float(np.float32(codes.scale)),
     )
+
+
+def other_operators(package: Package, wanted: Package) -> tuple[str, ...]:
+    """The tensors that two packages make by other operators, from other tensors or with other constants.
+
+    Raises:
+        UserError: the first package is damaged.
+    """
+    names = [[op.outputs[0].name for op in each.block.operations] for each in (package, wanted)]
+    if names[0] != names[1]:
+        return tuple(sorted(set(names[0]).symmetric_difference(names[1]))) or ("the order of operators",)
+    found = []
+    for name in names[1]:
+        try:
+            one, other = package.operator(name), wanted.operator(name)
+            same = (one.word, one.inputs, one.constants.keys()) == (
+                other.word,
+                other.inputs,
+                other.constants.keys(),
+            )
+            same = same and all(_equal(value, other.constants[key]) for key, value in one.constants.items())
+        except DAMAGED:
+            same = False
+        if not same:
+            found.append(name)
+    return tuple(found)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether constants are the same, to the bit."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+    return bool(one == other)

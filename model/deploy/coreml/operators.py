@@ -75,7 +75,10 @@ class Emitter:
         constant = self.constant(name)
         if constant is not None:
             kinds = {"f": np.float32, "i": np.int32, "u": np.int32, "b": np.bool_}
-            return constant.astype(kinds[constant.dtype.kind])
+            found = constant.astype(kinds[constant.dtype.kind])
+            if constant.dtype.kind in "iu" and (found != constant).any():
+                raise UserError(f"{name}: Core ML files hold integers of 32 bits; export --to onnx")
+            return found
         found = self.tensors[name]
         if isinstance(found, Scaled):  # another operator than a layer reads it
             shape = (-1,) + (1,) * (len(found.weight.shape) - 1)
@@ -184,6 +187,7 @@ def _pool(word: str, emitter: Emitter, step: Step, **name: str) -> Any:
     _only(step, dilations=([1, 1],), storage_order=(0,))
     inside = {}
     if word == "avg_pool":
+        _only(step, ceil_mode=(0,))
         inside["exclude_padding_from_average"] = not step.attributes.get("count_include_pad", 0)
     return getattr(builder(), word)(
         x=emitter.tensor(step.inputs[0]), kernel_sizes=list(step.attributes["kernel_shape"]),
@@ -195,7 +199,9 @@ def _reduce(word: str, emitter: Emitter, step: Step, **name: str) -> Any:
     axes = step.attributes.get("axes")
     if axes is None and given_input(step, 1):
         axes = emitter.needed_constant(step, 1).tolist()
-    both = {} if axes is None else {"axes": list(axes)}
+    if not axes:  # which means all
+        _only(step, noop_with_empty_axes=(0,))
+    both = {"axes": list(axes)} if axes else {}
     return getattr(builder(), word)(
         x=emitter.tensor(step.inputs[0]), keep_dims=bool(step.attributes.get("keepdims", 1)), **both, **name
     )
@@ -215,7 +221,8 @@ def _concat(emitter: Emitter, step: Step, **name: str) -> Any:
 
 
 def _transpose(emitter: Emitter, step: Step, **name: str) -> Any:
-    return builder().transpose(x=emitter.tensor(step.inputs[0]), perm=list(step.attributes["perm"]), **name)
+    order = step.attributes.get("perm", range(len(emitter.shape(step)))[::-1])
+    return builder().transpose(x=emitter.tensor(step.inputs[0]), perm=list(order), **name)
 
 
 def _pad(emitter: Emitter, step: Step, **name: str) -> Any:

@@ -251,4 +251,10 @@ def _operator(emitter: Emitter, step: Step) -> None:
             f"{where}Core ML does not take this {step.operator} ({first}); export --to onnx"
         ) from error
     several = found if isinstance(found, list | tuple) else [found]
+    if len(several) == 1 and hasattr(found, "shape") and tuple(found.shape) != emitter.shape(step):
+        made, wanted = ("x".join(map(str, shape)) for shape in (found.shape, emitter.shape(step)))
+        where = f"{step.layer}: " if step.layer else ""
+        raise UserError(
+            f"{where}Core ML makes {made} of this {step.operator}, not {wanted}; export --to onnx"
+        )
     emitter.tensors.update(zip(step.outputs, several, strict=False))

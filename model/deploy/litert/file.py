@@ -24,7 +24,8 @@ OPTIONS = {
     "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions", "DEQUANTIZE": "DequantizeOptions", "DIV": "DivOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions", "LEAKY_RELU": "LeakyReluOptions",
     "MAXIMUM": "MaximumMinimumOptions", "MAX_POOL_2D": "Pool2DOptions", "MEAN": "ReducerOptions",
-    "MINIMUM": "MaximumMinimumOptions", "MUL": "MulOptions", "PAD": "PadOptions", "PADV2": "PadV2Options",
+    "MINIMUM": "MaximumMinimumOptions", "MUL": "MulOptions", "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions", "PAD": "PadOptions", "PADV2": "PadV2Options",
     "RESHAPE": "ReshapeOptions", "SOFTMAX": "SoftmaxOptions", "SPLIT_V": "SplitVOptions", "SUB": "SubOptions",
     "SUM": "ReducerOptions", "TRANSPOSE": "TransposeOptions",
 }  # fmt: skip
@@ -98,6 +99,7 @@ class FileBuilder:
         self, name: str, inputs: Iterable[str], outputs: Iterable[str], version: int = 1, **options: Any
     ) -> None:
         """An operator of LiteRT; empty names of inputs stand for inputs that are left out."""
+        assert not options or name in OPTIONS, name
         made = self._schema.OperatorT()
         code = (getattr(self._schema.BuiltinOperator, name), version)
         if code not in self._codes:
@@ -197,10 +199,13 @@ def read_litert(path: Path) -> Any:
 def read_texts(path: Path) -> dict[str, str]:
     """The texts that travel in a file."""
     model = read_litert(path)
-    return {
-        text(entry.name): bytes(bytearray(model.buffers[entry.buffer].data)).decode()
-        for entry in model.metadata or ()
-    }
+    try:
+        return {
+            text(entry.name): bytes(bytearray(model.buffers[entry.buffer].data)).decode()
+            for entry in model.metadata or ()
+        }
+    except (ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: not a valid file of LiteRT: its texts are damaged ({error})") from error
 
 
 def text(value: bytes | str | None) -> str:

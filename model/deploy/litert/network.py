@@ -37,7 +37,7 @@ class LitertNetwork:
         self.file = FileBuilder([*names, *(f"{name}.codes" for name in names)])
         self.float_weights: list[str] = []
         self._steps = steps
-        self._constants = dict(steps.constants)
+        self._constants = steps.constants
         self._weights = {
             step.outputs[0]: step.weight for step in steps.steps if step.operator == WEIGHT and step.weight
         }
@@ -65,10 +65,6 @@ class LitertNetwork:
         """A constant of the graph, channels first; None for other tensors."""
         return self._constants.get(name)
 
-    def keep(self, name: str, value: Array) -> None:
-        """Make a constant of the result of a step."""
-        self._constants[name] = value
-
     def weight(self, name: str) -> WeightCodes | None:
         """The quantized weight that a tensor is; None for others."""
         return self._weights.get(name)
@@ -78,7 +74,10 @@ class LitertNetwork:
         value = self.known(name)
         if value is None:
             return name
-        value = value.astype(NARROWER.get(value.dtype, value.dtype))
+        narrow = value.astype(NARROWER.get(value.dtype, value.dtype))
+        if value.dtype == np.int64 and (narrow != value).any():
+            raise UserError(f"{name}: LiteRT files hold integers of 32 bits; export --to onnx")
+        value = narrow
         value = value.reshape((1,) * (rank - value.ndim) + value.shape) if 0 < value.ndim < rank else value
         value = value.transpose(LAST) if value.ndim == 4 else value
         return self.file.constant(f"{name}.{value.ndim}", value)
@@ -104,6 +103,10 @@ class LitertNetwork:
         self.file.tensor(output, size, kind)
         self.file.operator(operator, inputs, [output], version, **options)
         return output
+
+    def is_float(self, names: Sequence[str]) -> bool:
+        """Whether all tensors have numbers of float32."""
+        return all(self._kinds.get(name, "float32") == "float32" for name in names)
 
     def kind(self, names: Sequence[str]) -> str:
         """What an operator makes of tensors that are all of one kind."""

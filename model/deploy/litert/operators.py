@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 
-from model.deploy.codes import Array
 from model.deploy.litert.network import LAST, LitertNetwork, arranged, window
 from model.deploy.steps import Step
 
@@ -80,7 +79,8 @@ def _bias(network: LitertNetwork, step: Step, outputs: int) -> str:
     value = network.known(step.inputs[2])
     if value is None:
         raise network.refuse(step, "its bias is computed")
-    return network.file.constant(step.inputs[2], value.astype(np.float32).reshape(-1))
+    whole = np.broadcast_to(value.astype(np.float32).reshape(-1), (outputs,))
+    return network.file.constant(step.inputs[2], np.ascontiguousarray(whole))
 
 
 def _same(sides: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> list[int]:
@@ -177,6 +177,8 @@ def linear(network: LitertNetwork, step: Step) -> None:
 def elementwise(operator: str, network: LitertNetwork, step: Step, *, kind: str = "") -> None:
     """An operator of two tensors, which are broadcast; of their kind, or of another."""
     rank = len(network.shape(step.outputs[0]))
+    if len(step.inputs) != (3 if operator == "SELECT_V2" else 2):
+        raise network.refuse(step, f"it has {len(step.inputs)} tensors")
     for name in step.inputs:
         value = network.known(name)
         if value is None and len(network.shape(name)) not in (0, rank):
@@ -192,7 +194,13 @@ def unary(operator: str, network: LitertNetwork, step: Step) -> None:
 
 def clip(network: LitertNetwork, step: Step) -> None:
     """MAXIMUM and MINIMUM, or RELU6."""
-    ends = [network.known(name) if name else None for name in (*step.inputs[1:], "", "")[:2]]
+    names = (*step.inputs[1:], "", "")[:2]
+    ends = [network.known(name) if name else None for name in names]
+    if any(name and end is None for name, end in zip(names, ends, strict=True)):
+        raise network.refuse(step, "its ends are computed")
+    if not any(names):
+        same(network, step)
+        return
     low, high = (None if end is None else float(end.reshape(-1)[0]) for end in ends)
     x, name = network.operand(step.inputs[0]), step.outputs[0]
     if (low, high) == (0.0, 6.0):
@@ -228,6 +236,8 @@ def prelu(network: LitertNetwork, step: Step) -> None:
     slope = np.asarray(slope, np.float32)
     if len(shape) == 4:
         full = slope.reshape((1,) * (4 - slope.ndim) + slope.shape)
+        if full.shape not in ((1, 1, 1, 1), (1, shape[1], 1, 1)):
+            raise network.refuse(step, "its slopes differ within a channel")
         slope = np.broadcast_to(full, (1, shape[1], 1, 1)).reshape(1, 1, -1)
     network.add("PRELU", [x, network.file.constant(f"{step.outputs[0]}.slope", slope)], step.outputs[0])
 
@@ -243,6 +253,10 @@ def reduce(operator: str, network: LitertNetwork, step: Step) -> None:
     source, along = (*step.inputs, "")[:2]
     rank = len(network.shape(source))
     axes = network.known(along) if along else np.arange(rank)
+    if axes is not None and axes.size == 0:  # which means all
+        axes = np.arange(rank)
+        if step.attributes.get("noop_with_empty_axes"):
+            raise network.refuse(step, "it does nothing")
     keep = bool(step.attributes.get("keepdims", 1))
     if axes is None:
         raise network.refuse(step, "its dimensions are computed")
@@ -314,30 +328,10 @@ def split(network: LitertNetwork, step: Step) -> None:
     network.file.operator("SPLIT_V", inputs, step.outputs, numSplits=len(sizes))
 
 
-def gather(network: LitertNetwork, step: Step) -> None:
-    """Some entries of a constant, taken here and now."""
-    value, index = (network.known(name) for name in step.inputs)
-    if value is None or index is None:
-        raise network.refuse(step, "it takes entries of what depends on the image")
-    taken: Array = np.take(value, index, axis=step.attributes.get("axis", 0))
-    network.keep(step.outputs[0], taken)
-
-
-def shape_of(network: LitertNetwork, step: Step) -> None:
-    """The shape of a tensor, which is known."""
-    network.keep(step.outputs[0], np.array(network.shape(step.inputs[0]), np.int64))
-
-
-def expand(network: LitertNetwork, step: Step) -> None:
-    """A constant in more places, which those who read it broadcast."""
-    value = network.known(step.inputs[0])
-    if value is None:
-        raise network.refuse(step, "it repeats what depends on the image")
-    network.keep(step.outputs[0], value)
-
-
 def is_infinite(network: LitertNetwork, step: Step) -> None:
     """Whether the size is above all finite numbers."""
+    if not all(step.attributes.get(f"detect_{sign}", 1) for sign in ("negative", "positive")):
+        raise network.refuse(step, "it looks at one sign alone")
     x, name = network.operand(step.inputs[0]), step.outputs[0]
     size = network.add("ABS", [x], f"{name}.size", network.physical(network.shape(name)))
     network.add("GREATER", [size, _scalar(network, -LOWEST)], name, kind="bool")
@@ -383,10 +377,8 @@ OPERATORS: dict[str, Translate] = {
     "Div": partial(elementwise, "DIV"),
     "Equal": partial(elementwise, "EQUAL", kind="bool"),
     "Exp": partial(unary, "EXP"),
-    "Expand": expand,
     "Flatten": reshape,
     "Floor": partial(unary, "FLOOR"),
-    "Gather": gather,
     "Gemm": linear,
     "Greater": partial(elementwise, "GREATER", kind="bool"),
     "GreaterOrEqual": partial(elementwise, "GREATER_EQUAL", kind="bool"),
@@ -411,7 +403,6 @@ OPERATORS: dict[str, Translate] = {
     "Relu": partial(unary, "RELU"),
     "Reshape": reshape,
     "Round": partial(unary, "ROUND"),
-    "Shape": shape_of,
     "Sigmoid": partial(unary, "LOGISTIC"),
     "Sign": partial(unary, "SIGN"),
     "Softmax": softmax,
@@ -426,3 +417,10 @@ OPERATORS: dict[str, Translate] = {
     "Where": where,
 }
 """Operator of the graph -> what writes it; see `model.deploy.steps`."""
+
+FLOATS = frozenset({
+    "Abs", "AveragePool", "Clip", "Concat", "Exp", "Flatten", "Floor", "Identity", "LeakyRelu", "MaxPool", "Neg",
+    "PRelu", "Pad", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "Sigmoid", "Sign",
+    "Softmax", "Split", "Sqrt", "Squeeze", "Tanh", "Transpose", "Unsqueeze",
+})  # fmt: skip
+"""Operators that are written for numbers of float32 alone."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 from model.deploy.graph import DeployGraph
 from model.deploy.litert.network import LitertNetwork
-from model.deploy.litert.operators import OPERATORS
+from model.deploy.litert.operators import FLOATS, OPERATORS
+from model.deploy.litert.run import quiet
 from model.deploy.steps import Steps, steps_of
+from utils.errors import UserError
 
 BYTES = 2  # an ONNX tensor's kind: uint8
 
@@ -49,8 +51,38 @@ def litert_file(graph: DeployGraph) -> LitertFile:
     steps = with_names_of_quantizers(steps_of(graph, OPERATORS, "LiteRT"))
     network = LitertNetwork(steps, "uint8" if kind == BYTES else "float32")
     for step in steps.steps:
+        if step.operator in FLOATS and not network.is_float(step.inputs):
+            raise network.refuse(step, "its numbers are no floats")
         OPERATORS[step.operator](network, step)
-    return LitertFile(data=network.file.finished(steps.metadata), float_weights=tuple(network.float_weights))
+    data = network.file.finished(steps.metadata)
+    check_loads(data)
+    return LitertFile(data=data, float_weights=tuple(network.float_weights))
+
+
+def check_loads(data: bytes) -> None:
+    """Check that LiteRT takes a file, and computes tensors of the shapes that the file declares.
+
+    Raises:
+        UserError: it does not.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    graph = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0)).subgraphs[0]
+    try:
+        with quiet():
+            own = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            interpreter = Interpreter(model_content=data, experimental_op_resolver_type=own)
+            interpreter.allocate_tensors()
+            found = {each["index"]: tuple(each["shape"]) for each in interpreter.get_tensor_details()}
+    except (RuntimeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"LiteRT does not take this network ({first}); export --to onnx") from error
+    for place, tensor in enumerate(graph.tensors):
+        if place in found and found[place] != tuple(tensor.shape if tensor.shape is not None else ()):
+            raise UserError(
+                f"LiteRT makes a tensor of {found[place]} where the network has {tuple(tensor.shape)}; export --to onnx"
+            )
 
 
 def with_names_of_quantizers(steps: Steps) -> Steps:

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from model.deploy.coreml.engine import compared
 from model.deploy.coreml.file import Package, agreement
 from model.deploy.coreml.package import OLDER_WIDTHS, WIDTHS, packed_indices, palette_of, write_coreml
 from model.deploy.graph import DeployGraph, deploy_graph
@@ -156,6 +157,21 @@ def test_changed_bytes_are_found(written: Written, tmp_path: Path) -> None:
     first, second = sorted(agreement(changed, graph).faults)
     assert first == "0.2 % of the values of first.quant_weight are others"
     assert second == "strided.quant_activation is not the quantizer of the checkpoint"
+
+
+@pytest.mark.slow
+def test_layers_in_full_precision_are_compared_too(tmp_path: Path) -> None:
+    """Of a network with signs: their scale, and the bias of a layer without quantizers."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), layer("xnor", (2, 2)), nn.Flatten(), nn.Linear(128, 3)).eval()
+    graph, path = deploy_graph(network, (3, 4, 4)), tmp_path / "x.mlpackage"
+    write_coreml(graph, path)
+    line, faults = compared(path, graph)
+    assert faults == () and line.endswith("are the checkpoint's; predictions need macOS and were not run")
+    with torch.no_grad():
+        network[-1].bias.add_(1)
+    (fault,) = compared(path, deploy_graph(network, (3, 4, 4)))[1]
+    assert fault.endswith(": not as export --to coreml writes the checkpoint now")
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.convert import quantize
 from model.deploy import packages
@@ -175,6 +176,46 @@ def test_bytes_are_taken_as_images(tmp_path: Path) -> None:
     runner = ENGINES[0].open(path)
     np.testing.assert_array_equal(runner.prepared(x), pixels)
     np.testing.assert_allclose(runner(x)["logits"], wanted, rtol=1e-4, atol=1e-5)
+
+
+class Single(nn.Module):
+    """One function of the image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x * x.amax(3, keepdim=True)).flatten(1),
+        lambda x: (x - x.amin(1, keepdim=True)).flatten(1),
+        lambda x: torch.where(x > 0.5, x, -x).flatten(1),
+    ],
+    ids=["largest of a row", "smallest of channels", "where"],
+)
+def test_single_operators(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    x, path = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), tmp_path / "x.tflite"
+    path.write_bytes(litert_file(deploy_graph(Single(function).eval(), (4, 4, 4))).data)
+    for engine in ENGINES:
+        np.testing.assert_allclose(
+            engine.open(path)(x.numpy())["logits"], function(x).numpy(), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: (x > 0).int().sum((2, 3)).float(), "this ReduceSum: its numbers are no floats"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(function: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}; export --to onnx$"):
+        litert_file(deploy_graph(Single(function).eval(), (4, 4, 4)))
 
 
 def test_an_operator_that_litert_files_do_not_hold_is_refused() -> None:
