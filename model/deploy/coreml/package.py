@@ -251,8 +251,9 @@ def _operator(emitter: Emitter, step: Step) -> None:
             f"{where}Core ML does not take this {step.operator} ({first}); export --to onnx"
         ) from error
     several = found if isinstance(found, list | tuple) else [found]
-    if len(several) == 1 and hasattr(found, "shape") and tuple(found.shape) != emitter.shape(step):
-        made, wanted = ("x".join(map(str, shape)) for shape in (found.shape, emitter.shape(step)))
+    shape = getattr(several[0], "shape", None) if len(several) == 1 else None
+    if shape is not None and tuple(shape) != emitter.shape(step):
+        made, wanted = ("x".join(map(str, each)) for each in (shape, emitter.shape(step)))
         where = f"{step.layer}: " if step.layer else ""
         raise UserError(
             f"{where}Core ML makes {made} of this {step.operator}, not {wanted}; export --to onnx"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from model.deploy.graph import DeployGraph
+from model.deploy.litert.file import schema
 from model.deploy.litert.network import LitertNetwork
 from model.deploy.litert.operators import FLOATS, OPERATORS
 from model.deploy.litert.run import quiet
@@ -65,10 +66,10 @@ def check_loads(data: bytes) -> None:
     Raises:
         UserError: it does not.
     """
-    from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-    graph = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0)).subgraphs[0]
+    s = schema()
+    graph = s.ModelT.InitFromObj(s.Model.GetRootAs(data, 0)).subgraphs[0]
     try:
         with quiet():
             own = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
@@ -79,9 +80,10 @@ def check_loads(data: bytes) -> None:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"LiteRT does not take this network ({first}); export --to onnx") from error
     for place, tensor in enumerate(graph.tensors):
-        if place in found and found[place] != tuple(tensor.shape if tensor.shape is not None else ()):
+        declared = () if tensor.shape is None else tuple(tensor.shape)
+        if found.get(place, declared) != declared:
             raise UserError(
-                f"LiteRT makes a tensor of {found[place]} where the network has {tuple(tensor.shape)}; export --to onnx"
+                f"LiteRT makes a tensor of {found[place]} where the network has {declared}; export --to onnx"
             )
 
 
