@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.deploy.bits import bit_stream, from_bit_stream
 from model.layers.quantized import quantized_weights
 from model.load import Trained
 from model.pretrained import FIXED, stored_of
@@ -48,8 +49,7 @@ def pack(numbers: np.ndarray, levels: int) -> np.ndarray:
         padded = np.zeros(-(-len(numbers) // TERNARY) * TERNARY, np.uint8)
         padded[: len(numbers)] = numbers
         return (padded.reshape(-1, TERNARY) * 3 ** np.arange(TERNARY, dtype=np.uint8)).sum(1, dtype=np.uint8)
-    places = np.arange(bits_of(levels), dtype=np.uint16)
-    return np.packbits((numbers[:, None] >> places & 1).astype(np.uint8), bitorder="little")
+    return bit_stream(numbers, bits_of(levels))
 
 
 def unpack(stream: np.ndarray, count: int, levels: int) -> np.ndarray:
@@ -57,9 +57,7 @@ def unpack(stream: np.ndarray, count: int, levels: int) -> np.ndarray:
     if levels == 3:
         digits = stream[:, None] // 3 ** np.arange(TERNARY, dtype=np.uint8) % 3
         return digits.reshape(-1)[:count].astype(np.uint16)
-    bits = bits_of(levels)
-    digits = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    return (digits.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(1, dtype=np.uint16)
+    return from_bit_stream(stream, bits_of(levels), count)
 
 
 def write(trained: Trained, path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from model.deploy.bits import bit_stream
 from model.deploy.c import operators as op
 from model.deploy.c.operators import Tensor, number
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
@@ -315,7 +316,7 @@ class _Writer:
         if any(part is not None and not _by_output(part, weight) for part in parts):
             return f".values = {self.constant(weight.values())}"
         bits = max(1, int(weight.base - 1).bit_length())
-        fields = [f".digits = {self.constant(packed(weight.digits, bits), 'uint8_t')}", f".bits = {bits}"]
+        fields = [f".digits = {self.constant(bit_stream(weight.digits, bits), 'uint8_t')}", f".bits = {bits}"]
         if table is not None:
             ordered = table if rows is None or rows.size == 1 else table[rows.reshape(-1)]
             fields += [f".table = {self.constant(ordered)}", f".base = {weight.base}"]
@@ -344,19 +345,6 @@ def comment(text: str) -> str:
         '/* layer1.0 */'
     """
     return f"/* {''.join(c for c in text if c.isascii() and (c.isalnum() or c in '._-+ '))} */"
-
-
-def packed(digits: Array, bits: int) -> Array:
-    """Digits as a stream of bits, uint8, each digit's lowest bit first.
-
-    Example:
-        >>> import numpy as np
-        >>> from model.deploy.c.header import packed
-        >>> packed(np.array([1, 2, 3, 7]), 3)  # 1 + 2 * 8 + (3 % 4) * 64, then 7 * 2
-        array([209,  14], dtype=uint8)
-    """
-    single = digits.reshape(-1, 1).astype(np.int64) >> np.arange(bits) & 1
-    return np.packbits(single.reshape(-1).astype(np.uint8), bitorder="little")
 
 
 def c_header(graph: DeployGraph) -> str:

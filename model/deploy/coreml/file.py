@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.deploy.bits import from_bit_stream
 from model.deploy.codes import ActivationCodes, Array
 from model.deploy.coreml.operators import SCALED
 from model.deploy.coreml.package import NAMES, Palette
@@ -102,7 +103,7 @@ class Package:
         table, indices = (self.constant(found, part) for part in ("lut", "indices"))
         if "shape" in found.constants:  # the form of iOS 16
             shape, bits = self.constant(found, "shape").astype(int), int(np.log2(len(table)))
-            indices = unpacked(indices, bits, int(shape.prod())).reshape(shape)
+            indices = from_bit_stream(indices, bits, int(shape.prod())).reshape(shape)
         entries = len(table) if table.ndim == 1 else table.shape[-2]
         return Palette(indices=indices.astype(np.int64), table=table.reshape(-1, entries), factor=factor)
 
@@ -156,13 +157,7 @@ def _numbers(content: bytes, word: str, shape: tuple[int, ...]) -> Array:
     if word in kinds:
         return np.frombuffer(content, kinds[word]).reshape(shape)
     found = np.frombuffer(content, np.uint8)
-    return unpacked(found, int(word.removeprefix("UINT")), int(np.prod(shape))).reshape(shape)
-
-
-def unpacked(stream: Array, bits: int, count: int) -> Array:
-    """The numbers that `packed_indices` has put into a stream, int64 [count]."""
-    found = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    return found.astype(np.int64) @ (1 << np.arange(bits))
+    return from_bit_stream(found, int(word.removeprefix("UINT")), int(np.prod(shape))).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.deploy.bits import bit_stream
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
 from model.deploy.coreml.operators import OPERATORS, Emitter, Scaled, builder
 from model.deploy.graph import INPUT, OUTPUT, DeployGraph
@@ -199,23 +200,10 @@ def _weight(palette: Palette, name: str, newer: bool) -> Any:
         value = builder().constexpr_lut_to_dense(indices=palette.indices.astype(kind), lut=rows, name=name)
     else:
         value = builder().constexpr_lut_to_dense(
-            indices=packed_indices(palette.indices, bits), lut=table[0],
+            indices=bit_stream(palette.indices, bits), lut=table[0],
             shape=np.array(shape, np.uint32), name=name,
         )  # fmt: skip
     return value if palette.factor is None else Scaled(value, palette.factor)
-
-
-def packed_indices(indices: Array, bits: int) -> Array:
-    """Numbers below 2**bits as a stream of bits, uint8; the lowest bit of the first byte comes first.
-
-    Example:
-        >>> import numpy as np
-        >>> from model.deploy.coreml.package import packed_indices
-        >>> [f"{byte:08b}" for byte in packed_indices(np.array([0, 3, 2, 1, 3]), 2)]
-        ['01101100', '00000011']
-    """
-    digits = indices.reshape(-1, 1) >> np.arange(bits) & 1
-    return np.packbits(digits.astype(np.uint8), bitorder="little")
 
 
 def _activation(emitter: Emitter, step: Step, codes: ActivationCodes, name: str) -> None:

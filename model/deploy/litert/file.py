@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from model.deploy.bits import bit_stream
 from model.deploy.codes import Array
 from model.deploy.packages import needed
 from utils.checkpoint.exported import LITERT_MARK as MARK
@@ -164,10 +165,7 @@ def packed(value: Array, bits: int) -> Array:
     """
     if bits == 8:
         return np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-    count = 8 // bits
-    digits = value.reshape(-1).astype(np.int64) & (2**bits - 1)
-    digits = np.concatenate([digits, np.zeros(-digits.size % count, np.int64)]).reshape(-1, count)
-    return (digits << (bits * np.arange(count))).sum(axis=1).astype(np.uint8)
+    return bit_stream(value & (2**bits - 1), bits)
 
 
 def read_litert(path: Path) -> Any:

@@ -12,9 +12,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from model.deploy.bits import bit_stream
 from model.deploy.coreml.engine import compared
 from model.deploy.coreml.file import Package, agreement
-from model.deploy.coreml.package import OLDER_WIDTHS, WIDTHS, packed_indices, palette_of, write_coreml
+from model.deploy.coreml.package import OLDER_WIDTHS, WIDTHS, palette_of, write_coreml
 from model.deploy.graph import DeployGraph, deploy_graph
 from model.deploy.steps import SCOPES
 from model.layers.quantized import quantized_layers
@@ -146,7 +147,7 @@ def test_changed_bytes_are_found(written: Written, tmp_path: Path) -> None:
     file = changed / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     content = bytearray(file.read_bytes())
     codes = graph.weights["first.quant_weight"]
-    stream = packed_indices(palette_of(codes).indices, 2).tobytes()
+    stream = bit_stream(palette_of(codes).indices, 2).tobytes()
     content[content.index(stream) + 7] ^= 1
     file.write_bytes(content)
     spec = changed / "Data" / "com.apple.CoreML" / "model.mlmodel"
@@ -179,7 +180,7 @@ def test_streams_of_indices(bits: int) -> None:
     """Against the bits of one big number, as coremltools' documentation orders them."""
     indices = np.random.default_rng(0).integers(0, 2**bits, (3, 7))
     number = sum(int(value) << bits * place for place, value in enumerate(indices.ravel()))
-    assert packed_indices(indices, bits).tobytes() == number.to_bytes(-(-21 * bits // 8), "little")
+    assert bit_stream(indices, bits).tobytes() == number.to_bytes(-(-21 * bits // 8), "little")
     assert bits in OLDER_WIDTHS or bits == 3
 
 
