@@ -43,6 +43,11 @@ class Step:
     activation: ActivationCodes | None = None
     weight: WeightCodes | None = None
 
+    def refused(self, why: str) -> UserError:
+        """The error that says of its layer why a file cannot hold it, and what to write instead."""
+        where = f"{self.layer}: " if self.layer else ""
+        return UserError(f"{where}{why}; export --to onnx")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
@@ -61,7 +66,7 @@ class Steps:
     metadata: Mapping[str, str]
 
 
-def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: str = "onnx") -> Steps:
+def steps_of(graph: DeployGraph, taken: Collection[str], engine: str) -> Steps:
     """The steps of a graph.
 
     Batch norms that are no part of a weight are a factor and a sum, identities are left out, and what follows from
@@ -71,7 +76,6 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         graph: the network.
         taken: the operators that the file can hold.
         engine: its name, for messages.
-        instead: what `--to` takes for networks with other operators.
 
     Raises:
         UserError: an operator is not taken.
@@ -113,15 +117,10 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str, instead: s
         raise UserError("the logits do not depend on the image")
     read = {OUTPUT, *(name for step in steps for name in step.inputs)}
     for step in steps:
-        where = f"{step.layer}: " if step.layer else ""
         if step.operator not in taken and step.operator not in (ACTIVATION, WEIGHT):
-            raise UserError(
-                f"{where}{engine} files do not hold the operator {step.operator}; export --to {instead}"
-            )
+            raise step.refused(f"{engine} files do not hold the operator {step.operator}")
         if any(0 in shapes.get(name, (0,)) for name in read.intersection(step.outputs)):
-            raise UserError(
-                f"{where}the size of what {step.operator} makes is not known; export --to {instead}"
-            )
+            raise step.refused(f"the size of what {step.operator} makes is not known")
     return Steps(steps=tuple(steps), constants=constants, shapes=shapes, metadata=graph.metadata)
 
 

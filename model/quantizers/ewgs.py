@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from model.quantizers.gradient import apply
-from model.quantizers.grid import ClipSTE, Grid, between, next_up
+from model.quantizers.grid import ClipSTE, Grid, slope_parts
 from model.quantizers.lsq import LSQ
 from model.quantizers.registry import register
 
@@ -50,12 +50,8 @@ class ClipEWGS(ClipSTE):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, clip, *kept = ctx.saved_tensors
         grid: Grid = ctx.grid
-        measured, low, high = grid.bounded(x, clip)
-        passed = between(grad, measured, low, next_up(high))
-        level = (kept[0] if kept else grid.nearest(x, clip)) / clip
-        ratio = (x / clip).clamp_(grid.bottom / grid.top, 1)
+        clip, passed, level, ratio = slope_parts(ctx, grad)
         # g * (1 + delta * sign(g) * d) = g + |g| * delta * d, where the range is 1 wide.
         passed = passed.addcmul(passed.abs(), ratio - level, value=ctx.delta * grid.qp / grid.steps)
         grad_clip = None

@@ -190,6 +190,20 @@ class ClipSTE(torch.autograd.Function):
         return passed, grad_clip, None, None, None
 
 
+def slope_parts(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What gradients with another slope within a level than `ClipSTE`'s are made of, from what that has saved.
+
+    Returns:
+        The clip value c; the gradient inside the range, 0 outside; the levels, and x within the range, both over c.
+    """
+    x, clip, *kept = ctx.saved_tensors
+    grid: Grid = ctx.grid
+    measured, low, high = grid.bounded(x, clip)
+    passed = between(grad, measured, low, next_up(high))
+    level = (kept[0] if kept else grid.nearest(x, clip)) / clip
+    return clip, passed, level, (x / clip).clamp_(grid.bottom / grid.top, 1)
+
+
 # v * SPLIT - (v * SPLIT - v) is v rounded to float32, in arithmetic that a compiler can trace.
 SPLIT = 2.0**29 + 1
 

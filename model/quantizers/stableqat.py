@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from model.quantizers.gradient import apply
-from model.quantizers.grid import ClipSTE, Grid, between, next_up
+from model.quantizers.grid import ClipSTE, Grid, slope_parts
 from model.quantizers.lsq import LSQ
 from model.quantizers.registry import register
 
@@ -52,12 +52,8 @@ class ClipRDFS(ClipSTE):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, clip, *kept = ctx.saved_tensors
         grid: Grid = ctx.grid
-        measured, low, high = grid.bounded(x, clip)
-        passed = between(grad, measured, low, next_up(high))
-        level = (kept[0] if kept else grid.nearest(x, clip)) / clip
-        ratio = (x / clip).clamp_(grid.bottom / grid.top, 1)
+        clip, passed, level, ratio = slope_parts(ctx, grad)
         grad_clip = None
         if ctx.needs_input_grad[1]:
             grad_clip = (grad * level).addcmul_(passed, ratio, value=-1).sum_to_size(clip.shape)

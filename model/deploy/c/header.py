@@ -72,10 +72,10 @@ class _Writer:
         self.row = 1  # weights of an output channel, at most
         self.integer = self.layers = 0  # products of codes, and all
         self.values, self.codes = Memory(), Memory()
-        self._named: set[str] = set()
         self._tensors = {INPUT: Tensor("input", network.shapes[INPUT])}
         self._quantized: dict[str, _Codes] = {}
-        self._weights: dict[str, WeightCodes] = {}
+        weights = {step.outputs[0]: step.weight for step in network.steps}
+        self._weights = {name: weight for name, weight in weights.items() if weight is not None}
         self._held: dict[str, tuple[Memory, int]] = {}  # buffers that tensors own
         self._owner: dict[str, str] = {}  # tensor -> the one whose buffer it is in
         self._last: dict[str, int] = {}
@@ -93,11 +93,9 @@ class _Writer:
     def write(self) -> None:
         """Write all steps."""
         for i, step in enumerate(self.network.steps):
-            if step.weight is not None:
-                self._weights[step.outputs[0]] = step.weight
-            elif step.activation is not None:
+            if step.activation is not None:
                 self._activation(step, step.activation)
-            else:
+            elif step.weight is None:  # a weight is written with the layer that reads it
                 self._step(step)
             for name in [name for name in self._held if self._last.get(name, i) <= i]:
                 memory, start = self._held.pop(name)
@@ -133,8 +131,7 @@ class _Writer:
 
     def constant(self, value: Array, kind: str = "float") -> str:
         """A constant array, by its name."""
-        name = f"lowbit_k{len(self._named)}"
-        self._named.add(name)
+        name = f"lowbit_k{len(self.data)}"
         flat = value.reshape(-1)
         texts = [number(each) for each in flat] if kind == "float" else [str(int(each)) for each in flat]
         lines = [", ".join(texts[i : i + 16]) for i in range(0, len(texts), 16)]
@@ -174,22 +171,13 @@ class _Writer:
         """Whether an operator multiplies the codes of `name` by those of a weight."""
         if reader.operator not in PRODUCTS or reader.inputs[0] != name:
             return False
-        weight = next(
-            (step.weight for step in self.network.steps if step.outputs[0] == reader.inputs[1]), None
-        )
-        stored_by_output = reader.operator == "Conv" or reader.attributes.get("transB")
-        if (
-            weight is None
-            or not weight.scaled
-            or not stored_by_output
-            or not _by_output(weight.scale, weight)
-        ):
+        weight = self._weights.get(reader.inputs[1])
+        by_output = reader.operator == "Conv" or reader.attributes.get("transB")
+        if weight is None or not weight.scaled or not by_output or not _by_output(weight.scale, weight):
             return False
-        if np.abs(weight.codes.astype(np.int64)).max() > MOST_CODE:
-            return False
-        codes = self._quantized[name].codes
-        largest = np.abs(weight.codes.astype(np.int64)).reshape(len(weight.codes), -1).sum(1).max()
-        return int(largest) * max(abs(codes.lowest), abs(codes.highest)) <= MOST_SUM
+        codes, sizes = self._quantized[name].codes, np.abs(weight.codes.astype(np.int64))
+        largest = int(sizes.reshape(len(sizes), -1).sum(1).max()) * max(abs(codes.lowest), abs(codes.highest))
+        return int(sizes.max()) <= MOST_CODE and largest <= MOST_SUM
 
     def _alias(self, name: str, source: str) -> None:
         """`name` is in the buffer of `source`, which is held as long."""
@@ -248,8 +236,7 @@ class _Writer:
             raise op.refused(step, "padding with other values than a constant")
         before = values[1].tolist()[: len(x.shape)]
         value = values[2] if len(values) > 2 else None
-        if any(name and found is None for name, found in zip(step.inputs[2:], values[2:], strict=True)):
-            raise op.refused(step, "padding with computed values")
+        op.need_constants(step, values)
         if len(values) > 3 and values[3] is not None:
             axes = [int(axis) % len(x.shape) for axis in values[3]]
             before = [before[axes.index(axis)] if axis in axes else 0 for axis in range(len(x.shape))]

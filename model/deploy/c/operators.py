@@ -143,8 +143,7 @@ def _expression(step: Step, constants: Sequence[Array | None]) -> str:
     if step.operator == "Where":
         return "x != 0 ? y : z"
     if step.operator == "Clip":
-        if any(name and value is None for name, value in zip(step.inputs[1:], constants[1:], strict=True)):
-            raise refused(step, "a Clip with computed ends")
+        need_constants(step, constants)
         ends = [
             None if value is None else float(value.reshape(-1)[0]) for value in (*constants[1:3], None, None)
         ][:2]
@@ -212,12 +211,21 @@ def reduced(x: Tensor, output: Tensor, axes: Sequence[int], kind: str) -> list[s
     return lines
 
 
+def _place(places: Sequence[str], shape: Sequence[int]) -> str:
+    """Where the element at these places, expressions of C, is in a tensor."""
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return " + ".join(f"({place}) * {stride}" for place, stride in zip(places, strides, strict=True))
+
+
+def _zeros(shape: Sequence[int]) -> str:
+    """The numbers that `looped` leaves out."""
+    return " ".join(f"const int i{axis} = 0;" for axis, size in enumerate(shape) if size == 1)
+
+
 def copied(x: Tensor, output: Tensor, at: Callable[[int], str]) -> list[str]:
     """All elements of `x` to places of the output, each axis to that of `at`."""
-    strides = [prod(output.shape[axis + 1 :]) for axis in range(len(output.shape))]
-    place = " + ".join(f"({at(axis)}) * {stride}" for axis, stride in enumerate(strides))
-    names = [f"const int i{axis} = 0;" for axis, size in enumerate(x.shape) if size == 1]
-    body = f"{{ {' '.join(names)} {output.place}[{place}] = {x.place}[{index(x.shape, x.shape)}]; }}"
+    place = _place([at(axis) for axis in range(len(output.shape))], output.shape)
+    body = f"{{ {_zeros(x.shape)} {output.place}[{place}] = {x.place}[{index(x.shape, x.shape)}]; }}"
     return looped(x.shape, body)
 
 
@@ -227,12 +235,10 @@ def padded(x: Tensor, output: Tensor, before: Sequence[int], value: float) -> li
     inside = " && ".join(
         f"{place} >= 0 && {place} < {size}" for place, size in zip(places, x.shape, strict=True)
     )
-    strides = [prod(x.shape[axis + 1 :]) for axis in range(len(x.shape))]
-    source = " + ".join(f"{place} * {stride}" for place, stride in zip(places, strides, strict=True))
-    names = " ".join(f"const int i{axis} = 0;" for axis, size in enumerate(output.shape) if size == 1)
-    chosen = f"{inside} ? {x.place}[{source}] : {number(value)}"
+    chosen = f"{inside} ? {x.place}[{_place(places, x.shape)}] : {number(value)}"
     return looped(
-        output.shape, f"{{ {names} {output.place}[{index(output.shape, output.shape)}] = {chosen}; }}"
+        output.shape,
+        f"{{ {_zeros(output.shape)} {output.place}[{index(output.shape, output.shape)}] = {chosen}; }}",
     )
 
 
@@ -243,12 +249,12 @@ def transposed(x: Tensor, output: Tensor, order: Sequence[int]) -> list[str]:
 
 def sliced(x: Tensor, output: Tensor, starts: dict[int, tuple[int, int]]) -> list[str]:
     """A part of `x`: of each axis every step-th element from a start on; axis -> start, step."""
-    strides = [prod(x.shape[axis + 1 :]) for axis in range(len(x.shape))]
     parts = [(axis, *starts.get(axis, (0, 1))) for axis in range(len(x.shape))]
-    place = " + ".join(f"(i{axis} * {step} + {start}) * {strides[axis]}" for axis, start, step in parts)
-    names = [f"const int i{axis} = 0;" for axis, size in enumerate(output.shape) if size == 1]
+    place = _place([f"i{axis} * {step} + {start}" for axis, start, step in parts], x.shape)
     target = index(output.shape, output.shape)
-    return looped(output.shape, f"{{ {' '.join(names)} {output.place}[{target}] = {x.place}[{place}]; }}")
+    return looped(
+        output.shape, f"{{ {_zeros(output.shape)} {output.place}[{target}] = {x.place}[{place}]; }}"
+    )
 
 
 def part_of(step: Step, x: Tensor, values: Sequence[Array | None]) -> dict[int, tuple[int, int]]:
@@ -258,6 +264,7 @@ def part_of(step: Step, x: Tensor, values: Sequence[Array | None]) -> dict[int, 
         values[3] if len(values) > 3 else None,
         values[4] if len(values) > 4 else None,
     )
+    need_constants(step, values)
     assert starts is not None
     chosen = range(len(starts)) if axes is None else axes.tolist()
     found: dict[int, tuple[int, int]] = {}
@@ -270,15 +277,19 @@ def part_of(step: Step, x: Tensor, values: Sequence[Array | None]) -> dict[int, 
 
 def axes_of(step: Step, constants: Sequence[Any], rank: int) -> tuple[int, ...]:
     """The axes that an operator reduces."""
-    if len(constants) > 1 and constants[1] is None and step.inputs[1]:
-        raise refused(step, "a sum over computed axes")
+    need_constants(step, constants)
     given = constants[1] if len(constants) > 1 and constants[1] is not None else step.attributes.get("axes")
     if given is None or len(given) == 0:
         return () if step.attributes.get("noop_with_empty_axes") else tuple(range(rank))
     return tuple(int(axis) % rank for axis in given)
 
 
+def need_constants(step: Step, values: Sequence[Array | None]) -> None:
+    """Refuse an operator that gets more than its first input from others, and not as constants."""
+    if any(name and value is None for name, value in zip(step.inputs[1:], values[1:], strict=True)):
+        raise refused(step, f"a {step.operator} whose other inputs are computed")
+
+
 def refused(step: Step, what: str) -> UserError:
     """The error of a network that cannot be written."""
-    where = f"{step.layer}: " if step.layer else ""
-    return UserError(f"{where}{what} is not written as C; export --to onnx")
+    return step.refused(f"{what} is not written as C")

@@ -97,8 +97,7 @@ def builder() -> Any:
 
 
 def _refused(step: Step, why: str) -> UserError:
-    where = f"{step.layer}: " if step.layer else ""
-    return UserError(f"{where}Core ML files do not hold a {step.operator} {why}; export --to onnx")
+    return step.refused(f"Core ML files do not hold a {step.operator} {why}")
 
 
 def _only(step: Step, **wanted: Any) -> None:

@@ -233,17 +233,11 @@ def _operator(emitter: Emitter, step: Step) -> None:
     except UserError:
         raise
     except Exception as error:  # the builder checks values, with exceptions of its own
-        where = f"{step.layer}: " if step.layer else ""
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{where}Core ML does not take this {step.operator} ({first}); export --to onnx"
-        ) from error
+        raise step.refused(f"Core ML does not take this {step.operator} ({first})") from error
     several = found if isinstance(found, list | tuple) else [found]
     shape = getattr(several[0], "shape", None) if len(several) == 1 else None
     if shape is not None and tuple(shape) != emitter.shape(step):
         made, wanted = ("x".join(map(str, each)) for each in (shape, emitter.shape(step)))
-        where = f"{step.layer}: " if step.layer else ""
-        raise UserError(
-            f"{where}Core ML makes {made} of this {step.operator}, not {wanted}; export --to onnx"
-        )
+        raise step.refused(f"Core ML makes {made} of this {step.operator}, not {wanted}")
     emitter.tensors.update(zip(step.outputs, several, strict=False))

@@ -114,8 +114,7 @@ class LitertNetwork:
 
     def refuse(self, step: Step, why: str) -> UserError:
         """The line about a step that LiteRT does not take."""
-        where = f"{step.layer}: " if step.layer else ""
-        return UserError(f"{where}LiteRT files do not hold this {step.operator}: {why}; export --to onnx")
+        return step.refused(f"LiteRT files do not hold this {step.operator}: {why}")
 
     def filters(
         self, x: str, weight: WeightCodes, *, grouped: bool = False, depthwise: bool = False

@@ -14,8 +14,11 @@ from torch.nn import functional
 
 from model.deploy.c.engine import CRunner, compiler
 from model.deploy.c.header import Memory, c_header
+from model.deploy.c.operators import Tensor as Place
+from model.deploy.c.operators import part_of
 from model.deploy.engines import Engine
 from model.deploy.graph import deploy_graph
+from model.deploy.steps import Step
 from utils.errors import UserError
 
 
@@ -139,6 +142,14 @@ def test_what_a_damaged_header_says(tmp_path: Path) -> None:
             UserError, match=r"x\.h: not a header that export --to c has written, or a damaged one$"
         ):
             CRunner(path, False)
+
+
+def test_places_that_are_computed() -> None:
+    step = Step(operator="Slice", layer="head", inputs=("x", "start", "end"), outputs=("y",))
+    with pytest.raises(
+        UserError, match=r"^head: a Slice whose other inputs are computed is not written as C; export"
+    ):
+        part_of(step, Place("values", (1, 4)), [None, None, None])
 
 
 def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
