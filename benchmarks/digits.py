@@ -171,15 +171,6 @@ TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS}
 TWO_FIRST_STEP = replace(
     TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
 )
-RECIPES = (
-    FIRST_STEP,
-    replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
-    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
-    TWO,
-    TWO_FIRST_STEP,
-    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
-)
-N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
 
 
 def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Method:
@@ -187,11 +178,23 @@ def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Met
     return replace(TWO, name=f"{name}, two steps", keywords=keywords, start=first.name)
 
 
+LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
+RECIPES = (
+    FIRST_STEP,
+    replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
+    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
+    TWO,
+    TWO_FIRST_STEP,
+    LSQ_TWO_STEPS,
+)
+N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
+
+
 TWO_STEPS = (  # the recipe for 2 bits with other methods, and one step of as many epochs as both have
     TWO_FIRST_STEP,
     N2UQ_FIRST_STEP,
     replace(TWO, name="LSQ, taught, 20 epochs", options=f"{bits(2)} --epochs 20"),
-    replace(TWO, name="LSQ, taught, two steps", start=TWO_FIRST_STEP.name),
+    LSQ_TWO_STEPS,
     second_step("LSQ, EWGS weights", "dorefa,lsq,wt_ewgs"),
     second_step("LSQ, StableQAT weights", "dorefa,lsq,wt_stableqat"),
     second_step("N2UQ, LSQ weights", "dorefa,fm_n2uq,wt_lsq", N2UQ_FIRST_STEP),

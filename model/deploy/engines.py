@@ -9,8 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,21 +18,24 @@ from model.deploy.codes import Array
 from model.deploy.litert.file import PACKAGE, read_texts
 from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
+from model.deploy.runner import BaseRunner, Runner
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
 C_COMPILER = "cc"  # stands for whichever compiler is installed
+_ONE_WAY = ("torch", "coremltools", C_COMPILER)  # engines whose optimisation has no other setting
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that an exported file holds: `classes` and `images`, as JSON; empty where there are none."""
-    if path.suffix == ".h":
+    kind = kind_of(path)
+    if kind == "c":
         return read_description(path).texts
-    if kind_of(path) == "litert":
+    if kind == "litert":
         return read_texts(path)
-    if kind_of(path) == "coreml":
+    if kind == "coreml":
         from model.deploy.coreml.file import Package
 
         return Package(path).metadata
@@ -82,54 +84,6 @@ def reason(error: Exception) -> str:
     return (telling or lines or [type(error).__name__])[0]
 
 
-class Runner(Protocol):
-    """A loaded file.
-
-    Attributes:
-        path: the file.
-        tensors: the names of the quantized tensors that a run returns beside the logits.
-        integer: how many convolutions and linear layers compute with integers; None where the engine does not say.
-        layers: how many there are.
-    """
-
-    path: Path
-    tensors: tuple[str, ...]
-    integer: int | None
-    layers: int
-
-    def prepared(self, images: Array) -> Array:
-        """Normalised images as the file's input takes them: bytes, where it normalises them itself."""
-        ...
-
-    def run(self, images: Array) -> dict[str, Array]:
-        """Prepared images to `logits` [N, classes] and the quantized tensors, float32."""
-        ...
-
-    def __call__(self, images: Array) -> dict[str, Array]:
-        """Images, float32 [N, channels, height, width] and normalised, to what `run` gives."""
-        ...
-
-
-class _Runner:
-    """What runners share."""
-
-    _pixels: Pixels | None = None
-    _offsets: Mapping[str, float] = MappingProxyType({})
-
-    def prepared(self, images: Array) -> Array:
-        return images if self._pixels is None else self._pixels(images)
-
-    def run(self, images: Array) -> dict[str, Array]:
-        raise NotImplementedError
-
-    def __call__(self, images: Array) -> dict[str, Array]:
-        found = self.run(self.prepared(images))
-        for name, offset in self._offsets.items():
-            if name in found:
-                found[name] = found[name] + np.float32(offset)
-        return found
-
-
 @dataclass(frozen=True)
 class Engine:
     """A program that runs exported files.
@@ -145,7 +99,7 @@ class Engine:
     def __str__(self) -> str:
         return (
             f"{self.name}, {'default' if self.optimised else 'basic'}"
-            if self.name not in ("torch", "coremltools", C_COMPILER)
+            if self.name not in _ONE_WAY
             else self.name
         )
 
@@ -160,8 +114,7 @@ class Engine:
         Raises:
             UserError: the engine is not installed, or does not take the file.
         """
-        if self.name != C_COMPILER:
-            needed(_PACKAGES.get(self.name, self.name))
+        needed(*_PACKAGES.get(self.name, (self.name,)))
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:
@@ -235,7 +188,7 @@ def _quantized(name: str) -> bool:
     return name.endswith(QUANTIZERS)
 
 
-class _Onnxruntime(_Runner):
+class _Onnxruntime(BaseRunner):
     """A session on the CPU. Integer codes are read in front of their DequantizeLinear, which engines move."""
 
     def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
@@ -285,7 +238,7 @@ class _Onnxruntime(_Runner):
         return found
 
 
-class _Openvino(_Runner):
+class _Openvino(BaseRunner):
     """A compiled network on the CPU, in float32 where it is not integer."""
 
     def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
@@ -332,7 +285,7 @@ class _Openvino(_Runner):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class _Qonnx(_Runner):
+class _Qonnx(BaseRunner):
     """qonnx's executor, a node at a time."""
 
     integer = None
@@ -361,7 +314,7 @@ class _Qonnx(_Runner):
         return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
 
 
-class _Litert(_Runner):
+class _Litert(BaseRunner):
     """LiteRT's interpreter on the CPU: with XNNPACK, or by its own kernels. All products are float."""
 
     integer = 0
@@ -393,8 +346,8 @@ def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> 
     return CoremlRunner(path, tensors)
 
 
-_PACKAGES = {"litert": PACKAGE}
-"""The package of an engine, where it has another name."""
+_PACKAGES = {C_COMPILER: (), "litert": (PACKAGE,)}
+"""The packages of an engine, where these are not the one of its name."""
 
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy import formats
 from model.deploy.coreml.folder import is_package
 from model.deploy.packages import needed
 from model.deploy.verify import bytes_of
 from model.deploy.web import is_page
 from utils.errors import UserError
-from utils.text import closest, printable, some_names
+from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
 
 if TYPE_CHECKING:
@@ -67,54 +68,11 @@ def _batch(trained: Trained, options: Options) -> Array:
     return images.contiguous().numpy()
 
 
-def _onnx(trained: Trained, path: Path, options: Options) -> None:
-    """ONNX with integer weights for onnxruntime, OpenVINO and browsers."""
-    from model.deploy.onnx_qdq import qdq_model
-
-    path.write_bytes(qdq_model(_graph(trained, options)).SerializeToString())
-
-
-def _openvino(trained: Trained, path: Path, options: Options) -> None:
-    """OpenVINO's IR."""
-    from model.deploy.openvino_ir import write_openvino
-
-    write_openvino(_graph(trained, options), path)
-
-
-def _qonnx(trained: Trained, path: Path, options: Options) -> None:
-    """ONNX with the operators of qonnx."""
-    from model.deploy.qonnx_quant import qonnx_model
-
-    path.write_bytes(qonnx_model(_graph(trained, options)).SerializeToString())
-
-
-def _litert(trained: Trained, path: Path, options: Options) -> None:
-    """A file of LiteRT."""
-    from model.deploy.litert.write import litert_file
-
-    found = litert_file(_graph(trained, options))
-    path.write_bytes(found.data)
-    if found.float_weights:
-        print(
-            printable(
-                f"float32 in this format, since they are no integers of 8 bits times a scale: "
-                f"{some_names(found.float_weights)}"
-            )
-        )
-
-
 def _packed(trained: Trained, path: Path, options: Options) -> None:
     """A safetensors file with the weights' codes as a stream of bits."""
     from model.deploy import packed
 
     packed.write(trained, path)
-
-
-def _c(trained: Trained, path: Path, options: Options) -> None:
-    """A C header with codes and plain loops, for programs without an engine."""
-    from model.deploy.c.header import c_header
-
-    path.write_text(c_header(_graph(trained, options)), "utf-8")
 
 
 def _web(trained: Trained, path: Path, options: Options) -> None:
@@ -127,38 +85,24 @@ def _web(trained: Trained, path: Path, options: Options) -> None:
     web.write(trained, qdq_model(_graph(trained, options)), engine, path)
 
 
-def _coreml(trained: Trained, path: Path, options: Options) -> None:
-    """A package of Core ML."""
-    from model.deploy.coreml.package import write_coreml
-
-    write_coreml(_graph(trained, options), path)
-
-
 Write = Callable[["Trained", Path, Options], None]
 """Writes a network to a path, which does not exist yet; files beside it with the same stem belong to it."""
 
-FORMATS: dict[str, Write] = {
-    "c": _c,
-    "coreml": _coreml,
-    "litert": _litert,
-    "onnx": _onnx,
-    "openvino": _openvino,
-    "packed": _packed,
-    "program": _program,
-    "qonnx": _qonnx,
-    "web": _web,
-}
-"""What `--to` takes: name -> the function that writes it."""
 
-ENDINGS = {
-    "c": ".h",
-    "coreml": ".mlpackage",
-    "litert": ".tflite",
-    "onnx": ".onnx",
-    "openvino": ".xml",
-    "qonnx": ".onnx",
-}
-"""The endings by which other words know a format."""
+def _from_graph(write: formats.Write) -> Write:
+    """What writes a network by its graph."""
+
+    def written(trained: Trained, path: Path, options: Options) -> None:
+        if line := write(_graph(trained, options), path):
+            print(printable(line))
+
+    return written
+
+
+_OTHERS: dict[str, Write] = {"packed": _packed, "program": _program, "web": _web}
+_WRITERS = _OTHERS | {name: _from_graph(write) for name, write in formats.GRAPH_FORMATS.items()}
+FORMATS = {name: _WRITERS[name] for name in sorted(_WRITERS)}
+"""What `--to` takes: name -> the function that writes it."""
 
 FOLDERS: dict[str, Callable[[Path], bool]] = {"coreml": is_package, "web": is_page}
 """Formats that are folders, and whether a folder is one of them, which may be replaced."""
@@ -187,12 +131,12 @@ def export(options: Options) -> int:
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
-    if new.suffix != ENDINGS.get(name, new.suffix):
-        raise UserError(f"--new {new}: end the name of this format's files in {ENDINGS[name]}")
-    for option, formats in TAKEN.items():
-        if getattr(options, option) and name not in formats:
+    if new.suffix != formats.ENDINGS.get(name, new.suffix):
+        raise UserError(f"--new {new}: end the name of this format's files in {formats.ENDINGS[name]}")
+    for option, several in TAKEN.items():
+        if getattr(options, option) and name not in several:
             raise UserError(
-                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(formats)}"
+                f"--{option} means nothing to {name}; leave it out or write --to {' or '.join(several)}"
             )
     if options.root is not None and not options.int8_sums:
         raise UserError(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.deploy import formats
 from model.deploy.coreml.folder import predicts
 from model.deploy.packages import needed
 from utils.checkpoint.exported import NETWORK, exported_kind, kind_of
@@ -170,7 +171,7 @@ def compare(
                 faults.append("it computes NaN or infinity")
             if kind_of(file) == "packed" and not np.array_equal(logits, wanted, equal_nan=True):
                 faults.append("its logits are not those of the checkpoint to the last bit")
-            beside = floats.get(kind_of(file), floats.get("onnx"))
+            beside = floats.get(kind_of(file), floats.get("onnx")) if engine.name != "torch" else None
             own, other = _latency(file, engine, beside, plain, images[:1], threads)
             results.append(
                 Comparison(
@@ -259,29 +260,17 @@ def without_quantizers(network: nn.Module) -> nn.Module:
 
 def _float_files(graph: DeployGraph, kinds: set[str], folder: Path) -> dict[str, Path]:
     """The float network in the formats of these kinds that have engines of their own, and as ONNX for all others."""
-    import onnx
-
-    from model.deploy.c.header import c_header
-    from model.deploy.coreml.package import write_coreml
-    from model.deploy.litert.write import litert_file
-    from model.deploy.onnx_qdq import qdq_model
-
-    endings = {"onnx": "onnx", "c": "h", "coreml": "mlpackage", "litert": "tflite"}
-    files = {kind: folder / f"float.{ending}" for kind, ending in endings.items() if kind in {"onnx", *kinds}}
-    onnx.save(qdq_model(graph), files["onnx"])
-    if "c" in files:
-        files["c"].write_text(c_header(graph), "utf-8")
-    if "coreml" in files:
-        write_coreml(graph, files["coreml"])
-    if "litert" in files:
-        files["litert"].write_bytes(litert_file(graph).data)
+    files = {kind: folder / f"float{formats.ENDINGS[kind]}" for kind in ("onnx", "c", "coreml", "litert")}
+    files = {kind: path for kind, path in files.items() if kind in {"onnx", *kinds}}
+    for kind, path in files.items():
+        formats.GRAPH_FORMATS[kind](graph, path)
     return files
 
 
 def _latency(
     file: Path, engine: Engine, float_file: Path | None, plain: nn.Module, image: Array, threads: int
 ) -> tuple[float, float]:
-    """Median milliseconds of one image in a file and in the float network, measured in turn.
+    """Median milliseconds of one image in a file and in the float network, measured in turn; in torch without its file.
 
     The file gets what its input takes: bytes, where it normalises them itself.
     """
@@ -291,7 +280,7 @@ def _latency(
     from model.deploy.engines import Engine
     from model.deploy.torch_engine import TorchRunner
 
-    if engine.name == "torch" or float_file is None:
+    if float_file is None:
         beside: Runner = TorchRunner(file, plain)
     else:
         other = engine if engine.name != "qonnx" else Engine("onnxruntime")

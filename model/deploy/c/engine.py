@@ -17,6 +17,7 @@ import numpy as np
 
 from model.deploy.codes import Array
 from model.deploy.offsets import read_offsets
+from model.deploy.runner import BaseRunner
 from utils.checkpoint.exported import C_MARK
 from utils.errors import UserError
 
@@ -97,7 +98,7 @@ def read_description(path: Path) -> Description:
     )
 
 
-class CRunner:
+class CRunner(BaseRunner):
     """A compiled header; see `model.deploy.engines.Runner`.
 
     The compiler runs on the file, and what it makes runs in this process.
@@ -130,10 +131,6 @@ class CRunner:
             self._run = ctypes.CDLL(str(library)).run
         self._run.restype = None
 
-    def prepared(self, images: Array) -> Array:
-        """The images."""
-        return images
-
     def run(self, images: Array) -> dict[str, Array]:
         """See `Runner`."""
         images = np.ascontiguousarray(images, np.float32)
@@ -155,12 +152,4 @@ class CRunner:
             end = start + prod(self._sizes[name])
             found[name] = values[:, start:end].reshape(-1, *self._sizes[name])
             start = end
-        return found
-
-    def __call__(self, images: Array) -> dict[str, Array]:
-        """See `Runner`."""
-        found = self.run(images)
-        for name, offset in self._offsets.items():
-            if name in found:
-                found[name] = found[name] + np.float32(offset)
         return found

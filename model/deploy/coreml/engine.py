@@ -13,6 +13,7 @@ from model.deploy.coreml.file import DATA, Package
 from model.deploy.coreml.folder import predicts
 from model.deploy.graph import INPUT, OUTPUT
 from model.deploy.offsets import read_offsets
+from model.deploy.runner import BaseRunner
 from utils.errors import UserError
 from utils.text import some_names
 
@@ -31,7 +32,7 @@ def refuse_elsewhere(path: Path) -> None:
         )
 
 
-class CoremlRunner:
+class CoremlRunner(BaseRunner):
     """A package on the CPU of a Mac, an image at a time; see `model.deploy.engines.Runner`.
 
     Untested: it needs macOS.
@@ -56,10 +57,6 @@ class CoremlRunner:
             compute_units=tools.ComputeUnit.CPU_ONLY,
         )  # fmt: skip
 
-    def prepared(self, images: Array) -> Array:
-        """The images."""
-        return images
-
     def run(self, images: Array) -> dict[str, Array]:
         """See `Runner`."""
         rows = [self._model.predict({INPUT: images[i : i + 1]}) for i in range(len(images))]
@@ -67,11 +64,6 @@ class CoremlRunner:
             name: np.concatenate([np.asarray(row[tensor], np.float32) for row in rows])
             for name, tensor in self._names.items()
         }
-
-    def __call__(self, images: Array) -> dict[str, Array]:
-        """See `Runner`."""
-        found = self.run(self.prepared(images))
-        return {name: value + np.float32(self._offsets.get(name, 0)) for name, value in found.items()}
 
 
 def with_outputs(package: Package, tensors: tuple[str, ...]) -> Any:

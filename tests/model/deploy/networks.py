@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -55,6 +55,17 @@ class Parallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         return self.fc(torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1))
+
+
+class Single(nn.Module):
+    """One function of the image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def images(count: int, channels: int = 3, size: int = 6) -> Tensor:

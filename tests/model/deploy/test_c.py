@@ -19,6 +19,7 @@ from model.deploy.c.operators import part_of
 from model.deploy.engines import Engine
 from model.deploy.graph import deploy_graph
 from model.deploy.steps import Step
+from tests.model.deploy.networks import Single
 from utils.errors import UserError
 
 
@@ -95,17 +96,6 @@ def test_operators_are_those_of_torch(tmp_path: Path) -> None:
 def test_what_cannot_be_written(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(UserError, match=f"{message}.*export --to onnx$"):
         c_header(deploy_graph(make().eval(), (3, 4, 4)))
-
-
-class Single(nn.Module):
-    """One function of the image."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize(

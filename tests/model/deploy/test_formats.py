@@ -6,33 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import nn
 
-from model.deploy.c.header import c_header
 from model.deploy.coreml.file import agreement
-from model.deploy.coreml.package import write_coreml
 from model.deploy.engines import Engine
-from model.deploy.graph import DeployGraph, deploy_graph
-from model.deploy.litert.write import litert_file
-from model.deploy.onnx_qdq import qdq_model
+from model.deploy.formats import GRAPH_FORMATS
+from model.deploy.graph import deploy_graph
 from model.deploy.openvino_ir import write_openvino
-from model.deploy.qonnx_quant import qonnx_model
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.coreml_interpreter import Interpreted
 from tests.model.deploy.networks import exported, images, torch_values
 from utils.errors import UserError
 
-FORMATS: dict[str, Callable[[DeployGraph, Path], object]] = {
-    "header.h": lambda graph, path: path.write_text(c_header(graph)),
-    "qdq.onnx": lambda graph, path: onnx.save(qdq_model(graph), path),
-    "openvino.xml": write_openvino,
-    "coreml.mlpackage": write_coreml,
-    "qonnx.onnx": lambda graph, path: onnx.save(qonnx_model(graph), path),
-    "litert.tflite": lambda graph, path: path.write_bytes(litert_file(graph).data),
-}
+FORMATS = {
+    "header.h": "c", "qdq.onnx": "onnx", "openvino.xml": "openvino", "coreml.mlpackage": "coreml",
+    "litert.tflite": "litert", "qonnx.onnx": "qonnx",
+}  # fmt: skip
 RUNS = (
     ("qdq.onnx", Engine("onnxruntime")),
     ("qdq.onnx", Engine("onnxruntime", False)),
@@ -68,7 +59,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pa
     def write(kind: str, name: str) -> Path:
         path = folder / f"{kind}-{name}"
         if not path.exists():
-            FORMATS[name](exported(kind)[1], path)
+            GRAPH_FORMATS[FORMATS[name]](exported(kind)[1], path)
         return path
 
     return write

@@ -19,7 +19,7 @@ from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph, with_byte_input
 from model.deploy.litert.write import litert_file
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
-from tests.model.deploy.networks import exported, images, torch_values
+from tests.model.deploy.networks import Single, exported, images, torch_values
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
@@ -176,17 +176,6 @@ def test_bytes_are_taken_as_images(tmp_path: Path) -> None:
     runner = ENGINES[0].open(path)
     np.testing.assert_array_equal(runner.prepared(x), pixels)
     np.testing.assert_allclose(runner(x)["logits"], wanted, rtol=1e-4, atol=1e-5)
-
-
-class Single(nn.Module):
-    """One function of the image."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import tools
-from model.deploy.export import ENDINGS
+from model.deploy.formats import ENDINGS
 from model.deploy.packages import needed
 from model.deploy.packed import read_checkpoint
 from tests import ROOT

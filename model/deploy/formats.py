@@ -1,0 +1,90 @@
+"""The files that are written from a network's graph, by their words of `--to`.
+
+Engines are imported where they are used: nobody needs all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.text import some_names
+
+if TYPE_CHECKING:
+    from model.deploy.graph import DeployGraph
+
+Write = Callable[["DeployGraph", Path], str]
+"""Writes a graph to a path; returns a line that the user should read, mostly empty."""
+
+
+def _c(graph: DeployGraph, path: Path) -> str:
+    """A C header with codes and plain loops, for programs without an engine."""
+    from model.deploy.c.header import c_header
+
+    path.write_text(c_header(graph), "utf-8")
+    return ""
+
+
+def _coreml(graph: DeployGraph, path: Path) -> str:
+    """A package of Core ML."""
+    from model.deploy.coreml.package import write_coreml
+
+    write_coreml(graph, path)
+    return ""
+
+
+def _litert(graph: DeployGraph, path: Path) -> str:
+    """A file of LiteRT."""
+    from model.deploy.litert.write import litert_file
+
+    found = litert_file(graph)
+    path.write_bytes(found.data)
+    if not found.float_weights:
+        return ""
+    names = some_names(found.float_weights)
+    return f"float32 in this format, since they are no integers of 8 bits times a scale: {names}"
+
+
+def _onnx(graph: DeployGraph, path: Path) -> str:
+    """ONNX with integer weights for onnxruntime, OpenVINO and browsers."""
+    from model.deploy.onnx_qdq import qdq_model
+
+    path.write_bytes(qdq_model(graph).SerializeToString())
+    return ""
+
+
+def _openvino(graph: DeployGraph, path: Path) -> str:
+    """OpenVINO's IR."""
+    from model.deploy.openvino_ir import write_openvino
+
+    write_openvino(graph, path)
+    return ""
+
+
+def _qonnx(graph: DeployGraph, path: Path) -> str:
+    """ONNX with the operators of qonnx."""
+    from model.deploy.qonnx_quant import qonnx_model
+
+    path.write_bytes(qonnx_model(graph).SerializeToString())
+    return ""
+
+
+GRAPH_FORMATS: dict[str, Write] = {
+    "c": _c,
+    "coreml": _coreml,
+    "litert": _litert,
+    "onnx": _onnx,
+    "openvino": _openvino,
+    "qonnx": _qonnx,
+}
+
+ENDINGS = {
+    "c": ".h",
+    "coreml": ".mlpackage",
+    "litert": ".tflite",
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "qonnx": ".onnx",
+}
+"""The endings by which other words know these formats."""

@@ -1,0 +1,63 @@
+"""What every engine's loaded file offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+
+from model.deploy.codes import Array
+
+
+class Runner(Protocol):
+    """A loaded file.
+
+    Attributes:
+        path: the file.
+        tensors: the names of the quantized tensors that a run returns beside the logits.
+        integer: how many convolutions and linear layers compute with integers; None where the engine does not say.
+        layers: how many there are.
+    """
+
+    path: Path
+    tensors: tuple[str, ...]
+    integer: int | None
+    layers: int
+
+    def prepared(self, images: Array) -> Array:
+        """Normalised images as the file's input takes them: bytes, where it normalises them itself."""
+        ...
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """Prepared images to `logits` [N, classes] and the quantized tensors, float32."""
+        ...
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Images, float32 [N, channels, height, width] and normalised, to what `run` gives."""
+        ...
+
+
+class BaseRunner:
+    """What runners share."""
+
+    _pixels: Callable[[Array], Array] | None = None  # of normalised images
+    _offsets: Mapping[str, float] = MappingProxyType({})
+
+    def prepared(self, images: Array) -> Array:
+        """See `Runner`."""
+        return images if self._pixels is None else self._pixels(images)
+
+    def run(self, images: Array) -> dict[str, Array]:
+        """See `Runner`."""
+        raise NotImplementedError
+
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """See `Runner`."""
+        found = self.run(self.prepared(images))
+        for name, offset in self._offsets.items():
+            if name in found:
+                found[name] = found[name] + np.float32(offset)
+        return found
