@@ -97,7 +97,7 @@ packages = {
 setup(
     packages=list(packages),
     package_dir=packages,
-    package_data={f"{PACKAGE}.{folder}": ["page.*"] for folder in ("utils.report.html", "model.deploy.web")},
+    package_data={"": [f"*.{kind}" for kind in ("css", "h", "html", "js")]},  # of any of the packages
     include_package_data=False,
     cmdclass={
         "build": CleanBuild,
