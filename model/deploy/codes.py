@@ -15,8 +15,8 @@ from utils.errors import UserError
 
 Array = np.ndarray
 MOST_COMPARISONS = 31  # of a value with thresholds; a quantizer with more of them is refused
-SPREAD = 2001  # values near thresholds, and as many far ones of each sign, with which these are checked
 NEAR = 0.49  # of a step: what rounds to zero, whatever the rounding errors
+NUDGE = 2.0**-20  # of the clip value: less than rounding errors of the sums in front
 SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divide
 
 
@@ -37,6 +37,7 @@ class ActivationCodes:
             the node gets is the code.
         scale: the value of a code over the code, where there is no offset.
         offset: added to all levels; the code 0 is the one nearest to zero.
+        nudge: of `shift`, which keeps zero off the middle between two levels.
         reason: why the levels are computed in float; empty where they are integers.
     """
 
@@ -47,6 +48,7 @@ class ActivationCodes:
     step: float | None = None
     scale: float = 1.0
     offset: float = 0.0
+    nudge: float = 0.0
     reason: str = ""
 
     @property
@@ -57,7 +59,7 @@ class ActivationCodes:
     @property
     def shift(self) -> float:
         """What the offset is of the input."""
-        return 0.0 if self.step is None else self.offset * self.step / self.scale
+        return 0.0 if self.step is None else self.offset * self.step / self.scale + self.nudge
 
     @property
     def zero_to_zero(self) -> bool:
@@ -276,8 +278,22 @@ def _with_offset(name: str, quantizer: Quantizer, x: Tensor, found: QuantizedTen
     )  # fmt: skip
     if made.highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=quantizer.levels, reason="its codes need more than 8 bits")
+    made = replace(made, nudge=_nudge(made, quantizer, x))
     _check_step(made, quantizer, x)
     return made
+
+
+def _nudge(codes: ActivationCodes, quantizer: Quantizer, x: Tensor) -> float:
+    """What moves zero off the middle between two levels, to the side that training rounds it to; mostly 0.
+
+    Zeros are frequent, and each order of the same arithmetic has another rounding error.
+    """
+    assert codes.step is not None
+    value = quantized(quantizer, torch.zeros_like(x[:1])).reshape(-1)[0]
+    above = round((float(value) - codes.offset) / codes.scale) + codes.shift / codes.step
+    if abs(abs(above) - 0.5) > 1e-4:
+        return 0.0
+    return -math.copysign(NUDGE * codes.levels * codes.step, above)
 
 
 def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> None:
@@ -304,8 +320,8 @@ def _off_step(
     )
     numbers = torch.cat([numbers.flatten(), torch.tensor([-1e4, 1e4])])
     x = numbers * codes.step + codes.shift
-    x = x.reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *_one_place(quantizer, like))
-    wanted = _quantized(quantizer, x)
+    x = x.reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *one_place(quantizer, like))
+    wanted = quantized(quantizer, x)
     found = ((x - codes.shift) / codes.step).round().clamp(codes.lowest, codes.highest) * codes.scale
     found = found + codes.offset
     wrong = ((found - wanted).abs() > 1e-4 * abs(codes.scale) * max(1, codes.levels)).nonzero()
@@ -315,117 +331,17 @@ def _off_step(
     return float(x[at]), float(wanted[at]), float(found[at])
 
 
-def _one_place(quantizer: Quantizer, like: Tensor) -> list[int]:
+def one_place(quantizer: Quantizer, like: Tensor) -> list[int]:
     """The shape of one image of one place, with all channels, also where they are alike."""
     dim = quantizer.site.channel_dim % like.ndim
     return [like.shape[i] if i == dim else 1 for i in range(1, like.ndim)]
 
 
-def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
+def quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
     """What the quantizer makes of an input that is normalised already."""
     with torch.no_grad():
         value = quantizer.quantize(x)
         return value * quantizer.per_channel(quantizer.gamma.float()) if quantizer.config.gamma else value
-
-
-def thresholds(name: str, quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where an activation quantizer with static, increasing levels changes from a level to the next one.
-
-    Found by bisection over all float32 numbers, so that x >= threshold is exactly what the quantizer does. That is
-    compared on both sides of each threshold and on a spread of values.
-
-    Args:
-        name: the quantizer's name in the network.
-        quantizer: of any method.
-        like: an input of it, normalised, float32; its first dimension holds images.
-
-    Returns:
-        Thresholds float32 [levels - 1, ...] and levels float32 [levels, ...], whose other dimensions broadcast
-        against the input.
-
-    Raises:
-        UserError: the quantizer is not monotonic, or its integers are not what it quantizes.
-    """
-    dim = quantizer.site.channel_dim % like.ndim
-    shape = [1] * like.ndim
-    if quantizer.groups > 1:
-        shape[dim] = like.shape[dim]
-    probe = _one_place(quantizer, like)
-
-    def number(order: Tensor) -> Tensor:
-        """The level numbers, int64 [levels - 1, channels or 1, ...], at floats in increasing order, int64."""
-        x = _float(order).expand(-1, *probe)
-        found = _encoded(quantizer, x).numbers
-        return found if quantizer.groups > 1 else found.narrow(dim, 0, 1)
-
-    count = quantizer.levels - 1
-    wanted = torch.arange(1, count + 1).reshape(-1, *[1] * (like.ndim - 1))
-    edge = int(_order(torch.tensor(torch.finfo(torch.float32).max)))
-    low = torch.full((count, *shape[1:]), -edge - 1, dtype=torch.int64)
-    high = torch.full_like(low, edge)
-    while bool((high - low > 1).any()):
-        middle = (low + high) // 2
-        reached = number(middle) >= wanted
-        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    places = _float(high)
-    ends = torch.cat([torch.full_like(places[:1], torch.finfo(torch.float32).min), places])
-    levels = _encoded(quantizer, ends.expand(-1, *probe)).dequantize()
-    levels = levels if quantizer.groups > 1 else levels.narrow(dim, 0, 1)
-    spread = _spread_over(places).reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *probe)
-    sides = torch.cat([places, _float(high - 1)]).expand(-1, *probe)
-    for x in (sides, spread, like):
-        _check_thresholds(name, quantizer, x, places, levels)
-    return places, levels
-
-
-def by_thresholds(x: Tensor, places: Tensor, levels: Tensor) -> Tensor:
-    """The level of each value, see `thresholds`."""
-    value = levels[0]
-    for place, level in zip(places, levels[1:], strict=True):
-        value = torch.where(x >= place, level, value)
-    return value
-
-
-def _spread_over(places: Tensor) -> Tensor:
-    """Values around thresholds and far from them, float32 [n], in increasing order."""
-    low, high = float(places.min()), float(places.max())
-    near = torch.linspace(low - (high - low + 1), high + (high - low + 1), SPREAD)
-    far = torch.logspace(-9, 9, SPREAD)
-    return torch.cat([near, far, -far, torch.zeros(1)]).sort().values
-
-
-def _check_thresholds(name: str, quantizer: Quantizer, x: Tensor, places: Tensor, levels: Tensor) -> None:
-    wanted = _quantized(quantizer, x)
-    wrong = (by_thresholds(x, places, levels).expand_as(wanted) != wanted).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        found = float(by_thresholds(x, places, levels).expand_as(wanted)[at])
-        raise UserError(
-            f"{name}: {quantizer.config.method} cannot be exported by thresholds: it makes {float(wanted[at]):g} of "
-            f"{float(x[at]):g}, where {found:g} follows from where its levels begin; a larger value must never get a "
-            "lower level, and its encode must give what it quantizes; or export --to program"
-        )
-
-
-def _encoded(quantizer: Quantizer, x: Tensor) -> QuantizedTensor:
-    """`Quantizer.integers` of an input that is normalised already."""
-    with torch.no_grad():
-        found = quantizer.encode(x)
-        if not quantizer.config.gamma:
-            return found
-        return replace(found, gamma=quantizer.per_channel(quantizer.gamma.float()))
-
-
-def _order(x: Tensor) -> Tensor:
-    """The place of float32 numbers in their order, int64; zero has place 0."""
-    bits = x.view(torch.int32).long()
-    return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
-
-
-def _float(order: Tensor) -> Tensor:
-    """The float32 number at a place of the order."""
-    bits = torch.where(order >= 0, order, -order - 2**31)
-    return bits.to(torch.int32).view(torch.float32)
 
 
 def digits_per_word(base: int) -> tuple[int, int]:

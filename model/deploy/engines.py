@@ -16,9 +16,9 @@ import numpy as np
 from model.deploy.c.engine import CRunner, read_description
 from model.deploy.codes import Array
 from model.deploy.litert.file import PACKAGE, read_texts
-from model.deploy.offsets import read_offsets
 from model.deploy.packages import needed
-from model.deploy.runner import BaseRunner, Runner
+from model.deploy.qonnx_thresholds import CODES
+from model.deploy.runner import BaseRunner, Runner, read_numbers
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
@@ -181,7 +181,7 @@ def read_onnx(path: Path) -> Any:
 
 def _offsets(path: Path, names: Sequence[str]) -> Mapping[str, float]:
     """What is missing in the tensors of a file, which reads its metadata only if there are such."""
-    return read_offsets(read_metadata(path), path) if names else {}
+    return read_numbers(read_metadata(path), path) if names else {}
 
 
 def _quantized(name: str) -> bool:
@@ -299,7 +299,10 @@ class _Qonnx(BaseRunner):
         nodes = self._model.graph.node
         self.layers = sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in nodes)
         names = [node.output[0] for node in nodes]
-        self.tensors = tuple(name for name in names if _quantized(name)) if tensors else ()
+        values = read_numbers(read_metadata(path), path, CODES) if tensors else {}
+        self._values = {name: value for name, value in values.items() if f"{name}.codes" in names}
+        found = [name for name in names if _quantized(name) and name not in values] if tensors else []
+        self.tensors = (*found, *self._values)
         self._offsets = _offsets(path, self.tensors)
 
     def run(self, images: Array) -> dict[str, Array]:
@@ -311,6 +314,8 @@ class _Qonnx(BaseRunner):
                 execute_onnx(self._model, {"input": images[i : i + 1]}, return_full_exec_context=True)
                 for i in range(len(images))
             ]
+        for row in rows:
+            row |= {name: row[f"{name}.codes"] * value for name, value in self._values.items()}
         return {name: np.concatenate([row[name] for row in rows]) for name in ("logits", *self.tensors)}
 
 

@@ -115,6 +115,7 @@ PACKAGES = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "packed": ("safetensors",),
     "qonnx": ("onnx", "onnxscript"),
+    "thresholds": ("onnx", "onnxscript"),
     "web": ("onnx", "onnxscript"),
 }
 """What writes a format; `--int8_sums` needs onnxruntime besides."""

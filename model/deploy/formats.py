@@ -70,6 +70,15 @@ def _qonnx(graph: DeployGraph, path: Path) -> str:
     return ""
 
 
+def _thresholds(graph: DeployGraph, path: Path) -> str:
+    """ONNX with integer weights and thresholds, which qonnx runs."""
+    from model.deploy.qonnx_thresholds import thresholds_model
+
+    found = thresholds_model(graph)
+    path.write_bytes(found.model.SerializeToString())
+    return str(found)
+
+
 GRAPH_FORMATS: dict[str, Write] = {
     "c": _c,
     "coreml": _coreml,
@@ -77,6 +86,7 @@ GRAPH_FORMATS: dict[str, Write] = {
     "onnx": _onnx,
     "openvino": _openvino,
     "qonnx": _qonnx,
+    "thresholds": _thresholds,
 }
 
 ENDINGS = {
@@ -86,5 +96,6 @@ ENDINGS = {
     "onnx": ".onnx",
     "openvino": ".xml",
     "qonnx": ".onnx",
+    "thresholds": ".onnx",
 }
 """The endings by which other words know these formats."""

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from model.deploy.codes import (
+    NUDGE,
     ActivationCodes,
     WeightCodes,
     activation_codes,
-    by_thresholds,
-    thresholds,
     weight_codes,
 )
+from model.deploy.level_thresholds import by_thresholds, thresholds
 from model.deploy.nodes import DOMAIN, initializers, node_key
 from model.deploy.offsets import offset_metadata, place_offsets
 from model.deploy.packages import needed
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 OPSET = 18  # the oldest that torch's exporter writes
 INPUT, OUTPUT = "input", "logits"
-NUDGE = 2.0**-20  # of the clip value: less than rounding errors of the sums in front
 MOST_IMAGES = 2**16  # of a batch
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
 from model.deploy.nodes import initializers, node_key, tensor_attributes
-from utils.errors import UserError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -27,18 +26,6 @@ def offset_metadata(activations: dict[str, ActivationCodes]) -> dict[str, str]:
     """What a file says of offsets: a JSON text of name -> what is to be added to the tensor of that name."""
     found = {name: float(np.float32(codes.offset)) for name, codes in activations.items() if codes.offset}
     return {OFFSETS: json.dumps(found)} if found else {}
-
-
-def read_offsets(metadata: dict[str, str], path: object) -> dict[str, float]:
-    """The offsets that the metadata of a file names.
-
-    Raises:
-        UserError: the text is no table of numbers.
-    """
-    try:
-        return {str(name): float(value) for name, value in json.loads(metadata.get(OFFSETS, "{}")).items()}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{path}: its offsets are no table of numbers; export it anew") from None
 
 
 def place_offsets(

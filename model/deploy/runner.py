@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from model.deploy.codes import Array
+from model.deploy.offsets import OFFSETS
+from utils.errors import UserError
 
 
 class Runner(Protocol):
@@ -61,3 +64,15 @@ class BaseRunner:
             if name in found:
                 found[name] = found[name] + np.float32(offset)
         return found
+
+
+def read_numbers(metadata: Mapping[str, str], path: object, entry: str = OFFSETS) -> dict[str, float]:
+    """The numbers that an entry of a file's metadata names, such as its offsets; none without the entry.
+
+    Raises:
+        UserError: the text is no table of numbers.
+    """
+    try:
+        return {str(name): float(value) for name, value in json.loads(metadata.get(entry, "{}")).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path}: its {entry} are no table of numbers; export it anew") from None

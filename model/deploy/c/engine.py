@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from model.deploy.codes import Array
-from model.deploy.offsets import read_offsets
-from model.deploy.runner import BaseRunner
+from model.deploy.runner import BaseRunner, read_numbers
 from utils.checkpoint.exported import C_MARK
 from utils.errors import UserError
 
@@ -110,7 +109,7 @@ class CRunner(BaseRunner):
         self._shape, self._classes, self._sizes = described.shape, described.classes, described.quantizers
         self.tensors = tuple(self._sizes) if tensors else ()
         self.integer, self.layers = described.integer, described.layers
-        self._offsets = read_offsets(described.texts, path)
+        self._offsets = read_numbers(described.texts, path)
         sizes = zip(("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"), (*self._shape, self._classes), strict=True)
         expected = [f"LOWBIT_{name} == {size}" for name, size in sizes]
         expected.append(f"LOWBIT_WATCHED == {sum(prod(size) for size in self._sizes.values())}")

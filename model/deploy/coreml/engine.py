@@ -12,8 +12,7 @@ from model.deploy.codes import Array
 from model.deploy.coreml.file import DATA, Package
 from model.deploy.coreml.folder import predicts
 from model.deploy.graph import INPUT, OUTPUT
-from model.deploy.offsets import read_offsets
-from model.deploy.runner import BaseRunner
+from model.deploy.runner import BaseRunner, read_numbers
 from utils.errors import UserError
 from utils.text import some_names
 
@@ -51,7 +50,7 @@ class CoremlRunner(BaseRunner):
         found = package.activation_tensors() if tensors else {}
         self.tensors = tuple(found)
         self._names = {OUTPUT: OUTPUT, **found}
-        self._offsets = read_offsets(package.metadata, path)
+        self._offsets = read_numbers(package.metadata, path)
         self._model = tools.models.MLModel(
             with_outputs(package, tuple(found.values())), weights_dir=str(path / DATA / "weights"),
             compute_units=tools.ComputeUnit.CPU_ONLY,

@@ -23,6 +23,7 @@ from utils.errors import UserError
 FORMATS = {
     "header.h": "c", "qdq.onnx": "onnx", "openvino.xml": "openvino", "coreml.mlpackage": "coreml",
     "litert.tflite": "litert", "qonnx.onnx": "qonnx",
+    "thresholds.onnx": "thresholds",
 }  # fmt: skip
 RUNS = (
     ("qdq.onnx", Engine("onnxruntime")),
@@ -30,6 +31,7 @@ RUNS = (
     ("qdq.onnx", Engine("openvino")),
     ("openvino.xml", Engine("openvino")),
     ("qonnx.onnx", Engine("qonnx")),
+    ("thresholds.onnx", Engine("qonnx")),
     ("header.h", Engine("cc")),
     ("litert.tflite", Engine("litert")),
     ("litert.tflite", Engine("litert", False)),

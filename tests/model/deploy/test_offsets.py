@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.deploy.codes import activation_codes
 from model.deploy.engines import Engine
 from model.deploy.graph import deploy_graph
-from model.deploy.offsets import read_offsets
 from model.deploy.onnx_qdq import integer_layers, qdq_model
+from model.deploy.runner import read_numbers
 from model.deploy.sums import with_integer_sums
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.networks import images
@@ -113,8 +114,23 @@ def test_what_is_added_at_the_border_is_no_residual_sum(tmp_path: Path) -> None:
     assert difference(Block().eval(), tmp_path / "x.onnx", sums=True) < 0.05
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_zero_in_the_middle_between_two_levels_stays_on_its_side(sign: int) -> None:
+    """Where the offset is half a step, as before training, zeros go where torch rounds them in any order of sums."""
+    layer = convolution(0.0, kernel_size=1)
+    quantizer = layer.quant_activation
+    step = float(quantizer.integers(images(1, 8)).scale)
+    with torch.no_grad():
+        quantizer.get_parameter("offset").fill_(sign * 0.5 * step)
+    code = quantizer.integers(torch.zeros(1, 8, 1, 1))
+    wanted = int(code.codes.flatten()[0]) - code.code_of_zero
+    codes = activation_codes("x", quantizer, images(1, 8))
+    for places in np.float32([-2e-7, 0, 2e-7]):
+        assert round(float((places - codes.shift) / codes.step)) == wanted
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": "b"}', '{"a": null}', "1"])
 def test_damaged_offsets_are_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"^x: its offsets are no table of numbers; export it anew$"):
-        read_offsets({"offsets": text}, "x")
-    assert read_offsets({"offsets": '{"a": -0.5}'}, "x") == {"a": -0.5}
+        read_numbers({"offsets": text}, "x")
+    assert read_numbers({"offsets": '{"a": -0.5}'}, "x") == {"a": -0.5}

@@ -181,7 +181,7 @@ def test_mistakes(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "export_packed --old x.pth --new gone/y": "--new gone/y: name a file in a folder that exists",
         "export_packed --old x.pth --new y --ema_weights": "--ema_weights: x.pth has none",
         "export_packed --old gone.pth --new y": "gone.pth: cannot be read (No such file or directory)",
-        "export_packd --old x.pth --new y": "program, qonnx, web; did you mean packed?",
+        "export_packd --old x.pth --new y": "program, qonnx, thresholds, web; did you mean packed?",
         "export --old x.pth --new y": "the word export needs --to",
         "export_packed --old cut --new y": "cut: is a packed network, no checkpoint: tools.py --keyword import makes",
         "import --old gone --new y": "gone: cannot be read (No such file or directory",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.deploy.codes import by_thresholds, thresholds
 from model.deploy.graph import deploy_graph
+from model.deploy.level_thresholds import by_thresholds, thresholds
 from model.quant import Grid, QuantConfig, QuantConv2d, QuantizerConfig
 from model.quantizers.frame import Quantizer
 from model.quantizers.integers import QuantizedTensor
