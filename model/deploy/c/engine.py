@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -97,6 +98,35 @@ def read_description(path: Path) -> Description:
     )
 
 
+def build(path: Path, library: Path, command: Sequence[str]) -> None:
+    """Compile a header to a shared library with the function `run` of `PROGRAM`.
+
+    Raises:
+        UserError: the compiler does not take it.
+    """
+    described = read_description(path)
+    sizes = zip(
+        ("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"), (*described.shape, described.classes), strict=True
+    )
+    expected = [f"LOWBIT_{name} == {size}" for name, size in sizes]
+    expected.append(f"LOWBIT_WATCHED == {sum(prod(size) for size in described.quantizers.values())}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "network.c"
+        shutil.copyfile(path, Path(folder) / "network.h")
+        source.write_text(PROGRAM.format(expected=" && ".join(expected)), "utf-8")
+        # Without contraction, products are rounded before they are added, as the file says.
+        flags = ["-std=c99", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
+        done = subprocess.run(
+            [*command, *flags, str(source), "-o", str(library), "-lm"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode != 0:
+        said = next(
+            (line for line in done.stderr.splitlines() if "error" in line), f"exit status {done.returncode}"
+        )
+        raise UserError(f"{path}: the compiler does not take it: {said}")
+
+
 class CRunner(BaseRunner):
     """A compiled header; see `model.deploy.engines.Runner`.
 
@@ -110,23 +140,9 @@ class CRunner(BaseRunner):
         self.tensors = tuple(self._sizes) if tensors else ()
         self.integer, self.layers = described.integer, described.layers
         self._offsets = read_numbers(described.texts, path)
-        sizes = zip(("CHANNELS", "HEIGHT", "WIDTH", "CLASSES"), (*self._shape, self._classes), strict=True)
-        expected = [f"LOWBIT_{name} == {size}" for name, size in sizes]
-        expected.append(f"LOWBIT_WATCHED == {sum(prod(size) for size in self._sizes.values())}")
         with tempfile.TemporaryDirectory() as folder:
-            source, library = Path(folder) / "network.c", Path(folder) / "network.so"
-            shutil.copyfile(path, Path(folder) / "network.h")
-            source.write_text(PROGRAM.format(expected=" && ".join(expected)), "utf-8")
-            # Without contraction, products are rounded before they are added, as the file says.
-            flags = ["-std=c99", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]
-            command = [*compiler(), *flags, str(source), "-o", str(library), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                said = next(
-                    (line for line in done.stderr.splitlines() if "error" in line),
-                    f"exit status {done.returncode}",
-                )
-                raise UserError(f"{path}: the compiler does not take it: {said}")
+            library = Path(folder) / "network.so"
+            build(path, library, compiler())
             self._run = ctypes.CDLL(str(library)).run
         self._run.restype = None
 
