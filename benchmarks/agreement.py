@@ -2,6 +2,7 @@
 
     python benchmarks/agreement.py                                    # all, an hour; the table of docs/deploy.md
     python benchmarks/agreement.py --dataset digits --only "LSQ 2/2" PACT --print
+    python benchmarks/agreement.py --dataset digits --boards     # the files for phones and boards, in another table
 
 Each network is trained for a few epochs by `benchmarks/digits.py`'s recipe, from a network in full precision, then
 exported and run on all images, those of the training included. Finished trainings are not repeated, except with
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import digits
 import numpy as np
@@ -33,18 +35,20 @@ import onnx  # noqa: E402
 
 import main  # noqa: E402
 from model.deploy import packed  # noqa: E402
-from model.deploy.engines import Engine, versions  # noqa: E402
+from model.deploy.engines import Engine, engines_of, versions  # noqa: E402
+from model.deploy.formats import ENDINGS, GRAPH_FORMATS  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
 from model.deploy.openvino_ir import write_openvino  # noqa: E402
 from model.deploy.sums import with_integer_sums  # noqa: E402
-from model.deploy.verify import bytes_of  # noqa: E402
+from model.deploy.verify import bytes_of, compare  # noqa: E402
 from model.load import Trained, data_of, load_trained, trained_from  # noqa: E402
 from utils.config.image_size import sides  # noqa: E402
 from utils.errors import UserError  # noqa: E402
+from utils.report.verified import Comparison  # noqa: E402
 
 PAGE = ROOT / "docs" / "deploy.md"
-RAW = ROOT / "docs" / "results" / "agreement.json"
+RAW = ROOT / "docs" / "results"
 EPOCHS = {
     "digits": (6, 2),
     "glyphs": (10, 1),
@@ -55,8 +59,12 @@ SAME, POINTS = 0.999, 0.1  # targets: share of images with the same class, and p
 CLIP = "--fm_boundary 3"
 
 Method = digits.Method
+BOARDS = ("c", "executorch", "litert", "mnn")  # formats for phones and boards that run on computers
+Boards = dict[str, list[Comparison] | str]
 METHODS = (
     *(m for m in digits.ALL if "clip 1" not in m.name and m.most is not None),  # the others learn little
+    *(Method(name, f"{b}/{b}", name.replace("+", "plus").lower(), digits.bits(b), None)
+      for name in ("LSQ+", "EWGS", "StableQAT", "N2UQ", "APoT") for b in (4, 2) if (name, b) != ("APoT", 2)),
     *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", digits.bits(b), None) for b in (6, 8)),
     Method("LSQ, mid-tread weights", "8/8", "dorefa,lsq", f"{digits.bits(8)} --wt_grid midtread", None),
     Method("PACT", "8/8", "pact", digits.bits(8), None),
@@ -186,6 +194,50 @@ def agreements(dataset: str, m: Method, trained: Trained) -> Iterator[Agreement]
         yield agreement("packed", "torch", logits, path)
 
 
+def boards(trained: Trained) -> Boards:
+    """The files for phones and boards of a network in their engines on all images; or why there is no file."""
+    shape = (trained.transform.channels, *sides(trained.transform.size))
+    loaders = data_of(trained, train=True)
+    assert loaders.train is not None and loaders.val is not None
+    loaders.train.set_epoch(0)
+    batches = [*loaders.val, *loaders.train]
+    graph = deploy_graph(trained.network, shape)
+    found: Boards = {}
+    with tempfile.TemporaryDirectory() as name:
+        for kind in BOARDS:
+            path = Path(name) / f"network{ENDINGS[kind]}"
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    GRAPH_FORMATS[kind](graph, path)
+                found[kind] = compare(trained.network, shape, batches, {path: engines_of(path)})
+            except UserError as error:
+                found[kind] = str(error)
+    return found
+
+
+def boards_table(rows: Sequence[tuple[Method, Boards]]) -> list[str]:
+    """A row for each network in Markdown: images of the same class, other codes, in percent, and KiB of the file."""
+    lines = [
+        f"| method | bits w/a | top-1 | {' | '.join(f'`{kind}`: same | codes | KiB' for kind in BOARDS)} |",
+        "|" + "---|" * (3 + 3 * len(BOARDS)),
+    ]
+    for m, found in rows:
+        several = [one for one in found.values() if not isinstance(one, str)]
+        top1 = f"{several[0][0].reference:.2f}" if several else "-"
+        cells = [cell for kind in BOARDS for cell in _board(found[kind])]
+        lines.append(f"| {m.name} | {m.bits} | {top1} | {' | '.join(cells)} |")
+    return lines
+
+
+def _board(found: Sequence[Comparison] | str) -> tuple[str, str, str]:
+    """The worst of the engines of a file."""
+    if isinstance(found, str):
+        return "none", "", ""
+    codes = [max(one.codes.values(), default=0.0) for one in found if one.codes]
+    share = f"{100 * max(codes):.3f}" if codes else "-"
+    return f"{100 * min(one.same for one in found):.2f}", share, f"{found[0].bytes / 1024:.0f}"
+
+
 def table(found: Sequence[Agreement]) -> list[str]:
     """A row for each network in Markdown."""
     lines = [
@@ -224,11 +276,14 @@ def measure() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="repeat trainings that are finished already")
+    parser.add_argument("--boards", action="store_true", help="the files for phones and boards")
     parser.add_argument("--print", action="store_true", help="print the table and write nothing to docs/")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     methods = [m for m in METHODS if any(part in f"{m.name} {m.bits}" for part in options.only)]
+    if options.boards:
+        return measure_boards(options.dataset, methods, options)
     found: list[Agreement] = []
     for dataset in options.dataset:
         for m, path in train(dataset, methods, options.seed, options.fresh):
@@ -245,19 +300,53 @@ def measure() -> int:
     return 1 if missed else 0
 
 
+def measure_boards(datasets: Sequence[str], methods: Sequence[Method], options: argparse.Namespace) -> int:
+    """The table of the files for phones and boards; 1: a share of equal classes is below the target."""
+    rows, raw = list[tuple[Method, Boards]](), []
+    for dataset in datasets:
+        for m, path in train(dataset, methods, options.seed, options.fresh):
+            rows.append((m, boards(load_trained(path))))
+            print(boards_table(rows[-1:])[-1], flush=True)
+            for kind, several in rows[-1][1].items():
+                figures = (
+                    several if isinstance(several, str) else [asdict(one) | {"file": kind} for one in several]
+                )
+                raw.append(
+                    {"dataset": dataset, "method": m.name, "bits": m.bits, "format": kind, "found": figures}
+                )
+    if not options.print:
+        packages = ("ai-edge-litert", "executorch", "MNN")
+        write_section("agreement-boards", boards_table(rows), raw, options.seed, packages)
+    compared = [
+        one
+        for _, found in rows
+        for several in found.values()
+        if not isinstance(several, str)
+        for one in several
+    ]
+    return 1 if any(one.same < SAME for one in compared) else 0
+
+
 def write(found: Sequence[Agreement], seed: int) -> None:
     """The table into docs/deploy.md, each engine's figures into docs/results/."""
+    files = [asdict(one) for one in found]
+    write_section("agreement", table(found), files, seed, ("onnxruntime", "openvino"))
+
+
+def write_section(
+    name: str, lines: Sequence[str], files: Sequence[Any], seed: int, packages: Sequence[str]
+) -> None:
+    """A table of docs/deploy.md, with the command that has made it, and its figures beside it."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    packages = ", ".join(
-        f"{name} {version}" for name, version in versions(("onnxruntime", "openvino")).items()
-    )
-    raw = {"commit": described.stdout.strip(), "packages": packages, "files": [asdict(a) for a in found]}
-    RAW.write_text(json.dumps(raw, indent=1) + "\n")
+    commit = described.stdout.strip()
+    installed = ", ".join(f"{package} {version}" for package, version in versions(packages).items())
+    raw = {"commit": commit, "packages": installed, "files": files}
+    (RAW / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")
     arguments = shlex.join(["python", "benchmarks/agreement.py", *sys.argv[1:]])
-    head = [f"`{arguments}`, commit {raw['commit']}, seed {seed}; {packages}.", ""]
-    PAGE.write_text(digits.section(PAGE.read_text("utf-8"), "agreement", [*head, *table(found)]), "utf-8")
+    head = [f"`{arguments}`, commit {commit}, seed {seed}; {installed}.", ""]
+    PAGE.write_text(digits.section(PAGE.read_text("utf-8"), name, [*head, *lines]), "utf-8")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ class Engine:
             else self.name
         )
 
+    def check_installed(self) -> None:
+        """Raise UserError, with the command that installs it, where the engine is not there."""
+        needed(*_PACKAGES.get(self.name, (self.name,)))
+
     def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
         """Load a file.
 
@@ -114,7 +118,7 @@ class Engine:
         Raises:
             UserError: the engine is not installed, or does not take the file.
         """
-        needed(*_PACKAGES.get(self.name, (self.name,)))
+        self.check_installed()
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:

@@ -47,11 +47,14 @@ def verify(options: Options) -> int:
     if unrun:
         needed("coremltools")
         engines = {file: engine for file, engine in engines.items() if file not in unrun}
-    if options.output is not None and not engines:
-        raise UserError(
-            f"--output {options.output}: predictions of Core ML need macOS, so that there are no figures to write; "
-            "leave it out, or add files of other formats"
-        )
+    for option in ("output", "root", "threads"):
+        if getattr(options, option) is not None and not engines:
+            raise UserError(
+                f"--{option} {getattr(options, option)}: predictions of Core ML need macOS, so that no image is "
+                "computed here; leave it out, or add files of other formats"
+            )
+    for engine in {engine for several in engines.values() for engine in several}:
+        engine.check_installed()
     from model.load import data_of, load_trained
     from utils.config.image_size import sides
 

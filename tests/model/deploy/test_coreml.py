@@ -200,7 +200,9 @@ def test_words_of_tools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert words("--keyword", "verify", "--old", CHECKPOINT, path) == 0
     printed = capsys.readouterr().out
     assert "20 quantized weights" in printed and "predictions need macOS and were not run" in printed
-    assert words("--keyword", "verify", "--old", CHECKPOINT, path, "--output", tmp_path / "x.json") == 2
+    for option in (("--output", tmp_path / "x.json"), ("--threads", "2"), ("--root", tmp_path)):
+        assert words("--keyword", "verify", "--old", CHECKPOINT, path, *option) == 2
+        assert f"{option[0]} {option[1]}: predictions of Core ML need macOS" in capsys.readouterr().err
     assert words("--keyword", "predict", ROOT / "docs" / "images" / "report.png", "--old", path) == 2
     assert "Core ML predicts on macOS alone" in capsys.readouterr().err
     assert words("--keyword", "load", "--old", path) == 2
