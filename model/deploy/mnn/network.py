@@ -6,7 +6,9 @@ Images are [N, channels, height, width]. MNN's convolutions and poolings take th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from model.deploy.steps import WEIGHT, Step, Steps
 from utils.errors import UserError
 
 TYPES = {"float32": "DT_FLOAT", "int32": "DT_INT32"}
+LAYERS = ("Convolution", "ConvolutionDepthwise")
 IMAGES = 4  # dimensions
 
 
@@ -36,7 +39,11 @@ class MnnNetwork:
             step.outputs[0]: step.weight for step in steps.steps if step.operator == WEIGHT and step.weight
         }
         self._named = {INPUT, OUTPUT} | {s.activation.name for s in steps.steps if s.activation is not None}
+        self._readers = Counter(name for step in steps.steps for name in set(step.inputs))
         self._operators: list[dict[str, Any]] = []
+        self._makers: dict[str, dict[str, Any]] = {}
+        self._largest: dict[str, float] = {}
+        self._tensors: list[str] = []
         self._places: dict[str, int] = {}
         self._packed: set[str] = set()
         self._whole: set[str] = set()  # tensors of whole numbers and truth values
@@ -85,7 +92,8 @@ class MnnNetwork:
         """
         outputs = [output] if isinstance(output, str) else list(output)
         for made in outputs:
-            self._places[made] = len(self._places)
+            self._places[made] = len(self._tensors)
+            self._tensors.append(made if made in self._named else str(len(self._tensors)))
         self._packed.update(outputs if packed else ())
         self._whole.update(outputs if whole else ())
         entry: dict[str, Any] = {"type": operator, "outputIndexes": [self._places[made] for made in outputs]}
@@ -93,8 +101,42 @@ class MnnNetwork:
             entry["inputIndexes"] = [self._places[given] for given in inputs]
         if parameter:
             entry |= {"main_type": parameter, "main": dict(value or {})}
-        self._operators.append(entry | ({"name": name} if name else {}))
+        if name:
+            entry["name"] = name
+        self._operators.append(entry)
+        self._makers[outputs[0]] = entry
         return outputs[0]
+
+    def rename(self, name: str, output: str) -> bool:
+        """Let another name stand for a tensor, or say that this cannot be: its own name is written in the file."""
+        if output in self._named or name not in self._places:
+            return False
+        self._places[output] = self._places[name]
+        for kind in (self._packed, self._whole):
+            kind.update([output] if name in kind else [])
+        return True
+
+    def without_negative(self, name: str, output: str) -> bool:
+        """Let the operator that makes a tensor leave out what is below zero, if it can, and is read by nothing else."""
+        entry = self._makers.get(name)
+        if entry is None or self._readers[name] != 1 or name in self._named:
+            return False
+        layer = entry["type"] in LAYERS
+        if not (layer or entry.get("main", {}).get("opType") == "ADD") or not self.rename(name, output):
+            return False
+        if layer:
+            entry["main"]["common"]["relu"] = True
+        else:
+            entry["main"]["activationType"] = 1
+        return True
+
+    def limit(self, name: str, largest: float) -> None:
+        """Keep that no number of a tensor is larger."""
+        self._largest[name] = largest
+
+    def is_small(self, name: str, largest: float) -> bool:
+        """Whether no number of a tensor is larger."""
+        return self._largest.get(name, np.inf) <= largest
 
     def constant(self, name: str, value: Array) -> str:
         """A constant, by its name; the same name stands for the same value."""
@@ -151,16 +193,28 @@ class MnnNetwork:
     def together(self, names: Sequence[str], output: str) -> tuple[list[str], bool]:
         """Inputs of an operator on elements, and whether they, and so its output, are packed."""
         shape = self.shape(output)
-        scalars = [not self.shape(name) for name in names]
-        like = [name for name, scalar in zip(names, scalars, strict=True) if not scalar]
+        whole = any(self.known(name) is None and self.shape(name) == shape for name in names)
+        single = {name: self._single(name) for name in names} if whole else {}
+        like = [name for name in names if single.get(name) is None]
         packed = len(shape) == IMAGES and any(map(self.is_packed, like))
-        if not packed or any(self.shape(name) != shape or self.known(name) is not None for name in like):
-            return [self.flat(name, len(shape)) for name in names], False
-        found = [
-            self.flat(name) if scalar else self.packed(name)
-            for name, scalar in zip(names, scalars, strict=True)
-        ]
-        return found, True
+        packed = packed and all(self.shape(name) == shape and self.known(name) is None for name in like)
+        arranged = self.packed if packed else partial(self.flat, rank=len(shape))
+        return [single.get(name) or arranged(name) for name in names], packed
+
+    def _single(self, name: str) -> str | None:
+        """A constant whose entries are all the same as one number; None for others."""
+        value = self.known(name)
+        if value is None or not self.is_single(name):
+            return None
+        first = value.reshape(-1)[0]
+        return (
+            self.scalar(first) if value.dtype.kind == "f" else self.constant(f"one_{first}", np.array(first))
+        )
+
+    def is_single(self, name: str) -> bool:
+        """Whether a tensor is a constant whose entries are all the same."""
+        value = self.known(name)
+        return value is not None and value.size > 0 and bool((value == value.reshape(-1)[0]).all())
 
     def is_whole(self, name: str) -> bool:
         """Whether a tensor has whole numbers or truth values."""
@@ -207,10 +261,9 @@ class MnnNetwork:
 
     def finished(self) -> dict[str, Any]:
         """The entries of a file."""
-        names = [name if name in self._named else str(i) for i, name in enumerate(self._places)]
         return {
             "bizCode": business_code(dict(self._steps.metadata)), "oplists": self._operators,
-            "outputName": [OUTPUT], "tensorName": names, "sourceType": "ONNX", "usage": "INFERENCE",
+            "outputName": [OUTPUT], "tensorName": self._tensors, "sourceType": "ONNX", "usage": "INFERENCE",
         }  # fmt: skip
 
 

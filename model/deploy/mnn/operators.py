@@ -14,6 +14,7 @@ from model.deploy.steps import Step
 Translate = Callable[[MnnNetwork, Step], None]
 LARGEST = float(np.finfo(np.float32).max)
 TO_WHOLE = 1.5 * 2.0**23  # float32 numbers from 2^23 on are whole
+SMALL = 2.0**22
 BELOW_TWO = 2 - 2.0**-23  # the float32 in front of 2
 FLOAT, TRUTH, WHOLE = 1, 9, (6, 7)  # ONNX's numbers of kinds
 
@@ -21,8 +22,7 @@ FLOAT, TRUTH, WHOLE = 1, 9, (6, 7)  # ONNX's numbers of kinds
 def activation(network: MnnNetwork, step: Step) -> None:
     """A quantizer: x / step within its levels, rounded with ties to even, times the scale.
 
-    MNN's own ROUND takes ties away from zero. Adding 1.5 * 2^23 and taking it off again rounds as float32 does, ties to
-    even; the ends are whole, so that they may be taken first.
+    The ends are whole, so that they may be taken first.
     """
     codes = step.activation
     assert codes is not None
@@ -32,9 +32,19 @@ def activation(network: MnnNetwork, step: Step) -> None:
     if codes.integer and codes.step is not None:
         x = add("REALDIV", x, network.scalar(codes.step), f"{name}.steps")
         x = _within(network, x, f"{name}.within", codes.lowest, codes.highest, packed=packed)
-        large = network.scalar(TO_WHOLE)
-        x = add("SUB", add("ADD", x, large, f"{name}.large"), large, f"{name}.codes")
+        x = _rounded(network, x, f"{name}.codes", packed=packed)
     add("MUL", x, network.scalar(codes.scale if codes.integer else 1), name)
+
+
+def _rounded(network: MnnNetwork, x: str, output: str, *, packed: bool) -> str:
+    """Small numbers, rounded with ties to even.
+
+    MNN's own ROUND takes ties away from zero, and is slow. Adding 1.5 * 2^23 and taking it off again rounds as float32
+    does; with numbers of 16 bits the sum is infinite, and nothing is answered.
+    """
+    large = network.scalar(TO_WHOLE)
+    x = _binary(network, "ADD", x, large, f"{output}.large", packed=packed)
+    return _binary(network, "SUB", x, large, output, packed=packed)
 
 
 def _binary(
@@ -160,6 +170,8 @@ def unary(operator: str, network: MnnNetwork, step: Step) -> None:
 
 def relu(network: MnnNetwork, step: Step) -> None:
     """No number below zero; or a slope there."""
+    if step.operator == "Relu" and network.without_negative(step.inputs[0], step.outputs[0]):
+        return
     (x,), packed = network.together(step.inputs[:1], step.outputs[0])
     slope = step.attributes.get("alpha", 0.01) if step.operator == "LeakyRelu" else 0.0
     network.add(
@@ -177,7 +189,7 @@ def clip(network: MnnNetwork, step: Step) -> None:
         if value is not None:
             ends[i] = float(np.clip(np.float32(value.reshape(-1)[0]), -LARGEST, LARGEST))
     (x,), packed = network.together(step.inputs[:1], step.outputs[0])
-    _within(network, x, step.outputs[0], *ends, packed=packed)
+    network.limit(_within(network, x, step.outputs[0], *ends, packed=packed), max(map(abs, ends)))
 
 
 def rounding(network: MnnNetwork, step: Step) -> None:
@@ -187,6 +199,9 @@ def rounding(network: MnnNetwork, step: Step) -> None:
     """
     name = step.outputs[0]
     (x,), packed = network.together(step.inputs[:1], name)
+    if network.is_small(step.inputs[0], SMALL):
+        _rounded(network, x, name, packed=packed)
+        return
     add = partial(_binary, network, packed=packed)
     half = add("MUL", x, network.scalar(0.5), f"{name}.half")
     whole = _unary(network, "ROUND", half, f"{name}.whole", packed=packed)
@@ -320,7 +335,7 @@ def where(network: MnnNetwork, step: Step) -> None:
     kinds = {network.is_whole(given) for given in values}
     if len(kinds) == 2:
         raise network.refuse(step, "its numbers are of two kinds")
-    spread = any(network.shape(given) not in ((), shape) for given in values)
+    spread = any(network.shape(given) not in ((), shape) and not network.is_single(given) for given in values)
     if network.shape(condition) != shape or (spread and True in kinds):
         raise network.refuse(step, "its condition, or a whole number, is spread over other dimensions")
     inputs, packed = network.together(step.inputs, name)
@@ -338,6 +353,8 @@ def cast(network: MnnNetwork, step: Step) -> None:
     to, source = step.attributes["to"], network.is_whole(step.inputs[0])
     if to not in (FLOAT, *WHOLE) and not (to == TRUTH and source):
         raise network.refuse(step, "it makes numbers of another kind")
+    if to == FLOAT and not source and network.rename(step.inputs[0], step.outputs[0]):
+        return
     (x,), packed = network.together(step.inputs[:1], step.outputs[0])
     kinds = {"srcT": "DT_INT32" if source else "DT_FLOAT", "dstT": "DT_FLOAT" if to == FLOAT else "DT_INT32"}
     network.add("Cast", [x], step.outputs[0], "CastParam", kinds, packed=packed, whole=to != FLOAT)
