@@ -19,6 +19,8 @@ from utils.errors import UserError
 
 CONVERTER = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
 
+LEFT_OUT = "Invalid"  # begins the line about an entry that the schema does not have
+
 
 def convert(network: Mapping[str, Any], path: Path) -> None:
     """Write a network as a file of MNN.
@@ -28,7 +30,7 @@ def convert(network: Mapping[str, Any], path: Path) -> None:
         path: the file.
 
     Raises:
-        UserError: the converter writes none.
+        UserError: the converter writes none, or leaves out an entry.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "network.json", Path(folder) / "network.mnn"
@@ -36,8 +38,12 @@ def convert(network: Mapping[str, Any], path: Path) -> None:
         options = ["-f", "JSON", "--modelFile", str(given), "--MNNModel", str(made)]
         command = [sys.executable, "-c", CONVERTER, *options]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if not made.is_file() or not made.stat().st_size:
-            lines = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
-            said = lines[-1] if lines else f"exit status {done.returncode}"
-            raise UserError(f"MNN's converter writes no file ({said}); export --to onnx")
+        lines = [line for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+        left_out = [line for line in lines if line.startswith(LEFT_OUT)]
+        if left_out or done.returncode or not made.is_file():
+            said = (left_out or lines or [""])[0 if left_out else -1]
+            raise UserError(
+                f"MNN's converter does not take this network ({said or f'exit status {done.returncode}'}); "
+                "export --to onnx"
+            )
         path.write_bytes(made.read_bytes())
