@@ -39,7 +39,8 @@ class MnnInterpreter:
             engine: Any = MNN  # whose types are not written down
             self._expr, nn = engine.expr, engine.nn
             # Numbers of 16 bits, and activations that MNN quantizes by itself, are what other settings mean.
-            settings = {"precision": "high", "memory": "normal", "numThread": threads or 4}
+            settings: dict[str, Any] = {"precision": "high", "memory": "normal"}
+            settings |= {} if threads is None else {"numThread": threads}
             self._manager = nn.create_runtime_manager((settings,))
             if not optimised:
                 self._manager.set_hint(WINOGRAD, 0)

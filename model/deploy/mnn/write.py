@@ -33,6 +33,20 @@ def write_mnn(graph: DeployGraph, path: Path) -> tuple[str, ...]:
 
     Raises:
         UserError: MNN is not installed, or does not take a layer; or the file is not what it should be.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from model.deploy.graph import deploy_graph
+        >>> from model.deploy.mnn.file import read_mnn
+        >>> from model.deploy.mnn.write import write_mnn
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "x.mnn"
+        ...     floats = write_mnn(deploy_graph(network, (3, 4, 4)), path)
+        ...     print(floats, read_mnn(path).layers)
+        () 2
     """
     steps = with_names_of_quantizers(steps_of(graph, OPERATORS, "MNN"))
     network = MnnNetwork(steps)

@@ -55,7 +55,9 @@ def test_the_codes_of_weights_are_those_of_the_network(kind: str, tmp_path: Path
     _, graph = exported(kind)
     path = tmp_path / "x.mnn"
     floats = write_mnn(graph, path)
-    layers = {one["name"]: one["main"] for one in dumped(path) if one.get("main_type") == "Convolution2D"}
+    layers = {
+        one.get("name", ""): one["main"] for one in dumped(path) if one.get("main_type") == "Convolution2D"
+    }
     for name, weight in graph.weights.items():
         layer = layers[name]
         if name in floats:
