@@ -35,6 +35,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         return read_description(path).texts
     if kind == "litert":
         return read_texts(path)
+    if kind == "mnn":
+        from model.deploy.mnn.file import read_mnn
+
+        return read_mnn(path).texts
     if kind == "coreml":
         from model.deploy.coreml.file import Package
 
@@ -138,8 +142,8 @@ def engines_of(path: Path) -> list[Engine]:
     kind = kind_of(path)
     if kind == "openvino":
         return [Engine("openvino"), Engine("openvino", False)]
-    if kind == "litert":
-        return [Engine("litert"), Engine("litert", False)]
+    if kind in ("litert", "mnn"):
+        return [Engine(kind), Engine(kind, False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
     if kind == "c":
@@ -149,7 +153,7 @@ def engines_of(path: Path) -> list[Engine]:
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".tflite, .mlpackage, .h or the folder of a page"
+            ".tflite, .mnn, .mlpackage, .h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -341,6 +345,23 @@ class _Litert(BaseRunner):
         return self._interpreter.run(images)
 
 
+class _Mnn(BaseRunner):
+    """MNN on the CPU: with Winograd's sums, or with plain ones. All products are float."""
+
+    integer = 0
+
+    def __init__(self, path: Path, optimised: bool, tensors: bool, threads: int | None) -> None:
+        from model.deploy.mnn.run import MnnInterpreter
+
+        self.path = path
+        self._interpreter = MnnInterpreter(path, optimised, QUANTIZERS if tensors else (), threads)
+        self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
+        self._offsets = _offsets(path, self.tensors)
+
+    def run(self, images: Array) -> dict[str, Array]:
+        return self._interpreter.run(images)
+
+
 def _torch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> TorchRunner:
     return open_torch(path, tensors)
 
@@ -355,13 +376,14 @@ def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> 
     return CoremlRunner(path, tensors)
 
 
-_PACKAGES = {C_COMPILER: (), "litert": (PACKAGE,)}
+_PACKAGES = {C_COMPILER: (), "litert": (PACKAGE,), "mnn": ("MNN", "flatbuffers")}
 """The packages of an engine, where these are not the one of its name."""
 
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,
     "coremltools": _coreml,
     "litert": _Litert,
+    "mnn": _Mnn,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
     "qonnx": _Qonnx,

@@ -111,6 +111,7 @@ PACKAGES = {
     "c": ("onnx", "onnxscript"),
     "coreml": ("onnx", "onnxscript", "coremltools"),
     "litert": ("onnx", "onnxscript", "ai_edge_litert"),
+    "mnn": ("onnx", "onnxscript", "MNN", "flatbuffers"),
     "onnx": ("onnx", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
     "packed": ("safetensors",),

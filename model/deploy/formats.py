@@ -5,7 +5,7 @@ Engines are imported where they are used: nobody needs all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +40,21 @@ def _litert(graph: DeployGraph, path: Path) -> str:
 
     found = litert_file(graph)
     path.write_bytes(found.data)
-    if not found.float_weights:
+    return _floats(found.float_weights)
+
+
+def _mnn(graph: DeployGraph, path: Path) -> str:
+    """A file of MNN."""
+    from model.deploy.mnn.write import write_mnn
+
+    return _floats(write_mnn(graph, path))
+
+
+def _floats(names: Sequence[str]) -> str:
+    """The line about quantized weights that a file holds in float32; empty where there are none."""
+    if not names:
         return ""
-    names = some_names(found.float_weights)
-    return f"float32 in this format, since they are no integers of 8 bits times a scale: {names}"
+    return f"float32 in this format, since they are no integers of 8 bits times a scale: {some_names(names)}"
 
 
 def _onnx(graph: DeployGraph, path: Path) -> str:
@@ -83,6 +94,7 @@ GRAPH_FORMATS: dict[str, Write] = {
     "c": _c,
     "coreml": _coreml,
     "litert": _litert,
+    "mnn": _mnn,
     "onnx": _onnx,
     "openvino": _openvino,
     "qonnx": _qonnx,
@@ -93,6 +105,7 @@ ENDINGS = {
     "c": ".h",
     "coreml": ".mlpackage",
     "litert": ".tflite",
+    "mnn": ".mnn",
     "onnx": ".onnx",
     "openvino": ".xml",
     "qonnx": ".onnx",

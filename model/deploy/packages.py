@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -9,10 +10,14 @@ import importlib.util
 import logging
 import sys
 
+from model.deploy.quiet import quiet
 from utils.errors import UserError
 
-TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0"}
+TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0", "MNN": "3.6.1"}
 """Packages whose files may differ with their version, and the version that was tested."""
+
+TALKATIVE = ("MNN",)
+"""Packages that write on standard output when they are imported."""
 
 NOISY = ("coremltools",)
 """Packages that log warnings about other packages when they are imported."""
@@ -33,7 +38,8 @@ def needed(*packages: str) -> None:
         if name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            importlib.import_module(name)
+            with quiet(1, 2) if name in TALKATIVE else contextlib.nullcontext():
+                importlib.import_module(name)
         except ImportError as error:
             raise UserError(
                 f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {_pinned(name)}"

@@ -136,6 +136,7 @@ OPENERS: dict[str, Callable[[Options], Predictor]] = {
     "c": open_for_engine,
     "coreml": open_for_engine,
     "litert": open_for_engine,
+    "mnn": open_for_engine,
     "onnx": open_for_engine,
     "openvino": open_for_engine,
     "packed": open_packed,

@@ -124,6 +124,25 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str) -> Steps:
     return Steps(steps=tuple(steps), constants=constants, shapes=shapes, metadata=graph.metadata)
 
 
+def with_names_of_quantizers(steps: Steps) -> Steps:
+    """The steps with the outputs of quantizers called by the quantizers' names."""
+    names: dict[str, str] = {}
+    for step in steps.steps:
+        quantizer = step.activation or step.weight
+        if quantizer is not None:
+            names[step.outputs[0]] = quantizer.name
+    renamed = tuple(
+        replace(
+            step,
+            inputs=tuple(names.get(name, name) for name in step.inputs),
+            outputs=tuple(names.get(name, name) for name in step.outputs),
+        )
+        for step in steps.steps
+    )
+    shapes = {names.get(name, name): shape for name, shape in steps.shapes.items()}
+    return replace(steps, steps=renamed, shapes=shapes)
+
+
 def _layer(node: NodeProto) -> str:
     """The innermost module of a node, without the node's own name."""
     import ast

@@ -20,6 +20,7 @@ _INSTEAD = {
     "c": f"a C header, no PyTorch checkpoint; {_NAME}",
     "coreml": f"a package of Core ML, no PyTorch checkpoint; {_NAME}",
     "litert": f"a file of LiteRT, no PyTorch checkpoint; {_NAME}",
+    "mnn": f"a file of MNN, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
     "openvino": f"a file of OpenVINO, no PyTorch checkpoint; {_NAME}",
     "packed": "a packed network, no checkpoint: tools.py --keyword import makes one of it, to evaluate and to export; "
@@ -32,7 +33,7 @@ _INSTEAD = {
 def exported_kind(path: Path) -> str:
     """The format, a word of `--to`, in which a file or a folder was exported; empty for all others.
 
-    Content decides; ONNX and OpenVINO, whose files do not begin with a mark, are known by their endings.
+    Content decides; MNN, ONNX and OpenVINO, whose files do not begin with a mark, are known by their endings.
     """
     try:
         if path.is_dir():
@@ -43,6 +44,8 @@ def exported_kind(path: Path) -> str:
             return "onnx"
         if path.suffix == ".xml" or (path.suffix == ".bin" and path.with_suffix(".xml").is_file()):
             return "openvino"
+        if path.suffix == ".mnn":
+            return "mnn"
         if path.suffix == ".h":
             return "c" if _begins_with(path, C_MARK.encode()) else ""
         with path.open("rb") as file:
@@ -60,6 +63,7 @@ def exported_kind(path: Path) -> str:
 _ENDINGS = {
     ".h": "c",
     ".mlpackage": "coreml",
+    ".mnn": "mnn",
     ".onnx": "onnx",
     ".xml": "openvino",
     ".safetensors": "packed",

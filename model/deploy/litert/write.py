@@ -6,14 +6,14 @@ version of torch and quantize by themselves, which keeps trained levels by one o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from model.deploy.graph import DeployGraph
 from model.deploy.litert.file import schema
 from model.deploy.litert.network import LitertNetwork
 from model.deploy.litert.operators import FLOATS, OPERATORS
-from model.deploy.litert.run import quiet
-from model.deploy.steps import Steps, steps_of
+from model.deploy.quiet import quiet
+from model.deploy.steps import steps_of, with_names_of_quantizers
 from utils.errors import UserError
 
 BYTES = 2  # an ONNX tensor's kind: uint8
@@ -71,7 +71,7 @@ def check_loads(data: bytes) -> None:
     s = schema()
     graph = s.ModelT.InitFromObj(s.Model.GetRootAs(data, 0)).subgraphs[0]
     try:
-        with quiet():
+        with quiet(2):
             own = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             interpreter = Interpreter(model_content=data, experimental_op_resolver_type=own)
             interpreter.allocate_tensors()
@@ -85,22 +85,3 @@ def check_loads(data: bytes) -> None:
             raise UserError(
                 f"LiteRT makes a tensor of {found[place]} where the network has {declared}; export --to onnx"
             )
-
-
-def with_names_of_quantizers(steps: Steps) -> Steps:
-    """The steps with the outputs of quantizers called by the quantizers' names."""
-    names: dict[str, str] = {}
-    for step in steps.steps:
-        quantizer = step.activation or step.weight
-        if quantizer is not None:
-            names[step.outputs[0]] = quantizer.name
-    renamed = tuple(
-        replace(
-            step,
-            inputs=tuple(names.get(name, name) for name in step.inputs),
-            outputs=tuple(names.get(name, name) for name in step.outputs),
-        )
-        for step in steps.steps
-    )
-    shapes = {names.get(name, name): shape for name, shape in steps.shapes.items()}
-    return replace(steps, steps=renamed, shapes=shapes)

@@ -22,8 +22,7 @@ from utils.errors import UserError
 
 FORMATS = {
     "header.h": "c", "qdq.onnx": "onnx", "openvino.xml": "openvino", "coreml.mlpackage": "coreml",
-    "litert.tflite": "litert", "qonnx.onnx": "qonnx",
-    "thresholds.onnx": "thresholds",
+    "litert.tflite": "litert", "mnn.mnn": "mnn", "qonnx.onnx": "qonnx", "thresholds.onnx": "thresholds",
 }  # fmt: skip
 RUNS = (
     ("qdq.onnx", Engine("onnxruntime")),
@@ -35,6 +34,8 @@ RUNS = (
     ("header.h", Engine("cc")),
     ("litert.tflite", Engine("litert")),
     ("litert.tflite", Engine("litert", False)),
+    ("mnn.mnn", Engine("mnn")),
+    ("mnn.mnn", Engine("mnn", False)),
     ("coreml.mlpackage", Interpreted()),
 )
 # What is computed with integers, of 30, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
@@ -86,7 +87,7 @@ def test_levels_and_logits_are_those_of_torch(
         assert far.mean() <= 0.005, quantizer  # values between two levels may go to either
     if isinstance(engine, Interpreted):
         assert agreement(written(kind, name), graph).faults == ()
-    elif engine.optimised and engine.name not in ("qonnx", "litert"):
+    elif engine.optimised and engine.name not in ("qonnx", "litert", "mnn"):
         assert runner.integer == INTEGER[kind, engine.name]
 
 

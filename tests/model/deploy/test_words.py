@@ -82,25 +82,29 @@ def test_files_for_torch_and_pages_are_verified(
 ) -> None:
     """A packed network to the last bit, a program with its codes, a page by the ONNX file in it."""
     files = {"packed": tmp_path / "any.name", "program": tmp_path / "other.name", "c": tmp_path / "x.h",
-             "onnx": tmp_path / "x.onnx"}  # fmt: skip
+             "mnn": tmp_path / "x.mnn", "onnx": tmp_path / "x.onnx"}  # fmt: skip
     for to, path in files.items():
         assert export(to, path, old=small) == 0
     page = tmp_path / "page"
     page.mkdir()
     files["onnx"].rename(page / NETWORK)
     report = tmp_path / "report.json"
-    given = (files["packed"], files["program"], files["c"], page)
+    given = (files["packed"], files["program"], files["c"], files["mnn"], page)
     assert words("--keyword", "verify", "--old", small, *given, "--output", report, "--threads", "2") == 0
     printed = capsys.readouterr().out
     assert "page/network.onnx: the ONNX file of a page, run here and not in a browser" in printed
     assert "2 threads" in printed
-    packed, program, header, *others = json.loads(report.read_text())["comparisons"]
+    packed, program, header, mnn, plain, *others = json.loads(report.read_text())["comparisons"]
     for item in (packed, program):
         assert (item["engine"], item["logits"], item["same"], item["integer"]) == ("torch", 0.0, 1.0, 0)
         assert len(item["codes"]) == 7 and set(item["codes"].values()) == {0.0}
         assert item["layers"] == 9 and item["bytes"] > 0 and item["milliseconds"] > 0
     assert (header["engine"], header["same"], header["integer"], header["layers"]) == ("cc", 1.0, 7, 9)
     assert len(header["codes"]) == 7 and max(header["codes"].values()) < 1e-4  # sums in another order
+    for item in (mnn, plain):
+        assert (item["same"], item["integer"], item["layers"]) == (1.0, 0, 9)
+        assert len(item["codes"]) == 7 and max(item["codes"].values()) < 1e-3
+    assert [item["engine"] for item in (mnn, plain)] == ["mnn, default", "mnn, basic"]
     assert {(item["engine"], item["file"]) for item in others} == {
         (f"{name}, {how}", str(page / NETWORK))
         for name in ("onnxruntime", "openvino")
@@ -144,6 +148,7 @@ def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> Non
         (("--to", "openvino", "--new", "x.onnx"), "end the name of this format's files in .xml"),
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
         (("--to", "litert", "--new", "x.lite"), "end the name of this format's files in .tflite"),
+        (("--to", "mnn", "--new", "x.tflite"), "end the name of this format's files in .mnn"),
         (("--to", "onyx", "--new", "x.onnx"), "did you mean onnx"),
         (("--to", "onnx", "--new", "x.onnx", "--root", "x"), "--root x has no effect without --int8_sums"),
         (("--to", "packed", "--new", "x", "--root", "x"), "--root x has no effect without --int8_sums"),
@@ -172,6 +177,7 @@ def test_mistakes_in_exports(
         ("openvino", (), "onnx onnxscript openvino"),
         ("onnx", ("--int8_sums",), "onnx onnxscript onnxruntime"),
         ("litert", (), "onnx onnxscript ai_edge_litert==2.3.0"),
+        ("mnn", (), "onnx onnxscript MNN==3.6.1 flatbuffers"),
         ("packed", (), "safetensors"),
     ],
 )
@@ -211,7 +217,7 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
         (foreign, "not a file that this tool exports"),
         *(
             (tmp_path / f"none.{ending}", "no such file")
-            for ending in ("onnx", "xml", "pt2", "safetensors", "tflite")
+            for ending in ("onnx", "xml", "pt2", "safetensors", "tflite", "mnn")
         ),
         (photo, "no exported file"),
     ):
