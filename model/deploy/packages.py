@@ -9,9 +9,10 @@ import importlib.util
 import logging
 import sys
 
+from model.deploy.quiet import quiet
 from utils.errors import UserError
 
-TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0"}
+TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0", "executorch": "1.5.1"}
 """Packages whose files may differ with their version, and the version that was tested."""
 
 NOISY = ("coremltools",)
@@ -33,7 +34,8 @@ def needed(*packages: str) -> None:
         if name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            importlib.import_module(name)
+            with quiet():  # coremltools imports executorch where that is installed, which warns
+                importlib.import_module(name)
         except ImportError as error:
             raise UserError(
                 f"{name} is installed but cannot be imported ({error}): pip install --force-reinstall {_pinned(name)}"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +9,7 @@ import numpy as np
 from model.deploy.codes import Array
 from model.deploy.litert.file import OUTPUT, read_litert, text, written
 from model.deploy.litert.network import FIRST, LAST
+from model.deploy.quiet import quiet
 
 PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
@@ -72,17 +69,3 @@ class LitertInterpreter:
             name: value.transpose(FIRST) if value.ndim == 4 else value
             for name, value in zip(names, found, strict=True)
         }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what the interpreter writes on standard error by itself, and without its warnings."""
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
-        warnings.simplefilter("ignore")
-        kept = os.dup(2)
-        try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

@@ -57,6 +57,38 @@ class Parallel(nn.Module):
         return self.fc(torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1))
 
 
+class Geometry(nn.Module):
+    """Strides, paddings, groups, pools, sums and a gate, all from 6 to 3 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.parts = nn.ModuleList(
+            [
+                nn.Conv2d(8, 8, 3, stride=2, padding=1),
+                nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
+                nn.Sequential(
+                    nn.Conv2d(8, 16, 3, padding=2, dilation=2, groups=8), nn.Conv2d(16, 8, 1, stride=2)
+                ),
+                nn.Conv2d(8, 8, (3, 5), stride=2, padding=(1, 2)),
+                nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2)),
+                nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.PReLU(8), nn.Conv2d(8, 8, 1)),
+                nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.Hardswish(), nn.Conv2d(8, 8, 1)),
+                nn.Sequential(nn.AvgPool2d(2, 2), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1)),
+            ]
+        )
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(16 * 9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        first, second, third, *others = [part(x) for part in self.parts]
+        x = self.norm(first + second * torch.sigmoid(third.mean(dim=(2, 3), keepdim=True)))
+        x = torch.cat([x, sum(others[1:], others[0])], dim=1)
+        return self.fc(x.flatten(1))
+
+
 class Single(nn.Module):
     """One function of the image."""
 

@@ -19,7 +19,7 @@ from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph, with_byte_input
 from model.deploy.litert.write import litert_file
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
-from tests.model.deploy.networks import Single, exported, images, torch_values
+from tests.model.deploy.networks import Geometry, Single, exported, images, torch_values
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
@@ -89,38 +89,6 @@ def test_products_read_floats_alone() -> None:
     assert products
     for one in products:
         assert {content.tensors[place].type for place in one.inputs} == {schema.TensorType.FLOAT32}
-
-
-class Geometry(nn.Module):
-    """Strides, paddings, groups, pools, sums and a gate, all from 6 to 3 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.parts = nn.ModuleList(
-            [
-                nn.Conv2d(8, 8, 3, stride=2, padding=1),
-                nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
-                nn.Sequential(
-                    nn.Conv2d(8, 16, 3, padding=2, dilation=2, groups=8), nn.Conv2d(16, 8, 1, stride=2)
-                ),
-                nn.Conv2d(8, 8, (3, 5), stride=2, padding=(1, 2)),
-                nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2)),
-                nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.PReLU(8), nn.Conv2d(8, 8, 1)),
-                nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.Hardswish(), nn.Conv2d(8, 8, 1)),
-                nn.Sequential(nn.AvgPool2d(2, 2), nn.ReLU6(), nn.Conv2d(8, 8, 3, padding=1)),
-            ]
-        )
-        self.norm = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(16 * 9, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(x)
-        first, second, third, *others = [part(x) for part in self.parts]
-        x = self.norm(first + second * torch.sigmoid(third.mean(dim=(2, 3), keepdim=True)))
-        x = torch.cat([x, sum(others[1:], others[0])], dim=1)
-        return self.fc(x.flatten(1))
 
 
 def test_layers_of_each_geometry_compute_what_torch_does(tmp_path: Path) -> None:
