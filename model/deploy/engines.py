@@ -24,7 +24,12 @@ from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
 C_COMPILER = "cc"  # stands for whichever compiler is installed
-_ONE_WAY = ("torch", "coremltools", C_COMPILER)  # engines whose optimisation has no other setting
+_ONE_WAY = (
+    "torch",
+    "coremltools",
+    "executorch",
+    C_COMPILER,
+)  # engines whose optimisation has no other setting
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
@@ -35,6 +40,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         return read_description(path).texts
     if kind == "litert":
         return read_texts(path)
+    if kind == "executorch":
+        from model.deploy.executorch.file import read_executorch
+
+        return dict(read_executorch(path).texts)
     if kind == "coreml":
         from model.deploy.coreml.file import Package
 
@@ -138,6 +147,8 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine("litert"), Engine("litert", False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
+    if kind == "executorch":
+        return [Engine("executorch")]
     if kind == "c":
         return [Engine(C_COMPILER)]
     if kind == "coreml":
@@ -145,7 +156,7 @@ def engines_of(path: Path) -> list[Engine]:
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".tflite, .mlpackage, .h or the folder of a page"
+            ".tflite, .pte, .mlpackage, .h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -351,12 +362,19 @@ def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> 
     return CoremlRunner(path, tensors)
 
 
+def _executorch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> Runner:
+    from model.deploy.executorch.run import ExecutorchRunner
+
+    return ExecutorchRunner(path, tensors, threads)
+
+
 _PACKAGES = {C_COMPILER: (), "litert": (PACKAGE,)}
 """The packages of an engine, where these are not the one of its name."""
 
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,
     "coremltools": _coreml,
+    "executorch": _executorch,
     "litert": _Litert,
     "onnxruntime": _Onnxruntime,
     "openvino": _Openvino,
