@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,9 @@ class XnnpackGraph:
 
     Attributes:
         named: the data of large constants by name.
-        integer: how many layers multiply codes.
-        layers: how many convolutions and linear layers there are.
+        ids: the numbers of the values by name.
+        shapes: of all tensors and constants.
+        values: the constants of floats, written or not.
     """
 
     def __init__(self) -> None:
@@ -66,14 +67,6 @@ class XnnpackGraph:
         self.values.setdefault(name, value)
         self.shapes.setdefault(name, tuple(value.shape))
         return name
-
-    def operator(
-        self, name: str, inputs: Iterable[str], outputs: Iterable[str], version: int = 1, **options: Any
-    ) -> None:
-        """An operator of LiteRT."""
-        from model.deploy.executorch.nodes import NODES
-
-        NODES[name](self, list(inputs), list(outputs), options)
 
     def codes(self, name: str, value: Array, scale: Array, axis: int) -> str:
         """The codes of a weight, int8, with a scale for each output channel, along an axis."""

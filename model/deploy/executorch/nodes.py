@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from math import inf, prod
@@ -303,3 +303,13 @@ NODES: dict[str, Nodes] = {
     "TRANSPOSE": transpose,
 }
 """Operator of LiteRT -> what writes its nodes."""
+
+
+class GraphBuilder(XnnpackGraph):
+    """A graph that takes LiteRT's operators; see `model.deploy.litert.network.Builder`."""
+
+    def operator(
+        self, name: str, inputs: Iterable[str], outputs: Iterable[str], version: int = 1, **options: Any
+    ) -> None:
+        """Write the nodes of an operator."""
+        NODES[name](self, list(inputs), list(outputs), options)

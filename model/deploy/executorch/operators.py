@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from model.deploy.codes import ActivationCodes, Array, WeightCodes
-from model.deploy.executorch.graph import XnnpackGraph
-from model.deploy.executorch.nodes import rounded, scalar
+from model.deploy.executorch.nodes import GraphBuilder, rounded, scalar
 from model.deploy.executorch.nodes import step as node
 from model.deploy.litert import operators as litert
 from model.deploy.litert.network import LitertNetwork, arranged
@@ -32,7 +31,7 @@ class ExecutorchNetwork(LitertNetwork):
     engine = "ExecuTorch"
 
     def __init__(self, steps: Steps) -> None:
-        self.graph = XnnpackGraph()
+        self.graph = GraphBuilder()
         super().__init__(steps, self.graph)
         self.activations: dict[str, ActivationCodes] = {}
         self._quantizers = {
@@ -72,7 +71,7 @@ class ExecutorchNetwork(LitertNetwork):
         return self.add("MUL", [f"{name}.codes", scalar(self.graph, scale)], name)
 
     def float_filters(self, name: str, depthwise: bool) -> str:
-        """A weight as float32; None where it is computed."""
+        """A weight as float32; empty where it is computed."""
         weight = self.weight(name)
         if weight is not None:
             self.float_weights.append(weight.name)
