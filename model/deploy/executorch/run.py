@@ -15,9 +15,8 @@ from model.deploy.executorch.file import QUANTIZERS, RUN, Content, read_executor
 from model.deploy.executorch.graph import FROM_OUTPUT, OUTPUT
 from model.deploy.executorch.library import part
 from model.deploy.litert.network import FIRST
-from model.deploy.offsets import read_offsets
 from model.deploy.quiet import quiet
-from model.deploy.runner import BaseRunner
+from model.deploy.runner import BaseRunner, read_numbers
 
 PRODUCTS = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNFullyConnected")
 
@@ -41,7 +40,7 @@ class ExecutorchRunner(BaseRunner):
             tuple(places),
             {name: np.float32(one) for name, (_, one) in places.items()},
         )
-        self._offsets = read_offsets(content.texts, path) if places else {}
+        self._offsets = read_numbers(content.texts, path) if places else {}
         self.integer, self.layers = layers(content.graph)
         with quiet():
             if threads is not None:
