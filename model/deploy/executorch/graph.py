@@ -11,6 +11,7 @@ import numpy as np
 from model.deploy.codes import Array
 from model.deploy.executorch.library import part
 from model.deploy.litert.network import FIRST, LAST
+from utils.errors import UserError
 
 SERIALIZATION = "backends.xnnpack.serialization"
 INPUT, OUTPUT = "input", "logits"
@@ -118,6 +119,8 @@ class XnnpackGraph:
         """The number of a tensor; constants are written."""
         if name not in self.ids:
             value = self.values[name].astype(np.float32)
+            if self.values[name].dtype.kind in "iu" and (value != self.values[name]).any():
+                raise UserError(f"{name}: ExecuTorch files hold whole numbers below 2**24; export --to onnx")
             self._value(name, "fp32", value.shape, data=self._data(name, value.tobytes()))
         return self.ids[name]
 

@@ -107,6 +107,8 @@ def equal(graph: XnnpackGraph, inputs: Sequence[str], outputs: Sequence[str], op
 def select(graph: XnnpackGraph, inputs: Sequence[str], outputs: Sequence[str], options: Any) -> None:
     """The second number where the first is true, otherwise the third: c x + (1 - c) y, of finite numbers."""
     (condition, x, y), output = inputs, outputs[0]
+    if any(name in graph.values and not np.isfinite(graph.values[name]).all() for name in (x, y)):
+        raise UserError("ExecuTorch files do not hold a choice of infinite numbers; export --to onnx")
     shape = graph.shapes[output]
     opposite = step(
         graph, "Subtract", [scalar(graph, 1), condition], f"{output}.opposite", graph.shapes[condition]

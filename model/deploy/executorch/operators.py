@@ -64,6 +64,8 @@ class ExecutorchNetwork(LitertNetwork):
 
     def operand(self, name: str, rank: int = 0) -> str:
         """A tensor for a node's input; codes are multiplied by their scale where something reads the product."""
+        if self.weight(name) is not None:
+            return self.float_filters(name, False)
         step = self._quantizers.get(name)
         if step is None or name in self.graph.ids:
             return super().operand(name, rank)

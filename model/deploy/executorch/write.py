@@ -52,6 +52,8 @@ def executorch_file(graph: DeployGraph) -> ExecutorchFile:
     steps = with_names_of_quantizers(steps_of(graph, OPERATORS, "ExecuTorch"))
     network = ExecutorchNetwork(steps)
     for step in steps.steps:
+        if step.operator == "Div" and not network.is_float(step.inputs):
+            raise network.refuse(step, "it divides whole numbers")
         OPERATORS[step.operator](network, step)
     made = network.graph
     places = {

@@ -156,6 +156,10 @@ def test_single_operators(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (
+            lambda x: torch.where(x > 0, x, torch.inf).flatten(1),
+            "ExecuTorch files do not hold a choice of infinite numbers",
+        ),
         (lambda x: torch.cumsum(x, dim=1).flatten(1), "ExecuTorch files do not hold the operator CumSum"),
         (
             lambda x: x.mean((1, 2)).flatten(1),
