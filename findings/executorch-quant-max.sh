@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# ExecuTorch (executorch 1.5.1, torch 2.15.0) with XNNPACK: activations that are quantized to four levels, quant_min=0 and
-# quant_max=3, as a network of 2 bits has them.
+# ExecuTorch (executorch 1.5.1, torch 2.15.0) with XNNPACK: activations that are quantized to four levels, quant_min=0
+# and quant_max=3, as a network of 2 bits has them.
 # Expected: the values 0, s, 2 s and 3 s, as torch computes them, or a refusal when the program is lowered.
-# Seen: quant_max is dropped: values run on to 127 s, without a word. With a hardtanh to 0 .. 3 s in front and the whole range
-# of int8 they are right.
+# Seen: quant_max is dropped: values run on to 127 s, without a word. With a hardtanh to 0 .. 3 s in front and the whole
+# range of int8 they are right.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
