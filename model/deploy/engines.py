@@ -24,7 +24,12 @@ from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
 C_COMPILER = "cc"  # stands for whichever compiler is installed
-_ONE_WAY = ("torch", "coremltools", C_COMPILER)  # engines whose optimisation has no other setting
+_ONE_WAY = (
+    "torch",
+    "coremltools",
+    "executorch",
+    C_COMPILER,
+)  # engines whose optimisation has no other setting
 QONNX_DOMAINS = ("qonnx.custom_op.general", "onnx.brevitas")
 
 
@@ -39,6 +44,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         from model.deploy.mnn.file import read_mnn
 
         return read_mnn(path).texts
+    if kind == "executorch":
+        from model.deploy.executorch.file import read_executorch
+
+        return dict(read_executorch(path).texts)
     if kind == "coreml":
         from model.deploy.coreml.file import Package
 
@@ -146,6 +155,8 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine(kind), Engine(kind, False)]
     if kind in ("packed", "program"):
         return [Engine("torch")]
+    if kind == "executorch":
+        return [Engine("executorch")]
     if kind == "c":
         return [Engine(C_COMPILER)]
     if kind == "coreml":
@@ -153,7 +164,7 @@ def engines_of(path: Path) -> list[Engine]:
     if kind != "onnx":
         raise UserError(
             f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".tflite, .mnn, .mlpackage, .h or the folder of a page"
+            ".tflite, .pte, .mnn, .mlpackage, .h or the folder of a page"
         )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
@@ -376,12 +387,19 @@ def _coreml(path: Path, optimised: bool, tensors: bool, threads: int | None) -> 
     return CoremlRunner(path, tensors)
 
 
+def _executorch(path: Path, optimised: bool, tensors: bool, threads: int | None) -> Runner:
+    from model.deploy.executorch.run import ExecutorchRunner
+
+    return ExecutorchRunner(path, tensors, threads)
+
+
 _PACKAGES = {C_COMPILER: (), "litert": (PACKAGE,), "mnn": ("MNN", "flatbuffers")}
 """The packages of an engine, where these are not the one of its name."""
 
 _RUNNERS: dict[str, Any] = {
     C_COMPILER: _c,
     "coremltools": _coreml,
+    "executorch": _executorch,
     "litert": _Litert,
     "mnn": _Mnn,
     "onnxruntime": _Onnxruntime,

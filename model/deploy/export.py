@@ -110,6 +110,7 @@ FOLDERS: dict[str, Callable[[Path], bool]] = {"coreml": is_package, "web": is_pa
 PACKAGES = {
     "c": ("onnx", "onnxscript"),
     "coreml": ("onnx", "onnxscript", "coremltools"),
+    "executorch": ("onnx", "onnxscript", "executorch"),
     "litert": ("onnx", "onnxscript", "ai_edge_litert"),
     "mnn": ("onnx", "onnxscript", "MNN", "flatbuffers"),
     "onnx": ("onnx", "onnxscript"),

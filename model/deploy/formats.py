@@ -34,6 +34,18 @@ def _coreml(graph: DeployGraph, path: Path) -> str:
     return ""
 
 
+def _executorch(graph: DeployGraph, path: Path) -> str:
+    """A file of ExecuTorch."""
+    from model.deploy.executorch.write import executorch_file
+
+    found = executorch_file(graph)
+    path.write_bytes(found.data)
+    if not found.float_weights:
+        return ""
+    names = some_names(found.float_weights)
+    return f"float32 in this format, since XNNPACK multiplies codes with codes alone, in layers of one group: {names}"
+
+
 def _litert(graph: DeployGraph, path: Path) -> str:
     """A file of LiteRT."""
     from model.deploy.litert.write import litert_file
@@ -93,6 +105,7 @@ def _thresholds(graph: DeployGraph, path: Path) -> str:
 GRAPH_FORMATS: dict[str, Write] = {
     "c": _c,
     "coreml": _coreml,
+    "executorch": _executorch,
     "litert": _litert,
     "mnn": _mnn,
     "onnx": _onnx,
@@ -104,6 +117,7 @@ GRAPH_FORMATS: dict[str, Write] = {
 ENDINGS = {
     "c": ".h",
     "coreml": ".mlpackage",
+    "executorch": ".pte",
     "litert": ".tflite",
     "mnn": ".mnn",
     "onnx": ".onnx",

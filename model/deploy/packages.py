@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -13,7 +12,7 @@ import sys
 from model.deploy.quiet import quiet
 from utils.errors import UserError
 
-TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0", "MNN": "3.6.1"}
+TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0", "executorch": "1.5.1", "MNN": "3.6.1"}
 """Packages whose files may differ with their version, and the version that was tested."""
 
 TALKATIVE = ("MNN",)
@@ -38,7 +37,8 @@ def needed(*packages: str) -> None:
         if name in NOISY:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
-            with quiet(1, 2) if name in TALKATIVE else contextlib.nullcontext():
+            # coremltools imports executorch where that is installed, which warns.
+            with quiet(1, 2) if name in TALKATIVE else quiet(2):
                 importlib.import_module(name)
         except ImportError as error:
             raise UserError(

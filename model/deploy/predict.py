@@ -135,6 +135,7 @@ def _exported(
 OPENERS: dict[str, Callable[[Options], Predictor]] = {
     "c": open_for_engine,
     "coreml": open_for_engine,
+    "executorch": open_for_engine,
     "litert": open_for_engine,
     "mnn": open_for_engine,
     "onnx": open_for_engine,

@@ -264,7 +264,8 @@ def without_quantizers(network: nn.Module) -> nn.Module:
 def _float_files(graph: DeployGraph, kinds: set[str], folder: Path) -> dict[str, Path]:
     """The float network in the formats of these kinds that have engines of their own, and as ONNX for all others."""
     files = {
-        kind: folder / f"float{formats.ENDINGS[kind]}" for kind in ("onnx", "c", "coreml", "litert", "mnn")
+        kind: folder / f"float{formats.ENDINGS[kind]}"
+        for kind in ("onnx", "c", "coreml", "executorch", "litert", "mnn")
     }
     files = {kind: path for kind, path in files.items() if kind in {"onnx", *kinds}}
     for kind, path in files.items():

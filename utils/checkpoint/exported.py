@@ -14,11 +14,15 @@ TEXTS: tuple[str, ...] = ("classes.json", "images.json")  # beside a program
 _LONGEST_HEADER = 10**8  # bytes, of a safetensors file
 
 LITERT_MARK = b"TFL3"  # of a file of LiteRT, behind its first four bytes
+EXECUTORCH_MARK = b"ET12"  # of a file of ExecuTorch, likewise
+
+_MARKS = {LITERT_MARK: "litert", EXECUTORCH_MARK: "executorch"}
 
 _NAME = "name the checkpoint that it was exported from"
 _INSTEAD = {
     "c": f"a C header, no PyTorch checkpoint; {_NAME}",
     "coreml": f"a package of Core ML, no PyTorch checkpoint; {_NAME}",
+    "executorch": f"a file of ExecuTorch, no PyTorch checkpoint; {_NAME}",
     "litert": f"a file of LiteRT, no PyTorch checkpoint; {_NAME}",
     "mnn": f"a file of MNN, no PyTorch checkpoint; {_NAME}",
     "onnx": f"an ONNX file, no PyTorch checkpoint; {_NAME}",
@@ -49,8 +53,9 @@ def exported_kind(path: Path) -> str:
         if path.suffix == ".h":
             return "c" if _begins_with(path, C_MARK.encode()) else ""
         with path.open("rb") as file:
-            if file.read(8)[4:] == LITERT_MARK:
-                return "litert"
+            mark = file.read(8)[4:]
+        if mark in _MARKS:
+            return _MARKS[mark]
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/extra/")[2] for name in archive.namelist()}
@@ -64,6 +69,7 @@ _ENDINGS = {
     ".h": "c",
     ".mlpackage": "coreml",
     ".mnn": "mnn",
+    ".pte": "executorch",
     ".onnx": "onnx",
     ".xml": "openvino",
     ".safetensors": "packed",

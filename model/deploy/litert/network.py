@@ -5,13 +5,13 @@ Images are [N, height, width, channels] here, as LiteRT's convolutions need them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from model.deploy.codes import Array, WeightCodes
-from model.deploy.litert.file import INPUT, FileBuilder
+from model.deploy.litert.file import INPUT
 from model.deploy.steps import WEIGHT, Step, Steps
 from utils.errors import UserError
 
@@ -23,6 +23,26 @@ DEQUANTIZE_VERSIONS = {(False, False): 2, (True, False): 5, (False, True): 6, (T
 """The first that knows scales of channels, and codes below 8 bits."""
 
 
+class Builder(Protocol):
+    """What writes tensors and operators; see `FileBuilder`."""
+
+    def tensor(self, name: str, shape: Sequence[int], kind: str = "float32") -> str:
+        """A tensor that an operator makes, or the input."""
+        ...
+
+    def constant(
+        self, name: str, value: Array, kind: str = "", scale: Array | None = None, axis: int = 0
+    ) -> str:
+        """A constant."""
+        ...
+
+    def operator(
+        self, name: str, inputs: Iterable[str], outputs: Iterable[str], version: int = 1, **options: Any
+    ) -> None:
+        """An operator."""
+        ...
+
+
 class LitertNetwork:
     """The file under construction, and what is known of the steps that become its operators.
 
@@ -31,10 +51,10 @@ class LitertNetwork:
         float_weights: the names of quantized weights that are stored as float32.
     """
 
-    def __init__(self, steps: Steps, input_kind: str) -> None:
-        quantizers = [step.activation or step.weight for step in steps.steps]
-        names = [quantizer.name for quantizer in quantizers if quantizer is not None]
-        self.file = FileBuilder([*names, *(f"{name}.codes" for name in names)])
+    engine = "LiteRT"
+
+    def __init__(self, steps: Steps, file: Builder, input_kind: str = "float32") -> None:
+        self.file = file
         self.float_weights: list[str] = []
         self._steps = steps
         self._constants = steps.constants
@@ -76,7 +96,7 @@ class LitertNetwork:
             return name
         narrow = value.astype(NARROWER.get(value.dtype, value.dtype))
         if value.dtype == np.int64 and (narrow != value).any():
-            raise UserError(f"{name}: LiteRT files hold integers of 32 bits; export --to onnx")
+            raise UserError(f"{name}: {self.engine} files hold integers of 32 bits; export --to onnx")
         value = narrow
         value = value.reshape((1,) * (rank - value.ndim) + value.shape) if 0 < value.ndim < rank else value
         value = value.transpose(LAST) if value.ndim == 4 else value
@@ -113,8 +133,8 @@ class LitertNetwork:
         return next((self._kinds[name] for name in names if name in self._kinds), "float32")
 
     def refuse(self, step: Step, why: str) -> UserError:
-        """The line about a step that LiteRT does not take."""
-        return step.refused(f"LiteRT files do not hold this {step.operator}: {why}")
+        """The line about a step that the engine does not take."""
+        return step.refused(f"{self.engine} files do not hold this {step.operator}: {why}")
 
     def filters(
         self, x: str, weight: WeightCodes, *, grouped: bool = False, depthwise: bool = False

@@ -62,7 +62,7 @@ def convolution(network: LitertNetwork, step: Step) -> None:
     if depthwise:
         options["depthMultiplier"] = shape[0] // channels
     operator = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
-    network.add(operator, [source, filters, _bias(network, step, shape[0])], step.outputs[0], **options)
+    network.add(operator, [source, filters, bias(network, step, shape[0])], step.outputs[0], **options)
 
 
 def _filters(network: LitertNetwork, step: Step, *, depthwise: bool = False) -> str:
@@ -73,7 +73,8 @@ def _filters(network: LitertNetwork, step: Step, *, depthwise: bool = False) -> 
     return network.file.constant(step.inputs[1], arranged(value.astype(np.float32), depthwise))
 
 
-def _bias(network: LitertNetwork, step: Step, outputs: int) -> str:
+def bias(network: LitertNetwork, step: Step, outputs: int) -> str:
+    """The bias of a layer, zero where it has none."""
     if len(step.inputs) < 3 or not step.inputs[2]:
         return network.zeros(outputs)
     value = network.known(step.inputs[2])
@@ -170,8 +171,8 @@ def linear(network: LitertNetwork, step: Step) -> None:
         x, filters = network.filters(x, codes)
     else:
         filters = _filters(network, step)
-    bias = _bias(network, step, network.shape(step.inputs[1])[0])
-    network.add("FULLY_CONNECTED", [x, filters, bias], step.outputs[0])
+    shift = bias(network, step, network.shape(step.inputs[1])[0])
+    network.add("FULLY_CONNECTED", [x, filters, shift], step.outputs[0])
 
 
 def elementwise(operator: str, network: LitertNetwork, step: Step, *, kind: str = "") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.deploy.graph import DeployGraph
-from model.deploy.litert.file import schema
+from model.deploy.litert.file import FileBuilder, schema
 from model.deploy.litert.network import LitertNetwork
 from model.deploy.litert.operators import FLOATS, OPERATORS
 from model.deploy.quiet import quiet
@@ -50,12 +50,15 @@ def litert_file(graph: DeployGraph) -> LitertFile:
     """
     kind = graph.model.graph.input[0].type.tensor_type.elem_type
     steps = with_names_of_quantizers(steps_of(graph, OPERATORS, "LiteRT"))
-    network = LitertNetwork(steps, "uint8" if kind == BYTES else "float32")
+    quantizers = [step.activation or step.weight for step in steps.steps]
+    names = [quantizer.name for quantizer in quantizers if quantizer is not None]
+    file = FileBuilder([*names, *(f"{name}.codes" for name in names)])
+    network = LitertNetwork(steps, file, "uint8" if kind == BYTES else "float32")
     for step in steps.steps:
         if step.operator in FLOATS and not network.is_float(step.inputs):
             raise network.refuse(step, "its numbers are no floats")
         OPERATORS[step.operator](network, step)
-    data = network.file.finished(steps.metadata)
+    data = file.finished(steps.metadata)
     check_loads(data)
     return LitertFile(data=data, float_weights=tuple(network.float_weights))
 

@@ -57,17 +57,6 @@ class Parallel(nn.Module):
         return self.fc(torch.cat([branch(x).mean(dim=(2, 3)) for branch in self.branches], dim=1))
 
 
-class Single(nn.Module):
-    """One function of the image."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class Geometry(nn.Module):
     """Strides, paddings, groups, pools, sums and a gate, all from 6 to 3 pixels."""
 
@@ -98,6 +87,17 @@ class Geometry(nn.Module):
         x = self.norm(first + second * torch.sigmoid(third.mean(dim=(2, 3), keepdim=True)))
         x = torch.cat([x, sum(others[1:], others[0])], dim=1)
         return self.fc(x.flatten(1))
+
+
+class Single(nn.Module):
+    """One function of the image."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 def images(count: int, channels: int = 3, size: int = 6) -> Tensor:

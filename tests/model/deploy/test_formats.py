@@ -22,7 +22,8 @@ from utils.errors import UserError
 
 FORMATS = {
     "header.h": "c", "qdq.onnx": "onnx", "openvino.xml": "openvino", "coreml.mlpackage": "coreml",
-    "litert.tflite": "litert", "mnn.mnn": "mnn", "qonnx.onnx": "qonnx", "thresholds.onnx": "thresholds",
+    "executorch.pte": "executorch", "litert.tflite": "litert", "mnn.mnn": "mnn", "qonnx.onnx": "qonnx",
+    "thresholds.onnx": "thresholds",
 }  # fmt: skip
 RUNS = (
     ("qdq.onnx", Engine("onnxruntime")),
@@ -36,6 +37,7 @@ RUNS = (
     ("litert.tflite", Engine("litert", False)),
     ("mnn.mnn", Engine("mnn")),
     ("mnn.mnn", Engine("mnn", False)),
+    ("executorch.pte", Engine("executorch")),
     ("coreml.mlpackage", Interpreted()),
 )
 # What is computed with integers, of 30, 24 and 17 layers: all but the stem, layers with uneven levels on a side, with a
@@ -45,6 +47,9 @@ INTEGER = {
     ("methods", "cc"): 23,  # also 8 bits on both sides
     ("widths", "cc"): 21,
     ("options", "cc"): 7,
+    ("methods", "executorch"): 23,
+    ("widths", "executorch"): 17,  # also 8 bits on both sides
+    ("options", "executorch"): 7,
     ("methods", "onnxruntime"): 0,
     ("methods", "openvino"): 23,
     ("widths", "onnxruntime"): 5,

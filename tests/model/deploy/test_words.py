@@ -149,6 +149,7 @@ def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> Non
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
         (("--to", "litert", "--new", "x.lite"), "end the name of this format's files in .tflite"),
         (("--to", "mnn", "--new", "x.tflite"), "end the name of this format's files in .mnn"),
+        (("--to", "executorch", "--new", "x.pt"), "end the name of this format's files in .pte"),
         (("--to", "onyx", "--new", "x.onnx"), "did you mean onnx"),
         (("--to", "onnx", "--new", "x.onnx", "--root", "x"), "--root x has no effect without --int8_sums"),
         (("--to", "packed", "--new", "x", "--root", "x"), "--root x has no effect without --int8_sums"),
@@ -178,6 +179,7 @@ def test_mistakes_in_exports(
         ("onnx", ("--int8_sums",), "onnx onnxscript onnxruntime"),
         ("litert", (), "onnx onnxscript ai_edge_litert==2.3.0"),
         ("mnn", (), "onnx onnxscript MNN==3.6.1 flatbuffers"),
+        ("executorch", (), "onnx onnxscript executorch==1.5.1"),
         ("packed", (), "safetensors"),
     ],
 )
@@ -217,7 +219,7 @@ def test_files_that_verify_cannot_take(tmp_path: Path, capsys: pytest.CaptureFix
         (foreign, "not a file that this tool exports"),
         *(
             (tmp_path / f"none.{ending}", "no such file")
-            for ending in ("onnx", "xml", "pt2", "safetensors", "tflite", "mnn")
+            for ending in ("onnx", "xml", "pt2", "pte", "safetensors", "tflite", "mnn")
         ),
         (photo, "no exported file"),
     ):

@@ -1,0 +1,1 @@
+"""ExecuTorch's files (.pte): writing, reading and running them."""
