@@ -195,12 +195,11 @@ def agreements(dataset: str, m: Method, trained: Trained) -> Iterator[Agreement]
 
 
 def boards(trained: Trained) -> Boards:
-    """The files for phones and boards of a network in their engines on all images; or why there is no file."""
+    """The files for phones and boards in their engines, on the validation images; or why there is no file."""
     shape = (trained.transform.channels, *sides(trained.transform.size))
-    loaders = data_of(trained, train=True)
-    assert loaders.train is not None and loaders.val is not None
-    loaders.train.set_epoch(0)
-    batches = [*loaders.val, *loaders.train]
+    loader = data_of(trained).val
+    assert loader is not None
+    batches = list(loader)
     graph = deploy_graph(trained.network, shape)
     found: Boards = {}
     with tempfile.TemporaryDirectory() as name:
