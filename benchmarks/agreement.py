@@ -203,14 +203,20 @@ def boards(trained: Trained) -> Boards:
     graph = deploy_graph(trained.network, shape)
     found: Boards = {}
     with tempfile.TemporaryDirectory() as name:
-        for kind in BOARDS:
-            path = Path(name) / f"network{ENDINGS[kind]}"
+        paths = {kind: Path(name) / f"network{ENDINGS[kind]}" for kind in BOARDS}
+        for kind, path in paths.items():
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     GRAPH_FORMATS[kind](graph, path)
-                found[kind] = compare(trained.network, shape, batches, {path: engines_of(path)})
             except UserError as error:
                 found[kind] = str(error)
+        engines = {path: engines_of(path) for kind, path in paths.items() if kind not in found}
+        compared = compare(trained.network, shape, batches, engines)
+        found |= {
+            kind: [one for one in compared if one.file == str(path)]
+            for kind, path in paths.items()
+            if kind not in found
+        }
     return found
 
 

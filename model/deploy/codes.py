@@ -344,6 +344,21 @@ def quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
         return value * quantizer.per_channel(quantizer.gamma.float()) if quantizer.config.gamma else value
 
 
+def sum_range(weight: WeightCodes, codes: ActivationCodes) -> tuple[Array, Array]:
+    """The lowest and the highest sum of products of each output channel, int64 [out]; padded places are 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from model.deploy.codes import ActivationCodes, WeightCodes, sum_range
+        >>> weight = WeightCodes(name="w", levels=4, codes=np.array([[3, -1], [1, 1]]), scale=np.ones(1))
+        >>> sum_range(weight, ActivationCodes(name="a", levels=4, highest=3, step=1.0))
+        (array([-3,  0]), array([9, 6]))
+    """
+    flat = weight.codes.reshape(len(weight.codes), -1).astype(np.int64)
+    ends = np.stack([flat * min(codes.lowest, 0), flat * max(codes.highest, 0)])
+    return ends.min(axis=0).sum(axis=1), ends.max(axis=0).sum(axis=1)
+
+
 def digits_per_word(base: int) -> tuple[int, int]:
     """How many digits of a base share a word, and the word's bytes: 1 or 4, whichever holds more a byte.
 

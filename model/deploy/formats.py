@@ -43,7 +43,7 @@ def _executorch(graph: DeployGraph, path: Path) -> str:
     if not found.float_weights:
         return ""
     names = some_names(found.float_weights)
-    return f"float32 in this format, since XNNPACK multiplies codes with codes alone, in layers of one group: {names}"
+    return f"float32, where a side has no codes of 8 bits right in front of the layer, or it is in groups: {names}"
 
 
 def _litert(graph: DeployGraph, path: Path) -> str:

@@ -12,7 +12,13 @@ import sys
 from model.deploy.quiet import quiet
 from utils.errors import UserError
 
-TESTED = {"ai_edge_litert": "2.3.0", "coremltools": "9.0", "executorch": "1.5.1", "MNN": "3.6.1"}
+TESTED = {
+    "ai_edge_litert": "2.3.0",
+    "coremltools": "9.0",
+    "executorch": "1.5.1",
+    "MNN": "3.6.1",
+    "qonnx": "1.0.0",
+}
 """Packages whose files may differ with their version, and the version that was tested."""
 
 TALKATIVE = ("MNN",)

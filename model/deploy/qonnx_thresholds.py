@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.deploy.codes import ActivationCodes, Array, WeightCodes
+from model.deploy.codes import ActivationCodes, Array, WeightCodes, sum_range
 from model.deploy.graph import DeployGraph
 from model.deploy.nodes import DOMAIN, initializers, node_key, tensor_attributes
 from model.deploy.onnx_qdq import Builder, complete_model
 from model.deploy.qonnx_quant import QONNX, quant_bits
-from model.deploy.sum_thresholds import NoThresholds, between, integer_thresholds, real_thresholds, sum_range
+from model.deploy.sum_thresholds import NoThresholds, between, integer_thresholds, real_thresholds
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -219,7 +219,7 @@ class _Streamlined:
             node, code = padding
             value = self.builder.constant(f"{name}.padding", code, np.float32)
             result = self._add("Pad", [result, node.input[1], value], f"{name}.codes")
-        scale = self.builder.constant(f"{name}.scale", codes.scale, np.float32)
+        scale = self._constant(f"{name}.scale", np.array(codes.scale))
         return self._add("Mul", [result, scale], name)
 
     def _integer_thresholds(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.deploy.codes import ActivationCodes, Array, WeightCodes
+from model.deploy.codes import ActivationCodes, Array
 from model.deploy.graph import OPSET
 from model.deploy.nodes import tensor_attributes
 from model.deploy.onnx_qdq import PRODUCTS
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 SAMPLES = 4096  # sums of a channel that are compared with its thresholds; all, where there are no more
+NEIGHBOURS = 8  # how far from each threshold two of them lie besides
 # Operators on single elements; whether what they do together is increasing is computed.
 ELEMENTWISE = frozenset(
     {
@@ -90,9 +91,8 @@ class Between:
         Raises:
             NoThresholds: a pool does not commute, or channels are no channels.
         """
-        values = np.concatenate([sums, np.zeros_like(sums[:1])]).astype(
-            np.float32
-        )  # the last: a padded place
+        # The last is a padded place.
+        values = np.concatenate([sums, np.zeros_like(sums[:1])]).astype(np.float32)
         values = values.reshape(*values.shape, *[1] * (self.rank - 2))
         shape, known = values.shape, {self.source: values}
         for node in self.nodes:
@@ -158,14 +158,22 @@ def between(
     if source not in sources:
         raise NoThresholds(f"behind {made[source].op_type} in float")
     order = list(nodes.values())
-    places = [i for i, node in enumerate(order) if node.op_type == "Pad"]
-    if places and any(node.op_type in ("Pad", "MaxPool") for node in order[places[0] + 1 :]):
-        raise NoThresholds("behind a padding, which thresholds do not pass")
+    places = [i for i, node in enumerate(order) if node.op_type in ("Pad", "MaxPool")]
+    for i in places:
+        # It moves to another place, which is right only where all that follows comes from it.
+        if {source, *nodes}.difference(list(nodes)[i:]).intersection(
+            name for node in order[i + 1 :] for name in node.input
+        ):
+            raise NoThresholds(f"behind {order[i].op_type} of one branch")
+        if order[i].op_type == "Pad" and i != places[-1]:
+            raise NoThresholds("behind a padding, which thresholds do not pass")
     return Between(source=source, result=result, nodes=tuple(order), constants=constants, rank=rank[source])
 
 
 def _check_passed(node: NodeProto, constants: Mapping[str, Array]) -> None:
     operator = node.op_type
+    if operator == "MultiThreshold":
+        raise NoThresholds("behind another quantizer")
     pads = operator == "Pad" and _pads_zeros(node, constants)
     if node.domain or not (operator in ELEMENTWISE or operator == "MaxPool" or pads) or len(node.output) != 1:
         raise NoThresholds(f"behind {operator}, which thresholds do not pass")
@@ -175,8 +183,10 @@ def _pads_zeros(node: NodeProto, constants: Mapping[str, Array]) -> bool:
     """Whether a node `Pad` surrounds its input by zeros."""
     if tensor_attributes(node).get("mode", b"constant") != b"constant" or any(node.input[3:]):
         return False
-    value = node.input[2] if len(node.input) > 2 else ""
-    return node.input[1] in constants and not (value and constants.get(value, np.ones(1)).any())
+    value, pads = node.input[2] if len(node.input) > 2 else "", constants.get(node.input[1])
+    if pads is None or pads.reshape(2, -1)[:, :2].any():  # of the batch or of channels
+        return False
+    return not (value and constants.get(value, np.ones(1)).any())
 
 
 def _computed(node: NodeProto, inputs: Mapping[str, Array | None]) -> Array:
@@ -193,7 +203,7 @@ def integer_thresholds(
 ) -> tuple[Array, int]:
     """The least sums whose codes are above the lowest one, by 1, by 2 and so on.
 
-    They are found by bisection and compared with the codes of `SAMPLES` sums.
+    They are found by bisection, and compared with the codes of `SAMPLES` sums and of those around each threshold.
 
     Args:
         function: what lies in between.
@@ -217,6 +227,8 @@ def integer_thresholds(
         low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
     share = np.linspace(0, 1, min(SAMPLES, int((highest - lowest).max()) + 1))[:, None]
     sums = np.round(lowest + share * (highest - lowest)).astype(np.int64)
+    sides = [low + apart for apart in (-NEIGHBOURS, -1, 0, NEIGHBOURS)]
+    sums = np.sort(np.concatenate([sums, *(np.clip(side, lowest, highest) for side in sides)]), axis=0)
     found, padded = function(sums)
     wanted = np.searchsorted(edges, found, side="right")
     for channel in range(len(lowest)):
@@ -227,22 +239,6 @@ def integer_thresholds(
     if function.padding is not None and np.ptp(outside):
         raise NoThresholds("its padding has other codes in each channel")
     return low.T, codes.lowest + int(outside[0]) * (2 if codes.signs else 1)
-
-
-def sum_range(weight: WeightCodes, codes: ActivationCodes) -> tuple[Array, Array]:
-    """The lowest and the highest sum of products of each output channel, int64 [out]; padded places are 0.
-
-    Example:
-        >>> import numpy as np
-        >>> from model.deploy.codes import ActivationCodes, WeightCodes
-        >>> from model.deploy.sum_thresholds import sum_range
-        >>> weight = WeightCodes(name="w", levels=4, codes=np.array([[3, -1], [1, 1]]), scale=np.ones(1))
-        >>> sum_range(weight, ActivationCodes(name="a", levels=4, highest=3, step=1.0))
-        (array([-3,  0]), array([9, 6]))
-    """
-    flat = weight.codes.reshape(len(weight.codes), -1).astype(np.int64)
-    ends = np.stack([flat * min(codes.lowest, 0), flat * max(codes.highest, 0)])
-    return ends.min(axis=0).sum(axis=1), ends.max(axis=0).sum(axis=1)
 
 
 def real_thresholds(codes: ActivationCodes) -> Array:

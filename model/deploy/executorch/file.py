@@ -27,15 +27,13 @@ class Content:
 
     Attributes:
         graph: the tables of XNNPACK's graph, with the names of their schema.
-        inside: the small constants that follow the graph.
         image: the shape of the input.
         outputs: the shapes of the outputs.
-        named: the large constants by name.
+        named: the constants by name.
         texts: what the other methods return.
     """
 
     graph: dict[str, Any]
-    inside: bytes
     image: tuple[int, ...]
     outputs: tuple[tuple[int, ...], ...]
     named: Mapping[str, bytes]
@@ -46,8 +44,8 @@ class Content:
         header_type = part(f"{SERIALIZATION}.xnnpack_graph_serialize").XNNHeader
         start, data = header_type.EXPECTED_LENGTH, _compiled(self.graph)
         start, size = (-(-length // ALIGNMENT) * ALIGNMENT for length in (start, len(data)))
-        header = header_type(start, len(data), start + size, len(self.inside)).to_bytes()
-        return header.ljust(start, b"\0") + data.ljust(size, b"\0") + self.inside
+        header = header_type(start, len(data), start + size, 0).to_bytes()
+        return header.ljust(start, b"\0") + data.ljust(size, b"\0")
 
     def file(self) -> bytes:
         """The bytes of a file."""
@@ -149,14 +147,14 @@ def read_executorch(path: Path) -> Content:
         blob = file.program.backend_delegate_data[0].data
         header = header_type.from_bytes(blob[: header_type.EXPECTED_LENGTH])
         start, end = header.flatbuffer_offset, header.flatbuffer_offset + header.flatbuffer_size
-        graph, inside = _tables(blob[start:end]), blob[header.constant_data_offset :]
+        graph = _tables(blob[start:end])
         stored = file.named_data
         named = {} if stored is None else {
             name: bytes(stored.buffers[entry.buffer_index]) for name, entry in stored.pte_data.items()
         }  # fmt: skip
         json.loads(texts[QUANTIZERS])
-    except Exception as error:  # whatever reading bytes at wrong places raises
+    except Exception as error:  # whatever reading bytes at wrong places raises, and what reads them for it
         raise UserError(
-            f"{path}: not a valid file of ExecuTorch that export has written: {error or type(error).__name__}"
+            f"{path}: not a valid file of ExecuTorch that export has written, or cut short or damaged; export it anew"
         ) from error
-    return Content(graph=graph, inside=inside, image=image, outputs=tuple(outputs), named=named, texts=texts)
+    return Content(graph=graph, image=image, outputs=tuple(outputs), named=named, texts=texts)

@@ -19,9 +19,6 @@ FROM_INPUT, FROM_OUTPUT = 1, 2  # flags of values that come from outside, and go
 NO_VALUE = 2**32 - 1
 NO_OFFSET = 2**64 - 1
 ALIGNMENT = 16  # of constants
-INSIDE = (
-    256  # bytes of the largest constant that is written into the graph; others are named data of the file
-)
 
 
 class XnnpackGraph:
@@ -30,7 +27,8 @@ class XnnpackGraph:
     Inside, images have their channels last.
 
     Attributes:
-        named: the data of large constants by name.
+        named: the data of constants by name. They are no part of the graph: a runtime that maps a file into memory
+            gives the graph back once it has made its own, while it still reads constants of sums and products.
         ids: the numbers of the values by name.
         shapes: of all tensors and constants.
         values: the constants of floats, written or not.
@@ -44,7 +42,6 @@ class XnnpackGraph:
         self._schema = part(f"{SERIALIZATION}.xnnpack_graph_schema")
         self._xvalues: list[Any] = []
         self._xnodes: list[Any] = []
-        self._inside = bytearray()
         self._constants = [self._schema.ConstantDataOffset(0, 0)]
 
     def tensor(self, name: str, shape: Sequence[int], kind: str = "float32") -> str:
@@ -105,14 +102,8 @@ class XnnpackGraph:
 
     def _data(self, name: str, data: bytes) -> int:
         """The place of a constant's bytes in the table of constants."""
-        if len(data) > INSIDE:
-            self.named[name] = data
-            entry = self._schema.ConstantDataOffset(NO_OFFSET, len(data), name)
-        else:
-            self._inside += b"\0" * (-len(self._inside) % ALIGNMENT)
-            entry = self._schema.ConstantDataOffset(len(self._inside), len(data), None)
-            self._inside += data
-        self._constants.append(entry)
+        self.named[name] = data
+        self._constants.append(self._schema.ConstantDataOffset(NO_OFFSET, len(data), name))
         return len(self._constants) - 1
 
     def id(self, name: str) -> int:
@@ -154,15 +145,13 @@ class XnnpackGraph:
         )
         self._xnodes.append(self._schema.XNode(made, 0))
 
-    def finished(self) -> tuple[dict[str, Any], bytes]:
-        """The tables of the graph, and the small constants that follow it."""
+    def finished(self) -> dict[str, Any]:
+        """The tables of the graph."""
         graph = self._schema.XNNGraph(
             version="0", xnodes=self._xnodes, xvalues=self._xvalues, num_externs=2, input_ids=[self.ids["image"]],
             output_ids=[self.ids[OUTPUT]], constant_data=self._constants,
         )  # fmt: skip
-        return json.loads(json.dumps(graph, cls=part("exir._serialize._dataclass")._DataclassEncoder)), bytes(
-            self._inside
-        )
+        return json.loads(json.dumps(graph, cls=part("exir._serialize._dataclass")._DataclassEncoder))
 
 
 def _number(value: float) -> float | str:

@@ -3,14 +3,15 @@
 XNNPACK multiplies integers and gives floats where the activations of a layer are quantized dynamically: it takes the
 lowest and the highest value of an image for the codes -128 and 127, and adds a bias in float. Our activations have
 codes already. Therefore they get one more channel that holds 255, or two that hold 127 and -128, with weights of zero.
-Then XNNPACK's scale is exactly 1, its codes are ours, and the sums of products are exact integers, whatever follows.
+Then XNNPACK's scale is exactly 1, its codes are ours, and the sums of products are exact integers, which become float32
+behind the sum. Layers whose sums could pass 2^31 are multiplied in float.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from model.deploy.codes import ActivationCodes, Array, WeightCodes
+from model.deploy.codes import ActivationCodes, Array, WeightCodes, sum_range
 from model.deploy.executorch.nodes import GraphBuilder, rounded, scalar
 from model.deploy.executorch.nodes import step as node
 from model.deploy.litert import operators as litert
@@ -18,6 +19,7 @@ from model.deploy.litert.network import LitertNetwork, arranged
 from model.deploy.steps import Step, Steps
 
 BOTTOM, TOP = -128, 127  # of XNNPACK's codes
+LARGEST_SUM = 2**31 - 1
 
 
 class ExecutorchNetwork(LitertNetwork):
@@ -45,6 +47,9 @@ class ExecutorchNetwork(LitertNetwork):
             return None
         ends = (TOP, BOTTOM) if activation.lowest < 0 else (TOP - BOTTOM,)
         if activation.lowest < BOTTOM or activation.highest > ends[0]:
+            return None
+        lowest, highest = sum_range(weight, activation)
+        if max(-lowest.min(), highest.max()) > LARGEST_SUM:
             return None
         source, shape = f"{x}.codes", list(self.physical(self.shape(x)))
         for end in ends:

@@ -18,6 +18,8 @@ from model.deploy.quiet import quiet
 from model.deploy.steps import steps_of, with_names_of_quantizers
 from utils.errors import UserError
 
+UNBOUNDED = ("Exp", "Log", "Sqrt", "Reciprocal", "Pow")  # give infinity or NaN of finite numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorchFile:
@@ -50,7 +52,13 @@ def executorch_file(graph: DeployGraph) -> ExecutorchFile:
     """
     steps = with_names_of_quantizers(steps_of(graph, OPERATORS, "ExecuTorch"))
     network = ExecutorchNetwork(steps)
+    unbounded: set[str] = set()  # tensors that may hold numbers that are not finite
     for step in steps.steps:
+        if step.operator == "Where" and unbounded.intersection(step.inputs[1:]):
+            raise step.refused("it chooses between numbers one of which may be infinite")  # c x + (1 - c) y
+        divides = step.operator == "Div" and step.inputs[1] not in steps.constants
+        if divides or step.operator in UNBOUNDED:
+            unbounded.update(step.outputs)
         if step.operator == "Div" and not network.is_float(step.inputs):
             raise network.refuse(step, "it divides whole numbers")
         OPERATORS[step.operator](network, step)
@@ -60,9 +68,8 @@ def executorch_file(graph: DeployGraph) -> ExecutorchFile:
         for codes in (step.activation for step in steps.steps)
         if codes is not None
     }
-    tables, inside = made.finished()
     content = Content(
-        graph=tables, inside=inside, image=steps.shapes[INPUT], outputs=(steps.shapes[OUTPUT],), named=made.named,
+        graph=made.finished(), image=steps.shapes[INPUT], outputs=(steps.shapes[OUTPUT],), named=made.named,
         texts={**steps.metadata, QUANTIZERS: json.dumps(places)},
     )  # fmt: skip
     data = content.file()

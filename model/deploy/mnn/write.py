@@ -55,11 +55,15 @@ def write_mnn(graph: DeployGraph, path: Path) -> tuple[str, ...]:
             raise network.refuse(step, "its numbers are no floats")
         OPERATORS[step.operator](network, step)
     convert(network.finished(), path)
-    found = read_mnn(path)
-    if found.numbers() != network.numbers():
-        raise UserError("MNN's converter has changed numbers of the network; export --to onnx")
-    _check_weights(found, graph)
-    _check_shapes(path, steps.shapes)
+    try:
+        found = read_mnn(path)
+        if found.numbers() != network.numbers():
+            raise UserError("MNN's converter has changed numbers of the network; export --to onnx")
+        _check_weights(found, graph)
+        _check_shapes(path, steps.shapes)
+    except UserError:
+        path.unlink()
+        raise
     return tuple(network.float_weights)
 
 
@@ -78,14 +82,15 @@ def _check_weights(found: MnnFile, graph: DeployGraph) -> None:
 
 
 def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that MNN runs a file, and computes tensors of the shapes that the network has."""
+    """Check that MNN runs a file, with two images at once, and makes tensors of the shapes that the network has."""
     runner = MnnInterpreter(path, True, QUANTIZERS, 1)
     try:
-        found = runner.run(np.zeros(shapes[INPUT], np.float32))
+        found = runner.run(np.zeros((2, *shapes[INPUT][1:]), np.float32))
     except RuntimeError as error:
         raise UserError(f"MNN does not run this network ({error}); export --to onnx") from error
     for name, value in found.items():
-        if value.shape != tuple(shapes[name]):
+        shape = (2 * shapes[name][0], *shapes[name][1:])
+        if value.shape != shape:
             raise UserError(
-                f"{name}: MNN makes a tensor of {value.shape} where the network has {shapes[name]}; export --to onnx"
+                f"{name}: MNN makes a tensor of {value.shape} of two images, the network {shape}; export --to onnx"
             )

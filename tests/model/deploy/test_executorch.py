@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from model.deploy import packages
 from model.deploy.codes import WeightCodes
 from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph
-from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
+from model.quant import QuantConfig, QuantConv2d, QuantizerConfig, QuantLinear
 from tests.model.deploy.networks import Geometry, Single, exported, images, torch_values
 from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
@@ -206,3 +208,41 @@ def test_another_version_is_a_warning(
     packages.needed("executorch")
     packages._warn_of_version.cache_clear()
     assert "warning: executorch 1.0 is installed, and 1.5.1 was tested" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_file_that_is_loaded_by_its_path_computes_the_same(tmp_path: Path) -> None:
+    """Loaded so, it is mapped into memory, and given back in part once the runtime has made its own graph of it."""
+    network, graph = exported("options")
+    path = tmp_path / "x.pte"
+    path.write_bytes(executorch_file(graph).data)
+    x = images(1)
+    np.save(tmp_path / "x.npy", x.numpy())
+    program = (
+        "import sys, numpy, torch; from executorch.runtime import Runtime\n"
+        "program = Runtime.get().load_program(sys.argv[1])\n"
+        "(logits,) = program.load_method('forward').execute([torch.from_numpy(numpy.load(sys.argv[2]))])\n"
+        "numpy.save(sys.argv[3], logits.numpy())\n"
+    )
+    command = [sys.executable, "-c", program, str(path), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    subprocess.run(command, check=True, capture_output=True)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "y.npy"), torch_values(network, x)["logits"], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_choices_between_infinite_numbers_and_sums_beyond_32_bits() -> None:
+    def guarded(x: Tensor) -> Tensor:
+        y = torch.where(x > 0, x / x.relu(), x)
+        return y.mean(dim=(2, 3))
+
+    with pytest.raises(
+        UserError, match="it chooses between numbers one of which may be infinite; export --to onnx"
+    ):
+        executorch_file(deploy_graph(Single(guarded), (3, 6, 6)))
+    wide = QuantLinear(70000, 4)
+    nn.init.ones_(wide.weight)
+    parts = {"fm": lsq("fm", 256, half_range=True), "wt": lsq("wt", 256)}
+    wide.build_quantizers(QuantConfig(**parts), "1")
+    made = executorch_file(deploy_graph(nn.Sequential(nn.Flatten(), wide).eval(), (70000, 1, 1)))
+    assert made.float_weights == ("1.quant_weight",)

@@ -216,6 +216,10 @@ def test_single_operators(tmp_path: Path) -> None:
             lambda x: nn.functional.avg_pool2d(x, 3, 2, ceil_mode=True).flatten(1),
             "AveragePool: its last places may reach beyond the images",
         ),
+        (
+            lambda x: x.permute(0, 2, 3, 1).reshape(-1, 4).relu().reshape(x.shape[0], -1),
+            "(MNN does not run this network|logits: MNN makes a tensor).*",
+        ),
     ],
 )
 def test_what_would_be_wrong_is_refused(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from model.deploy.codes import ActivationCodes
 from model.deploy.graph import deploy_graph
@@ -162,6 +163,44 @@ def test_what_has_real_thresholds_says_why_and_is_right() -> None:
     assert str(made).startswith(
         "integer thresholds: 0 of 4 quantizers of activations; in float: a.quant_activation"
     )
+    _, wrapped = next(iter(after_each_step(made.model, folded=False)))
+    x = images(4)
+    with torch.no_grad():
+        np.testing.assert_allclose(logits(wrapped, x.numpy()), network(x), rtol=1e-4, atol=1e-4)
+
+
+class Branches(nn.Module):
+    """A function between two quantized convolutions."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.a, self.b = (layer(QuantConv2d, "lsq", 4, True, 8, 8, 1) for _ in range(2))
+        nn.init.normal_(self.a.weight, std=0.7)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.function(self.a(self.stem(x).relu()))).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: F.relu(x + F.max_pool2d(x, 3, 1, 1)), "behind MaxPool of one branch"),
+        (
+            lambda x: F.relu(F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(x, 5, 1, 2)),
+            "behind MaxPool of one branch",
+        ),
+        (lambda x: F.relu(F.max_pool2d(x, 3, 1, 1) - x), "behind MaxPool of one branch"),
+        (lambda x: F.relu(F.pad(x[:, :4], (0, 0, 0, 0, 2, 2))), "behind Pad, which thresholds do not pass"),
+        (lambda x: F.relu(F.max_pool2d(F.max_pool2d(x * 2, 3, 1, 1) + 0.1, 2)), ""),
+    ],
+)
+def test_branches_with_pools_are_right(function: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    network = Branches(function).eval()
+    made = streamlined(network)
+    assert made.real.get("b.quant_activation", "") == reason
     _, wrapped = next(iter(after_each_step(made.model, folded=False)))
     x = images(4)
     with torch.no_grad():
