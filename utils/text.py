@@ -43,7 +43,9 @@ def closest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
         known: the words that may have been meant.
         cutoff: least similarity, from 0 to 1, as difflib measures it.
     """
-    close = difflib.get_close_matches(str(word), sorted(known), n=3, cutoff=cutoff)
+    names = sorted(known)
+    close = [name for name in names if name.lower() == str(word).lower()]
+    close = close or difflib.get_close_matches(str(word), names, n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 

@@ -93,7 +93,10 @@ def _from_graph(write: formats.Write) -> Write:
     """What writes a network by its graph."""
 
     def written(trained: Trained, path: Path, options: Options) -> None:
-        if line := write(_graph(trained, options), path):
+        graph = _graph(trained, options)
+        if not (graph.weights or graph.activations):
+            print("no layer of this network is quantized: the file computes in float")
+        if line := write(graph, path):
             print(printable(line))
 
     return written

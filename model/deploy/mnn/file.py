@@ -162,7 +162,9 @@ def read_mnn(path: Path) -> MnnFile:
         )  # fmt: skip
         names = [*found.tensors[:1], *root.texts(OUTPUTS)[:1]]
     except Exception as error:  # whatever reading bytes at wrong places raises
-        raise UserError(f"{path}: not a valid file of MNN: {error or type(error).__name__}") from error
+        raise UserError(
+            f"{path}: not a valid file of MNN, or cut short or damaged; export it anew"
+        ) from error
     if names != [INPUT, OUTPUT]:
         raise UserError(f"{path}: not a file that this tool exports: it does not compute logits of an input")
     return found
