@@ -283,7 +283,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     for option, value in given.items():
         shown = SHOWN.get(option, f"--{option}")
         is_given = value is not None and value is not False
-        if is_given and option in PLACES and option not in word.needs:
+        if isinstance(value, tuple) and option in PLACES and option not in word.needs:
             raise UserError(f"{value[0]}: the word {name} takes no names without an option; leave it out")
         if is_given and option not in word.needs + word.takes:
             raise UserError(f"{shown} means nothing to the word {name}; leave it out")
