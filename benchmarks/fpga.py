@@ -11,12 +11,8 @@ failed.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +26,7 @@ from model.convert import quantize
 from model.deploy.graph import deploy_graph
 from model.deploy.qonnx_quant import qonnx_model
 from model.deploy.qonnx_thresholds import thresholds_model
+from model.deploy.quiet import quiet
 from model.quant import QuantConfig, QuantizerConfig
 
 SIDE, IMAGES = 6, 8
@@ -81,7 +78,7 @@ def simulated(model: Any, images: np.ndarray, kind: str, folder: str) -> np.ndar
 
 def result(model: Any, images: np.ndarray, wanted: np.ndarray, kind: str) -> str:
     """A cell of the table."""
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(1, 2):
         try:
             found = simulated(cleaned(model), images, kind, folder).reshape(wanted.shape)
         except Exception as error:  # qonnx and hls4ml raise exceptions without a common base
@@ -89,22 +86,6 @@ def result(model: Any, images: np.ndarray, wanted: np.ndarray, kind: str) -> str
     difference = np.abs(found - wanted).max() / np.abs(wanted).max()
     same = 100 * (found.argmax(1) == wanted.argmax(1)).mean()
     return f"{difference:.0e}, {same:.0f} %"
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without what converters, compilers and their C++ print."""
-    with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-        for number in (1, 2):
-            kept = os.dup(number)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, number)
-        sys.stdout.flush()
-        for number in (1, 2):
-            os.dup2(nowhere.fileno(), number)
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
 
 
 def main() -> None:
@@ -117,7 +98,7 @@ def main() -> None:
     for name, network in networks().items():
         quantize(network, settings)
         network.eval()
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(1, 2):
             wanted = network(images).numpy()
             graph = deploy_graph(network, (3, SIDE, SIDE))
         cells = [

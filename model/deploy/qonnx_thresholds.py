@@ -99,9 +99,8 @@ def thresholds_model(graph: DeployGraph) -> ThresholdsModel:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sums:
-    """The integer sums of a layer: their tensor, and between what they lie, int64 [out]."""
+    """The integer sums of a layer: between what they lie, int64 [out], and the rank of their tensor."""
 
-    name: str
     lowest: Array
     highest: Array
     rank: int
@@ -114,7 +113,7 @@ class _Streamlined:
         self.graph, self.builder = graph, Builder()
         self.constants = initializers(graph.model)
         self.made: dict[str, NodeProto] = {}  # in the new graph, by their outputs
-        self.sums: dict[str, _Sums] = {}  # by the first tensor behind them
+        self.sums: dict[str, _Sums] = {}  # by their tensor
         self.codes: dict[str, ActivationCodes] = {}  # by the tensor of the values
         self.weights: dict[str, WeightCodes] = {}  # by their tensor
         self.kinds: dict[str, str] = {}  # qonnx's datatypes, by tensor
@@ -180,7 +179,7 @@ class _Streamlined:
         self.kinds[sums] = _kind(int(lowest.min()), int(highest.max()))
         shape = (1, -1, *[1] * (weight.codes.ndim - 2))
         scale = np.broadcast_to(weight.scale.reshape(-1) * np.float32(codes.scale), len(weight.codes))
-        self.sums[sums] = _Sums(name=sums, lowest=lowest, highest=highest, rank=weight.codes.ndim)
+        self.sums[sums] = _Sums(lowest=lowest, highest=highest, rank=weight.codes.ndim)
         factor = self._constant(f"{base}.sum_scale", scale.reshape(shape))
         if len(node.input) < 3 or not node.input[2]:
             self._add("Mul", [sums, factor], node.output[0])
@@ -227,7 +226,7 @@ class _Streamlined:
     ) -> tuple[str, Array, tuple[NodeProto, int] | None]:
         """An integer tensor that stands for `x`, its thresholds, and a padding by a code behind them."""
         ranks = {name: sums.rank for name, sums in self.sums.items()}
-        function = between(x, self.made, self.sums, self.constants, ranks)
+        function = between(x, self.made, ranks, self.constants)
         sums = self.sums[function.source]
         places, code = integer_thresholds(function, sums.lowest, sums.highest, codes)
         source = function.source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,18 +117,16 @@ class Between:
 def between(
     result: str,
     made: Mapping[str, NodeProto],
-    sources: Collection[str],
+    ranks: Mapping[str, int],
     constants: Mapping[str, Array],
-    rank: Mapping[str, int],
 ) -> Between:
     """What lies between a tensor and the sums that it comes from.
 
     Args:
         result: the tensor.
         made: the node that makes a tensor, by its name.
-        sources: the tensors of sums.
+        ranks: of the tensors of sums, by their names.
         constants: by name.
-        rank: of the sums.
 
     Raises:
         NoThresholds: it comes from something else too, or by an operator that mixes elements.
@@ -140,7 +138,7 @@ def between(
         name = waiting[-1]
         if name in nodes or name in found or name in constants or not name:
             waiting.pop()
-        elif name in sources or (name in made and made[name].op_type in PRODUCTS):
+        elif name in ranks or (name in made and made[name].op_type in PRODUCTS):
             found.add(name)
         else:
             node = made.get(name)
@@ -155,7 +153,7 @@ def between(
     if len(found) != 1:
         raise NoThresholds("behind a sum of several layers")
     (source,) = found
-    if source not in sources:
+    if source not in ranks:
         raise NoThresholds(f"behind {made[source].op_type} in float")
     order = list(nodes.values())
     places = [i for i, node in enumerate(order) if node.op_type in ("Pad", "MaxPool")]
@@ -167,7 +165,7 @@ def between(
             raise NoThresholds(f"behind {order[i].op_type} of one branch")
         if order[i].op_type == "Pad" and i != places[-1]:
             raise NoThresholds("behind a padding, which thresholds do not pass")
-    return Between(source=source, result=result, nodes=tuple(order), constants=constants, rank=rank[source])
+    return Between(source=source, result=result, nodes=tuple(order), constants=constants, rank=ranks[source])
 
 
 def _check_passed(node: NodeProto, constants: Mapping[str, Array]) -> None:
