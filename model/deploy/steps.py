@@ -66,6 +66,19 @@ class Steps:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """A file that is written operator by operator.
+
+    Attributes:
+        data: its bytes.
+        float_weights: the names of quantized weights that it holds as float32.
+    """
+
+    data: bytes
+    float_weights: tuple[str, ...]
+
+
 def steps_of(graph: DeployGraph, taken: Collection[str], engine: str) -> Steps:
     """The steps of a graph.
 

@@ -7,7 +7,6 @@ quantizers choose levels themselves.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from model.deploy.executorch.file import QUANTIZERS, RUN, Content
 from model.deploy.executorch.graph import INPUT, OUTPUT
@@ -15,26 +14,13 @@ from model.deploy.executorch.library import part
 from model.deploy.executorch.operators import OPERATORS, ExecutorchNetwork
 from model.deploy.graph import DeployGraph
 from model.deploy.quiet import quiet
-from model.deploy.steps import steps_of, with_names_of_quantizers
+from model.deploy.steps import WrittenFile, steps_of, with_names_of_quantizers
 from utils.errors import UserError
 
 UNBOUNDED = ("Exp", "Log", "Sqrt", "Reciprocal", "Pow")  # give infinity or NaN of finite numbers
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExecutorchFile:
-    """A file of ExecuTorch.
-
-    Attributes:
-        data: its bytes.
-        float_weights: the names of quantized weights that it holds as float32.
-    """
-
-    data: bytes
-    float_weights: tuple[str, ...]
-
-
-def executorch_file(graph: DeployGraph) -> ExecutorchFile:
+def executorch_file(graph: DeployGraph) -> WrittenFile:
     """The network as a file of ExecuTorch.
 
     Its method `forward` takes an image, float32 [1, channels, height, width], and returns `logits` [1, classes].
@@ -74,7 +60,7 @@ def executorch_file(graph: DeployGraph) -> ExecutorchFile:
     )  # fmt: skip
     data = content.file()
     check_runs(data, content)
-    return ExecutorchFile(data=data, float_weights=tuple(network.float_weights))
+    return WrittenFile(data=data, float_weights=tuple(network.float_weights))
 
 
 def check_runs(data: bytes, content: Content) -> None:

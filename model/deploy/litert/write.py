@@ -6,33 +6,18 @@ version of torch and quantize by themselves, which keeps trained levels by one o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from model.deploy.graph import DeployGraph
 from model.deploy.litert.file import FileBuilder, schema
 from model.deploy.litert.network import LitertNetwork
 from model.deploy.litert.operators import FLOATS, OPERATORS
 from model.deploy.quiet import quiet
-from model.deploy.steps import steps_of, with_names_of_quantizers
+from model.deploy.steps import WrittenFile, steps_of, with_names_of_quantizers
 from utils.errors import UserError
 
 BYTES = 2  # an ONNX tensor's kind: uint8
 
 
-@dataclass(frozen=True, kw_only=True)
-class LitertFile:
-    """A file of LiteRT.
-
-    Attributes:
-        data: its bytes.
-        float_weights: the names of quantized weights that it holds as float32.
-    """
-
-    data: bytes
-    float_weights: tuple[str, ...]
-
-
-def litert_file(graph: DeployGraph) -> LitertFile:
+def litert_file(graph: DeployGraph) -> WrittenFile:
     """The network as a file of LiteRT, whose quantized tensors have the names of their quantizers.
 
     Its input is `input` [batch, height, width, channels], its output `logits` [batch, classes].
@@ -60,7 +45,7 @@ def litert_file(graph: DeployGraph) -> LitertFile:
         OPERATORS[step.operator](network, step)
     data = file.finished(steps.metadata)
     check_loads(data)
-    return LitertFile(data=data, float_weights=tuple(network.float_weights))
+    return WrittenFile(data=data, float_weights=tuple(network.float_weights))
 
 
 def check_loads(data: bytes) -> None:

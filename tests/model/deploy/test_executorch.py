@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import quantize
-from model.deploy import packages
 from model.deploy.codes import WeightCodes
 from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph
@@ -198,16 +196,6 @@ def test_damaged_files(data: bytes, tmp_path: Path) -> None:
     for use in (ENGINE.open, read_metadata):
         with pytest.raises(UserError, match=r"x\.pte: not a valid file of ExecuTorch"):
             use(path)
-
-
-def test_another_version_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    packages._warn_of_version.cache_clear()
-    packages.needed("executorch")
-    packages._warn_of_version.cache_clear()
-    assert "warning: executorch 1.0 is installed, and 1.5.1 was tested" in capsys.readouterr().err
 
 
 @pytest.mark.slow

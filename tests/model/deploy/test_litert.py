@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import quantize
-from model.deploy import packages
 from model.deploy.codes import WeightCodes
 from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph, with_byte_input
@@ -192,13 +190,3 @@ def test_damaged_files(data: bytes, tmp_path: Path) -> None:
     for use in (ENGINES[0].open, read_metadata):
         with pytest.raises(UserError, match=r"x\.tflite: not a valid file of LiteRT"):
             use(path)
-
-
-def test_another_version_is_a_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    packages._warn_of_version.cache_clear()
-    packages.needed("ai_edge_litert")
-    packages._warn_of_version.cache_clear()
-    assert "warning: ai_edge_litert 1.0 is installed, and 2.3.0 was tested" in capsys.readouterr().err

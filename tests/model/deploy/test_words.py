@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import tools
+from model.deploy import packages
 from model.deploy.formats import ENDINGS
 from model.deploy.packages import needed
 from model.deploy.packed import read_checkpoint
@@ -173,7 +175,7 @@ def test_mistakes_in_exports(
 
 
 @pytest.mark.parametrize(
-    ("to", "more", "packages"),
+    ("to", "more", "missing"),
     [
         ("openvino", (), "onnx onnxscript openvino"),
         ("onnx", ("--int8_sums",), "onnx onnxscript onnxruntime"),
@@ -186,15 +188,30 @@ def test_mistakes_in_exports(
 def test_a_missing_package_is_named_with_its_command(
     to: str,
     more: tuple[str, ...],
-    packages: str,
+    missing: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export(to, tmp_path / f"x{ENDINGS.get(to, '')}", *more) == 2
-    assert f"pip install {packages}\n" in capsys.readouterr().err
+    assert f"pip install {missing}\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tested"),
+    [("ai_edge_litert", "2.3.0"), ("executorch", "1.5.1"), ("MNN", "3.6.1"), ("qonnx", "1.0.0")],
+)
+def test_another_version_is_a_warning(
+    name: str, tested: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    packages._warn_of_version.cache_clear()
+    needed(name)
+    packages._warn_of_version.cache_clear()
+    assert f"warning: {name} 1.0 is installed, and {tested} was tested" in capsys.readouterr().err
 
 
 def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
