@@ -33,7 +33,7 @@ import sys
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 path, given, made, kernels = sys.argv[1:5]
-known, own = np.load(given), kernels == "own"
+known, own = np.load(given, allow_pickle=False), kernels == "own"
 engine = Interpreter(
     model_path=path, experimental_preserve_all_tensors=own,
     experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if own else OpResolverType.AUTO,
@@ -56,7 +56,7 @@ PLAIN_C = """\
 import ctypes, sys
 import numpy as np
 library, given, made = sys.argv[1:4]
-known = np.load(given)
+known = np.load(given, allow_pickle=False)
 images = np.ascontiguousarray(known["images"], np.float32)
 logits = np.zeros((len(images), int(known["classes"])), np.float32)
 values = np.zeros((len(images), int(known["width"])), np.float32)
@@ -82,7 +82,7 @@ def on_arm(folder: Path, program: str, *arguments: str) -> dict[str, np.ndarray]
         program,
     ]
     subprocess.run([*command, *arguments], check=True, stderr=subprocess.DEVNULL)
-    with np.load(arguments[2]) as found:
+    with np.load(arguments[2], allow_pickle=False) as found:
         return dict(found)
 
 
