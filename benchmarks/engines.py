@@ -2,6 +2,7 @@
 
     python benchmarks/engines.py                         # ResNet-18 at 224 pixels, 1, 2, 3, 4 and 8 bits, and binary
     python benchmarks/engines.py --bits 2 --size 64      # one bit width, smaller images
+    python benchmarks/engines.py --formats executorch litert mnn --bits 2 4
 
 The weights are random: they decide neither size nor speed. First and last layer have the bits of all others, and are in
 float in `binary`. Each network takes turns with the float network of the same block in the same engine, on one thread;
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import onnx  # noqa: E402
 import torch  # noqa: E402
 
 from model.calibrate import initialise_ranges  # noqa: E402
-from model.deploy import openvino_ir  # noqa: E402
-from model.deploy.engines import Engine, versions  # noqa: E402
+from model.deploy.engines import engines_of, versions  # noqa: E402
+from model.deploy.formats import ENDINGS, GRAPH_FORMATS  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
 from model.deploy.sums import with_integer_sums  # noqa: E402
@@ -52,11 +53,15 @@ NETWORKS = {  # of bits without a number, and of the float network beside them
     "binary, first and last": BINARY.format(",first-last"),
 }
 BITS = ["1", "ternary", "2", "3", "4", "8", "binary", "binary, first and last"]
+PACKAGES = {
+    "c": (), "executorch": ("executorch",), "litert": ("ai-edge-litert",), "mnn": ("MNN",),
+    "onnx": ("onnxruntime",), "openvino": ("openvino",),
+}  # fmt: skip
 WARM_UP = 3
 
 
-def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, Path]:
-    """The files of a network by how they are run; `bits` is a number, `ternary` or of `NETWORKS`."""
+def write(folder: Path, model: str, bits: str, image: np.ndarray, formats: Sequence[str]) -> dict[str, Path]:
+    """The files of a network by their formats; `bits` is a number, `ternary` or of `NETWORKS`."""
     options = NETWORKS.get(bits, f"{QUANTIZED} {bits}")
     torch.manual_seed(0)
     size = image.shape[-1]
@@ -66,12 +71,12 @@ def write(folder: Path, model: str, bits: str, image: np.ndarray) -> dict[str, P
     if quantized:
         initialise_ranges(network, torch.from_numpy(image))
     graph = deploy_graph(network, image.shape[1:])
-    paths = {"onnxruntime": folder / f"{bits}.onnx", "openvino": folder / f"{bits}.xml"}
-    onnx.save(qdq_model(graph), paths["onnxruntime"])
-    openvino_ir.write_openvino(graph, paths["openvino"])
-    if quantized:
-        paths["onnxruntime, 8-bit sums"] = folder / f"{bits}-sums.onnx"
-        onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnxruntime, 8-bit sums"])
+    paths = {kind: folder / f"{bits}{ENDINGS[kind]}" for kind in formats}
+    for kind, path in paths.items():
+        GRAPH_FORMATS[kind](graph, path)
+    if quantized and "onnx" in formats:
+        paths["onnx, 8-bit sums"] = folder / f"{bits}-sums.onnx"
+        onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnx, 8-bit sums"])
     return paths
 
 
@@ -100,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures exported networks in engines.")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--bits", nargs="+", default=BITS)
+    parser.add_argument("--formats", nargs="+", choices=PACKAGES, default=["onnx", "openvino"])
     parser.add_argument("--size", type=int, default=224, help="pixels of an image's side")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
@@ -111,12 +117,12 @@ def main() -> None:
         for bits in options.bits:
             beside = "binary float" if bits.startswith("binary") else "float"
             if beside not in floats:
-                floats[beside] = write(folder, options.model, beside, image)
+                floats[beside] = write(folder, options.model, beside, image, options.formats)
             plain = floats[beside]
-            whole = size_of(plain["onnxruntime"])
-            for way, path in write(folder, options.model, bits, image).items():
-                engine = way.partition(",")[0]
-                runner, other = (Engine(engine).open(file, threads=1) for file in (path, plain[engine]))
+            for way, path in write(folder, options.model, bits, image, options.formats).items():
+                kind = way.partition(",")[0]
+                engine, whole = engines_of(path)[0], size_of(plain[kind])
+                runner, other = (engine.open(file, threads=1) for file in (path, plain[kind]))
                 times = measure(lambda: runner(image), lambda: other(image), options.repeats)  # noqa: B023
                 ratios = [slow / fast for fast, slow in times]
                 low, middle, high = statistics.quantiles(ratios, n=4)
@@ -125,16 +131,16 @@ def main() -> None:
                         bits, way, f"{size_of(path):.2f}", f"{whole / size_of(path):.1f}",
                         f"{1000 * statistics.median(own for own, _ in times):.1f}",
                         f"{1000 * statistics.median(plain for _, plain in times):.1f}",
-                        f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{runner.integer} of {runner.layers}",
+                        f"{middle:.2f}", f"{low:.2f} to {high:.2f}",
+                        "-" if runner.integer is None else f"{runner.integer} of {runner.layers}",
                     )
                 )  # fmt: skip
                 print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    head = ("bits", "engine", "MiB", "smaller", "ms", "float ms", "faster", "quartiles", "integer layers")
+    head = ("bits", "file", "MiB", "smaller", "ms", "float ms", "faster", "quartiles", "integer layers")
     print(format_table(head, rows))
-    installed = ", ".join(
-        f"{name} {version}" for name, version in versions(("onnxruntime", "openvino")).items()
-    )
+    packages = [name for kind in options.formats for name in PACKAGES[kind]]
+    installed = ", ".join(f"{name} {version}" for name, version in versions(packages).items())
     print(
         f"{options.model}, {options.size} pixels, batch 1, one thread, {options.repeats} pairs of runs; {installed}"
     )

@@ -97,8 +97,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = [
-            engines.write(folder, options.model, options.bits, image)["onnxruntime, 8-bit sums"],
-            engines.write(folder, options.model, "float", image)["onnxruntime"],
+            engines.write(folder, options.model, options.bits, image, ["onnx"])["onnx, 8-bit sums"],
+            engines.write(folder, options.model, "float", image, ["onnx"])["onnx"],
         ]
         for file, content in runtime.files().items():
             (folder / file).write_bytes(content)
