@@ -65,7 +65,9 @@ WORDS: dict[str, Word] = {
     "verify": Word(
         verify.verify, ("files", "old"), ("root", "threads", "output", "ema_weights", "keyword_file", "force")
     ),
-    "export": Word(export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "root")),
+    "export": Word(
+        export.export, ("old", "new", "to"), (*NETWORK, "uint8_input", "int8_sums", "int8_weights", "root")
+    ),
     "sensitivity": Word(
         sensitivity.sensitivity,
         ("old",),
@@ -233,7 +235,11 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     )  # fmt: skip
     parser.add_argument(
         "--int8_sums", action="store_true",
-        help="export to onnx, openvino: residual sums in 8 bits, with ranges of a batch of images; faster, less exact",
+        help="export to onnx, openvino, web: residual sums in 8 bits, by ranges of a batch; faster, less exact",
+    )  # fmt: skip
+    parser.add_argument(
+        "--int8_weights", action="store_true",
+        help="export to litert: 8 bits for each code of a weight; faster, larger, as exact",
     )  # fmt: skip
     parser.add_argument(
         "--bits", type=_bits, metavar="LIST",

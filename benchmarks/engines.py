@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 from model.calibrate import initialise_ranges  # noqa: E402
 from model.deploy.engines import engines_of, versions  # noqa: E402
-from model.deploy.formats import ENDINGS, GRAPH_FORMATS  # noqa: E402
+from model.deploy.formats import ENDINGS, GRAPH_FORMATS, write_litert  # noqa: E402
 from model.deploy.graph import deploy_graph  # noqa: E402
 from model.deploy.onnx_qdq import qdq_model  # noqa: E402
 from model.deploy.sums import with_integer_sums  # noqa: E402
@@ -77,6 +77,9 @@ def write(folder: Path, model: str, bits: str, image: np.ndarray, formats: Seque
     if quantized and "onnx" in formats:
         paths["onnx, 8-bit sums"] = folder / f"{bits}-sums.onnx"
         onnx.save(qdq_model(with_integer_sums(graph, image)), paths["onnx, 8-bit sums"])
+    if quantized and "litert" in formats:
+        paths["litert, 8-bit codes"] = folder / f"{bits}-codes.tflite"
+        write_litert(graph, paths["litert, 8-bit codes"], int8_weights=True)
     return paths
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,8 +103,13 @@ def _from_graph(write: formats.Write) -> Write:
     return written
 
 
-_OTHERS: dict[str, Write] = {"packed": _packed, "program": _program, "web": _web}
-_WRITERS = _OTHERS | {name: _from_graph(write) for name, write in formats.GRAPH_FORMATS.items()}
+def _litert(trained: Trained, path: Path, options: Options) -> None:
+    """A file of LiteRT."""
+    _from_graph(partial(formats.write_litert, int8_weights=options.int8_weights))(trained, path, options)
+
+
+_OTHERS: dict[str, Write] = {"litert": _litert, "packed": _packed, "program": _program, "web": _web}
+_WRITERS = {name: _from_graph(write) for name, write in formats.GRAPH_FORMATS.items()} | _OTHERS
 FORMATS = {name: _WRITERS[name] for name in sorted(_WRITERS)}
 """What `--to` takes: name -> the function that writes it."""
 
@@ -125,8 +131,12 @@ PACKAGES = {
 }
 """What writes a format; `--int8_sums` needs onnxruntime besides."""
 
-TAKEN = {"uint8_input": ("litert", "onnx", "openvino"), "int8_sums": ("onnx", "openvino", "web")}
-"""Options that change the graph around the network, and the formats that they are for."""
+TAKEN = {
+    "uint8_input": ("litert", "onnx", "openvino"),
+    "int8_sums": ("onnx", "openvino", "web"),
+    "int8_weights": ("litert",),
+}
+"""Options that change how the network is written, and the formats that they are for."""
 
 
 def export(options: Options) -> int:

@@ -46,11 +46,11 @@ def _executorch(graph: DeployGraph, path: Path) -> str:
     return f"float32, where a side has no codes of 8 bits right in front of the layer, or it is in groups: {names}"
 
 
-def _litert(graph: DeployGraph, path: Path) -> str:
-    """A file of LiteRT."""
+def write_litert(graph: DeployGraph, path: Path, *, int8_weights: bool = False) -> str:
+    """A file of LiteRT, with as few bits for each code of a weight as hold it, or with 8."""
     from model.deploy.litert.write import litert_file
 
-    found = litert_file(graph)
+    found = litert_file(graph, int8_weights=int8_weights)
     path.write_bytes(found.data)
     return _floats(found.float_weights)
 
@@ -106,7 +106,7 @@ GRAPH_FORMATS: dict[str, Write] = {
     "c": _c,
     "coreml": _coreml,
     "executorch": _executorch,
-    "litert": _litert,
+    "litert": write_litert,
     "mnn": _mnn,
     "onnx": _onnx,
     "openvino": _openvino,

@@ -39,6 +39,7 @@ class Options:
     ema_weights: bool = False
     uint8_input: bool = False
     int8_sums: bool = False
+    int8_weights: bool = False
     bits: tuple[int, ...] | None = None
     samples: int | None = None
     budget_size: str | None = None

@@ -46,6 +46,12 @@ class Builder(Protocol):
 class LitertNetwork:
     """The file under construction, and what is known of the steps that become its operators.
 
+    Args:
+        steps: of the network.
+        file: see the attribute.
+        input_kind: of the input's numbers.
+        narrowest: the fewest bits of a stored code.
+
     Attributes:
         file: gets tensors and operators.
         float_weights: the names of quantized weights that are stored as float32.
@@ -53,8 +59,11 @@ class LitertNetwork:
 
     engine = "LiteRT"
 
-    def __init__(self, steps: Steps, file: Builder, input_kind: str = "float32") -> None:
+    def __init__(
+        self, steps: Steps, file: Builder, input_kind: str = "float32", narrowest: int = WIDTHS[0]
+    ) -> None:
         self.file = file
+        self._narrowest = narrowest
         self.float_weights: list[str] = []
         self._steps = steps
         self._constants = steps.constants
@@ -152,9 +161,9 @@ class LitertNetwork:
         no integers times a scale are float32.
         """
         name, codes = weight.name, weight.codes
-        direct, halved = width(codes), 0
+        direct, halved = width(codes, self._narrowest), 0
         if not grouped and (codes % 2).all():
-            halved = width((codes - 1) // 2)
+            halved = width((codes - 1) // 2, self._narrowest)
         if not weight.scaled or not direct + halved:
             self.float_weights.append(name)
             return x, self.file.constant(name, arranged(weight.values(), depthwise))
@@ -208,8 +217,9 @@ def arranged(value: Array, depthwise: bool) -> Array:
     return value.transpose(3, 1, 2, 0) if depthwise else value
 
 
-def width(codes: Array) -> int:
-    """The bits of the narrowest signed integers that hold the codes; 0 where none do."""
+def width(codes: Array, narrowest: int) -> int:
+    """The bits of the narrowest signed integers that hold the codes, at least `narrowest`; 0 where none do."""
+    widths = (bits for bits in WIDTHS if bits >= narrowest)
     return next(
-        (bits for bits in WIDTHS if codes.min() >= -(2 ** (bits - 1)) and codes.max() < 2 ** (bits - 1)), 0
+        (bits for bits in widths if codes.min() >= -(2 ** (bits - 1)) and codes.max() < 2 ** (bits - 1)), 0
     )

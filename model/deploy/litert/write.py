@@ -17,10 +17,15 @@ from utils.errors import UserError
 BYTES = 2  # an ONNX tensor's kind: uint8
 
 
-def litert_file(graph: DeployGraph) -> WrittenFile:
+def litert_file(graph: DeployGraph, *, int8_weights: bool = False) -> WrittenFile:
     """The network as a file of LiteRT, whose quantized tensors have the names of their quantizers.
 
     Its input is `input` [batch, height, width, channels], its output `logits` [batch, classes].
+
+    Args:
+        graph: the network.
+        int8_weights: codes of weights take 8 bits each, which XNNPACK unpacks when it loads the file, and not the
+            fewest of 2, 4 and 8, whose layers LiteRT computes by its own, slower kernels.
 
     Raises:
         UserError: LiteRT is not installed, or does not take a layer.
@@ -38,7 +43,7 @@ def litert_file(graph: DeployGraph) -> WrittenFile:
     quantizers = [step.activation or step.weight for step in steps.steps]
     names = [quantizer.name for quantizer in quantizers if quantizer is not None]
     file = FileBuilder([*names, *(f"{name}.codes" for name in names)])
-    network = LitertNetwork(steps, file, "uint8" if kind == BYTES else "float32")
+    network = LitertNetwork(steps, file, "uint8" if kind == BYTES else "float32", 8 if int8_weights else 2)
     for step in steps.steps:
         if step.operator in FLOATS and not network.is_float(step.inputs):
             raise network.refuse(step, "its numbers are no floats")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,12 @@ def channels_first(codes: np.ndarray, weight: WeightCodes) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["methods", "widths", "options"])
-def test_the_codes_of_weights_are_those_of_the_network(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "int8_weights"), [("methods", False), ("widths", False), ("options", False), ("widths", True)]
+)
+def test_the_codes_of_weights_are_those_of_the_network(kind: str, int8_weights: bool) -> None:
     _, graph = exported(kind)
-    made = litert_file(graph)
+    made = litert_file(graph, int8_weights=int8_weights)
     model, content = graph_of(made.data)
     tensors = {tensor.name.decode(): tensor for tensor in content.tensors if tensor.name}
     for name, weight in graph.weights.items():
@@ -72,7 +75,10 @@ def test_the_codes_of_weights_are_those_of_the_network(kind: str) -> None:
         half = codes.shape[1] != (tensor.shape[-1] if tensor.shape[0] != 1 else 1)
         scale = np.asarray(tensor.quantization.scale, np.float32)
         np.testing.assert_array_equal(scale, weight.scale.reshape(-1) * (2 if half else 1))
-        if weight.base in (2, 4, 16) and weight.gap == 2:  # even levels without a zero
+        if int8_weights:
+            assert not half or np.abs(weight.codes).max() > 127
+            assert tensor.type == schema.TensorType.INT8
+        elif weight.base in (2, 4, 16) and weight.gap == 2:  # even levels without a zero
             assert BITS[tensor.type] == {2: 2, 4: 2, 16: 4}[weight.base]
 
 
@@ -96,16 +102,16 @@ def test_layers_of_each_geometry_compute_what_torch_does(tmp_path: Path) -> None
     quantize(network, QuantConfig(**parts, first_last=True))
     graph = deploy_graph(network, (3, 12, 12), metadata={"classes": "[]"})
     path = tmp_path / "x.tflite"
-    path.write_bytes(litert_file(graph).data)
-    assert (kind_of(path), read_metadata(path)["classes"]) == ("litert", "[]")
     x = images(8, size=12)
     expected = torch_values(network, x)
-    for engine in ENGINES:
+    for engine, int8_weights in itertools.product(ENGINES, (False, True)):
+        path.write_bytes(litert_file(graph, int8_weights=int8_weights).data)
+        assert (kind_of(path), read_metadata(path)["classes"]) == ("litert", "[]")
         found = engine.open(path, tensors=True, threads=1)(x.numpy())
         assert found.keys() == expected.keys() == {"logits", *graph.activations}
         for name, value in expected.items():
             far = np.abs(found[name] - value) > 1e-3 * np.abs(value).max()
-            assert far.mean() <= 0.005, (name, engine)
+            assert far.mean() <= 0.005, (name, engine, int8_weights)
 
 
 def test_ties_go_to_even_levels_by_division(tmp_path: Path) -> None:

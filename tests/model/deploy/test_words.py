@@ -149,6 +149,10 @@ def test_sums_of_eight_bits_are_judged_by_their_own_codes(tmp_path: Path) -> Non
         (("--to", "c", "--new", "x.c"), "end the name of this format's files in .h"),
         (("--to", "openvino", "--new", "x.onnx"), "end the name of this format's files in .xml"),
         (("--to", "qonnx", "--new", "x.onnx", "--uint8_input"), "--uint8_input means nothing to qonnx"),
+        (
+            ("--to", "mnn", "--new", "x.mnn", "--int8_weights"),
+            "means nothing to mnn; leave it out or write --to litert",
+        ),
         (("--to", "litert", "--new", "x.lite"), "end the name of this format's files in .tflite"),
         (("--to", "mnn", "--new", "x.tflite"), "end the name of this format's files in .mnn"),
         (("--to", "executorch", "--new", "x.pt"), "end the name of this format's files in .pte"),
