@@ -317,9 +317,13 @@ def bytes_of(file: Path) -> int:
 
 
 def cpu() -> str:
-    """The name of this machine's processor."""
+    """The name of this machine's processor, with family and model where its maker numbers them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    # The first of each word is that of the first core.
+    said = {word.strip(): text.strip() for word, _, text in (line.partition(":") for line in reversed(lines))}
+    name = said.get("model name", "unknown")
+    numbers = [said.get(word) for word in ("cpu family", "model")]
+    return name if None in numbers else f"{name} (family {numbers[0]}, model {numbers[1]})"
