@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from model.deploy.codes import (
+    MOST_COMPARISONS,
     NUDGE,
     ActivationCodes,
     WeightCodes,
@@ -33,6 +34,7 @@ from model.deploy.offsets import offset_metadata, place_offsets
 from model.deploy.packages import needed
 from model.layers.quantized import quantized_layers
 from model.quantizers.frame import Quantizer
+from model.quantizers.grid import Grid
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -168,8 +170,14 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     mark = partial(_mark, "Activation", codes.name)
     if codes.integer and codes.step is not None:
         return lambda x: mark(quantizer.normalise(x))
+    grid = quantizer.search_grid()
+    uneven = grid is None or grid.gap == 0  # levels, or the thresholds between them
+    if codes.integer and not codes.signs and uneven and codes.levels - 1 <= MOST_COMPARISONS:
+        places, levels = thresholds(codes.name, quantizer, quantizer.normalise(example))
+        numbers = (levels / codes.scale).round()
+        return lambda x: mark(by_thresholds(quantizer.normalise(x), places, numbers))
     if codes.integer and not codes.signs:
-        nudge = _nudge(quantizer, example)
+        nudge = _nudge(quantizer, grid, example)
         return lambda x: mark(quantizer.integers(x + nudge if nudge else x).codes.float())
     found = quantizer.integers(example)
     if found.scale is not None and not codes.signs:
@@ -179,13 +187,12 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     return lambda x: mark(by_thresholds(quantizer.normalise(x), places, levels))
 
 
-def _nudge(quantizer: Quantizer, example: Tensor) -> float:
+def _nudge(quantizer: Quantizer, grid: Grid | None, example: Tensor) -> float:
     """What moves zero off the middle between two levels, to the side that it is rounded to; 0 where it is on none.
 
     Zeros are frequent, behind a ReLU and as padding. OpenVINO adds before it divides, where the formula divides before
     it adds, and so comes out on either side of the middle.
     """
-    grid = quantizer.search_grid()
     if grid is None or grid.gap == 1 or quantizer.config.adaptive != "none":
         return 0.0
     zero = quantizer.integers(torch.zeros_like(example[:1]))

@@ -249,7 +249,7 @@ class Quantizer(Grouped):
 
         Dequantizing gives exactly the float32 tensor that `forward` returns in evaluation mode after the warm-up.
         """
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x):
             normed, taken = self.normalised(x.float())
             extra: dict[str, Tensor] = {}
             if self.config.adaptive_restore and taken is not None:
