@@ -190,13 +190,13 @@ class MnnNetwork:
         """Whether a tensor is packed already."""
         return name in self._packed
 
-    def together(self, names: Sequence[str], output: str) -> tuple[list[str], bool]:
-        """Inputs of an operator on elements, and whether they, and so its output, are packed."""
+    def together(self, names: Sequence[str], output: str, *, packs: bool = True) -> tuple[list[str], bool]:
+        """Inputs of an operator on elements, and whether they, and so its output, are packed; never without `packs`."""
         shape = self.shape(output)
         whole = any(self.known(name) is None and self.shape(name) == shape for name in names)
         single = {name: self._single(name) for name in names} if whole else {}
         like = [name for name in names if single.get(name) is None]
-        packed = len(shape) == IMAGES and any(map(self.is_packed, like))
+        packed = packs and len(shape) == IMAGES and any(map(self.is_packed, like))
         packed = packed and all(self.shape(name) == shape and self.known(name) is None for name in like)
         arranged = self.packed if packed else partial(self.flat, rank=len(shape))
         return [single.get(name) or arranged(name) for name in names], packed

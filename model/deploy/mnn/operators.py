@@ -158,7 +158,8 @@ def elementwise(operator: str, network: MnnNetwork, step: Step, *, whole: bool =
         raise network.refuse(
             step, "its numbers are of two kinds" if len(kinds) == 2 else "its numbers are whole"
         )
-    (x, y), packed = network.together(step.inputs, step.outputs[0])
+    # Truth values are for Select, which is never packed.
+    (x, y), packed = network.together(step.inputs, step.outputs[0], packs=not whole)
     _binary(network, operator, x, y, step.outputs[0], packed=packed, whole=whole or True in kinds)
 
 
@@ -328,7 +329,8 @@ def where(network: MnnNetwork, step: Step) -> None:
     """One of two tensors, by truth values of the whole shape.
 
     MNN's Select spreads some tensors wrongly: those that are neither single numbers nor of the whole shape are added to
-    zeros first.
+    zeros first. Its output has the order of the tensor for true, whatever that of the truth values, so that all are
+    in the order of their dimensions.
     """
     name, shape = step.outputs[0], network.shape(step.outputs[0])
     condition, *values = step.inputs
@@ -338,14 +340,14 @@ def where(network: MnnNetwork, step: Step) -> None:
     spread = any(network.shape(given) not in ((), shape) and not network.is_single(given) for given in values)
     if network.shape(condition) != shape or (spread and True in kinds):
         raise network.refuse(step, "its condition, or a whole number, is spread over other dimensions")
-    inputs, packed = network.together(step.inputs, name)
+    inputs, _ = network.together(step.inputs, name, packs=False)
     if spread:
         kind = {"srcT": "DT_INT32", "dstT": "DT_FLOAT"}
         zeros = network.add("Cast", inputs[:1], f"{name}.float", "CastParam", kind)
         zeros = _binary(network, "MUL", zeros, network.scalar(0), f"{name}.zeros")
         parts = enumerate(inputs[1:])
         inputs[1:] = [_binary(network, "ADD", zeros, given, f"{name}.{i}") for i, given in parts]
-    network.add("Select", inputs, name, packed=packed, whole=True in kinds)
+    network.add("Select", inputs, name, whole=True in kinds)
 
 
 def cast(network: MnnNetwork, step: Step) -> None:
