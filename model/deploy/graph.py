@@ -35,6 +35,7 @@ from model.deploy.packages import needed
 from model.layers.quantized import quantized_layers
 from model.quantizers.frame import Quantizer
 from model.quantizers.grid import Grid
+from model.quantizers.numbered import numbered
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -178,7 +179,13 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
         return lambda x: mark(by_thresholds(quantizer.normalise(x), places, numbers))
     if codes.integer and not codes.signs:
         nudge = _nudge(quantizer, grid, example)
-        return lambda x: mark(quantizer.integers(x + nudge if nudge else x).codes.float())
+        gap = (codes.highest - codes.lowest) // (codes.levels - 1)
+
+        def code(x: Tensor) -> Tensor:
+            numbers, _ = numbered(quantizer, x + nudge if nudge else x)
+            return mark(numbers.float() * gap + codes.lowest)
+
+        return code
     found = quantizer.integers(example)
     if found.scale is not None and not codes.signs:
         return lambda x: mark(_value(quantizer, x))

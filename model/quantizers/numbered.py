@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.quantizers import adaptive
+from model.quantizers.autocast import without_autocast
 from model.quantizers.frame import Quantizer
 
 
@@ -20,7 +21,7 @@ def numbered(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Callable[[Tensor]
     owners = [
         next(kind for kind in type(quantizer).__mro__ if name in vars(kind)) for name in ("encode", "on_grid")
     ]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         normed, taken = quantizer.normalised(x.float())
         placed = quantizer.on_grid(normed)
         if placed is None or owners[0] is not owners[1]:  # a method of one's own may encode in another way
