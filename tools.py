@@ -269,7 +269,12 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
         "predict: FILE.csv or FILE.jsonl; verify, sensitivity: FILE.json, by default in the folder of the run",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="write over an existing file")
-    given = vars(parser.parse_args([_with_underscores(argument) for argument in arguments]))
+    found, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
+    if unknown:
+        options = (name for action in parser._actions for name in action.option_strings)
+        suggested = closest(unknown[0].partition("=")[0], options) or "; see python tools.py --help"
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{suggested}")
+    given = vars(found)
 
     listed = words(given.pop("keyword"))
     given["raw"] = "raw" in listed

@@ -20,7 +20,7 @@ from model.deploy.packages import needed
 from model.deploy.qonnx_thresholds import CODES
 from model.deploy.runner import BaseRunner, Runner, read_numbers
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
-from utils.checkpoint.exported import kind_of
+from utils.checkpoint.exported import check_exported, kind_of
 from utils.errors import UserError
 
 C_COMPILER = "cc"  # stands for whichever compiler is installed
@@ -146,9 +146,7 @@ def engines_of(path: Path) -> list[Engine]:
     Raises:
         UserError: there is none, or the file is missing or damaged.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    kind = kind_of(path)
+    kind = check_exported(path)
     if kind == "openvino":
         return [Engine("openvino"), Engine("openvino", False)]
     if kind in ("litert", "mnn"):
@@ -161,11 +159,6 @@ def engines_of(path: Path) -> list[Engine]:
         return [Engine(C_COMPILER)]
     if kind == "coreml":
         return [Engine("coremltools")]
-    if kind != "onnx":
-        raise UserError(
-            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
-            ".tflite, .pte, .mnn, .mlpackage, .h or the folder of a page"
-        )
     if any(node.domain in QONNX_DOMAINS for node in read_onnx(path).graph.node):
         return [Engine("qonnx")]
     return [Engine(name, optimised) for name in ("onnxruntime", "openvino") for optimised in (True, False)]

@@ -141,9 +141,6 @@ TAKEN = {
 
 def export(options: Options) -> int:
     """Write the network of --old to --new, in the format that --to names."""
-    from model.load import load_trained
-    from utils.data.sources import refuse_root
-
     name, new = options.to or "", given_path(options.new)
     if name not in FORMATS:
         raise UserError(f"--to {name}: write one of {', '.join(FORMATS)}{closest(name, FORMATS)}")
@@ -165,6 +162,9 @@ def export(options: Options) -> int:
     refuse_existing(options, new)
     check_folder_of(new)
     needed(*PACKAGES.get(name, ()), *(("onnxruntime",) if options.int8_sums else ()))
+    from model.load import load_trained
+    from utils.data.sources import refuse_root
+
     trained = load_trained(given_path(options.old), ema_weights=options.ema_weights)
     refuse_root(options.root, trained.config.data.dataset)
     replace_with(new, lambda path: FORMATS[name](trained, path, options), options)

@@ -35,11 +35,7 @@ def given_images(places: Sequence[Path]) -> list[Given]:
     Raises:
         UserError: there is no such file, or no image in a folder; a faulty set.
     """
-    from torchvision.datasets.folder import is_image_file
-
-    from utils.data.image_file import walk
-    from utils.data.shards.files import url_of
-    from utils.data.shards.images import is_pattern, is_shards
+    from utils.data.shards.files import is_pattern, url_of
 
     found: list[Given] = []
     for place in places:
@@ -52,15 +48,27 @@ def given_images(places: Sequence[Path]) -> list[Given]:
         elif not place.is_dir():
             is_table = place.suffix.lower() in (".csv", ".parquet")
             found += _of_set(place) if is_table else [_of_file(place)]
-        elif below := [
-            Path(folder, name) for folder, names in walk(place) for name in names if is_image_file(name)
-        ]:
+        elif below := _images_below(place):
             found += map(_of_file, sorted(below))
-        elif is_shards(place) or any(place.glob("*.parquet")):
+        elif _is_shards(place) or any(place.glob("*.parquet")):
             found += _of_set(place)
         else:
             raise UserError(f"{place} has no image in it or in a folder below it, no shards and no tables")
     return found
+
+
+def _is_shards(folder: Path) -> bool:
+    from utils.data.shards.images import is_shards  # imports torch
+
+    return is_shards(folder)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    from torchvision.datasets.folder import is_image_file  # imports torch
+
+    from utils.data.image_file import walk
+
+    return [Path(place, name) for place, names in walk(folder) for name in names if is_image_file(name)]
 
 
 def numbers_of(given: Sequence[Given], classes: Sequence[str], wanted: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from model.deploy import formats
 from model.deploy.coreml.folder import predicts
 from model.deploy.packages import needed
-from utils.checkpoint.exported import NETWORK, exported_kind, kind_of
+from utils.checkpoint.exported import NETWORK, check_exported, exported_kind, kind_of
 from utils.errors import UserError
 from utils.report.verified import FILE, Comparison, Verified
 from utils.text import printable
@@ -39,9 +39,11 @@ WATCHED = 256  # images whose codes are compared
 def verify(options: Options) -> int:
     """Compare exported files with the checkpoint --old on its validation set, in their engines; 1: they differ."""
     check_json_output(options)
+    files = [file / NETWORK if exported_kind(file) == "web" else file for file in options.files or ()]
+    for file in files:
+        check_exported(file)
     from model.deploy.engines import engines_of
 
-    files = [file / NETWORK if exported_kind(file) == "web" else file for file in options.files or ()]
     engines = {file: engines_of(file) for file in files}
     unrun = [] if predicts() else [file for file in files if kind_of(file) == "coreml"]
     if unrun:

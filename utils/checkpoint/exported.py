@@ -6,6 +6,8 @@ import json
 import zipfile
 from pathlib import Path
 
+from utils.errors import UserError
+
 NETWORK = "network.onnx"  # in the folder of a page
 MANIFEST = "Manifest.json"  # in the folder of a Core ML package
 KEY = "lowbit"  # of a packed file's metadata
@@ -84,6 +86,23 @@ def kind_of(path: Path) -> str:
     if path.is_dir():
         return found or ("coreml" if path.suffix == ".mlpackage" else "web")
     return found or _ENDINGS.get(path.suffix, "")
+
+
+def check_exported(path: Path) -> str:
+    """`kind_of` a file that is there.
+
+    Raises:
+        UserError: it is not, or no export has written it.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    kind = kind_of(path)
+    if not kind or (kind == "web" and not exported_kind(path)):
+        raise UserError(
+            f"{path}: no exported file; name one that export has written: .onnx, .xml of OpenVINO, .safetensors, .pt2, "
+            ".tflite, .pte, .mnn, .mlpackage, .h or the folder of a page"
+        )
+    return kind
 
 
 def _begins_with(path: Path, mark: bytes) -> bool:

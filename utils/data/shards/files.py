@@ -38,6 +38,11 @@ def url_of(root: Path | str) -> str | None:
     return f"{found[1]}:{slashes}{found[3]}"
 
 
+def is_pattern(root: Path | str) -> bool:
+    """Whether a root names tar files, as `train-{000..127}.tar` does, and not a folder."""
+    return str(root).endswith(".tar")
+
+
 class Files:
     """Files below a folder or URL. It can be sent to other processes.
 

@@ -19,7 +19,7 @@ from utils.checkpoint.archive import write_atomic
 from utils.data.image_file import is_8_bit_png, is_hidden
 from utils.data.images import PARTS, Images, short_digest
 from utils.data.lock import exclusive
-from utils.data.shards.files import Files, url_of
+from utils.data.shards.files import Files, is_pattern, url_of
 from utils.data.shards.index import (
     MANIFEST,
     UNFINISHED,
@@ -122,11 +122,6 @@ class ShardImages(Images):
     def digest(self) -> str:
         """Of the images' places, sizes and classes."""
         return short_digest(np.ascontiguousarray(self._entries).view(np.uint8).data)
-
-
-def is_pattern(root: Path | str) -> bool:
-    """Whether a root names tar files, as `train-{000..127}.tar` does, and not a folder."""
-    return str(root).endswith(".tar")
 
 
 def is_shards(root: Path) -> bool:

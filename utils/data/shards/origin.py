@@ -7,8 +7,8 @@ from pathlib import Path
 from utils.data.image_folder import check_folders
 from utils.data.images import Images
 from utils.data.shards.archives import archives_in, open_archives
-from utils.data.shards.files import url_of
-from utils.data.shards.images import is_pattern, is_shards, open_shards
+from utils.data.shards.files import is_pattern, url_of
+from utils.data.shards.images import is_shards, open_shards
 from utils.data.shards.tables import open_csv, open_parquet
 from utils.data.split import split_folder, split_shards
 from utils.errors import UserError
