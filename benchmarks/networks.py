@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project is no package
 
 from model.layers import space_to_depth  # noqa: E402
-from model.layers.quantized import QuantConv2d, QuantLayer  # noqa: E402
+from model.layers.convolution import QuantConv2d  # noqa: E402
+from model.layers.quantized import QuantLayer  # noqa: E402
 from model.networks import library  # noqa: E402
 from model.networks.build import build_network  # noqa: E402
 from model.networks.resnet import PARTS, Block, ResNet  # noqa: E402

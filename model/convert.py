@@ -19,9 +19,10 @@ from model import quant  # noqa: F401  (registers what a configuration can name)
 from model.layers import bits
 from model.layers.bits import asked_bits, assign_bits, become_quantized, mark_ends, quantizes
 from model.layers.called import call_layers, layers_called, undone_on_error
+from model.layers.convolution import QuantConvolution
 from model.layers.fused_attention import add_matmuls
 from model.layers.matmul import check_matmuls
-from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision
+from model.layers.quantized import QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
 from model.obstacles import obstacles
@@ -50,12 +51,12 @@ __all__ = [
 def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
     """Let `quantize` turn layers of the class `kind` into layers of the class `quantized`.
 
-    Use it for a subclass of `nn.Conv2d` or `nn.Linear` that has a forward of its own; without it such layers are
-    left in full precision. Subclasses of `kind` are not affected.
+    Use it for a subclass of `nn.Conv1d`, `nn.Conv2d` or `nn.Linear` that has a forward of its own; without it such
+    layers are left in full precision. Subclasses of `kind` are not affected.
 
     Args:
         kind: the class of the layers.
-        quantized: a subclass of `kind` and of `QuantConv2d` or `QuantLinear`. Its constructor does not run: the
+        quantized: a subclass of `kind` and of `QuantConvolution` or `QuantLinear`. Its constructor does not run: the
             layer keeps the state of `kind` and gets the three quantizers.
 
     Raises:
@@ -84,7 +85,7 @@ def register_layer(kind: type[nn.Module], quantized: type[QuantLayer]) -> None:
             )
     if kind in bits.LAYERS:
         raise ValueError(f"{kind.__name__} is registered already")
-    if not (issubclass(quantized, kind) and issubclass(quantized, QuantConv2d | QuantLinear)):
+    if not (issubclass(quantized, kind) and issubclass(quantized, QuantConvolution | QuantLinear)):
         raise ValueError(f"{quantized.__name__}: not a subclass of {kind.__name__} and a quantized layer")
     bits.LAYERS[kind] = quantized
 

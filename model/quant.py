@@ -3,8 +3,8 @@
 Importing this module registers every method of the project.
 """
 
+from model.layers.convolution import QuantConv1d, QuantConv2d, QuantConvolution
 from model.layers.quantized import (
-    QuantConv2d,
     QuantLayer,
     QuantLinear,
     full_precision_reason,
@@ -48,7 +48,9 @@ __all__ = [
     "LearnedRange",
     "MethodRecord",
     "QuantConfig",
+    "QuantConv1d",
     "QuantConv2d",
+    "QuantConvolution",
     "QuantLayer",
     "QuantLinear",
     "QuantizedTensor",

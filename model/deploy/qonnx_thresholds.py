@@ -25,13 +25,16 @@ from model.deploy.graph import DeployGraph
 from model.deploy.nodes import DOMAIN, initializers, node_key, tensor_attributes
 from model.deploy.onnx_qdq import Builder, complete_model
 from model.deploy.qonnx_quant import QONNX, quant_bits
+from model.deploy.steps import ACTIVATION, shapes_of
 from model.deploy.sum_thresholds import NoThresholds, between, integer_thresholds, real_thresholds
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 CODES = "codes"  # entry of the metadata: the values of codes, by the name of the quantizer
 DATATYPE = "finn_datatype"  # the key by which qonnx finds a tensor's datatype
+RANKS = (2, 4)  # dimensions of a tensor that MultiThreshold takes
 MOST_VALUES = (
     2**24
 )  # integers that float32 holds, and sums of all channels that are computed to find thresholds
@@ -69,6 +72,9 @@ def thresholds_model(graph: DeployGraph) -> ThresholdsModel:
     metadata has the value of the code 1. Datatypes of weights, sums, codes and thresholds are annotated. A batch is one
     image, since qonnx takes fixed shapes alone.
 
+    Raises:
+        UserError: a quantizer's tensor is neither images nor a row of numbers, which MultiThreshold does not take.
+
     Example:
         >>> from torch import nn
         >>> from model.convert import quantize
@@ -83,9 +89,14 @@ def thresholds_model(graph: DeployGraph) -> ThresholdsModel:
         >>> thresholds_model(deploy_graph(network, (3, 1, 1))).integer
         ('3.quant_activation',)
     """
-    model = copy.deepcopy(graph.model)
+    model, shapes = copy.deepcopy(graph.model), shapes_of(graph.model)
     made = _Streamlined(graph)
     for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == ACTIVATION and len(shapes[node.output[0]]) not in RANKS:
+            raise UserError(
+                f"{node_key(node)}: thresholds files hold images and rows of numbers, and this tensor has "
+                f"{len(shapes[node.output[0]])} dimensions; export --to qonnx"
+            )
         made.take(node)
     scales = {name: codes.scale for name, codes in graph.activations.items() if codes.integer}
     complete = complete_model(model, made.builder, graph.metadata | {CODES: json.dumps(scales)})

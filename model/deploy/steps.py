@@ -103,7 +103,7 @@ def steps_of(graph: DeployGraph, taken: Collection[str], engine: str) -> Steps:
         [('Conv', (1, 4, 4, 4)), ('Relu', (1, 4, 4, 4)), ('Reshape', (1, 64)), ('Gemm', (1, 2))]
     """
     constants = initializers(graph.model)
-    shapes = _shapes(graph.model)
+    shapes = shapes_of(graph.model)
     renamed: dict[str, str] = {}
     steps: list[Step] = []
     for node in graph.model.graph.node:
@@ -195,8 +195,8 @@ def _norm(step: Step, constants: dict[str, Array], shapes: dict[str, tuple[int, 
     ]
 
 
-def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors, with one image as the batch."""
+def shapes_of(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a graph, with one image as the batch."""
     from onnx import shape_inference
 
     model = copy.deepcopy(model)

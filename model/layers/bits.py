@@ -13,10 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from model.layers.attention import Projection, QuantProjection
 from model.layers.called import SWIN
+from model.layers.convolution import QuantConv1d, QuantConv2d, QuantConvolution
 from model.layers.quantized import (
     AskedBits,
     AskedGroups,
-    QuantConv2d,
     QuantLayer,
     QuantLinear,
     full_precision_reason,
@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.text import printable, some_names
 
 LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Linear: QuantLinear,
     NonDynamicallyQuantizableLinear: QuantLinear,  # of torch's attention; another class for an old tool's sake
@@ -62,7 +63,7 @@ def become_quantized(layer: nn.Module, config: QuantConfig) -> QuantLayer:
     """
     layer.__class__ = forms()[type(layer)]
     assert isinstance(layer, QuantLayer)
-    if isinstance(layer, QuantConv2d):
+    if isinstance(layer, QuantConvolution):
         layer.padding_after_quant = config.padding_after_quant
     layer.quant_activation = nn.Identity()
     layer.quant_weight = nn.Identity()

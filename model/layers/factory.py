@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from model.layers.convolution import QuantConv2d
 from model.layers.norms import norm
-from model.layers.quantized import QuantConv2d, QuantLinear, keep_full_precision
+from model.layers.quantized import QuantLinear, keep_full_precision
 from model.layers.rprelu import RPReLU
 from utils.config.schema import ModelConfig
 from utils.errors import UserError

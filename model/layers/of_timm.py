@@ -12,7 +12,8 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers.quantized import QuantConv2d, QuantLinear
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLinear
 
 
 class _PadsSame(QuantConv2d):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, quantized_layers
+from model.layers.convolution import QuantConvolution
+from model.layers.quantized import QuantLayer, QuantLinear, quantized_layers
 from model.observe import first_input
 from model.quantizers.frame import Quantizer
 from utils.report.accumulator_record import Accumulator
@@ -109,10 +110,10 @@ class Sums:
         ends, zero = entering
         row = self.rows.setdefault(name, _sums_of(name, codes, ends))
         own = type(layer).forward not in (
-            QuantConv2d.forward,
+            QuantConvolution.forward,
             QuantLinear.forward,
         )  # may do more with the input
-        if own or not x.numel() or (isinstance(layer, QuantConv2d) and x.ndim != 4):
+        if own or not x.numel() or (isinstance(layer, QuantConvolution) and x.ndim != layer.weight.ndim):
             return
         kind = torch.float32 if max(-row.lowest, row.highest) < EXACT else torch.float64
 

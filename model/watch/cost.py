@@ -48,7 +48,7 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
 
     def count(
         name: str,
-        module: nn.Conv2d | nn.Linear,
+        module: nn.Conv1d | nn.Conv2d | nn.Linear,
         inputs: tuple[Any, ...],
         named: dict[str, Any],
         output: Tensor,
@@ -90,7 +90,7 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
         hooks += [
             module.register_forward_hook(partial(count, name), with_kwargs=True)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
         ]
         hooks += [
             module.register_forward_hook(count_matmul)
@@ -115,7 +115,7 @@ def _other_cost(name: str, module: nn.Module, product: Product) -> LayerCost:
     return LayerCost(
         name=name or "the network",
         kind=_kind(module)
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
         else f"{type(module).__name__} {shapes}",
         output=product.output[1:],
         weights=product.weights,
@@ -154,7 +154,7 @@ def one_of_a_kind(model: nn.Module) -> Iterator[None]:
             quantizer.enabled = True
 
 
-def _kind(module: nn.Conv2d | nn.Linear) -> str:
+def _kind(module: nn.Conv1d | nn.Conv2d | nn.Linear) -> str:
     if isinstance(module, nn.Linear):
         return f"linear {module.in_features}-{module.out_features}"
     kernel = "x".join(map(str, module.kernel_size))

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from model.audit import audit, unexplained
 from model.convert import build_quantizers, full_precision, quantize
-from model.layers.quantized import QuantConv2d, QuantLayer, QuantLinear, keep_full_precision, quantizers
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLayer, QuantLinear, keep_full_precision, quantizers
 from model.networks.build import build_network
 from model.quantizers.frame import Quantizer
 from model.watch.cost import network_cost

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.calibrate import initialise_ranges, percentile_clip
-from model.layers.quantized import QuantConv2d, quantizers
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import quantizers
 from model.networks.build import build_network
 from utils.config.resolve import read
 from utils.config.schema import QuantConfig

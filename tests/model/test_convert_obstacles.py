@@ -15,7 +15,7 @@ from torchvision.ops import DeformConv2d
 from model.audit import audit
 from model.convert import Left, full_precision, quantize, register_layer
 from model.layers import bits
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from tests.model.foreign import config, vision_transformer
 
 # What cannot be quantized --------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def replaced_forward() -> nn.Module:
             "is parametrized, which has changed its class: quantize first, parametrize then",
         ),
         (replaced_forward, "has had its forward replaced"),
-        (lambda: nn.Conv1d(4, 4, 1), "is a Conv1d, which has no quantized form"),
+        (lambda: nn.Conv3d(4, 4, 1), "is a Conv3d, which has no quantized form"),
         (lambda: nn.ConvTranspose2d(4, 4, 1), "is a ConvTranspose2d, which has no quantized form"),
         (lambda: DeformConv2d(4, 4, 1), "is a DeformConv2d, which has no quantized form"),
         (lambda: nn.Bilinear(4, 4, 4), "is a Bilinear, which has no quantized form"),

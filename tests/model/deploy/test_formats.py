@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.convert import quantize
 from model.deploy.coreml.file import agreement
-from model.deploy.engines import Engine
+from model.deploy.engines import Engine, engines_of
 from model.deploy.formats import GRAPH_FORMATS
 from model.deploy.graph import deploy_graph
 from model.deploy.openvino_ir import write_openvino
@@ -94,6 +96,32 @@ def test_levels_and_logits_are_those_of_torch(
         assert agreement(written(kind, name), graph).faults == ()
     elif engine.optimised and engine.name not in ("qonnx", "litert", "mnn"):
         assert runner.integer == INTEGER[kind, engine.name]
+
+
+def test_convolutions_of_one_dimension_are_right_or_refused(tmp_path: Path) -> None:
+    """Behind 64 places of an image; ONNX knows them, and so do its engines."""
+    layers = (nn.Conv1d(8, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 4, 3, padding=1))
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Flatten(2), *layers, nn.Flatten(), nn.Linear(256, 2)
+    ).eval()
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in ("fm", "wt")}
+    assert quantize(network, QuantConfig(**parts)).replaced == ("2", "5")
+    graph, x = deploy_graph(network, (3, 8, 8)), images(2, size=8)
+    expected = torch_values(network, x)
+    refused = set()
+    for name, kind in FORMATS.items():
+        try:
+            GRAPH_FORMATS[kind](graph, tmp_path / name)
+        except UserError as error:
+            assert re.search(r"^(2|2.quant_activation): .*; export --to \w+$", str(error))
+            refused.add(kind)
+            continue
+        for engine in engines_of(tmp_path / name):
+            found = engine.open(tmp_path / name, tensors=True)(x.numpy())
+            assert found.keys() == expected.keys() == {"logits", *graph.activations}
+            for tensor, value in expected.items():
+                np.testing.assert_allclose(found[tensor], value, atol=1e-5, err_msg=f"{tensor} {engine}")
+    assert refused == set(FORMATS.values()) - {"onnx", "openvino", "qonnx"}
 
 
 def test_a_layer_in_two_places_is_refused() -> None:

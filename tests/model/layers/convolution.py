@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from tests.model.quantizers.cases import generator
 from utils.config.schema import QuantConfig
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.layers.quantized import QuantConv2d, QuantLinear, quantizers
+from model.layers.convolution import QuantConv1d, QuantConv2d
+from model.layers.quantized import QuantLinear, quantizers
+from model.quantizers.registry import methods
 from tests import oracle
 from tests.model.layers.convolution import conv, image
 from tests.oracle import Array, Groups
@@ -63,6 +65,51 @@ RANGES = {
     ),
     "weight": dataclasses.replace(BOTH, fm=QuantizerConfig(tag="fm")),
 }
+
+
+@pytest.mark.parametrize("method", sorted({name for name, _ in methods()}))
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 2, "stride": 2, "bias": False}, {"padding": 2, "dilation": 2, "groups": 4}],
+    ids=["plain", "stride", "depth-wise"],
+)
+def test_one_dimension_is_that_of_images_one_pixel_high(method: str, options: dict[str, Any]) -> None:
+    levels = 2 if method in ("xnor", "reactnet") else 3 if method == "fatnn" else 4
+    parts = {
+        tag: QuantizerConfig(tag=tag, enable=True, method=method, levels=levels, half_range=half)
+        for tag, half in (("fm", levels != 2), ("wt", False))
+    }
+    torch.manual_seed(0)
+    line, wanted = QuantConv1d(4, 8, 3, **options), QuantConv2d(4, 8, (1, 3), **in_two_dimensions(options))
+    for layer in (line, wanted):
+        layer.build_quantizers(QuantConfig(**parts), "conv1")
+    state = {
+        name: value.reshape(wanted.state_dict()[name].shape) for name, value in line.state_dict().items()
+    }
+    wanted.load_state_dict(state)
+    x = image(3, 4, 9).requires_grad_()
+    y = x.detach()[:, :, None].requires_grad_()
+    found, expected = line(x), wanted(y)
+    torch.testing.assert_close(found, expected[:, :, 0], rtol=1e-6, atol=1e-6)
+    g = image(*found.shape)
+    found.backward(g)
+    expected.backward(g[:, :, None])
+    assert x.grad is not None and y.grad is not None
+    torch.testing.assert_close(x.grad, y.grad[:, :, 0], rtol=1e-5, atol=1e-6)
+    others = dict(wanted.named_parameters())
+    for name, parameter in line.named_parameters():
+        assert (parameter.grad is None) == (others[name].grad is None), name
+        if parameter.grad is not None:
+            other = others[name].grad.reshape(parameter.shape)
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-5)
+    line.eval()
+    torch.testing.assert_close(line(x[0]), line(x)[0])  # one of them, without the dimension of several
+
+
+def in_two_dimensions(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a convolution over the last of two dimensions."""
+    first = {"padding": 0, "stride": 1, "dilation": 1}
+    return {name: (first[name], value) if name in first else value for name, value in options.items()}
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from benchmarks.speed import saved_bytes
-from model.layers.quantized import QuantConv2d, QuantLinear, quantizers
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLinear, quantizers
 from model.quantizers import frame
 from model.quantizers.frame import Quantizer
 from model.training.recompute import recompute_inputs

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import main
 from model.audit import audit
-from model.layers.quantized import QuantConv2d, QuantLayer, quantizers
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLayer, quantizers
 from model.layers.rprelu import RPReLU
 from model.networks.build import PROJECT, build_network, models
 from model.networks.mobilenet import InvertedResidual, divisible

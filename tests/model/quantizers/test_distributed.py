@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 import model.quant  # noqa: F401  (registers the methods)
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite
 from tests.model.quantizers.cases import (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.quantizers.frame import Quantizer
 from model.quantizers.lsq import LSQ
 from model.quantizers.site import LayerSite

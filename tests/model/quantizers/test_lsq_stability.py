@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.calibrate import initialise_ranges
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.quantizers.lsq import LSQ
 from model.quantizers.site import LayerSite
 from utils.config.schema import QuantConfig, QuantizerConfig

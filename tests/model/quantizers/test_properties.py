@@ -11,7 +11,8 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.layers.quantized import QuantConv2d, QuantLinear
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLinear
 from model.quantizers.frame import Quantizer
 from model.quantizers.registry import build_quantizer
 from model.quantizers.site import LayerSite

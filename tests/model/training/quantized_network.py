@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from utils.config.resolve import read
 
 

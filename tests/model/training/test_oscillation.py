@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.convert import build_quantizers
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.training.oscillation import Freezing, dampening, dampening_factor
 from model.training.quantization_error import quantization_error
 from utils.config.resolve import read

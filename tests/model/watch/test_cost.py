@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.layers.quantized import QuantConv2d, QuantLinear, quantizers
+from model.layers.convolution import QuantConv2d
+from model.layers.quantized import QuantLinear, quantizers
 from model.networks.build import build_network
 from model.quantizers.lsq import LSQ
 from model.watch.cost import network_cost

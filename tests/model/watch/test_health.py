@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.quantizers.frame import Quantizer
 from model.training.finite import first_nonfinite
 from model.watch.health import BINS, Health

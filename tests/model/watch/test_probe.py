@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import main
-from model.layers.quantized import QuantConv2d
+from model.layers.convolution import QuantConv2d
 from model.watch.probe import Probe
 from utils.config.resolve import read as read_config
 from utils.config.schema import ProbeConfig, QuantConfig, QuantizerConfig
