@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from model.quantizers.frame import Quantizer
+from model.quantizers.grid import Grid
 from model.quantizers.integers import QuantizedTensor
 from utils.errors import UserError
 
 Array = np.ndarray
-MOST_COMPARISONS = 31  # of a value with thresholds; a quantizer with more of them is refused
+MOST_COMPARISONS = 31  # of a value with thresholds
 NEAR = 0.49  # of a step: what rounds to zero, whatever the rounding errors
 NUDGE = 2.0**-20  # of the clip value: less than rounding errors of the sums in front
 SMALLEST_SCALE = 2.0**-100  # stands for a scale of zero, by which engines divide
@@ -55,6 +56,11 @@ class ActivationCodes:
     def integer(self) -> bool:
         """Whether the levels are integer codes times one scale, in 8 bits."""
         return not self.reason
+
+    @property
+    def gap(self) -> int:
+        """The distance of neighbouring codes where that is the same for all."""
+        return (self.highest - self.lowest) // (self.levels - 1)
 
     @property
     def shift(self) -> float:
@@ -246,11 +252,11 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
         return _with_offset(name, quantizer, quantizer.normalise(x), found)
     grid = quantizer.search_grid()
     if grid is not None:
-        lowest, highest, even = grid.bottom, grid.top, grid.gap == 1
+        lowest, highest, even = grid.bottom, grid.top, is_even(grid) and grid.gap == 1
     else:
         book = array(found.codebook)[0]
         ratio = float(found.factor.reshape(-1)[0]) / float(found.scale.reshape(-1)[0])
-        ends = np.round(book[[0, -1]] * ratio).astype(int) + found.zero_point
+        ends = np.round(book[[0, -1]] * ratio).astype(int)
         lowest, highest, even = int(ends[0]), int(ends[1]), False
     made = ActivationCodes(
         name=name, levels=levels, lowest=lowest, highest=highest, scale=float(scale),
@@ -258,9 +264,14 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
     )  # fmt: skip
     if highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=levels, reason="its codes need more than 8 bits")
-    if made.step is not None:
-        _check_step(made, quantizer, quantizer.normalise(x))
+    if is_even(grid):
+        _check_step(made, quantizer, quantizer.normalise(x), float(found.scale))
     return made
+
+
+def is_even(grid: Grid | None) -> bool:
+    """Whether neighbouring levels are equally far apart, and values go to the nearest one, ties to the even one."""
+    return type(grid) is Grid
 
 
 def _with_offset(name: str, quantizer: Quantizer, x: Tensor, found: QuantizedTensor) -> ActivationCodes:
@@ -279,7 +290,7 @@ def _with_offset(name: str, quantizer: Quantizer, x: Tensor, found: QuantizedTen
     if made.highest + made.zero_point > 255:
         return ActivationCodes(name=name, levels=quantizer.levels, reason="its codes need more than 8 bits")
     made = replace(made, nudge=_nudge(made, quantizer, x))
-    _check_step(made, quantizer, x)
+    _check_step(made, quantizer, x, step)
     return made
 
 
@@ -296,9 +307,9 @@ def _nudge(codes: ActivationCodes, quantizer: Quantizer, x: Tensor) -> float:
     return -math.copysign(NUDGE * codes.levels * codes.step, above)
 
 
-def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> None:
-    """Refuse a quantizer that does not give round((x - shift) / step)."""
-    wrong = _off_step(codes, quantizer, like)
+def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor, step: float) -> None:
+    """Refuse a quantizer that does not give the code nearest to (x - shift) / step."""
+    wrong = _off_step(codes, quantizer, like, step)
     if wrong is not None:
         value, wanted, got = wrong
         raise UserError(
@@ -308,22 +319,20 @@ def _check_step(codes: ActivationCodes, quantizer: Quantizer, like: Tensor) -> N
 
 
 def _off_step(
-    codes: ActivationCodes, quantizer: Quantizer, like: Tensor
+    codes: ActivationCodes, quantizer: Quantizer, like: Tensor, step: float
 ) -> tuple[float, float, float] | None:
-    """A value that is not quantized to round((x - shift) / step), what is made of it, and what that gives; None: none.
+    """A value that is not quantized to the code nearest to (x - shift) / step, what is made of it, and what that gives.
 
-    Compared are the middle half of each level, and values beyond the outer ones.
+    None: there is none. Compared are the middle half of each level, and values beyond the outer ones.
     """
-    assert codes.step is not None
-    numbers = torch.arange(codes.lowest - 3, codes.highest + 4).reshape(-1, 1) + torch.tensor(
-        [-0.25, 0, 0.25]
-    )
+    numbers = torch.arange(-3, codes.levels + 3).reshape(-1, 1) + torch.tensor([-0.25, 0, 0.25])
     numbers = torch.cat([numbers.flatten(), torch.tensor([-1e4, 1e4])])
-    x = numbers * codes.step + codes.shift
+    x = (codes.lowest + codes.gap * numbers) * step + codes.shift
     x = x.reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *one_place(quantizer, like))
     wanted = quantized(quantizer, x)
-    found = ((x - codes.shift) / codes.step).round().clamp(codes.lowest, codes.highest) * codes.scale
-    found = found + codes.offset
+    number = ((x - codes.shift) / step - codes.lowest) / codes.gap
+    found = codes.lowest + codes.gap * number.round().clamp(0, codes.levels - 1)
+    found = found * codes.scale + codes.offset
     wrong = ((found - wanted).abs() > 1e-4 * abs(codes.scale) * max(1, codes.levels)).nonzero()
     if not len(wrong):
         return None

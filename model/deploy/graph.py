@@ -26,6 +26,7 @@ from model.deploy.codes import (
     ActivationCodes,
     WeightCodes,
     activation_codes,
+    is_even,
     weight_codes,
 )
 from model.deploy.level_thresholds import by_thresholds, thresholds
@@ -166,26 +167,28 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     """What stands for a quantizer of activations while the network is exported: x to a node `Activation`.
 
     The node gets x itself where its levels are evenly spaced multiples of a step, the codes where they are other
-    integers, otherwise the levels in float.
+    integers, otherwise the levels in float. Codes with uneven distances, or uneven thresholds between them, come by
+    comparisons, where these are not too many.
     """
     mark = partial(_mark, "Activation", codes.name)
     if codes.integer and codes.step is not None:
         return lambda x: mark(quantizer.normalise(x))
     grid = quantizer.search_grid()
-    uneven = grid is None or grid.gap == 0  # levels, or the thresholds between them
-    if codes.integer and not codes.signs and uneven and codes.levels - 1 <= MOST_COMPARISONS:
+    if codes.integer and not codes.signs and is_even(grid):
+        nudge = _nudge(quantizer, grid, example)
+
+        def code(x: Tensor) -> Tensor:
+            numbers, _ = numbered(quantizer, x + nudge if nudge else x)
+            return mark(numbers.float() * codes.gap + codes.lowest)
+
+        return code
+    if codes.integer and not codes.signs and codes.levels - 1 <= MOST_COMPARISONS:
         places, levels = thresholds(codes.name, quantizer, quantizer.normalise(example))
         numbers = (levels / codes.scale).round()
         return lambda x: mark(by_thresholds(quantizer.normalise(x), places, numbers))
     if codes.integer and not codes.signs:
-        nudge = _nudge(quantizer, grid, example)
-        gap = (codes.highest - codes.lowest) // (codes.levels - 1)
-
-        def code(x: Tensor) -> Tensor:
-            numbers, _ = numbered(quantizer, x + nudge if nudge else x)
-            return mark(numbers.float() * gap + codes.lowest)
-
-        return code
+        zero = quantizer.integers(example).zero_point
+        return lambda x: mark((quantizer.integers(x).codes - zero).float())
     found = quantizer.integers(example)
     if found.scale is not None and not codes.signs:
         return lambda x: mark(_value(quantizer, x))

@@ -12,14 +12,15 @@ from model.quantizers.frame import Quantizer
 from model.quantizers.integers import QuantizedTensor
 from utils.errors import UserError
 
+FAR = 2.0**100  # beyond all thresholds
 SPREAD = 2001  # values near thresholds, and as many far ones of each sign, with which these are checked
 
 
 def thresholds(name: str, quantizer: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
     """Where an activation quantizer with static, increasing levels changes from a level to the next one.
 
-    Found by bisection over all float32 numbers, so that x >= threshold is exactly what the quantizer does. That is
-    compared on both sides of each threshold and on a spread of values.
+    Found by bisection over the float32 numbers from -2^100 to 2^100, so that x >= threshold is exactly what the
+    quantizer does. That is compared on both sides of each threshold and on a spread of values.
 
     Args:
         name: the quantizer's name in the network.
@@ -27,8 +28,8 @@ def thresholds(name: str, quantizer: Quantizer, like: Tensor) -> tuple[Tensor, T
         like: an input of it, normalised, float32; its first dimension holds images.
 
     Returns:
-        Thresholds float32 [levels - 1, ...] and levels float32 [levels, ...], whose other dimensions broadcast
-        against the input.
+        Thresholds float32 [n - 1, ...] and levels float32 [n, ...] of the n levels that such a number reaches, whose
+        other dimensions broadcast against the input.
 
     Raises:
         UserError: the quantizer is not monotonic, or its integers are not what it quantizes.
@@ -47,15 +48,18 @@ def thresholds(name: str, quantizer: Quantizer, like: Tensor) -> tuple[Tensor, T
 
     count = quantizer.levels - 1
     wanted = torch.arange(1, count + 1).reshape(-1, *[1] * (like.ndim - 1))
-    edge = int(_order(torch.tensor(torch.finfo(torch.float32).max)))
+    edge = int(_order(torch.tensor(FAR)))
     low = torch.full((count, *shape[1:]), -edge - 1, dtype=torch.int64)
     high = torch.full_like(low, edge)
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
         reached = number(middle) >= wanted
         low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    places = _float(high)
-    ends = torch.cat([torch.full_like(places[:1], torch.finfo(torch.float32).min), places])
+    reached = number(torch.full_like(low, edge)) >= wanted
+    some = reached.flatten(1).any(1)
+    reached, high = reached[some], high[some]
+    places = torch.where(reached, _float(high), torch.inf)  # of another channel
+    ends = torch.cat([torch.full((1, *shape[1:]), -FAR), _float(high)])
     levels = _encoded(quantizer, ends.expand(-1, *probe)).dequantize()
     levels = levels if quantizer.groups > 1 else levels.narrow(dim, 0, 1)
     spread = _spread_over(places).reshape(-1, *[1] * (like.ndim - 1)).expand(-1, *probe)
@@ -75,7 +79,8 @@ def by_thresholds(x: Tensor, places: Tensor, levels: Tensor) -> Tensor:
 
 def _spread_over(places: Tensor) -> Tensor:
     """Values around thresholds and far from them, float32 [n], in increasing order."""
-    low, high = float(places.min()), float(places.max())
+    finite = places[places.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
     near = torch.linspace(low - (high - low + 1), high + (high - low + 1), SPREAD)
     far = torch.logspace(-9, 9, SPREAD)
     return torch.cat([near, far, -far, torch.zeros(1)]).sort().values

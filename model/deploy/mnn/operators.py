@@ -158,7 +158,7 @@ def elementwise(operator: str, network: MnnNetwork, step: Step, *, whole: bool =
         raise network.refuse(
             step, "its numbers are of two kinds" if len(kinds) == 2 else "its numbers are whole"
         )
-    # Truth values are for Select, which is never packed.
+    # Truth values are for Select, which takes none that are packed.
     (x, y), packed = network.together(step.inputs, step.outputs[0], packs=not whole)
     _binary(network, operator, x, y, step.outputs[0], packed=packed, whole=whole or True in kinds)
 
@@ -320,9 +320,9 @@ def is_infinite(network: MnnNetwork, step: Step) -> None:
     if not all(step.attributes.get(f"detect_{sign}", 1) for sign in ("negative", "positive")):
         raise network.refuse(step, "it looks at one sign alone")
     name = step.outputs[0]
-    (x,), packed = network.together(step.inputs[:1], name)
-    size = _unary(network, "ABS", x, f"{name}.size", packed=packed)
-    _binary(network, "GREATER", size, network.scalar(LARGEST), name, packed=packed, whole=True)
+    (x,), _ = network.together(step.inputs[:1], name, packs=False)
+    size = _unary(network, "ABS", x, f"{name}.size")
+    _binary(network, "GREATER", size, network.scalar(LARGEST), name, whole=True)
 
 
 def where(network: MnnNetwork, step: Step) -> None:

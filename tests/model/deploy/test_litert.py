@@ -16,6 +16,7 @@ from model.convert import quantize
 from model.deploy.codes import WeightCodes
 from model.deploy.engines import Engine, read_metadata
 from model.deploy.graph import deploy_graph, with_byte_input
+from model.deploy.litert.run import PRODUCTS
 from model.deploy.litert.write import litert_file
 from model.quant import QuantConfig, QuantConv2d, QuantizerConfig
 from tests.model.deploy.networks import Geometry, Single, exported, images, torch_values
@@ -23,6 +24,7 @@ from utils.checkpoint.exported import kind_of
 from utils.errors import UserError
 
 schema: Any = pytest.importorskip("ai_edge_litert.schema_py_generated")
+Interpreter: Any = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
 BITS = {schema.TensorType.INT2: 2, schema.TensorType.INT4: 4, schema.TensorType.INT8: 8}
 ENGINES = (Engine("litert"), Engine("litert", False))
 
@@ -112,6 +114,24 @@ def test_layers_of_each_geometry_compute_what_torch_does(tmp_path: Path) -> None
         for name, value in expected.items():
             far = np.abs(found[name] - value) > 1e-3 * np.abs(value).max()
             assert far.mean() <= 0.005, (name, engine, int8_weights)
+
+
+def test_xnnpack_computes_the_products_of_codes_of_eight_bits() -> None:
+    """Its parts of the network are operators DELEGATE; what they read and none of them makes comes from elsewhere."""
+    network = Geometry().eval()
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in ("fm", "wt")}
+    quantize(network, QuantConfig(**parts, first_last=True))
+    graph, elsewhere = deploy_graph(network, (3, 12, 12)), []
+    for int8_weights in (False, True):
+        data = litert_file(graph, int8_weights=int8_weights).data
+        interpreter = Interpreter(model_content=data, num_threads=1)
+        interpreter.allocate_tensors()
+        operators = interpreter._get_ops_details()
+        delegates = [one for one in operators if one["op_name"] == "DELEGATE"]
+        read, made = ({place for one in delegates for place in one[side]} for side in ("inputs", "outputs"))
+        products = [one["outputs"][0] for one in operators if one["op_name"] in PRODUCTS]
+        elsewhere.append(sum(place in read - made for place in products))
+    assert elsewhere[0] >= 8 and elsewhere[1] == 0
 
 
 def test_ties_go_to_even_levels_by_division(tmp_path: Path) -> None:

@@ -208,6 +208,26 @@ def test_single_operators(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.where(x > 0.2, 1.0, 2.0),
+        lambda x: torch.where(x >= 0.5, 3.0, torch.where(x >= 0.1, 2.0, 0.0)),
+        lambda x: torch.where(x.isinf(), 1.0, x),
+    ],
+)
+def test_choices_between_convolutions(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    """Convolutions take and give channels in fours."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), Single(function), nn.Conv2d(8, 4, 3), nn.Flatten()).eval()
+    x, path = torch.randn(2, 3, 9, 8), tmp_path / "x.mnn"
+    write_mnn(deploy_graph(network, (3, 9, 8)), path)
+    with torch.no_grad():
+        wanted = network(x).numpy()
+    for engine in ENGINES:
+        np.testing.assert_allclose(engine.open(path)(x.numpy())["logits"], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda x: torch.cumsum(x, dim=1).flatten(1), "MNN files do not hold the operator CumSum"),
