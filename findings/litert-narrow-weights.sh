@@ -2,8 +2,7 @@
 # LiteRT (ai-edge-litert 2.3.0), CPU interpreter with XNNPACK: a convolution of floats behind DEQUANTIZE of constant codes,
 # with a scale for each output channel.
 # Expected: XNNPACK computes it whatever the bits of the codes, since DEQUANTIZE of a constant is done once.
-# Seen: of INT8 it does; of INT4 and INT2 the convolution stays with LiteRT's own kernels. All are right; a ResNet-18 of
-# narrow codes takes about 1.6 times as long as in float.
+# Seen: of INT8 it does; of INT4 and INT2 the convolution stays with LiteRT's own kernels. All are right.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
