@@ -363,14 +363,15 @@ def draw(picture: str, folder: Path) -> Path:
     return path
 
 
-def share(name: str) -> str:
+def share(name: str, ends: str = "") -> str:
     """A row of the table of shares: the network `SOURCE:NAME` at the size of its published weights.
 
-    They are those of convolutions and matrix products; the first and the last layer stay in full precision.
+    They are those of convolutions and matrix products; the first and the last layer stay in full precision, unless
+    `ends` says their bits.
     """
     line = (
         f"--model {name} --dataset fake --keyword imagenet,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
-    )
+    ) + (f" --first_last_bit {ends}" if ends else "")
     size = library.own_size(*name.split(":")) or 224
     try:
         with torch.device("meta"):
@@ -395,7 +396,7 @@ def share(name: str) -> str:
     return f"| `{name}` | {100 * products:.1f} | {100 * weights:.1f} | {shares} |"
 
 
-def shares(patterns: Sequence[str]) -> None:
+def shares(patterns: Sequence[str], ends: str) -> None:
     """Print the table of shares of the networks whose `SOURCE:NAME`, or source, matches one of the patterns."""
     known = [f"torchvision:{name}" for name in library.torchvision_names()]
     if any(pattern.startswith("timm") for pattern in patterns):
@@ -405,7 +406,7 @@ def shares(patterns: Sequence[str]) -> None:
     print("| network | % of products | % of weights | left, % of products |\n| --- | --- | --- | --- |")
     for name in known:
         if any(fnmatch(name, pattern) or name.partition(":")[0] == pattern for pattern in patterns):
-            print(share(name), flush=True)
+            print(share(name, ends), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -414,9 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=", ".join(PICTURES))
     parser.add_argument("--shares", nargs="+", metavar="SOURCE:NAME", help="patterns of networks")
+    parser.add_argument(
+        "--first_last_bit", default="", metavar="BITS", help="shares: of the first and the last layer, too"
+    )
     given = parser.parse_args(argv)
     if given.shares:
-        shares(given.shares)
+        shares(given.shares, given.first_last_bit)
         return 0
     names = given.pictures or list(PICTURES)
     unknown = [name for name in names if name not in PICTURES]
