@@ -22,7 +22,7 @@ from model.layers.called import call_layers, layers_called, undone_on_error
 from model.layers.convolution import QuantConvolution
 from model.layers.fused_attention import add_matmuls
 from model.layers.matmul import check_matmuls
-from model.layers.quantized import QuantLayer, QuantLinear, keep_full_precision
+from model.layers.quantized import BASES, QuantLayer, QuantLinear, keep_full_precision
 from model.layers.weighted import multiplies, weighted_layers
 from model.observe import ParameterProducts, first_input, observing, within
 from model.obstacles import obstacles
@@ -316,7 +316,7 @@ def below_zero(module: nn.Module, *inputs: Any) -> dict[str, float]:
         hooks += [
             layer.register_forward_pre_hook(partial(watch, name), with_kwargs=True)
             for name, layer in weighted_layers(module)
-            if isinstance(layer, nn.Conv2d | nn.Linear)
+            if isinstance(layer, BASES)
         ]
         module(*inputs)
     return shares
@@ -411,7 +411,7 @@ def _deselected(
     Also whether it is selected only since an option gives bits to this layer.
     """
     name = names[0]
-    convolution = isinstance(layer, nn.Conv2d)
+    convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
     excluded = next((pattern for pattern in select.exclude if matches(pattern, names)), None)
     if excluded is not None:
         return f"is excluded by {excluded}", False

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from model.layers import bits
 from model.layers.called import uncalled
-from model.layers.quantized import QuantLayer
+from model.layers.quantized import BASES, QuantLayer
 
 
 def obstacles(module: nn.Module, layers: dict[str, nn.Module], order: Sequence[str] | None) -> dict[str, str]:
@@ -22,14 +22,14 @@ def obstacles(module: nn.Module, layers: dict[str, nn.Module], order: Sequence[s
             found[name] = "projects its inputs by a parameter, not by a layer"
         elif isinstance(layer, QuantLayer):
             found[name] = "is quantized already"
-        elif not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
+        elif not isinstance(layer, BASES):
             found[name] = f"is a {kind.__name__}, which has no quantized form"
         elif isinstance(layer, LazyModuleMixin):
             found[name] = f"is a {kind.__name__}, which has no weights yet: run the network once before"
         elif parametrize.is_parametrized(layer):
             found[name] = "is parametrized, which has changed its class: quantize first, parametrize then"
         elif kind not in bits.forms():
-            base = next(one.__name__ for one in (nn.Conv1d, nn.Conv2d, nn.Linear) if isinstance(layer, one))
+            base = next(one.__name__ for one in BASES if isinstance(layer, one))
             found[name] = f"is a {kind.__name__}, whose forward may not be nn.{base}'s; see register_layer"
         elif "forward" in vars(layer):
             found[name] = "has had its forward replaced"

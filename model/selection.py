@@ -26,7 +26,7 @@ class Selection:
     about depth-wise convolutions.
 
     Attributes:
-        convolutions: select `nn.Conv2d`.
+        convolutions: select `nn.Conv1d` and `nn.Conv2d`.
         linears: select `nn.Linear`.
         include: patterns; a layer must match one of them.
         exclude: patterns; a layer that matches one of them stays in full precision.

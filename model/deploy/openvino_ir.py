@@ -148,9 +148,10 @@ def _binary_convolutions(model: Model, graph: DeployGraph) -> int:
 
 
 def fits_binary(activation: ActivationCodes, weight: WeightCodes) -> bool:
-    """Whether BinaryConvolution computes a layer exactly: signs by signs, with channels in whole bytes."""
+    """Whether BinaryConvolution computes a layer exactly: signs by signs of images, with channels in whole bytes."""
     signs = weight.scaled and (weight.base, weight.gap, weight.lowest) == (2, 2, -1)
-    return activation.signs and signs and weight.codes.shape[1] % BINARY_CHANNELS == 0
+    images = weight.codes.ndim == 4 and weight.codes.shape[1] % BINARY_CHANNELS == 0
+    return activation.signs and signs and images
 
 
 def low_bit_first(digits: Array) -> Array:

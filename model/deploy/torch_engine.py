@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from model.deploy import program
 from model.deploy.codes import Array
 from model.deploy.packages import needed
-from model.layers.quantized import quantizers
+from model.layers.quantized import BASES, quantizers
 from utils.checkpoint.exported import kind_of
 from utils.config.layer_bits import PARTS
 
@@ -30,7 +30,7 @@ class TorchRunner:
 
     def __init__(self, path: Path, network: nn.Module, *, tensors: bool = False) -> None:
         self.path, self._network = path, network
-        self.layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in network.modules())
+        self.layers = sum(isinstance(module, BASES) for module in network.modules())
         names = [name for name, _ in activations(network)] if tensors else []
         self.tensors = tuple(names)
 

@@ -232,6 +232,8 @@ class QuantLinear(QuantLayer, nn.Linear):
         return functional.linear(quantize(x), weight, bias)
 
 
+BASES = (nn.Conv1d, nn.Conv2d, nn.Linear)  # the classes of torch whose layers have a quantized form
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.matmul import QuantMatmul
-from model.layers.quantized import QuantLayer, quantizers
+from model.layers.quantized import BASES, QuantLayer, quantizers
 from model.observe import ParameterProducts, Product, first_input, observing, within
 from model.quantizers.frame import Quantizer
 from utils.config.image_size import InputSize, sides
@@ -90,7 +90,7 @@ def network_cost(model: nn.Module, input_size: InputSize, channels: int = 3) -> 
         hooks += [
             module.register_forward_hook(partial(count, name), with_kwargs=True)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+            if isinstance(module, BASES)
         ]
         hooks += [
             module.register_forward_hook(count_matmul)
@@ -114,9 +114,7 @@ def _other_cost(name: str, module: nn.Module, product: Product) -> LayerCost:
     shapes = ", ".join("x".join(map(str, shape)) for shape in product.shapes)
     return LayerCost(
         name=name or "the network",
-        kind=_kind(module)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
-        else f"{type(module).__name__} {shapes}",
+        kind=_kind(module) if isinstance(module, BASES) else f"{type(module).__name__} {shapes}",
         output=product.output[1:],
         weights=product.weights,
         macs=product.macs,

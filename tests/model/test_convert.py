@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -198,6 +199,19 @@ def test_selection(select: Selection, switches: dict[str, bool], expected: tuple
     assert all(isinstance(net.get_submodule(name), QuantLayer) == (name in expected) for name in ALL)
     assert full_precision(net) == tuple(left.name for left in report.left)
     assert net(images(8)).shape == (2, 4)
+
+
+def test_convolutions_of_one_dimension_are_convolutions() -> None:
+    """They are selected, left and watched as those of images."""
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(8, 8, 3), nn.Linear(4, 2))
+    x = torch.ones(2, 3, 8)
+    select = Selection(linears=False)
+    report = quantize(copy.deepcopy(net), config(first_last=True, depthwise=False), select=select)
+    assert report.replaced == ("0", "2")
+    assert report.left == (Left("1", "is depth-wise"), Left("3", "is a linear layer"))
+    report = quantize(copy.deepcopy(net), config(first_last=True), select=Selection(convolutions=False))
+    assert report.replaced == ("3",) and report.left[0] == Left("0", "is a convolution")
+    assert below_zero(net, -x).keys() == {"0", "1", "2", "3"} and below_zero(net, -x)["0"] == 1
 
 
 def test_the_example_shows_the_order() -> None:

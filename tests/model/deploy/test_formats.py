@@ -98,13 +98,15 @@ def test_levels_and_logits_are_those_of_torch(
         assert runner.integer == INTEGER[kind, engine.name]
 
 
-def test_convolutions_of_one_dimension_are_right_or_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "levels"), [("lsq", 4), ("xnor", 2)])
+def test_convolutions_of_one_dimension_are_right_or_refused(method: str, levels: int, tmp_path: Path) -> None:
     """Behind 64 places of an image; ONNX knows them, and so do its engines."""
-    layers = (nn.Conv1d(8, 6, 3, padding=1), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 4, 3, padding=1))
+    torch.manual_seed(0)
+    layers = (nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3, padding=1))
     network = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Flatten(2), *layers, nn.Flatten(), nn.Linear(256, 2)
     ).eval()
-    parts = {tag: QuantizerConfig(tag=tag, enable=True, method="lsq", levels=4) for tag in ("fm", "wt")}
+    parts = {tag: QuantizerConfig(tag=tag, enable=True, method=method, levels=levels) for tag in ("fm", "wt")}
     assert quantize(network, QuantConfig(**parts)).replaced == ("2", "5")
     graph, x = deploy_graph(network, (3, 8, 8)), images(2, size=8)
     expected = torch_values(network, x)
