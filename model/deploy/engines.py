@@ -22,6 +22,7 @@ from model.deploy.runner import BaseRunner, Runner, read_numbers
 from model.deploy.torch_engine import QUANTIZERS, TorchRunner, open_torch
 from utils.checkpoint.exported import check_exported, kind_of
 from utils.errors import UserError
+from utils.text import closest
 
 C_COMPILER = "cc"  # stands for whichever compiler is installed
 _ONE_WAY = (
@@ -90,6 +91,16 @@ class Pixels:
         return np.clip(np.round((images * self.std + self.mean) * 255), 0, 255).astype(np.uint8)
 
 
+def image_shape(path: Path) -> tuple[int, int, int] | None:
+    """Channels, height and width of the images, as the texts of a file say; None where they do not."""
+    try:
+        described = json.loads(read_metadata(path)["images"])
+        channels, height, width = (int(described[name]) for name in ("channels", "height", "width"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return channels, height, width
+
+
 def reason(error: Exception) -> str:
     """The line of an exception that says most; OpenVINO's first lines are places in its code."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -117,10 +128,14 @@ class Engine:
         )
 
     def check_installed(self) -> None:
-        """Raise UserError, with the command that installs it, where the engine is not there."""
+        """Raise UserError where there is no such engine, or, with the command that installs it, where it is missing."""
+        if self.name not in _RUNNERS:
+            raise UserError(
+                f"{self.name}: no engine; use one of {', '.join(sorted(_RUNNERS))}{closest(self.name, _RUNNERS)}"
+            )
         needed(*_PACKAGES.get(self.name, (self.name,)))
 
-    def open(self, path: Path, *, tensors: bool = False, threads: int | None = None) -> Runner:
+    def open(self, path: Path | str, *, tensors: bool = False, threads: int | None = None) -> Runner:
         """Load a file.
 
         Args:
@@ -132,6 +147,7 @@ class Engine:
             UserError: the engine is not installed, or does not take the file.
         """
         self.check_installed()
+        path = Path(path)
         try:
             return _RUNNERS[self.name](path, self.optimised, tensors, threads)
         except UserError:
@@ -344,6 +360,8 @@ class _Litert(BaseRunner):
         self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
         self._offsets = _offsets(path, self.tensors)
         self._pixels = Pixels.of(path) if self._interpreter.bytes_in else None
+        _, height, width, channels = self._interpreter.input_shape
+        self._shape = (channels, height, width)
 
     def run(self, images: Array) -> dict[str, Array]:
         return self._interpreter.run(images)
@@ -360,7 +378,7 @@ class _Mnn(BaseRunner):
         self.path = path
         self._interpreter = MnnInterpreter(path, optimised, QUANTIZERS if tensors else (), threads)
         self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
-        self._offsets = _offsets(path, self.tensors)
+        self._offsets, self._shape = _offsets(path, self.tensors), image_shape(path)
 
     def run(self, images: Array) -> dict[str, Array]:
         return self._interpreter.run(images)

@@ -17,6 +17,7 @@ from model.deploy.coreml.folder import is_package
 from model.deploy.packages import needed
 from model.deploy.verify import bytes_of
 from model.deploy.web import is_page
+from utils.checkpoint.exported import check_checkpoint
 from utils.errors import UserError
 from utils.text import closest, printable
 from utils.tools.options import Options, given_path, refuse_existing
@@ -161,6 +162,7 @@ def export(options: Options) -> int:
         raise UserError(f"--new {new} is a file; name a folder, which is made")
     refuse_existing(options, new)
     check_folder_of(new)
+    check_checkpoint(given_path(options.old))
     needed(*PACKAGES.get(name, ()), *(("onnxruntime",) if options.int8_sums else ()))
     from model.load import load_trained
     from utils.data.sources import refuse_root
@@ -197,9 +199,15 @@ def refuse_folders(*paths: Path) -> None:
 
 
 def check_folder_of(path: Path) -> None:
-    """Refuse, before any work, a file in a folder that is not there."""
+    """Refuse, before any work, a file in a folder that is not there or takes no files."""
     if not path.parent.is_dir():
         raise UserError(f"--new {path}: name a file in a folder that exists")
+    try:
+        tempfile.TemporaryDirectory(dir=path.parent).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"--new {path}: its folder takes no files ({error.strerror}); name another one"
+        ) from error
 
 
 def replace_with(new: Path, write: Callable[[Path], None], options: Options) -> None:

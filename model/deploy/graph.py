@@ -93,11 +93,23 @@ def deploy_graph(
     needed("onnx", "onnxscript")
     # Behind channels-last weights torch exports a pooling to one place as a computed gather.
     network = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
+    if len(shape) != 3 or any(size < 1 for size in shape):
+        raise UserError(
+            f"shape {tuple(shape)}: give channels, height and width of an image, such as (3, 32, 32)"
+        )
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     example = torch.rand(2, *shape, device=device, generator=torch.Generator(device).manual_seed(0))
     activations: dict[str, ActivationCodes] = {}
     weights: dict[str, WeightCodes] = {}
-    inputs = _inputs(network, example)
+    try:
+        inputs = _inputs(network, example)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the network does not run on float32 images of {'x'.join(map(str, shape))}: {first}"
+        ) from error
     for name, layer in quantized_layers(network):
         for part, quantizer in layer.quantizers():
             key = f"{name}.{part}" if name else part

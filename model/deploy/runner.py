@@ -14,6 +14,8 @@ from model.deploy.codes import Array
 from model.deploy.offsets import OFFSETS
 from utils.errors import UserError
 
+IMAGES = 4  # dimensions of a batch
+
 
 class Runner(Protocol):
     """A loaded file.
@@ -46,6 +48,8 @@ class Runner(Protocol):
 class BaseRunner:
     """What runners share."""
 
+    path: Path
+    _shape: tuple[int, ...] | None = None  # of an image, channels first; None where the file does not say
     _pixels: Callable[[Array], Array] | None = None  # of normalised images
     _offsets: Mapping[str, float] = MappingProxyType({})
 
@@ -59,11 +63,24 @@ class BaseRunner:
 
     def __call__(self, images: Array) -> dict[str, Array]:
         """See `Runner`."""
+        self._check(images)
         found = self.run(self.prepared(images))
         for name, offset in self._offsets.items():
             if name in found:
                 found[name] = found[name] + np.float32(offset)
         return found
+
+    def _check(self, images: Array) -> None:
+        kind = getattr(images, "dtype", type(images).__name__)
+        if not isinstance(images, np.ndarray) or kind != np.float32:
+            raise UserError(
+                f"{self.path}: computes normalised images, a NumPy array of float32, and these are {kind}"
+            )
+        sizes = ["x".join(map(str, shape)) for shape in (self._shape or images.shape[1:], images.shape[1:])]
+        if images.ndim != IMAGES or not len(images) or sizes[0] != sizes[1]:
+            wanted = sizes[0] if self._shape is not None else "channels x height x width"
+            given = f"a batch of {'x'.join(map(str, images.shape))}"
+            raise UserError(f"{self.path}: computes a batch of images of {wanted}, and this is {given}")
 
 
 def read_numbers(metadata: Mapping[str, str], path: object, entry: str = OFFSETS) -> dict[str, float]:

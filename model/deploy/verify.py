@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from model.deploy import formats
 from model.deploy.coreml.folder import predicts
 from model.deploy.packages import needed
-from utils.checkpoint.exported import NETWORK, check_exported, exported_kind, kind_of
+from utils.checkpoint.exported import NETWORK, check_checkpoint, check_exported, exported_kind, kind_of
 from utils.errors import UserError
 from utils.report.verified import FILE, Comparison, Verified
 from utils.text import printable
@@ -42,6 +42,7 @@ def verify(options: Options) -> int:
     files = [file / NETWORK if exported_kind(file) == "web" else file for file in options.files or ()]
     for file in files:
         check_exported(file)
+    check_checkpoint(given_path(options.old))
     from model.deploy.engines import engines_of
 
     engines = {file: engines_of(file) for file in files}

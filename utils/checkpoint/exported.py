@@ -105,6 +105,20 @@ def check_exported(path: Path) -> str:
     return kind
 
 
+def check_checkpoint(path: Path) -> None:
+    """Refuse what is no checkpoint at first sight, before torch is imported to read it.
+
+    Raises:
+        UserError: it cannot be opened, or an export has written it.
+    """
+    if other := what_instead(path):
+        raise UserError(f"{path}: is {other}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
 def _begins_with(path: Path, mark: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(mark)) == mark

@@ -149,9 +149,6 @@ class CRunner(BaseRunner):
     def run(self, images: Array) -> dict[str, Array]:
         """See `Runner`."""
         images = np.ascontiguousarray(images, np.float32)
-        if images.shape[1:] != self._shape:
-            wanted, given = ("x".join(map(str, shape)) for shape in (self._shape, images.shape[1:]))
-            raise UserError(f"{self.path}: computes images of {wanted}, and these have {given}")
         logits = np.zeros((len(images), self._classes), np.float32)
         width = sum(prod(size) for size in self._sizes.values())
         values = np.zeros((len(images), width if self.tensors else 0), np.float32)

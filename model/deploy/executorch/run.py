@@ -52,6 +52,7 @@ class ExecutorchRunner(BaseRunner):
             )
             self._program = runtime.Runtime.get().load_program(data)  # which owns what it computes with
             self._method = self._program.load_method(RUN)
+        self._shape = tuple(self._method.metadata.input_tensor_meta(0).sizes())[1:]
 
     def run(self, images: Array) -> dict[str, Array]:
         """See `Runner`."""

@@ -27,6 +27,7 @@ class LitertInterpreter:
         tensors: their names.
         layers: how many convolutions and linear layers there are.
         bytes_in: whether the input is bytes.
+        input_shape: of the input, channels last.
     """
 
     def __init__(self, path: Path, optimised: bool, endings: tuple[str, ...], threads: int | None) -> None:
@@ -52,7 +53,8 @@ class LitertInterpreter:
                 experimental_op_resolver_type=OpResolverType.AUTO if optimised else own,
             )  # fmt: skip
             self._interpreter.allocate_tensors()
-        self._input = self._interpreter.get_input_details()[0]["index"]
+        given = self._interpreter.get_input_details()[0]
+        self._input, self.input_shape = given["index"], tuple(map(int, given["shape"]))
         self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
 
     def run(self, images: Array) -> dict[str, Array]:
