@@ -360,8 +360,8 @@ class _Litert(BaseRunner):
         self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
         self._offsets = _offsets(path, self.tensors)
         self._pixels = Pixels.of(path) if self._interpreter.bytes_in else None
-        _, height, width, channels = self._interpreter.input_shape
-        self._shape = (channels, height, width)
+        _, *sizes = self._interpreter.input_shape  # channels last
+        self._shape = (sizes[-1], *sizes[:-1])
 
     def run(self, images: Array) -> dict[str, Array]:
         return self._interpreter.run(images)

@@ -93,7 +93,7 @@ def deploy_graph(
     needed("onnx", "onnxscript")
     # Behind channels-last weights torch exports a pooling to one place as a computed gather.
     network = copy.deepcopy(network).eval().to(memory_format=torch.contiguous_format)
-    if len(shape) != 3 or any(size < 1 for size in shape):
+    if not shape or any(size < 1 for size in shape):
         raise UserError(
             f"shape {tuple(shape)}: give channels, height and width of an image, such as (3, 32, 32)"
         )

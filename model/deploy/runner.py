@@ -14,8 +14,6 @@ from model.deploy.codes import Array
 from model.deploy.offsets import OFFSETS
 from utils.errors import UserError
 
-IMAGES = 4  # dimensions of a batch
-
 
 class Runner(Protocol):
     """A loaded file.
@@ -76,11 +74,12 @@ class BaseRunner:
             raise UserError(
                 f"{self.path}: computes normalised images, a NumPy array of float32, and these are {kind}"
             )
-        sizes = ["x".join(map(str, shape)) for shape in (self._shape or images.shape[1:], images.shape[1:])]
-        if images.ndim != IMAGES or not len(images) or sizes[0] != sizes[1]:
-            wanted = sizes[0] if self._shape is not None else "channels x height x width"
-            given = f"a batch of {'x'.join(map(str, images.shape))}"
-            raise UserError(f"{self.path}: computes a batch of images of {wanted}, and this is {given}")
+        shape = images.shape[1:] if self._shape is None else self._shape
+        if images.ndim < 2 or not len(images) or images.shape[1:] != shape:
+            wanted, given = ("x".join(map(str, sizes)) for sizes in (shape, images.shape))
+            raise UserError(
+                f"{self.path}: computes a batch of images of {wanted}, and this is a batch of {given}"
+            )
 
 
 def read_numbers(metadata: Mapping[str, str], path: object, entry: str = OFFSETS) -> dict[str, float]:

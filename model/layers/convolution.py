@@ -22,6 +22,11 @@ class QuantConvolution(QuantLayer, _ConvNd):
     By default the input is padded first and then quantized, so that padded positions take a real
     level; `padding_after_quant` quantizes first and pads with exact zeros. An empty input, which the head of a
     detector gets when nothing was found, passes without the quantizers of input and output; see `check_empty`.
+
+    Example:
+        >>> from model.quant import QuantConv1d, QuantConv2d, QuantConvolution
+        >>> [issubclass(kind, QuantConvolution) for kind in (QuantConv1d, QuantConv2d)]
+        [True, True]
     """
 
     def __init__(self, *args: Any, padding_after_quant: bool = False, **kwargs: Any) -> None:

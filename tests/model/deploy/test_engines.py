@@ -45,7 +45,7 @@ def test_engines_and_networks_that_are_none() -> None:
         UserError, match=r"^lite-rt: no engine; use one of cc, coremltools.*; did you mean litert"
     ):
         Engine("lite-rt").open("x.tflite")
-    with pytest.raises(UserError, match=r"^shape \(6, 6\): give channels, height and width"):
-        deploy_graph(nn.Conv2d(3, 4, 3), (6, 6))
+    with pytest.raises(UserError, match=r"^shape \(3, 0, 6\): give channels, height and width"):
+        deploy_graph(nn.Conv2d(3, 4, 3), (3, 0, 6))
     with pytest.raises(UserError, match=r"^the network does not run on float32 images of 4x6x6: "):
         deploy_graph(nn.Conv2d(3, 4, 3), (4, 6, 6))
