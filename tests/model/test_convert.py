@@ -439,7 +439,7 @@ def test_a_detector_that_finds_nothing() -> None:
 
 def test_the_example_of_the_page_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "detectron2.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    code, _ = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(compile(code, "docs/detectron2.md", "exec"), names)
@@ -447,6 +447,18 @@ def test_the_example_of_the_page_runs_as_written(capsys: pytest.CaptureFixture[s
     assert "rpn.head.cls_logits" in printed and "is excluded by rpn.head.cls_logits" in printed
     assert "audit: " not in printed and "passed" in printed
     assert len(names["report"].replaced) == 68
+
+
+def test_the_pages_way_to_an_engine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "detectron2.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    names: dict[str, Any] = {"network": network, "images": images}
+    exec(compile(code, "docs/detectron2.md", "exec"), names)
+    with torch.no_grad():
+        np.testing.assert_allclose(names["logits"], network(torch.from_numpy(images)), rtol=1e-4, atol=1e-5)
 
 
 def test_the_other_examples_of_the_page_are_python() -> None:
