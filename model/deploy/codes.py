@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -269,7 +270,7 @@ def activation_codes(name: str, quantizer: Quantizer, x: Tensor) -> ActivationCo
     return made
 
 
-def is_even(grid: Grid | None) -> bool:
+def is_even(grid: Grid | None) -> TypeGuard[Grid]:
     """Whether neighbouring levels are equally far apart, and values go to the nearest one, ties to the even one."""
     return type(grid) is Grid
 

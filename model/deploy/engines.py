@@ -91,10 +91,10 @@ class Pixels:
         return np.clip(np.round((images * self.std + self.mean) * 255), 0, 255).astype(np.uint8)
 
 
-def image_shape(path: Path) -> tuple[int, int, int] | None:
+def image_shape(texts: Mapping[str, str]) -> tuple[int, int, int] | None:
     """Channels, height and width of the images, as the texts of a file say; None where they do not."""
     try:
-        described = json.loads(read_metadata(path)["images"])
+        described = json.loads(texts["images"])
         channels, height, width = (int(described[name]) for name in ("channels", "height", "width"))
     except (KeyError, TypeError, ValueError):
         return None
@@ -378,7 +378,8 @@ class _Mnn(BaseRunner):
         self.path = path
         self._interpreter = MnnInterpreter(path, optimised, QUANTIZERS if tensors else (), threads)
         self.tensors, self.layers = self._interpreter.tensors, self._interpreter.layers
-        self._offsets, self._shape = _offsets(path, self.tensors), image_shape(path)
+        self._offsets = _offsets(path, self.tensors)
+        self._shape = image_shape(self._interpreter.texts)
 
     def run(self, images: Array) -> dict[str, Array]:
         return self._interpreter.run(images)

@@ -209,13 +209,13 @@ def _activation(quantizer: Quantizer, codes: ActivationCodes, example: Tensor) -
     return lambda x: mark(by_thresholds(quantizer.normalise(x), places, levels))
 
 
-def _nudge(quantizer: Quantizer, grid: Grid | None, example: Tensor) -> float:
-    """What moves zero off the middle between two levels, to the side that it is rounded to; 0 where it is on none.
+def _nudge(quantizer: Quantizer, grid: Grid, example: Tensor) -> float:
+    """What moves zero off the middle between two levels, to the side that it is rounded to; 0 for normalised values.
 
     Zeros are frequent, behind a ReLU and as padding. OpenVINO adds before it divides, where the formula divides before
     it adds, and so comes out on either side of the middle.
     """
-    if grid is None or grid.gap == 1 or quantizer.config.adaptive != "none":
+    if quantizer.config.adaptive != "none":
         return 0.0
     zero = quantizer.integers(torch.zeros_like(example[:1]))
     assert zero.scale is not None

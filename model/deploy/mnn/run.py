@@ -27,11 +27,12 @@ class MnnInterpreter:
     Attributes:
         tensors: their names.
         layers: how many convolutions and linear layers there are.
+        texts: what travels in the file.
     """
 
     def __init__(self, path: Path, optimised: bool, endings: tuple[str, ...], threads: int | None) -> None:
         found = read_mnn(path)
-        self.layers = found.layers
+        self.layers, self.texts = found.layers, found.texts
         self.tensors = tuple(name for name in found.tensors if endings and name.endswith(endings))
         with quiet(1, 2):
             import MNN
