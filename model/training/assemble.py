@@ -272,7 +272,7 @@ def _initialise_ranges(
         model,
         noise if images is None else images[:SEEN_IMAGES],
         config,
-        lambda: batch()[:SEEN_IMAGES],
+        (lambda: batch()[:SEEN_IMAGES]) if images is None else None,
         ranges=ranges,
     )
     return count, warnings, note

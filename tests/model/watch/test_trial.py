@@ -115,7 +115,9 @@ def test_norms_are_those_of_training() -> None:
 )
 def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> None:
     """In every network, but not behind a maximum of many; the option that is proposed ends it."""
-    (warning,) = warnings_of(line)
+    size = resolve(parse(line.split())).model.input_size
+    images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+    (warning,) = warnings_of(line, images)
     counts = re.match(r"the levels of (\d+) of (\d+) activation quantizers start at zero", warning)
     assert counts and int(counts[1]) >= least and int(counts[2]) == total, warning
     assert "give --fm_half_range (signed levels)" in warning
@@ -124,8 +126,27 @@ def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> N
 
 
 def test_an_offset_that_is_not_found_yet_is_warned_of() -> None:
-    (warning,) = warnings_of(f"{RESNET}plus,origin,cbsa,LReLU")
+    (warning,) = warnings_of(f"{RESNET}plus,origin,cbsa,LReLU", torch.randn(8, 3, 16, 16))
     assert warning.endswith("cut off until the offset is learned; give --re_init, which finds it")
+
+
+def test_the_images_of_the_data_set_tell() -> None:
+    """Noise shows where inputs may lie below zero, the images whether they do, and how many."""
+
+    def make(config: ModelConfig) -> nn.Module:
+        first = nn.Conv2d(3, 4, 1, bias=False)
+        nn.init.constant_(first.weight, 0.5)
+        layers = (first, nn.LeakyReLU(), factory.conv(4, 8, 3, 1, config), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+
+    build.register_model("positive-first-layer", make)
+    line = f"{TWO} --model positive-first-layer --keyword cifar10,lsq"
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 0.01
+    assert warnings_of(line, images) == ()
+    images[:2] *= -1
+    (warning,) = warnings_of(line, images)
+    assert "the levels of 1 of 1 activation quantizers start at zero" in warning
+    assert "25 % of their values" in warning
 
 
 @pytest.mark.parametrize(
@@ -142,6 +163,7 @@ def test_an_offset_that_is_not_found_yet_is_warned_of() -> None:
     ],
 )
 def test_inputs_that_suit_the_levels_are_not(line: str) -> None:
+    """And no image is read."""
     assert warnings_of(line) == ()
 
 
