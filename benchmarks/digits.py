@@ -5,6 +5,7 @@
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
     python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
+    python benchmarks/digits.py --dataset glyphs --steps    # that for 2 bits with other methods
     python benchmarks/digits.py --dataset glyphs --factors  # what that for 1 bit consists of, one change at a time
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
 

@@ -37,6 +37,7 @@ from model.networks.build import build_network  # noqa: E402
 from model.networks.resnet import PARTS, Block, ResNet  # noqa: E402
 from model.watch.cost import network_cost  # noqa: E402
 from utils.config.resolve import read  # noqa: E402
+from utils.config.schema import ModelConfig  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -363,6 +364,17 @@ def draw(picture: str, folder: Path) -> Path:
     return path
 
 
+def built(config: ModelConfig) -> nn.Module:
+    """A network of a library on the meta device; some, as regnets, compute with numbers while they are built."""
+    try:
+        with torch.device("meta"):
+            return library.build_library_network(config)
+    except UserError as error:
+        if "meta" not in str(error):
+            raise
+    return library.build_library_network(config).to("meta")
+
+
 def share(name: str, ends: str = "") -> str:
     """A row of the table of shares: the network `SOURCE:NAME` at the size of its published weights.
 
@@ -373,9 +385,10 @@ def share(name: str, ends: str = "") -> str:
         f"--model {name} --dataset fake --keyword imagenet,lsq --fm_enable --wt_enable --fm_bit 2 --wt_bit 2"
     ) + (f" --first_last_bit {ends}" if ends else "")
     size = library.own_size(*name.split(":")) or 224
+    config = read([*line.split(), "--input_size", str(size)]).model
     try:
+        network = built(config)
         with torch.device("meta"):
-            network = library.build_library_network(read([*line.split(), "--input_size", str(size)]).model)
             layers = network_cost(network, size).layers
     except (UserError, RuntimeError, NotImplementedError) as error:
         reason = "not on the meta device" if "meta" in str(error) else " ".join(str(error).split())

@@ -97,3 +97,10 @@ def test_the_share_that_is_quantized_is_that_of_all_kernels_but_the_ends() -> No
     products, weights = (100 * sum(each[1:-1]) / sum(each) for each in (macs, kernels))
     row = f"| `torchvision:squeezenet1_1` | {products:.1f} | {weights:.1f} | Conv2d {100 - products:.1f} |"
     assert share("torchvision:squeezenet1_1") == row
+
+
+def test_a_network_that_computes_while_it_is_built_has_a_share() -> None:
+    """A regnet, whose widths come from tensors' numbers, which the meta device does not have."""
+    _, name, products, weights, left, _ = share("torchvision:regnet_y_400mf").split("|")
+    assert name.strip() == "`torchvision:regnet_y_400mf`"
+    assert 90 < float(products) < 100 and 80 < float(weights) < 100 and left.split()[0] == "Conv2d"
