@@ -7,6 +7,7 @@
     python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
     python benchmarks/digits.py --dataset glyphs --steps    # that for 2 bits with other methods
     python benchmarks/digits.py --dataset glyphs --factors  # what that for 1 bit consists of, one change at a time
+    python benchmarks/digits.py --dataset glyphs --below-zero  # levels for activations below zero
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
 
 Each run is the real command line in a process of its own. A seed's networks all start from that seed's
@@ -26,30 +27,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import rows
+from rows import BLOCK, FULL, FULL_PRECISION, NO_START, WHOLE, Method
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
-BLOCK = "origin,cbsa,fix_pooling,singleconv,fix"  # the original ResNet
-# Signs of activations behind a ReLU would all be +1; Bi-Real Net's block has no ReLU, a skip around every
-# convolution and shortcuts in full precision. Without quantizers it is a linear network, a start for the binary
-# ones but no yardstick.
-BINARY_BLOCK = "NReLU,cbsa,fix_pooling,singleconv,real_skip"
-REACT_BLOCK = (
-    "RPReLU,cbsa,fix_pooling,singleconv,real_skip"  # the same with ReActNet's activation, not linear
-)
-
-FULL = "-b 64 --epochs 30 --lr 0.1 --weight_decay 5e-4 --label_smooth 0.1 --wakeup_epoch 1"
-# With norms the loss does not depend on the size of a weight, and its gradient is large where the weight is small:
-# without warm-up and clipping the first steps move binary weights so far from zero that their signs never change again.
-# Weights that oscillate up to the last step spoil the norms' running statistics, which are therefore re-estimated.
-TUNE = (
-    "-b 32 --epochs 10 --lr 0.05 --weight_decay 1e-4 --label_smooth 0.1 --wakeup_epoch 1 --grad_clip 1 "
-    "--bn_batches 20 --re_init"
-)
-BOTH = "--fm_enable --wt_enable"
 NETWORK = {  # small images or a narrow network in the full tables, so that they can be repeated
     "digits-quick": "--model resnet20 --width_alpha 0.25",
     "digits-all": "--model resnet20 --width_alpha 0.25 --input_size 16",
@@ -61,157 +47,10 @@ NETWORK |= {
     for dataset in ("digits", "glyphs")
     for rows in ("starts", "agreement")
 }
-NO_START = "random weights"  # of a row that starts from no other network
 FONTS = "-fonts"  # ends the names of what was drawn with the fonts of --fonts
-SHARED = ("recipes", "steps", "factors", "peers")  # their networks, and so their starts, are those of --all
+# Their networks, and so their starts, are those of --all.
+SHARED = ("recipes", "steps", "factors", "peers", "below-zero")
 COMMON = "-v 360 --nesterov --lr_policy sgdr"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Attributes:
-        name: for the table.
-        bits: weights/activations, for the table.
-        keywords: of the method.
-        options: of the command line.
-        block: the keywords of the network's blocks.
-        most: the largest gap to full precision, in points, that counts as reached; a target, not a claim. None: a row
-            for comparison.
-        recipe: of the training, to which `options` are added; {teacher} is the full-precision checkpoint of the seed.
-        start: the row, of this set, whose networks it starts from; empty: the full-precision ones of its block;
-            `NO_START`: none.
-    """
-
-    name: str
-    bits: str
-    keywords: str
-    options: str
-    most: float | None
-    block: str = BLOCK
-    recipe: str = TUNE
-    start: str = ""
-
-
-def bits(count: int) -> str:
-    """The options for weights and activations of `count` bits."""
-    return f"{BOTH} --fm_bit {count} --wt_bit {count}"
-
-
-FULL_PRECISION = Method("full precision", "32/32", "", "", None)
-WHOLE = {  # the full-precision network of each block
-    BLOCK: FULL_PRECISION,
-    BINARY_BLOCK: replace(FULL_PRECISION, name="full precision, block without ReLU", block=BINARY_BLOCK),
-    REACT_BLOCK: replace(FULL_PRECISION, name="full precision, block with RPReLU", block=REACT_BLOCK),
-}
-CASES = {BLOCK: "fp", BINARY_BLOCK: "fp-binary-block", REACT_BLOCK: "fp-react-block"}
-TERNARY = f"{BOTH} --fm_bit 2 --fm_level 3 --wt_bit 2 --wt_level 3"
-LIMIT = {1: 3.0, 2: 0.6, 3: 0.3, 4: 0.3}
-CENTRED = "--wt_adaptive var-mean"  # DoReFa-Net's weights per channel: one range for all is too coarse for three levels
-QUICK = (Method("LSQ", "2/2", "dorefa,lsq", bits(2), LIMIT[2]),)
-ALL = (
-    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", bits(b), LIMIT[b]) for b in (4, 3, 2)),
-    Method("LSQ", "ternary", "dorefa,lsq", TERNARY, 1.0),
-    Method("LSQ", "1/1", "dorefa,lsq", f"{bits(1)} --wt_grad_scale paper", LIMIT[1]),
-    *(Method("LSQ, mid-tread weights", f"{b}/{b}", "dorefa,lsq", f"{bits(b)} --wt_grid midtread", LIMIT[b])
-      for b in (4, 3, 2)),
-    *(Method("PACT", f"{b}/{b}", "pact", bits(b), LIMIT[b]) for b in (4, 3, 2)),
-    Method("PACT, centred weights", "ternary", "pact", f"{TERNARY} {CENTRED}", 1.0),
-    Method("PACT", "ternary", "pact", TERNARY, None),
-    Method("PACT, binary weights", "1/1", "pact,wt_bin", bits(1), LIMIT[1]),
-    *(Method("DoReFa-Net, clip 1", f"{b}/{b}", "dorefa", bits(b), None) for b in (4, 3, 2)),
-    *(Method("DoReFa-Net, clip 3", f"{b}/{b}", "dorefa", f"{bits(b)} --fm_boundary 3", LIMIT[b])
-      for b in (4, 3, 2)),
-    Method("DoReFa-Net, clip 3, centred weights", "ternary", "dorefa", f"{TERNARY} --fm_boundary 3 {CENTRED}", 1.0),
-    Method("DoReFa-Net, clip 3", "ternary", "dorefa", f"{TERNARY} --fm_boundary 3", None),
-    Method("DoReFa-Net, clip 3", "1/1", "dorefa,wt_bin", f"{bits(1)} --fm_boundary 3", LIMIT[1]),
-    *(Method("LQ-Nets", f"{b}/{b}", "lq", bits(b), LIMIT[b]) for b in (4, 3, 2, 1)),
-    Method("FATNN, LSQ weights", "2/2", "dorefa,fm_non-uniform,wt_lsq", bits(2), LIMIT[2]),
-    Method("FATNN", "ternary", "dorefa,non-uniform", TERNARY, 1.0),
-    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
-    Method("XNOR-Net++", "1/1", "xnor,gamma", f"{bits(1)} --fm_grad_type STE", LIMIT[1], BINARY_BLOCK),
-    Method("Bi-Real gradient", "1/1", "xnor", f"{bits(1)} --fm_grad_type Triangle", LIMIT[1], BINARY_BLOCK),
-)  # fmt: skip
-
-# Initial clip values: by the paper's formula and, in the second row of each pair, at the least squared error.
-STARTS = tuple(
-    replace(m, name=f"{m.name}{where}", options=f"{m.options}{option}")
-    for m in ALL
-    if m.name == "LSQ" or (m.name, m.bits) == ("PACT, binary weights", "1/1")
-    for where, option in (("", ""), (", least squared error", " --re_init_range mse"))
-)
-
-# Quantizers of other libraries, see peer_methods.py: all with the same recipe, and ranges that start alike.
-PEERS = tuple(
-    Method(name, f"{b}/{b}", words, f"{bits(b)} --keyword_file benchmarks/peer_methods.py", None)
-    for b in (2, 3, 4)
-    for name, words in (
-        ("LSQ", "dorefa,lsq"),  # of this project
-        ("LSQ as lsq-net computes it", "lsq-net"),
-        ("Brevitas, learned scales", "brevitas"),
-        ("torchao, range learning", "torchao"),
-    )
-)
-
-# A teacher's outputs in place of smoothed labels, no clipping of gradients, and statistics of norms from a whole epoch.
-TAUGHT = "--distill_teacher resnet20 --distill_pretrained {teacher}"
-TAUGHT_BINARY = f"{TAUGHT} --distill_keyword glyphs,{BLOCK}"
-STEPS = "-b 32 --epochs 10 --wakeup_epoch 1 --bn_batches 96 --re_init"
-SGD = "--lr 0.05 --weight_decay 1e-4"
-ADAM = "--optimizer ADAM --lr 0.005 --weight_decay 0"
-ONE = f"{bits(1)} --fm_grad_type Triangle"
-REACTNET = Method("ReActNet", "1/1", "reactnet", ONE, None, REACT_BLOCK, f"{STEPS} {ADAM} {TAUGHT_BINARY}")
-FIRST_STEP = replace(
-    REACTNET,
-    name="ReActNet, its first step",
-    bits="32/1",
-    options="--fm_enable --fm_bit 1 --fm_grad_type Triangle",
-)
-TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS} {SGD} {TAUGHT}")
-TWO_FIRST_STEP = replace(
-    TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
-)
-
-
-def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Method:
-    """The row of 2-bit weights and activations that starts from a first step."""
-    return replace(TWO, name=f"{name}, two steps", keywords=keywords, start=first.name)
-
-
-LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
-RECIPES = (
-    FIRST_STEP,
-    replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
-    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
-    TWO,
-    TWO_FIRST_STEP,
-    LSQ_TWO_STEPS,
-)
-N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
-
-
-TWO_STEPS = (  # the recipe for 2 bits with other methods, and one step of as many epochs as both have
-    TWO_FIRST_STEP,
-    N2UQ_FIRST_STEP,
-    replace(TWO, name="LSQ, taught, 20 epochs", options=f"{bits(2)} --epochs 20"),
-    LSQ_TWO_STEPS,
-    second_step("LSQ, EWGS weights", "dorefa,lsq,wt_ewgs"),
-    second_step("LSQ, StableQAT weights", "dorefa,lsq,wt_stableqat"),
-    second_step("N2UQ, LSQ weights", "dorefa,fm_n2uq,wt_lsq", N2UQ_FIRST_STEP),
-    second_step("N2UQ, StableQAT weights", "dorefa,fm_n2uq,wt_stableqat", N2UQ_FIRST_STEP),
-)
-FACTORS = (  # of the binary recipe, one at a time
-    Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
-    REACTNET,
-    replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM} --label_smooth 0.1"),
-    replace(REACTNET, name="ReActNet, SGD", recipe=f"{STEPS} {SGD} {TAUGHT_BINARY}"),
-    replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
-    replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
-    replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
-    replace(REACTNET, name="ReActNet, random weights at the start", start=NO_START),
-    replace(REACTNET, name="ReActNet, 20 epochs", options=f"{ONE} --epochs 20"),
-)
 
 
 @dataclass(frozen=True)
@@ -280,7 +119,7 @@ def outcomes(
             return outcome(WHOLE[block], seed, full_case(block, seed), FULL)
 
         def full_case(block: str, seed: int) -> str:
-            return f"bench-{setup}-{CASES[block]}-{seed}"
+            return f"bench-{setup}-{rows.CASES[block]}-{seed}"
 
         def tuned_case(m: Method, seed: int) -> str:
             return f"bench-{setup}-{slug(m.name)}-{slug(m.bits)}-{seed}"
@@ -314,7 +153,7 @@ def table(found: Sequence[Outcome], methods: Sequence[Method]) -> list[str]:
         f"| full precision | 32/32 | {statistics.mean(full.values()):.2f} | "
         f"{min(full.values()):.2f} - {max(full.values()):.2f} | | | | |",
     ]
-    for whole in (WHOLE[BINARY_BLOCK], WHOLE[REACT_BLOCK]):
+    for whole in (WHOLE[block] for block in WHOLE if block != BLOCK):
         tops = [o.top1 for o in found if o.method == whole.name]
         if tops:
             lines.append(
@@ -406,6 +245,7 @@ def main() -> int:
         ("recipes", "the best ones for 1 and 2 bits"),
         ("steps", "the recipe for 2 bits with other methods"),
         ("factors", "what the recipe for 1 bit consists of, one change at a time"),
+        ("below-zero", "levels for activations below zero"),
         ("peers", "quantizers of other libraries"),
     ):
         sets.add_argument(
@@ -416,8 +256,8 @@ def main() -> int:
     options = parser.parse_args()
 
     methods = {
-        "quick": QUICK, "all": ALL, "starts": STARTS, "recipes": RECIPES, "steps": TWO_STEPS,
-        "factors": FACTORS, "peers": PEERS,
+        "quick": rows.QUICK, "all": rows.ALL, "starts": rows.STARTS, "recipes": rows.RECIPES,
+        "steps": rows.TWO_STEPS, "factors": rows.FACTORS, "below-zero": rows.BELOW_ZERO, "peers": rows.PEERS,
     }[options.rows]  # fmt: skip
     ending, common = (FONTS, f"--fonts {shlex.quote(options.fonts)}") if options.fonts else ("", "")
     name = f"{options.dataset}-{options.rows}{ending}"
