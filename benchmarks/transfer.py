@@ -175,6 +175,8 @@ METHODS: dict[str, list[list[Panel]]] = {  # rows of panels
         [
             _activation("activation, no mask", f"--keyword xnor {BINARY} none", low=-1.6),
             _activation("activation, STE", f"--keyword xnor {BINARY} STE", low=-1.6),
+            _activation("activation, STE, window 1.5", f"--keyword xnor {BINARY} STE --fm_grad_window 1.5", low=-2,
+                        high=2),
             _weight("weight, mean |w| = 0.8", "--keyword xnor --wt_bit 1"),
         ]
     ],

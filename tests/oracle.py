@@ -263,37 +263,45 @@ def sign(x: Array) -> Array:
     return np.where(x < 0, -1.0, 1.0)
 
 
-def gradient_mask(x: Array, kind: str) -> Array:
-    """`none`: ones; `STE`: one on |x| < 1; `Triangle`: 2 - 2|x| on |x| < 1 (Bi-Real Net)."""
-    inside = (np.abs(x) < 1).astype(np.float64)
-    return {"none": np.ones_like(x), "STE": inside, "Triangle": (2 - 2 * np.abs(x)) * inside}[kind]
+@dataclass(frozen=True)
+class Mask:
+    """`none`: ones; up to the width w `STE`: one, `Triangle`: 2 - 2|x| / w (Bi-Real Net's with w = 1)."""
+
+    kind: str = "none"
+    width: float = 1.0
+
+    def __call__(self, x: Array) -> Array:
+        """The factor on the gradient of each x."""
+        inside = (np.abs(x) < self.width).astype(np.float64)
+        falling = (2 - 2 * np.abs(x) / self.width) * inside
+        return {"none": np.ones_like(x), "STE": inside, "Triangle": falling}[self.kind]
+
+    def distance(self, x: Array) -> Array:
+        """How far each x is from where the sign or the mask jumps."""
+        return to_nearest(x, np.array([-self.width, 0.0, self.width]))
 
 
-def _sign_distance(x: Array) -> Array:
-    return to_nearest(x, np.array([-1.0, 0.0, 1.0]))
-
-
-def xnor_activation(x: Array, gy: Array, *, grad_type: str, custom: str = "none") -> Result:
+def xnor_activation(x: Array, gy: Array, *, mask: Mask, custom: str = "none") -> Result:
     """sign(x), times the mean |x| over channels (`channel`) or over positions (`resolution`).
 
     The gradient is the mask alone: neither through the mean nor multiplied by it.
     """
     axes = {"none": None, "channel": (1,), "resolution": (2, 3)}[custom]
     scale = np.ones(1) if axes is None else np.abs(x).mean(axis=axes, keepdims=True)
-    return Result(sign(x) * scale, gy * gradient_mask(x, grad_type), {}, _sign_distance(x))
+    return Result(sign(x) * scale, gy * mask(x), {}, mask.distance(x))
 
 
-def rsign(x: Array, gy: Array, *, threshold: Array, grad_type: str, groups: Groups = ONE) -> Result:
+def rsign(x: Array, gy: Array, *, threshold: Array, mask: Mask, groups: Groups = ONE) -> Result:
     """sign(x - threshold) (ReActNet); the thresholds' gradients are minus the sums of x's."""
     shifted = x - groups.spread(threshold, x)
-    gx = gy * gradient_mask(shifted, grad_type)
-    return Result(sign(shifted), gx, {"threshold": -groups.sum(gx)}, _sign_distance(shifted))
+    gx = gy * mask(shifted)
+    return Result(sign(shifted), gx, {"threshold": -groups.sum(gx)}, mask.distance(shifted))
 
 
-def xnor_weight(w: Array, gy: Array, *, grad_type: str = "none", groups: Groups = ONE) -> Result:
+def xnor_weight(w: Array, gy: Array, *, mask: Mask, groups: Groups = ONE) -> Result:
     """sign(w) times the mean |w| of its group; the gradient is the mask alone."""
     scale = groups.spread(np.abs(groups.rows(w)).mean(axis=1), w)
-    return Result(sign(w) * scale, gy * gradient_mask(w, grad_type), {}, _sign_distance(w))
+    return Result(sign(w) * scale, gy * mask(w), {}, mask.distance(w))
 
 
 # The frame ---------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from utils.config.schema import QuantizerConfig
 class RSign(Quantizer):
     """sign(x - threshold) with sign(0) = +1 and a learned threshold for each channel (equation 1).
 
-    The gradient of x is that of XNOR-Net's sign, by the mask of `grad_type`, of which the paper takes `Triangle`; that
-    of the threshold is the sum of the gradients of the elements that share it, times -1.
+    The gradient of x is that of XNOR-Net's sign, by the mask of `grad_type` up to the distance `grad_window` from the
+    threshold; the paper takes `Triangle` up to 1. That of the threshold is the sum of the gradients of the elements
+    that share it, times -1.
 
     State:
         threshold: float32, `range_shape`; starts at 0, or with `--re_init` at the mean of each group, of which padded
@@ -44,7 +45,7 @@ class RSign(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to -1 and +1."""
         shifted = x - self.per_channel(self.threshold)
-        return apply(ScaledSign, shifted, x.new_ones(1), self.config.grad_type)
+        return apply(ScaledSign, shifted, x.new_ones(1), self.config.grad_type, self.config.grad_window)
 
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes -1 and +1."""

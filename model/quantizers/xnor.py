@@ -19,14 +19,14 @@ class ScaledSign(torch.autograd.Function):
     """sign(x) * scale with sign(0) = +1.
 
     The gradient of x is the incoming gradient times a mask and without the scale, as in the training of published
-    binary networks. The mask `none` is 1; `STE` is 1 where |x| < 1, else 0; `Triangle` is 2 - 2|x| where |x| < 1,
-    else 0 (arXiv 1808.00278, equation 8). The scale has no gradient.
+    binary networks. The mask `none` is 1; with a window w `STE` is 1 where |x| < w, else 0; `Triangle` is 2 - 2|x| / w
+    where |x| < w, else 0 (arXiv 1808.00278, equation 8, for w = 1). The scale has no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str, window: float = 1.0) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.mask = mask
+        ctx.mask, ctx.window = mask, window
         signs = sign(x)
         return signs if known(scale, x) and scale.item() == 1 else signs.mul_(scale)
 
@@ -34,10 +34,10 @@ class ScaledSign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         if ctx.mask == "STE":
-            grad = inside(grad, x, -1.0, 1.0)
+            grad = inside(grad, x, -ctx.window, ctx.window)
         elif ctx.mask == "Triangle":
-            grad = x.abs().mul_(-2).add_(2).clamp_min_(0) * grad
-        return grad, None, None
+            grad = x.abs().mul_(-2 / ctx.window).add_(2).clamp_min_(0) * grad
+        return grad, None, None, None
 
 
 class _Binary(Quantizer):
@@ -49,7 +49,8 @@ class _Binary(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Float32 of any shape to +-scale."""
-        return apply(ScaledSign, x, self.scale(x.detach()), self.config.grad_type)
+        config = self.config
+        return apply(ScaledSign, x, self.scale(x.detach()), config.grad_type, config.grad_window)
 
     def encode(self, x: Tensor) -> QuantizedTensor:
         """Codes -1 and +1 and their scale."""

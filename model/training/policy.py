@@ -161,7 +161,7 @@ def _check_suits(rule: Rule, name: str, value: Any, where: str, quantizer: Quant
         fault = (
             f"{method} learns no clipping value here" if method in PROJECT else f"{method} does not read it"
         )
-    elif name == "grad_delta" and record.ignores("grad_delta"):
+    elif name in ("grad_delta", "grad_window") and record.ignores(name):
         fault = f"{method} does not read it"
     elif name in record.limits and value > record.limits[name][0]:
         most, reason, _ = record.limits[name]

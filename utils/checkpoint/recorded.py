@@ -191,7 +191,7 @@ _OF_QUANTIZER: dict[str, Callable[[Any], tuple[str, Any]]] = {
         name: lambda value, name=name: (name, value)
         for name in (
             "quant_group", "boundary", "scale", "ratio", "correlate", "adaptive", "adaptive_restore", "grad_type",
-            "grad_scale", "grad_delta", "grid", "custom",
+            "grad_scale", "grad_delta", "grad_window", "grid", "custom",
         )
     },
 }  # fmt: skip

@@ -17,8 +17,8 @@ from utils.text import closest
 
 # Options without their tag, fields of keywords, `--re_init` and its search: what some methods read and others do not.
 READABLE = frozenset({
-    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "grad_delta", "custom",
-    "binary_scale", "custom_update", "closed_form", "re_init", "re_init_range",
+    "boundary", "scale", "ratio", "half_range", "grid", "quant_group", "grad_scale", "grad_delta", "grad_window",
+    "custom", "binary_scale", "custom_update", "closed_form", "re_init", "re_init_range",
 })  # fmt: skip
 
 
@@ -242,6 +242,7 @@ _REASONS = {
     "grad_scale": "which learns no clipping value",
     "quant_group": "whose weights share one range",
     "grad_delta": "whose gradient does not depend on the distance to the level",
+    "grad_window": "which has more levels than two signs",
 }
 _ACTIVATIONS, _ALL = ("fm", "ot"), ("fm", "wt", "ot")
 _CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})
@@ -349,18 +350,19 @@ declare(
         other_scale=True,
     ),
 )
+_SIGNS = frozenset({"quant_group", "grad_window"})
 declare(
     "xnor",
     _ACTIVATIONS,
-    _record(reads=frozenset({"custom", "quant_group"}), grad_types=frozenset({"Triangle"}), levels=2),
+    _record(reads=_SIGNS | {"custom"}, grad_types=frozenset({"Triangle"}), levels=2),
 )
-declare("xnor", ["wt"], _record(reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2))
+declare("xnor", ["wt"], _record(reads=_SIGNS, grad_types=frozenset(), levels=2))
 declare(
     "reactnet",
     _ACTIVATIONS,
     _record(
         title="ReActNet",
-        reads=frozenset({"quant_group", "re_init"}),
+        reads=_SIGNS | {"re_init"},
         grad_types=frozenset({"Triangle"}),
         levels=2,
     ),
@@ -368,7 +370,7 @@ declare(
 declare(
     "reactnet",
     ["wt"],
-    _record(title="ReActNet", reads=frozenset({"quant_group"}), grad_types=frozenset(), levels=2),
+    _record(title="ReActNet", reads=_SIGNS, grad_types=frozenset(), levels=2),
 )
 
 PROJECT = methods()  # without those of users, which register later

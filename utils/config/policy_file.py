@@ -17,7 +17,7 @@ SELECTORS = ("index", "name", "tag")
 # An entry sets them in this order: `progressive` decides how levels change, and `boundary` comes last.
 FLAGS = ("progressive", "enable", "half_range")
 WORDS = ("grad_type", "grad_scale")
-NUMBERS = ("scale", "grad_delta", "level_num", "boundary")
+NUMBERS = ("scale", "grad_delta", "grad_window", "level_num", "boundary")
 ATTRIBUTES = (*FLAGS, *WORDS, *NUMBERS)
 
 
@@ -122,7 +122,7 @@ def check_value(where: str, name: str, value: Any) -> None:
     elif name == "level_num":
         if not is_integer(value) or not 2 <= value <= 2**16:
             raise UserError(f"{where}: level_num {shown(value)} must be from 2 to 65536")
-    elif name in ("scale", "boundary", "grad_delta"):
+    elif name in ("scale", "boundary", "grad_delta", "grad_window"):
         least = 0 if name == "grad_delta" else LEAST
         if not number or not least <= value <= MOST:
             raise UserError(f"{where}: {name} {shown(value)} must be a number from {least:g} to {MOST:g}")

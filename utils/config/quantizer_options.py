@@ -83,6 +83,12 @@ def quantizer_options(tag: str, what: str) -> tuple[Option, ...]:
             "EWGS's delta: growth of the gradient by the distance to the level",
         ),
         option(
+            f"{tag}_grad_window",
+            float,
+            1.0,
+            "signs: distance from the threshold up to which the gradient of STE and Triangle passes",
+        ),
+        option(
             f"{tag}_grid",
             str,
             "midrise",

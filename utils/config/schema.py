@@ -107,6 +107,7 @@ class QuantizerConfig:
     grad_type: str = "none"
     grad_scale: str = "none"
     grad_delta: float = 1e-3  # EWGS: growth of a gradient by the distance to the level
+    grad_window: float = 1.0  # signs: where the gradient of "STE" and "Triangle" ends
     gamma: bool = False  # a learned scale per output group
     binary_scale: bool = False  # DoReFa's one-bit weight: sign(w) * mean|w|
     custom: str = "none"  # XNOR-Net's activation scale: mean |x| over "channel" or "resolution"
@@ -128,7 +129,7 @@ class QuantizerConfig:
         check.choice("grad_scale", GRAD_SCALES)
         check.choice("custom", CUSTOM_SCALES)
         check.integer("levels", 2, MAX_LEVELS if self.enable else 2**32)
-        for name in ("boundary", "scale"):
+        for name in ("boundary", "scale", "grad_window"):
             check.number(name, LEAST, MOST)
         check.number("grad_delta", 0, MOST)
         for name in ("ratio", "correlate"):

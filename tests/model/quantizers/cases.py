@@ -58,6 +58,7 @@ FULL, HALF, POWERS = (False,), (True,), (2, 4, 8, 16, 256)
 TANH: dict[str, Any] = {"expected": formulas.dorefa_weight, "half_range": FULL, "idempotent": False}
 CLIP: dict[str, Any] = {"state": ("clip_val",), "range_name": "clip_val", "calibrates": True}
 BINARY: dict[str, Any] = {"levels": (2,), "half_range": FULL}
+RSIGN: dict[str, Any] = {"state": ("threshold",), "per_channel": True, "idempotent": False, **BINARY}
 DELTA = 0.5  # large enough to see
 LEAST_SLOPE = (1 - 0.21 * np.pi * np.sqrt(2)) / (1 + 0.21 * np.pi * np.sqrt(2))  # of StableQAT
 METHODS = {
@@ -182,6 +183,13 @@ METHODS = {
     "xnor-Triangle": Method(
         method="xnor", tags=FM, expected=formulas.xnor_activation, fields={"grad_type": "Triangle"}, **BINARY
     ),
+    "xnor-window": Method(
+        method="xnor",
+        tags=FM,
+        expected=formulas.xnor_activation,
+        fields={"grad_type": "Triangle", "grad_window": 1.5},
+        **BINARY,
+    ),
     "xnor-channel": Method(
         method="xnor",
         tags=FM,
@@ -205,10 +213,14 @@ METHODS = {
         tags=FM,
         expected=formulas.rsign,
         fields={"grad_type": "Triangle"},
-        state=("threshold",),
-        per_channel=True,
-        idempotent=False,
-        **BINARY,
+        **RSIGN,
+    ),
+    "reactnet-window": Method(
+        method="reactnet",
+        tags=FM,
+        expected=formulas.rsign,
+        fields={"grad_type": "STE", "grad_window": 2.0},
+        **RSIGN,
     ),
     "reactnet-wt": Method(
         method="reactnet", tags=WT, expected=formulas.xnor_weight, idempotent=False, **BINARY
@@ -219,6 +231,14 @@ METHODS = {
         tags=WT,
         expected=formulas.xnor_weight,
         fields={"grad_type": "STE"},
+        idempotent=False,
+        **BINARY,
+    ),
+    "xnor-wt-window": Method(
+        method="xnor",
+        tags=WT,
+        expected=formulas.xnor_weight,
+        fields={"grad_type": "STE", "grad_window": 0.5},
         idempotent=False,
         **BINARY,
     ),

@@ -130,13 +130,17 @@ def fatnn_ternary(s: Setting, x: Array, gy: Array) -> Result:
     return uneven.fatnn_ternary(x, gy, alphas=s.alphas, groups=s.groups)
 
 
+def mask_of(s: Setting) -> oracle.Mask:
+    return oracle.Mask(s.config.grad_type, s.config.grad_window)
+
+
 def xnor_activation(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.xnor_activation(x, gy, grad_type=s.config.grad_type, custom=s.config.custom)
+    return oracle.xnor_activation(x, gy, mask=mask_of(s), custom=s.config.custom)
 
 
 def rsign(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.rsign(x, gy, threshold=s.state["threshold"], grad_type=s.config.grad_type, groups=s.groups)
+    return oracle.rsign(x, gy, threshold=s.state["threshold"], mask=mask_of(s), groups=s.groups)
 
 
 def xnor_weight(s: Setting, x: Array, gy: Array) -> Result:
-    return oracle.xnor_weight(x, gy, grad_type=s.config.grad_type, groups=s.groups)
+    return oracle.xnor_weight(x, gy, mask=mask_of(s), groups=s.groups)

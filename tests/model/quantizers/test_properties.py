@@ -182,6 +182,7 @@ CHOICES = {
     "grad_type": ("none", "STE", "STE-scale", "Triangle"),
     "grad_scale": ("fan-scale", "scale-fan", "element-scale", "scale-element", "paper"),
     "grid": ("midrise", "midtread"),
+    "grad_window": ("0.5", "3.0"),
     "scale": ("0.9", "3.0"),
     "boundary": ("0.5", "3.0"),
 }

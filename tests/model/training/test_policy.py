@@ -101,6 +101,7 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("epoch: [{at: [1], custom_lr: 0}]", "name them with --custom_lr_list"),
         ("epoch: [{at: [1], grad_type: Triangle}]", "belongs to binary activations"),
         ("epoch: [{at: [1], grad_delta: 0.1}]", "grad_delta 0.1: lsq does not read it"),
+        ("epoch: [{at: [1], grad_window: 2}]", "grad_window 2: lsq does not read it"),
     ],
 )
 def test_mistakes_end_the_run_before_it_begins(

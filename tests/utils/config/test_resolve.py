@@ -347,6 +347,18 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
             f"{QUANTIZED} --wt_grad_delta 0.1",
             ["--wt_grad_delta has no effect with lsq, whose gradient does not"],
         ),
+        (
+            f"{QUANTIZED} --fm_grad_window 2",
+            ["--fm_grad_window has no effect with lsq, which has more levels"],
+        ),
+        (
+            "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",
+            ["--fm_grad_window has no effect without --fm_grad_type STE or Triangle"],
+        ),
+        (
+            "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2",
+            ["--wt_grad_window has no effect without --wt_grad_type STE"],
+        ),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
         (
             "--keyword cbas,dorefa,wt_bin,wt_gamma,ot_lsq,fm_lsq --fm_enable",
@@ -455,6 +467,7 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--fm_boundary 1e39", r"--fm_boundary 1e\+39: must be from 1e-06 to 1e\+06"),
         ("--wt_scale 1e-7", r"--wt_scale 1e-07: must be from 1e-06 to 1e\+06"),
         ("--keyword cbas,lq --fm_enable --fm_scale 1.5", "--fm_scale 1.5: LQ-Nets' thresholds.* at most 1"),
+        ("--fm_grad_window 0", "--fm_grad_window 0.0: must be from 1e-06"),
         ("--wt_grad_delta -1", r"--wt_grad_delta -1.0: must be from 0 to 1e\+06"),
         ("--wt_correlate nan", "--wt_correlate nan: give a finite number"),
         ("--delay inf", "--delay inf: must be a number"),

@@ -84,7 +84,7 @@ WHOLE = ("levels", "quant_group", "proxquant_step", "stable", "stable_epoch")
         (WORDS, NO_WORD, "is not a word: use one of '"),
         (FLAGS, NO_FLAG, "must be True or False"),
         (WHOLE, NO_WHOLE, "must be a whole number"),
-        (("boundary", "scale", "ratio", "correlate", "grad_delta"), NO_NUMBER, "must be a number, "),
+        (("boundary", "scale", "ratio", "correlate", "grad_delta", "grad_window"), NO_NUMBER, "must be a number, "),
         (("method",), [None, "", 3, ["lsq"]], "must be the name of a method, such as 'lsq'"),
         (("extra",), [None, "a", ["a"], [("a", 1)], 3], "must be a mapping from names to values"),
     ],

@@ -86,7 +86,7 @@ def check_numbers(given: Given) -> None:
     if given["std"] is not None and min(given["std"]) <= 0:
         raise UserError("--std: must be greater than 0")
     for tag in TAGS:
-        for name in (f"{tag}_boundary", f"{tag}_scale"):
+        for name in (f"{tag}_boundary", f"{tag}_scale", f"{tag}_grad_window"):
             if not LEAST <= given[name] <= MOST:
                 raise UserError(f"--{name} {given[name]}: must be from {LEAST:g} to {MOST:g}")
         if not 0 <= given[f"{tag}_grad_delta"] <= MOST:

@@ -114,6 +114,7 @@ def _quantizer_config(
         grad_type=given[f"{tag}_grad_type"],
         grad_scale=given[f"{tag}_grad_scale"],
         grad_delta=given[f"{tag}_grad_delta"],
+        grad_window=given[f"{tag}_grad_window"],
         gamma=bool(fields.get(f"quant.{tag}.gamma", False)),
         binary_scale=binary_scale,
         custom=given["fm_custom"] if tag == "fm" else "none",
@@ -173,10 +174,15 @@ def _check_method(
         ("boundary", f"{tag}_boundary" in given.explicit),
         ("grad_scale", given[f"{tag}_grad_scale"] != "none"),
         ("grad_delta", f"{tag}_grad_delta" in given.explicit),
+        ("grad_window", f"{tag}_grad_window" in given.explicit),
         ("quant_group", f"{tag}_quant_group" in given.explicit and not by_group),
     ):
         if written and record.ignores(option):
             warnings.append(f"--{tag}_{option} has no effect with {method}{record.without_effect(option)}")
+    window = f"{tag}_grad_window"
+    if kind == "none" and window in given.explicit and not record.ignores("grad_window"):
+        also = " or Triangle" if record.takes_grad_type("Triangle") else ""
+        warnings.append(f"--{window} has no effect without --{tag}_grad_type STE{also}")
     for option, (most, reason, instead) in record.limits.items():
         if given[f"{tag}_{option}"] > most:
             raise UserError(f"--{tag}_{option} {given[f'{tag}_{option}']}: {reason}; {instead}")
