@@ -120,8 +120,7 @@ PEERS = tuple(
 
 # Levels from zero, levels around zero and levels from a learned offset, for activations of which a part is below zero.
 BELOW_ZERO = tuple(
-    Method(name, f"{b}/{b}", words, f"{bits(b)}{option}", None, PRELU_BLOCK)
-    for b in (2, 4)
+    Method(name, "2/2", words, f"{bits(2)}{option}", None, PRELU_BLOCK)
     for name, words, option in (
         ("LSQ, levels from zero", "dorefa,lsq", ""),
         ("LSQ, levels around zero", "dorefa,lsq", " --fm_half_range"),
@@ -136,15 +135,21 @@ STEPS = "-b 32 --epochs 10 --wakeup_epoch 1 --bn_batches 96 --re_init"
 SGD = "--lr 0.05 --weight_decay 1e-4"
 ADAM = "--optimizer ADAM --lr 0.005 --weight_decay 0"
 ONE = f"{bits(1)} --fm_grad_type Triangle"
+WINDOW = "--fm_grad_type STE --fm_grad_window 2"
 ALL_OF_THE_TEACHER = "--distill_loss_alpha 1 --distill_loss_temperature 1"
 REACTNET = Method("ReActNet", "1/1", "reactnet", ONE, None, REACT_BLOCK, f"{STEPS} {ADAM} {TAUGHT_BINARY}")
-FIRST_STEP = replace(
-    REACTNET,
-    name="ReActNet, its first step",
+# The gradient of a sign passes up to a distance of 2 from its threshold, not of 1, and does not fall on the way.
+WIDE = replace(REACTNET, name="ReActNet, wide window", options=f"{bits(1)} {WINDOW}")
+WIDE_FIRST_STEP = replace(
+    WIDE,
+    name="ReActNet, wide window, its first step",
     bits="32/1",
-    options="--fm_enable --fm_bit 1 --fm_grad_type Triangle",
+    options=f"--fm_enable --fm_bit 1 {WINDOW}",
 )
 TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS} {SGD} {TAUGHT}")
+SMALL_BATCHES = replace(  # twice the steps of an epoch
+    TWO, name="LSQ, taught, batches of 16", options=f"{bits(2)} -b 16 --bn_batches 192"
+)
 TWO_FIRST_STEP = replace(
     TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
 )
@@ -157,12 +162,12 @@ def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Met
 
 LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
 RECIPES = (
-    FIRST_STEP,
-    replace(REACTNET, name="ReActNet, two steps", start=FIRST_STEP.name),
+    WIDE,
+    WIDE_FIRST_STEP,
+    replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name),
     Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
     TWO,
-    TWO_FIRST_STEP,
-    LSQ_TWO_STEPS,
+    SMALL_BATCHES,
 )
 N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
 
@@ -177,17 +182,15 @@ TWO_STEPS = (  # the recipe for 2 bits with other methods, and one step of as ma
     second_step("N2UQ, LSQ weights", "dorefa,fm_n2uq,wt_lsq", N2UQ_FIRST_STEP),
     second_step("N2UQ, StableQAT weights", "dorefa,fm_n2uq,wt_stableqat", N2UQ_FIRST_STEP),
 )
-FACTORS = (  # of the binary recipe, one at a time
+# Of the binary recipe, one at a time; smoothed labels take the teacher's place, and SGD has its own rate and decay.
+FACTORS = (
     Method("XNOR-Net", "1/1", "xnor", f"{bits(1)} --fm_grad_type STE", None, BINARY_BLOCK),
     REACTNET,
-    replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM}"),
+    replace(REACTNET, name="ReActNet, STE", options=f"{bits(1)} --fm_grad_type STE"),
+    WIDE,
+    replace(REACTNET, name="ReActNet, untaught", recipe=f"{STEPS} {ADAM} --label_smooth 0.1"),
     replace(REACTNET, name="ReActNet, the paper's loss", options=f"{ONE} {ALL_OF_THE_TEACHER}"),
-    replace(
-        REACTNET,
-        name="ReActNet, SGD",
-        recipe=f"{STEPS} {SGD} {TAUGHT_BINARY}",
-        options=f"{ONE} --weight_decay 0",
-    ),
+    replace(REACTNET, name="ReActNet, SGD", recipe=f"{STEPS} {SGD} {TAUGHT_BINARY}"),
     replace(REACTNET, name="ReActNet, constant rate", options=f"{ONE} --lr_policy fix"),
     replace(
         REACTNET, name="ReActNet, thresholds learned from 0", recipe=REACTNET.recipe.replace(" --re_init", "")
@@ -197,7 +200,7 @@ FACTORS = (  # of the binary recipe, one at a time
         name="ReActNet, thresholds that stay at the mean",
         options=f"{ONE} --custom_lr_list threshold --custom_lr 0",
     ),
-    replace(REACTNET, name="ReActNet, thresholds that stay at 0", keywords="xnor"),
+    replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
     replace(REACTNET, name="ReActNet, random weights at the start", start=NO_START),
