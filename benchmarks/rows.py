@@ -195,11 +195,6 @@ FACTORS = (
     replace(
         REACTNET, name="ReActNet, thresholds learned from 0", recipe=REACTNET.recipe.replace(" --re_init", "")
     ),
-    replace(
-        REACTNET,
-        name="ReActNet, thresholds that stay at the mean",
-        options=f"{ONE} --custom_lr_list threshold --custom_lr 0",
-    ),
     replace(REACTNET, name="ReActNet, thresholds of 0", keywords="xnor"),
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
