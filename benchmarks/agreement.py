@@ -26,7 +26,7 @@ from typing import Any
 
 import digits
 import numpy as np
-import rows
+import recipes
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,23 +59,23 @@ SUMS = "onnx, 8-bit sums"
 SAME, POINTS = 0.999, 0.1  # targets: share of images with the same class, and points of top-1
 CLIP = "--fm_boundary 3"
 
-Method = rows.Method
+Method = recipes.Method
 BOARDS = ("c", "executorch", "litert", "mnn")  # formats for phones and boards that run on computers
 Boards = dict[str, list[Comparison] | str]
 METHODS = (
-    *(m for m in rows.ALL if "clip 1" not in m.name and m.most is not None),  # the others learn little
-    *(Method(name, f"{b}/{b}", name.replace("+", "plus").lower(), rows.bits(b), None)
+    *(m for m in recipes.ALL if "clip 1" not in m.name and m.most is not None),  # the others learn little
+    *(Method(name, f"{b}/{b}", name.replace("+", "plus").lower(), recipes.bits(b), None)
       for name in ("LSQ+", "EWGS", "StableQAT", "N2UQ", "APoT") for b in (4, 2) if (name, b) != ("APoT", 2)),
-    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", rows.bits(b), None) for b in (6, 8)),
-    Method("LSQ, mid-tread weights", "8/8", "dorefa,lsq", f"{rows.bits(8)} --wt_grid midtread", None),
-    Method("PACT", "8/8", "pact", rows.bits(8), None),
-    Method("DoReFa-Net, clip 3", "8/8", "dorefa", f"{rows.bits(8)} {CLIP}", None),
+    *(Method("LSQ", f"{b}/{b}", "dorefa,lsq", recipes.bits(b), None) for b in (6, 8)),
+    Method("LSQ, mid-tread weights", "8/8", "dorefa,lsq", f"{recipes.bits(8)} --wt_grid midtread", None),
+    Method("PACT", "8/8", "pact", recipes.bits(8), None),
+    Method("DoReFa-Net, clip 3", "8/8", "dorefa", f"{recipes.bits(8)} {CLIP}", None),
     *(Method("LSQ, first and last layer too", f"{b}/{b}", "dorefa,lsq,first-last",
-             f"{rows.bits(b)} --fm_first_signed", None) for b in (2, 4)),
+             f"{recipes.bits(b)} --fm_first_signed", None) for b in (2, 4)),
     Method("LSQ, weights alone", "2/32", "dorefa,lsq", "--wt_enable --wt_bit 2", None),
-    Method("LSQ, normalised weights", "2/2", "dorefa,lsq", f"{rows.bits(2)} --wt_adaptive var-mean", None),
-    Method("XNOR-Net, K of each place", "1/1", "xnor", f"{rows.bits(1)} --fm_grad_type STE --fm_custom channel", None,
-           rows.BINARY_BLOCK),
+    Method("LSQ, normalised weights", "2/2", "dorefa,lsq", f"{recipes.bits(2)} --wt_adaptive var-mean", None),
+    Method("XNOR-Net, K of each place", "1/1", "xnor", f"{recipes.bits(1)} --fm_grad_type STE --fm_custom channel",
+           None, recipes.BINARY_BLOCK),
 )  # fmt: skip
 
 
@@ -129,14 +129,16 @@ def train(dataset: str, methods: Sequence[Method], seed: int, fresh: bool) -> It
     setup, (whole, low) = f"{dataset}-agreement", EPOCHS[dataset]
     starts = {}
     for block in dict.fromkeys(m.block for m in methods):
-        starts[block] = f"agreement-{dataset}-{'binary-block' if block == rows.BINARY_BLOCK else 'fp'}-{seed}"
-        options = f"{rows.FULL} --epochs {whole}"
+        starts[block] = (
+            f"agreement-{dataset}-{'binary-block' if block == recipes.BINARY_BLOCK else 'fp'}-{seed}"
+        )
+        options = f"{recipes.FULL} --epochs {whole}"
         run(starts[block], digits.command(setup, starts[block], seed, block, "", options), fresh)
     for m in methods:
         case = f"agreement-{dataset}-{digits.slug(m.name)}-{digits.slug(m.bits)}-{seed}"
         start = f"--pretrained {starts[m.block]}-checkpoint.pth.tar"
         epochs = 3 * low if m.bits == "1/1" else low
-        options = f"{rows.TUNE} -b 64 --epochs {epochs} {start} {m.options}"
+        options = f"{recipes.TUNE} -b 64 --epochs {epochs} {start} {m.options}"
         run(case, digits.command(setup, case, seed, m.block, m.keywords, options), fresh)
         yield m, ROOT / "weights" / "resnet20" / f"{case}-checkpoint.pth.tar"
 

@@ -31,8 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import rows
-from rows import BLOCK, FULL, FULL_PRECISION, NO_START, WHOLE, Method
+import recipes
+from recipes import BLOCK, FULL, FULL_PRECISION, NO_START, WHOLE, Method
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results.md"
@@ -119,7 +119,7 @@ def outcomes(
             return outcome(WHOLE[block], seed, full_case(block, seed), FULL)
 
         def full_case(block: str, seed: int) -> str:
-            return f"bench-{setup}-{rows.CASES[block]}-{seed}"
+            return f"bench-{setup}-{recipes.CASES[block]}-{seed}"
 
         def tuned_case(m: Method, seed: int) -> str:
             return f"bench-{setup}-{slug(m.name)}-{slug(m.bits)}-{seed}"
@@ -256,8 +256,9 @@ def main() -> int:
     options = parser.parse_args()
 
     methods = {
-        "quick": rows.QUICK, "all": rows.ALL, "starts": rows.STARTS, "recipes": rows.RECIPES,
-        "steps": rows.TWO_STEPS, "factors": rows.FACTORS, "below-zero": rows.BELOW_ZERO, "peers": rows.PEERS,
+        "quick": recipes.QUICK, "all": recipes.ALL, "starts": recipes.STARTS, "recipes": recipes.RECIPES,
+        "steps": recipes.TWO_STEPS, "factors": recipes.FACTORS, "below-zero": recipes.BELOW_ZERO,
+        "peers": recipes.PEERS,
     }[options.rows]  # fmt: skip
     ending, common = (FONTS, f"--fonts {shlex.quote(options.fonts)}") if options.fonts else ("", "")
     name = f"{options.dataset}-{options.rows}{ending}"

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import digits
-import rows
+import recipes
 
 TUNE = "-b 32 --epochs 8 --lr 0.05 --weight_decay 1e-4 --re_init"  # that of the example configs
 
@@ -86,7 +86,7 @@ def outcomes(setup: str, seeds: Sequence[int], jobs: int, fresh: bool) -> list[O
     start = f"bench-{setup}-fp-{{seed}}"
 
     def whole(seed: int) -> None:
-        argv = digits.command(setup, start.format(seed=seed), seed, rows.BLOCK, "", rows.FULL)
+        argv = digits.command(setup, start.format(seed=seed), seed, recipes.BLOCK, "", recipes.FULL)
         digits.run(start.format(seed=seed), argv, fresh)
 
     def variant(job: tuple[Variant, int]) -> Outcome:
@@ -94,8 +94,8 @@ def outcomes(setup: str, seeds: Sequence[int], jobs: int, fresh: bool) -> list[O
         case = f"bench-{setup}-methods-{digits.slug(row.name) or 'plain'}-{seed}"
         checkpoint = f"{start.format(seed=seed)}-checkpoint.pth.tar"
         keywords = "dorefa,lsq" + (f",{row.keyword}" if row.keyword else "")
-        options = f"{TUNE} --pretrained {checkpoint} {rows.bits(2)} {row.options.format(start=checkpoint)}"
-        argv = digits.command(setup, case, seed, rows.BLOCK, keywords, options.strip())
+        options = f"{TUNE} --pretrained {checkpoint} {recipes.bits(2)} {row.options.format(start=checkpoint)}"
+        argv = digits.command(setup, case, seed, recipes.BLOCK, keywords, options.strip())
         summary = digits.run(case, argv, fresh)
         text = shlex.join(["python", *argv[1:]])
         return Outcome(row.name, seed, summary["last_top1"], summary["last_ema_top1"], summary["audit"], text)

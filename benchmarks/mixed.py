@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import digits
-import rows
+import recipes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ class Outcome:
 
 def trained(setup: str, case: str, seed: int, keywords: str, options: str, fresh: bool) -> tuple[dict, str]:
     """The summary of a training and its command."""
-    argv = digits.command(setup, case, seed, rows.BLOCK, keywords, options)
+    argv = digits.command(setup, case, seed, recipes.BLOCK, keywords, options)
     return digits.run(case, argv, fresh), shlex.join(["python", *argv[1:]])
 
 
@@ -106,11 +106,11 @@ def python(*argv: str) -> None:
 def of_seed(setup: str, seed: int, fresh: bool) -> tuple[float, list[Outcome], dict[str, dict[int, float]]]:
     """Top-1 in full precision, the networks with quantizers, and the rank correlations."""
     start = f"mixed-{setup}-fp-{seed}"
-    full, _ = trained(setup, start, seed, "", rows.FULL, fresh)
+    full, _ = trained(setup, start, seed, "", recipes.FULL, fresh)
     record = sensitivity(start, full["network"], fresh)
     found: list[Outcome] = []
     for bits in WIDTHS:
-        tune = f"{rows.TUNE} {rows.bits(bits)} --pretrained {start}-checkpoint.pth.tar"
+        tune = f"{recipes.TUNE} {recipes.bits(bits)} --pretrained {start}-checkpoint.pth.tar"
         for ends in ENDS:
             name, size = f"mixed-{setup}-{bits}-{digits.slug(SAID[ends])}", 0
             for choice in CHOICES if ends == "full" else CHOICES[:2]:

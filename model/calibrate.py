@@ -97,8 +97,7 @@ def _check_arguments(model: object, images: object, config: object) -> None:
         )
     shape = list(images.shape)
     convolves = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
-    along_lines = not convolves and any(isinstance(layer, nn.Conv1d) for layer in model.modules())
-    if (convolves and images.ndim == 3) or (along_lines and images.ndim == 2):
+    if convolves and images.ndim == 3:
         raise ValueError(
             f"{where} images of shape {shape} are no batch: write images.unsqueeze(0) for one image"
         )

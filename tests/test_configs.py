@@ -226,6 +226,26 @@ def test_pretrained_weights_are_those_of_another_config(name: str) -> None:
     assert shapes(name, quantized=evaluated) == shapes(sources[0], quantized=evaluated)
 
 
+def test_a_teacher_is_the_network_of_another_config() -> None:
+    """In full precision, for the same images, and of the network that the config names."""
+    taught = [name for name in CONFIGS if "--distill_teacher" in argv(name)]
+    assert len(taught) > 20
+    for name in taught:
+        distill = config_of(name).loss.distill
+        assert distill is not None
+        (source,) = [
+            other for other in CONFIGS if config_of(other).run.case + BEST == str(distill.pretrained)
+        ]
+        assert source.split(".")[3:5] == [name.split(".")[3], "fp"], name
+        assert config_of(source).model.name == distill.teacher.name, name
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if ".eval." in name])
+def test_an_evaluation_takes_the_norms_of_the_checkpoint(name: str) -> None:
+    assert config_of(name).run.evaluate
+    assert config_of(name).run.bn_batches == 0
+
+
 def of_each_kind() -> list[str]:
     """One config of each method with each network, way of training or policy; their data are imitated anyway."""
     found: dict[object, str] = {}

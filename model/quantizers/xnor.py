@@ -24,7 +24,7 @@ class ScaledSign(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str, window: float = 1.0) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, mask: str, window: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.mask, ctx.window = mask, window
         signs = sign(x)

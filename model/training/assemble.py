@@ -53,6 +53,7 @@ from utils.step.precision import Precision
 from utils.step.schedule import Schedule
 
 RANDOM = "no checkpoint is given, so this evaluates random weights"
+LEAST_IMAGES = 2  # of which norms have a deviation
 SEEN_IMAGES = 8  # of a batch, whose inputs of layers are looked at before training
 
 
@@ -258,23 +259,26 @@ def _initialise_ranges(
     config, begins = here.config, origin.found.path is None and not here.config.run.evaluate
     quant = config.model.quant
 
-    def batch() -> torch.Tensor:
-        images, _ = next(iter((loaders.val if config.run.evaluate else None) or loaders.train))
-        return images.to(here.device, memory_format=layout)
+    def batch() -> torch.Tensor | None:
+        """The first images; None where this process has none."""
+        source = loaders.val if config.run.evaluate and loaders.val is not None else loaders.train
+        images, _ = next(iter(source), (None, None))
+        return None if images is None else images.to(here.device, memory_format=layout)
+
+    def some() -> torch.Tensor | None:
+        """A few images of the data set; None where there are too few for the statistics of a batch."""
+        images = batch()
+        return None if images is None or len(images) < LEAST_IMAGES else images[:SEEN_IMAGES]
 
     count, images, trains = 0, None, not (config.run.dry_run or config.run.lr_test)
     if quant.re_init and begins and trains:
         images = batch()
+        assert images is not None  # a training has images on every process
         count = calibrate.initialise_ranges(model, images, quant)
     noise = noise_images(config, loaders.mean, loaders.std).to(here.device, memory_format=layout)
     ranges = begins and (trains or not quant.re_init)
-    warnings, note = unsuitable_inputs(
-        model,
-        noise if images is None else images[:SEEN_IMAGES],
-        config,
-        (lambda: batch()[:SEEN_IMAGES]) if images is None else None,
-        ranges=ranges,
-    )
+    few = noise if images is None else images[:SEEN_IMAGES]
+    warnings, note = unsuitable_inputs(model, few, config, some if images is None else None, ranges=ranges)
     return count, warnings, note
 
 

@@ -188,6 +188,13 @@ def _plan_quantizers(
                 old = "what is learned"
             if old != new:
                 changes.append(Change(when=when, target=where, attribute=name, old=old, new=new))
+        if (
+            "grad_window" in rule.values
+            and values.get((where, "grad_type"), quantizer.config.grad_type) == "none"
+        ):
+            raise UserError(
+                f"{rule}: {where}: grad_window has no effect while grad_type is none: set grad_type, too"
+            )
     if not changes and rule.number != RECORDED:
         said = ", ".join(f"{name} {value}" for name, value in rule.values.items())
         raise UserError(f"{rule} changes nothing at {when}: {said} is what the quantizers have already")

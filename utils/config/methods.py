@@ -242,7 +242,7 @@ _REASONS = {
     "grad_scale": "which learns no clipping value",
     "quant_group": "whose weights share one range",
     "grad_delta": "whose gradient does not depend on the distance to the level",
-    "grad_window": "which has more levels than two signs",
+    "grad_window": "whose gradient has no window",
 }
 _ACTIVATIONS, _ALL = ("fm", "ot"), ("fm", "wt", "ot")
 _CLIP = frozenset({"boundary", "half_range", "quant_group", "re_init_range"})

@@ -170,7 +170,7 @@ def test_any_first_batch_calibrates(case: Case, x: Tensor) -> None:
 WORDS = (
     "dorefa", "dorefa,wt_bin", "dorefa,lsq", "dorefa,fm_non-uniform,wt_lsq", "dorefa,ot_lsq", "dorefa,non-uniform",
     "dorefa,non-uniform,closed_form", "pact", "pact,wt_lsq", "lq", "lq,custom-update", "xnor", "xnor,gamma",
-    "dorefa,lsq,wt_gamma,ot_gamma", "dorefa,lsq,proxquant",
+    "reactnet", "dorefa,lsq,wt_gamma,ot_gamma", "dorefa,lsq,proxquant",
 )  # fmt: skip
 CHOICES = {
     "bit": ("1", "2", "3", "4", "8"),

@@ -157,6 +157,30 @@ def test_levels_pass_over_layers_with_bits_of_their_own(
     assert {name for name, each in found.items() if each == pytest.approx(value)} == targets
 
 
+def test_the_window_of_signs_is_set_with_the_type_of_their_gradient() -> None:
+    """Alone it would do nothing."""
+    signs = "--keyword cifar10,reactnet --bits 1 --first_bit 1"
+    text = "epoch: [{at: 1, tag: fm, %s}]"
+    with pytest.raises(
+        UserError, match="grad_window has no effect while grad_type is none: set grad_type, too"
+    ):
+        steering_of(text % "grad_window: 2.0", signs)
+    for entry, options in (
+        ("grad_type: STE, grad_window: 2.0", ""),
+        ("grad_window: 2.0", " --fm_grad_type STE"),
+    ):
+        steering = steering_of(text % entry, signs + options)
+        activation = dict(quantizers(steering._model))["3.quant_activation"]
+        slopes = []
+        for epoch in (0, 1):
+            steering.advance(epoch, epoch * STEPS)
+            x = torch.full((1, activation.site.channels, 1, 1), 1.5, requires_grad=True)
+            activation(x).sum().backward()
+            assert x.grad is not None
+            slopes.append(float(x.grad[0, 0]))
+        assert slopes == [0.0 if options else 1.0, 1.0]
+
+
 def test_a_missing_file() -> None:
     with pytest.raises(UserError, match=r"nothing\.yaml: cannot be read"):
         policy_file.read_policy(Path("nothing.yaml"))

@@ -349,7 +349,7 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ),
         (
             f"{QUANTIZED} --fm_grad_window 2",
-            ["--fm_grad_window has no effect with lsq, which has more levels"],
+            ["--fm_grad_window has no effect with lsq, whose gradient has no window"],
         ),
         (
             "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",

@@ -180,7 +180,8 @@ def _check_method(
         if written and record.ignores(option):
             warnings.append(f"--{tag}_{option} has no effect with {method}{record.without_effect(option)}")
     window = f"{tag}_grad_window"
-    if kind == "none" and window in given.explicit and not record.ignores("grad_window"):
+    steered = given["policy"] is not None  # which may set the gradient's type
+    if kind == "none" and window in given.explicit and record.reads_option("grad_window") and not steered:
         also = " or Triangle" if record.takes_grad_type("Triangle") else ""
         warnings.append(f"--{window} has no effect without --{tag}_grad_type STE{also}")
     for option, (most, reason, instead) in record.limits.items():
