@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_several_processes_write_the_same(world: Path, interpreter: str) -> None
                  "confusion.csv", "pictures.json", "mistakes.png", "changes.png"):  # fmt: skip
         one, two = ((world / "exp" / case / name).read_bytes() for case in ("both", "two"))
         assert one == two, name
+
+
+def test_processes_with_few_images_or_none(tmp_path: Path, interpreter: str) -> None:
+    """Of three images a fourth process has none; images tell which inputs lie below zero, if there are enough."""
+    write_folder(tmp_path / "images", train=0, val=1)
+    shutil.rmtree(tmp_path / "images" / "train")
+    (tmp_path / "network.py").touch()
+    line = (
+        "--dataset imagenet --root images --num_classes 3 --keyword imagenet,cbas,origin,lsq,LReLU --bits 2 "
+        "--model resnet20 --width_alpha 0.125 --input_size 16 -e -v 1 -j 0 --case few"
+    )
+    done = together(interpreter, tmp_path, {"few": {"world": 4, "line": line}})
+    assert done["few"]["status"] == [0, 0, 0, 0], done
+    assert "start at zero, and inputs below it are cut off" in log_of(tmp_path, "few")
 
 
 def test_the_page_shows_them(world: Path, tmp_path: Path) -> None:
