@@ -147,9 +147,6 @@ WIDE_FIRST_STEP = replace(
     options=f"--fm_enable --fm_bit 1 {WINDOW}",
 )
 TWO = Method("LSQ, taught", "2/2", "dorefa,lsq", bits(2), None, recipe=f"{STEPS} {SGD} {TAUGHT}")
-SMALL_BATCHES = replace(  # twice the steps of an epoch
-    TWO, name="LSQ, taught, batches of 16", options=f"{bits(2)} -b 16 --bn_batches 192"
-)
 TWO_FIRST_STEP = replace(
     TWO, name="LSQ, taught, its first step", bits="32/2", options="--fm_enable --fm_bit 2"
 )
@@ -167,7 +164,6 @@ RECIPES = (
     replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name),
     Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
     TWO,
-    SMALL_BATCHES,
 )
 N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
 
