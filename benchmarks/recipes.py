@@ -164,6 +164,8 @@ RECIPES = (
     replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name),
     Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
     TWO,
+    TWO_FIRST_STEP,
+    LSQ_TWO_STEPS,
 )
 N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
 
