@@ -21,7 +21,7 @@ from model.layers.quantized import QuantLayer, keep_full_precision, quantized_la
 from model.quantizers.frame import Quantizer
 from model.selection import close_layers
 from utils.config.methods import PROJECT, record_of
-from utils.config.policy_file import FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
+from utils.config.policy_file import FACTORS, FLAGS, SECTIONS, TRAINING, WORDS, check_value, is_integer
 from utils.config.schema import READ_ETA_MIN, RECORDED, OptimConfig, Rule
 from utils.errors import UserError
 from utils.step.optimizer import ParamGroup
@@ -193,7 +193,8 @@ def _plan_quantizers(
             and values.get((where, "grad_type"), quantizer.config.grad_type) == "none"
         ):
             raise UserError(
-                f"{rule}: {where}: grad_window has no effect while grad_type is none: set grad_type, too"
+                f"{rule}: {where}: grad_window has no effect while grad_type is none: set grad_type, too, or name the "
+                "tag with signs of another type"
             )
     if not changes and rule.number != RECORDED:
         said = ", ".join(f"{name} {value}" for name, value in rule.values.items())
@@ -393,7 +394,7 @@ class PolicyScheduler:
         own = dict(quantizers(self._model))
         settings = [(own[name], values) for name, values in state["quantizers"].items()]
         for known, values in (
-            *(((*FLAGS, *WORDS, "scale"), values) for _, values in settings),
+            *(((*FLAGS, *WORDS, *FACTORS), values) for _, values in settings),
             (TRAINING, state["options"]),
             *((("lr",), {"lr": lr}) for _, lr in later),
         ):

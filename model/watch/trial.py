@@ -24,7 +24,7 @@ from utils.config.schema import Config, QuantConfig
 from utils.errors import UserError
 from utils.report.audit_record import MOST_CUT_OFF
 from utils.report.cost_record import Cost
-from utils.text import some_names
+from utils.text import printable, some_names
 
 
 @dataclass
@@ -108,12 +108,12 @@ def unsuitable_inputs(
             f"below zero and are cut off; give {option} (signed levels)"
         )
     offset = [name for name, each in inner.items() if record_of(each.quantizer.config.method, "fm").offset]
-    if offset:
+    if offset and not config.model.quant.re_init:  # which has found it, or will when the training begins
         warnings.append(
             f"the levels of {len(offset)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
             f"cut off until the offset is learned; give --re_init, which finds it"
         )
-        inner = {name: each for name, each in inner.items() if name not in offset}
+    inner = {name: each for name, each in inner.items() if name not in offset}
     if inner:
         some = any(each.quantizer.half_range_changes() for each in inner.values()) and len(inner) < len(seen)
         policy = (
@@ -121,14 +121,15 @@ def unsuitable_inputs(
         )
         warnings.append(
             f"the levels of {len(inner)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
-            f"cut off, {_shares(inner, [each.below for each in inner.values()])}; give --fm_half_range (signed levels)"
-            f"{policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest level"
+            f"cut off, {_shares(inner, [each.below for each in inner.values()], config)}; give --fm_half_range "
+            f"(signed levels){policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest level"
         )
     note = ""
     if beyond and ranges:
         note = (
             f"{len(beyond)} of {len(seen)} activation quantizers start with a range that cuts off "
-            f"{_shares(beyond, [each.below + each.above for each in beyond.values()])}{_wider(config.model.quant)}"
+            f"{_shares(beyond, [each.below + each.above for each in beyond.values()], config)}"
+            f"{_wider(config.model.quant)}"
         )
     return tuple(warnings), note
 
@@ -169,10 +170,11 @@ def _watched(model: nn.Module, images: Tensor) -> dict[str, _Input]:
     return seen
 
 
-def _shares(names: Iterable[str], shares: Sequence[float]) -> str:
-    """The shares of their inputs that layers' quantizers cut off, and the layers' names."""
+def _shares(names: Iterable[str], shares: Sequence[float], config: Config) -> str:
+    """The shares of their inputs that layers' quantizers cut off, and the layers' names, all of them with `verbose`."""
+    said = ", ".join(map(printable, names)) if config.run.verbose else some_names(names)
     low, high = f"{100 * min(shares):.0f}", f"{100 * max(shares):.0f}"
-    return f"{low if low == high else f'{low} to {high}'} % of their values ({some_names(names)})"
+    return f"{low if low == high else f'{low} to {high}'} % of their values ({said})"
 
 
 def _wider(quant: QuantConfig) -> str:

@@ -45,7 +45,10 @@ def find_pretrained(value: str, weights_dir: Path, model: str, *, option: str = 
         else f"in that folder: {some_names(names) or 'nothing'}"
     )
     looked = f"{folder} or the current folder" if bare else str(folder)
-    without = "; write 'none' to start without" if option == "pretrained" else ""
+    without = {
+        "pretrained": "; write 'none' to start without",
+        "distill_pretrained": "; --distill_teacher none trains without a teacher",
+    }.get(option, "")
     raise UserError(f"--{option} {value}: no such file in {looked}; {there}{without}")
 
 

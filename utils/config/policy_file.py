@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ SELECTORS = ("index", "name", "tag")
 # An entry sets them in this order: `progressive` decides how levels change, and `boundary` comes last.
 FLAGS = ("progressive", "enable", "half_range")
 WORDS = ("grad_type", "grad_scale")
-NUMBERS = ("scale", "grad_delta", "grad_window", "level_num", "boundary")
+FACTORS = ("scale", "grad_delta", "grad_window")  # fields of the quantizer's configuration
+NUMBERS = (*FACTORS, "level_num", "boundary")
 ATTRIBUTES = (*FLAGS, *WORDS, *NUMBERS)
 
 
@@ -109,6 +111,14 @@ def _integers(where: str, name: str, value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _is_written_number(value: Any) -> bool:
+    """Whether YAML has taken a number for text, as it does with 1e-3."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
 def check_value(where: str, name: str, value: Any) -> None:
     """Refuse a value that neither quantizers nor the training take."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
@@ -122,10 +132,13 @@ def check_value(where: str, name: str, value: Any) -> None:
     elif name == "level_num":
         if not is_integer(value) or not 2 <= value <= 2**16:
             raise UserError(f"{where}: level_num {shown(value)} must be from 2 to 65536")
-    elif name in ("scale", "boundary", "grad_delta", "grad_window"):
+    elif name in (*FACTORS, "boundary"):
         least = 0 if name == "grad_delta" else LEAST
         if not number or not least <= value <= MOST:
-            raise UserError(f"{where}: {name} {shown(value)} must be a number from {least:g} to {MOST:g}")
+            point = "; YAML wants a point in such a number: 1.0e-3" if _is_written_number(value) else ""
+            raise UserError(
+                f"{where}: {name} {shown(value)} must be a number from {least:g} to {MOST:g}{point}"
+            )
     elif name == "grad_clip":
         if not number or value <= 0:
             raise UserError(f"{where}: {name} {shown(value)} must be a number greater than 0")

@@ -12,13 +12,13 @@ import yaml
 
 from utils.config.image_size import size_text
 from utils.config.recorded import to_dict
-from utils.config.schema import Config
+from utils.config.schema import Config, DistillConfig
 from utils.report import curves
 from utils.report.accumulator_record import Accumulator, accumulator_remark, accumulator_table
 from utils.report.cost_record import Cost
 from utils.report.run_report import dataset_name
 from utils.step.schedule import Schedule
-from utils.text import counted, some_names
+from utils.text import counted, printable, some_names
 
 LISTED = 6  # changes of the learning rate on the first screen
 
@@ -121,7 +121,7 @@ def _screen(plan: Plan) -> str:
         ),
         *([("classes", plan.classes)] if plan.classes else []),
         ("from", plan.start),
-        *([("taught by", config.loss.distill.teacher.name)] if config.loss.distill and not evaluate else []),
+        *([("taught by", _teacher(config.loss.distill))] if config.loss.distill and not evaluate else []),
         ("bits", _bits(plan)),
         (
             "size",
@@ -148,6 +148,11 @@ def _changes(plan: Plan) -> str:
     first = len(lines) - later if any(rule.number for rule in plan.config.policy) else 0
     counts = ((first, "before training"), (later, "on the way"))
     return ", ".join(f"{counted(count, 'change')} {when}" for count, when in counts if count)
+
+
+def _teacher(distill: DistillConfig) -> str:
+    """The teacher and where its weights are from."""
+    return f"{distill.teacher.name}, {printable(str(distill.pretrained))}"
 
 
 def _bits(plan: Plan) -> str:

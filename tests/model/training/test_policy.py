@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from matplotlib.figure import Figure
 
 import main
@@ -102,6 +103,10 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
         ("epoch: [{at: [1], grad_type: Triangle}]", "belongs to binary activations"),
         ("epoch: [{at: [1], grad_delta: 0.1}]", "grad_delta 0.1: lsq does not read it"),
         ("epoch: [{at: [1], grad_window: 2}]", "grad_window 2: lsq does not read it"),
+        (
+            "epoch: [{at: [1], grad_delta: 1e-3}]",
+            "'1e-3' must be a number from 0 to 1e+06; YAML wants a point",
+        ),
     ],
 )
 def test_mistakes_end_the_run_before_it_begins(
@@ -349,6 +354,25 @@ def test_resuming_repeats_nothing(every: int, monkeypatch: pytest.MonkeyPatch) -
     with open("exp/whole/metrics.csv") as one, open("exp/parts/metrics.csv") as other:
         rows = [[row["lr"] for row in csv.DictReader(file)] for file in (one, other)]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "entry"),
+    [
+        ("reactnet --bits 1 --fm_grad_type STE", "grad_window: 3.0"),
+        ("ewgs --bits 2", "grad_delta: 0.01"),
+        ("lq --bits 2", "scale: 0.6"),
+        ("lsq --bits 2", "grad_type: STE, grad_scale: paper, half_range: false, boundary: 2.0"),
+    ],
+)
+def test_all_that_a_policy_sets_is_resumed(keywords: str, entry: str) -> None:
+    text, options = f"epoch: [{{at: [1], tag: fm, {entry}}}]", f"--keyword cifar10,{keywords}"
+    assert run(text, f"{options} --epochs 2", case="parts") == 0
+    assert run(text, f"{options} --epochs 3 -r", case="parts") == 0
+    held = torch.load("weights/tiny/parts-checkpoint.pth.tar", weights_only=True)
+    wanted = yaml.safe_load(f"{{{entry}}}")
+    for name, values in held["policy"]["quantizers"].items():
+        assert "quant_activation" not in name or wanted.items() - {("boundary", 2.0)} <= values.items()
 
 
 def test_best_is_of_the_last_levels() -> None:

@@ -128,6 +128,7 @@ def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> N
 def test_an_offset_that_is_not_found_yet_is_warned_of() -> None:
     (warning,) = warnings_of(f"{RESNET}plus,origin,cbsa,LReLU", torch.randn(8, 3, 16, 16))
     assert warning.endswith("cut off until the offset is learned; give --re_init, which finds it")
+    assert warnings_of(f"{RESNET}plus,origin,cbsa,LReLU --re_init", torch.randn(8, 3, 16, 16)) == ()
 
 
 def test_the_images_of_the_data_set_tell() -> None:
@@ -147,6 +148,13 @@ def test_the_images_of_the_data_set_tell() -> None:
     (warning,) = warnings_of(line, images)
     assert "the levels of 1 of 1 activation quantizers start at zero" in warning
     assert "25 % of their values" in warning
+
+
+def test_all_layers_are_named_when_asked() -> None:
+    images = torch.randn(8, 3, 16, 16)
+    (few,) = warnings_of(f"{RESNET},origin,cbsa,NReLU", images)
+    (all_of_them,) = warnings_of(f"{RESNET},origin,cbsa,NReLU --verbose", images)
+    assert "layer3.2.conv2.0" not in few and "layer3.2.conv2.0" in all_of_them
 
 
 @pytest.mark.parametrize(

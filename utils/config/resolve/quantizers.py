@@ -155,7 +155,8 @@ def _check_method(
     if kind == "Triangle" and not record.takes_grad_type(kind):
         raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write {takes}")
     if not record.takes_grad_type(kind):
-        raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write none or STE")
+        others = "none, STE or Triangle" if record.takes_grad_type("Triangle") else "none or STE"
+        raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write {others}")
     if kind in record.idle_grad_types:
         reason = record.idle_grad_types[kind]
         warnings.append(f"--{tag}_grad_type {kind} has no effect with {method}, {reason}")

@@ -53,7 +53,9 @@ def _distill_config(given: Given, words: tuple[str, ...], model: ModelConfig) ->
                 raise UserError(f"--{option} needs a teacher: give --distill_teacher MODEL or leave it out")
         return None
     if source in (None, "none"):
-        raise UserError("--distill_teacher needs its weights: give --distill_pretrained CHECKPOINT")
+        raise UserError(
+            "--distill_teacher needs its weights: give --distill_pretrained CHECKPOINT, or --distill_teacher none"
+        )
     theirs, registry = given["distill_keyword"], keyword.registry()
     if theirs is None:
         theirs = tuple(word for word in words if registry[word].group != "quantizer")
