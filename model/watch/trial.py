@@ -122,7 +122,8 @@ def unsuitable_inputs(
         warnings.append(
             f"the levels of {len(inner)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
             f"cut off, {_shares(inner, [each.below for each in inner.values()], config)}; give --fm_half_range "
-            f"(signed levels){policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest level"
+            f"(signed levels){policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest "
+            "level"
         )
     note = ""
     if beyond and ranges:
