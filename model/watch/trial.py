@@ -26,6 +26,8 @@ from utils.report.audit_record import MOST_CUT_OFF
 from utils.report.cost_record import Cost
 from utils.text import printable, some_names
 
+FEW_LEVELS = 4  # of which signed ones have two on each side of zero, too few for most inputs: docs/results.md
+
 
 @dataclass
 class _Input:
@@ -119,11 +121,13 @@ def unsuitable_inputs(
         policy = (
             ", or for these layers alone a policy with half_range: false (docs/policies.md)" if some else ""
         )
+        signed = f"--fm_half_range (signed levels){policy}"
+        learned = f"the keyword {' or '.join(methods_with_offset())}, which learns the lowest level"
+        few = any(each.quantizer.levels <= FEW_LEVELS for each in inner.values())
+        instead = f"{learned}, or with more than 2 bits {signed}" if few else f"{signed}, or {learned}"
         warnings.append(
             f"the levels of {len(inner)} of {len(seen)} activation quantizers start at zero, and inputs below it are "
-            f"cut off, {_shares(inner, [each.below for each in inner.values()], config)}; give --fm_half_range "
-            f"(signed levels){policy}, or the keyword {' or '.join(methods_with_offset())}, which learns the lowest "
-            "level"
+            f"cut off, {_shares(inner, [each.below for each in inner.values()], config)}; give {instead}"
         )
     note = ""
     if beyond and ranges:

@@ -291,7 +291,7 @@ def test_a_dry_run_proposes_signed_inputs(
     assert main.main(f"{line} --fm_bit 2 --wt_bit 2 --dry_run".split()) == 0
     printed = capsys.readouterr()
     said = printed.out + printed.err
-    assert "blocks.0.attn.qkv" in said and "give --fm_half_range (signed levels)" in said
+    assert "blocks.0.attn.qkv" in said and "--fm_half_range (signed levels)" in said
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,12 @@ def test_inputs_below_zero_are_warned_of(line: str, least: int, total: int) -> N
     (warning,) = warnings_of(line, images)
     counts = re.match(r"the levels of (\d+) of (\d+) activation quantizers start at zero", warning)
     assert counts and int(counts[1]) >= least and int(counts[2]) == total, warning
-    assert "give --fm_half_range (signed levels)" in warning
-    assert warning.endswith(", or the keyword lsqplus, which learns the lowest level")
+    learned = "the keyword lsqplus, which learns the lowest level"
+    assert f"; give {learned}, or with more than 2 bits --fm_half_range (signed levels)" in warning
+    (of_three_bits,) = warnings_of(line.replace("_bit 2", "_bit 3"), images)
+    assert "; give --fm_half_range (signed levels)" in of_three_bits and of_three_bits.endswith(
+        f", or {learned}"
+    )
     assert warnings_of(f"{line} --fm_half_range") == ()
 
 
