@@ -265,10 +265,10 @@ def _initialise_ranges(
         images, _ = next(iter(source), (None, None))
         return None if images is None else images.to(here.device, memory_format=layout)
 
-    def some() -> torch.Tensor | None:
-        """A few images of the data set; None where there are too few for the statistics of a batch."""
-        images = batch()
-        return None if images is None or len(images) < LEAST_IMAGES else images[:SEEN_IMAGES]
+    def others() -> torch.Tensor | None:
+        """A few images where noise was looked at; None where there are too few for the statistics of a batch."""
+        found = batch() if images is None else None
+        return None if found is None or len(found) < LEAST_IMAGES else found[:SEEN_IMAGES]
 
     count, images, trains = 0, None, not (config.run.dry_run or config.run.lr_test)
     if quant.re_init and begins and trains:
@@ -277,8 +277,8 @@ def _initialise_ranges(
         count = calibrate.initialise_ranges(model, images, quant)
     noise = noise_images(config, loaders.mean, loaders.std).to(here.device, memory_format=layout)
     ranges = begins and (trains or not quant.re_init)
-    few = noise if images is None else images[:SEEN_IMAGES]
-    warnings, note = unsuitable_inputs(model, few, config, some if images is None else None, ranges=ranges)
+    seen = noise if images is None else images[:SEEN_IMAGES]
+    warnings, note = unsuitable_inputs(model, seen, config, others, ranges=ranges)
     return count, warnings, note
 
 

@@ -56,12 +56,7 @@ class _Input:
 
 
 def unsuitable_inputs(
-    model: nn.Module,
-    images: Tensor,
-    config: Config,
-    real: Callable[[], Tensor | None] | None,
-    *,
-    ranges: bool,
+    model: nn.Module, images: Tensor, config: Config, real: Callable[[], Tensor | None], *, ranges: bool
 ) -> tuple[tuple[str, ...], str]:
     """Look for inputs that do not suit the levels of their quantizers, in one pass of images.
 
@@ -73,17 +68,17 @@ def unsuitable_inputs(
         model: the network; it is left as it was.
         images: at least two, float32 [N, 3, H, W], normalised; noise will do.
         config: the run's configuration.
-        real: gives normalised images of the data set, at least two, which then tell, or None; called only where levels
-            that start at zero cut off a part of `images`. None where `images` are such ones.
+        real: gives normalised images of the data set, at least two, which then tell; None where there are no others.
+            Called only where levels that start at zero cut off a part of `images`.
         ranges: the clip values are those that training starts from; without it nothing is noted of them.
 
     Returns:
         Warnings, and the note about clip values, which is empty where they suit.
     """
     seen = _watched(model, images)
-    if real is not None and any(each.unsigned and each.below > 0 for each in seen.values()):
-        found = real()
-        seen = seen if found is None else _watched(model, found)
+    cuts_off = any(each.unsigned and each.below > 0 for each in seen.values())
+    if cuts_off and (found := real()) is not None:
+        seen = _watched(model, found)
     signs = {name: each for name, each in seen.items() if each.sign}
     constant = [name for name, each in signs.items() if each.lowest >= 0]
     cut = {name: each for name, each in seen.items() if each.below + each.above > MOST_CUT_OFF}

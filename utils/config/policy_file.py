@@ -122,6 +122,7 @@ def _is_written_number(value: Any) -> bool:
 def check_value(where: str, name: str, value: Any) -> None:
     """Refuse a value that neither quantizers nor the training take."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    point = "; YAML wants a point in such a number: 1.0e-3" if _is_written_number(value) else ""
     if name in FLAGS:
         if not isinstance(value, bool):
             raise UserError(f"{where}: {name} {shown(value)} must be true or false")
@@ -135,13 +136,12 @@ def check_value(where: str, name: str, value: Any) -> None:
     elif name in (*FACTORS, "boundary"):
         least = 0 if name == "grad_delta" else LEAST
         if not number or not least <= value <= MOST:
-            point = "; YAML wants a point in such a number: 1.0e-3" if _is_written_number(value) else ""
             raise UserError(
                 f"{where}: {name} {shown(value)} must be a number from {least:g} to {MOST:g}{point}"
             )
     elif name == "grad_clip":
         if not number or value <= 0:
-            raise UserError(f"{where}: {name} {shown(value)} must be a number greater than 0")
+            raise UserError(f"{where}: {name} {shown(value)} must be a number greater than 0{point}")
     elif not number or value < 0 or (name == "momentum" and value >= 1):
         limit = " and is below 1" if name == "momentum" else ""
-        raise UserError(f"{where}: {name} {shown(value)} must be a number that is not negative{limit}")
+        raise UserError(f"{where}: {name} {shown(value)} must be a number that is not negative{limit}{point}")

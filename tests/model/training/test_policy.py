@@ -107,6 +107,7 @@ def steering_of(text: str, options: str = "") -> policy.PolicyScheduler:
             "epoch: [{at: [1], grad_delta: 1e-3}]",
             "'1e-3' must be a number from 0 to 1e+06; YAML wants a point",
         ),
+        ("epoch: [{at: [1], lr: 1e-3}]", "'1e-3' must be a number that is not negative; YAML wants a point"),
     ],
 )
 def test_mistakes_end_the_run_before_it_begins(

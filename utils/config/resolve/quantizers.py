@@ -11,7 +11,7 @@ from utils.config.methods import PROJECT, attention_fault, readers, record_of
 from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.families import family_of
 from utils.config.resolve.layers import layer_options
-from utils.config.schema import TAGS, QuantConfig, QuantizerConfig
+from utils.config.schema import GRAD_TYPES, TAGS, QuantConfig, QuantizerConfig
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
 
@@ -151,12 +151,12 @@ def _check_method(
             f"--bits {given['bits']}: {record.title or method} has no {levels} levels for {TAGS[tag]}s: give "
             f"{_proposal(tag, given, fields)}"
         )
-    takes = "none, STE or STE-scale" if record.takes_grad_type("STE-scale") else "none or STE"
+    *others, last = (each for each in GRAD_TYPES if record.takes_grad_type(each))
+    takes = f"{', '.join(others)} or {last}"
     if kind == "Triangle" and not record.takes_grad_type(kind):
         raise UserError(f"--{tag}_grad_type Triangle belongs to binary activations; write {takes}")
     if not record.takes_grad_type(kind):
-        others = "none, STE or Triangle" if record.takes_grad_type("Triangle") else "none or STE"
-        raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write {others}")
+        raise UserError(f"--{tag}_grad_type {kind} does not go with {method}; write {takes}")
     if kind in record.idle_grad_types:
         reason = record.idle_grad_types[kind]
         warnings.append(f"--{tag}_grad_type {kind} has no effect with {method}, {reason}")
