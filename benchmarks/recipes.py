@@ -152,28 +152,39 @@ TWO_FIRST_STEP = replace(
 )
 
 
+def longer(row: Method) -> Method:
+    """The row in one step of as many epochs as two steps have together."""
+    return replace(row, name=f"{row.name}, 20 epochs", options=f"{row.options} --epochs 20")
+
+
 def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Method:
     """The row of 2-bit weights and activations that starts from a first step."""
     return replace(TWO, name=f"{name}, two steps", keywords=keywords, start=first.name)
 
 
+LSQ = Method("LSQ", "2/2", "dorefa,lsq", bits(2), None)
 LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
 RECIPES = (
     WIDE,
     WIDE_FIRST_STEP,
     replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name),
-    Method("LSQ", "2/2", "dorefa,lsq", bits(2), None),
+    longer(WIDE),
+    LSQ,
     TWO,
     TWO_FIRST_STEP,
     LSQ_TWO_STEPS,
+    longer(TWO),
 )
 N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
 
 
-TWO_STEPS = (  # the recipe for 2 bits with other methods, and one step of as many epochs as both have
+TWO_STEPS = (  # the recipes for 2 bits with other methods
     TWO_FIRST_STEP,
     N2UQ_FIRST_STEP,
-    replace(TWO, name="LSQ, taught, 20 epochs", options=f"{bits(2)} --epochs 20"),
+    longer(LSQ),
+    longer(TWO),
+    longer(replace(TWO, name="LSQ+, taught", keywords="lsqplus")),
+    longer(replace(TWO, name="APoT, taught", keywords="apot")),
     LSQ_TWO_STEPS,
     second_step("LSQ, EWGS weights", "dorefa,lsq,wt_ewgs"),
     second_step("LSQ, StableQAT weights", "dorefa,lsq,wt_stableqat"),
@@ -197,5 +208,5 @@ FACTORS = (
     replace(REACTNET, name="ReActNet, no activation", block=BINARY_BLOCK),
     replace(REACTNET, name="ReActNet, weight decay 1e-4", options=f"{ONE} --weight_decay 1e-4"),
     replace(REACTNET, name="ReActNet, random weights at the start", start=NO_START),
-    replace(REACTNET, name="ReActNet, 20 epochs", options=f"{ONE} --epochs 20"),
+    longer(REACTNET),
 )
