@@ -256,7 +256,8 @@ def _step(state: RunState, config: Config, steps_per_epoch: int) -> int:
 
 # Parts of the configuration about where and how often, not about the training itself.
 _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
-              "devices.world_size", "devices.rank", "run"}  # fmt: skip
+              "devices.world_size", "devices.rank"}  # fmt: skip
+_OF_A_RUN = {"run.bn_batches"}  # the one field of `run` that changes what is trained
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -266,7 +267,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     files = all(side.get("class_weight_values") for side in (before, now))
     for name in sorted(before.keys() & now.keys()):
         old, new, field = before[name], now[name], f"{prefix}{name}"
-        if field in _ELSEWHERE or name == ("class_weights" if files else "class_weight_values"):
+        aside = field in _ELSEWHERE or (prefix == "run." and field not in _OF_A_RUN)
+        if aside or name == ("class_weights" if files else "class_weight_values"):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             found |= differences(old, new, f"{field}.")

@@ -77,6 +77,7 @@ def test_every_field_has_an_option_or_a_keyword() -> None:
         ),
         ("--input_size 96x160", "--input_size 96", "--input_size was 96x160 and is 96 now"),
         ("--mean 0.5,0.5,0.5 --std 0.5,0.5,0.5", "", "--mean was 0.5,0.5,0.5 and is none now"),
+        ("--bn_batches 20 --save_every 5", "--save_every 6", "--bn_batches was 20 and is 0 now"),
         (
             "--distill_teacher resnet20 --distill_pretrained a.pth",
             "",
