@@ -344,20 +344,12 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ("--fm_bit 32", ["--fm_bit has no effect without --fm_enable"]),
         (f"{QUANTIZED} --wt_ratio 0.5", ["--wt_ratio has no effect with the methods of this project"]),
         (
-            f"{QUANTIZED} --wt_grad_delta 0.1",
+            f"{QUANTIZED} --wt_grad_delta 0.1 --keyword cbas,lsq",
             ["--wt_grad_delta has no effect with lsq, whose gradient does not"],
         ),
         (
-            f"{QUANTIZED} --fm_grad_window 2",
-            ["--fm_grad_window has no effect with lsq, whose gradient has no window"],
-        ),
-        (
-            "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",
-            ["--fm_grad_window has no effect without --fm_grad_type STE or Triangle"],
-        ),
-        (
-            "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2",
-            ["--wt_grad_window has no effect without --wt_grad_type STE"],
+            "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2 --fm_grad_type STE --fm_grad_type none",
+            ["--fm_grad_window has no effect without --fm_grad_type"],
         ),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
         (
@@ -537,6 +529,22 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--mixup_alpha 0.3", "--mixup_alpha 0.3 has no effect .*: add --mixup_enable"),
         ("--cutmix_alpha 0.3", "--cutmix_alpha 0.3 has no effect .*: add --cutmix_enable"),
         ("--freeze_momentum 0.5", "--freeze_momentum 0.5 has no effect .*: add --freeze_threshold"),
+        (
+            f"{QUANTIZED} --wt_grad_delta 0.1",
+            "--wt_grad_delta 0.1 has no effect with lsq, whose gradient does not .*: it belongs to ewgs, or leave",
+        ),
+        (
+            f"{QUANTIZED} --fm_grad_window 2",
+            "with lsq, whose gradient has no window: it belongs to .*ReActNet, or leave --fm_grad_window out",
+        ),
+        (
+            "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",
+            "--fm_grad_window 2.0 has no effect without .*: add --fm_grad_type STE or Triangle, or leave",
+        ),
+        (
+            "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2",
+            "--wt_grad_window 2.0 has no effect without .*: add --wt_grad_type STE, or leave",
+        ),
         (f"{QUANTIZED} --proxquant_step 9", "--proxquant_step 9 has no effect .*: add the keyword proxquant"),
         ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config import keyword
@@ -121,7 +121,8 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     for name, (is_idle, when) in idle.items():
         if is_idle and name in given.explicit:
             if name in NAMING:
-                _refuse_naming(name, when, given)
+                decides, instead = NAMING[name]
+                refuse_naming(name, when, given, (decides,), instead)
             warnings.append(f"{given.through.get(name, f'--{name}')} has no effect {when}")
     warnings = list(dict.fromkeys(warnings))  # --first_last_bit is two options
     warnings += _idle_words(given)
@@ -144,14 +145,20 @@ def _refuse_unused_bits(given: Given, fields: Mapping[str, Any]) -> None:
                 )
 
 
-def _refuse_naming(name: str, when: str, given: Given) -> None:
-    """Refuse an option without effect that names what is meant.
+def refuse_naming(name: str, when: str, given: Given, decides: Sequence[str], instead: str) -> None:
+    """Refuse an option without effect that names what is meant, unless it has its default or was made idle.
 
     Defaults stay a warning, since configs write them out, and so does what a later option has made idle.
+
+    Args:
+        name: the option.
+        when: it has no effect.
+        given: the options.
+        decides: the options that decide whether it has an effect.
+        instead: what to write.
     """
-    decides, instead = NAMING[name]
     default = given[name] in (OPTIONS[name].default, "O1")  # O1: the opt_level that --fp16 alone takes
-    if not default and decides not in given.replaced:
+    if not default and not given.replaced.keys() & set(decides):
         value = "" if given[name] is True else f" {given[name]}"
         raise UserError(f"--{name}{value} has no effect {when}: {instead}, or leave --{name} out")
 

@@ -9,6 +9,7 @@ from utils.config.command_line import Given
 from utils.config.layer_bits import FULL_BITS
 from utils.config.methods import PROJECT, attention_fault, readers, record_of
 from utils.config.resolve.bits import fitting_bits, is_full_precision
+from utils.config.resolve.effects import refuse_naming
 from utils.config.resolve.families import family_of
 from utils.config.resolve.layers import layer_options
 from utils.config.schema import GRAD_TYPES, TAGS, QuantConfig, QuantizerConfig
@@ -174,17 +175,11 @@ def _check_method(
         ("half_range", f"{tag}_half_range" in given.explicit),
         ("boundary", f"{tag}_boundary" in given.explicit),
         ("grad_scale", given[f"{tag}_grad_scale"] != "none"),
-        ("grad_delta", f"{tag}_grad_delta" in given.explicit),
-        ("grad_window", f"{tag}_grad_window" in given.explicit),
         ("quant_group", f"{tag}_quant_group" in given.explicit and not by_group),
     ):
         if written and record.ignores(option):
             warnings.append(f"--{tag}_{option} has no effect with {method}{record.without_effect(option)}")
-    window = f"{tag}_grad_window"
-    steered = given["policy"] is not None  # which may set the gradient's type
-    if kind == "none" and window in given.explicit and record.reads_option("grad_window") and not steered:
-        also = " or Triangle" if record.takes_grad_type("Triangle") else ""
-        warnings.append(f"--{window} has no effect without --{tag}_grad_type STE{also}")
+    _check_gradient(tag, method, given, warnings)
     for option, (most, reason, instead) in record.limits.items():
         if given[f"{tag}_{option}"] > most:
             raise UserError(f"--{tag}_{option} {given[f'{tag}_{option}']}: {reason}; {instead}")
@@ -233,6 +228,26 @@ def _check_method(
             warnings.append(
                 f"the keyword {word} has no effect on {tag}, which is not quantized by {reading_methods}"
             )
+
+
+def _check_gradient(tag: str, method: str, given: Given, warnings: list[str]) -> None:
+    """Refuse the fields of a gradient that the method, or its type of gradient, does not read."""
+    record, kind = record_of(method, tag), f"{tag}_grad_type"
+    for option in ("grad_delta", "grad_window"):
+        if (name := f"{tag}_{option}") not in given.explicit:
+            continue
+        if record.ignores(option):
+            when = f"with {method}{record.without_effect(option)}"
+            instead = f"it belongs to {readers(option)}"
+        elif option == "grad_window" and record.reads_option(option) and given[kind] == "none":
+            if given["policy"] is not None:  # which may set the type
+                continue
+            types = f"--{kind} STE" + (" or Triangle" if record.takes_grad_type("Triangle") else "")
+            when, instead = f"without --{kind}", f"add {types}"
+        else:
+            continue
+        refuse_naming(name, when, given, ("keyword", kind), instead)
+        warnings.append(f"--{name} has no effect {when}")
 
 
 def _check_matmul(given: Given, fm: QuantizerConfig, warnings: list[str]) -> None:
