@@ -31,7 +31,7 @@ from model.quantizers.frame import Quantizer
 from model.quantizers.grid import ClipSTE, Grid, encode_on_grid
 from model.quantizers.integers import QuantizedTensor
 from model.quantizers.learned_range import LearnedRange
-from model.quantizers.registry import methods, register
+from model.quantizers.registry import build_quantizer, methods, register
 from model.quantizers.site import LayerSite
 from utils.config.methods import MethodRecord
 from utils.config.schema import QuantConfig, QuantizerConfig
@@ -56,6 +56,7 @@ __all__ = [
     "QuantizedTensor",
     "Quantizer",
     "QuantizerConfig",
+    "build_quantizer",
     "encode_on_grid",
     "full_precision_reason",
     "keep_full_precision",

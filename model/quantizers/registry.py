@@ -106,5 +106,18 @@ def method_class(config: QuantizerConfig) -> type[Quantizer]:
 
 
 def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
-    """The quantizer that `config` describes at `site`; the identity when it is not enabled."""
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled.
+
+    Raises:
+        UserError: no method of that name for such tensors, or values that do not go with it.
+
+    Example:
+        >>> import torch
+        >>> from model.quant import LayerSite, QuantizerConfig, build_quantizer
+        >>> config = QuantizerConfig(tag="fm", enable=True, method="dorefa", levels=4, half_range=True)
+        >>> site = LayerSite(name="conv1", channels=3, channel_dim=1, ndim=4, fan=27)
+        >>> x = torch.tensor([-1.0, 0.2, 0.5, 0.9, 7.0]).reshape(5, 1, 1, 1).expand(5, 3, 1, 1)
+        >>> [round(value, 2) for value in build_quantizer(config, site)(x)[:, 0, 0, 0].tolist()]
+        [0.0, 0.33, 0.67, 1.0, 1.0]
+    """
     return method_class(config)(config, site) if config.enable else nn.Identity()
