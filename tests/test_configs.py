@@ -221,7 +221,7 @@ def test_pretrained_weights_are_those_of_another_config(name: str) -> None:
     sources = [other for other in CONFIGS if config_of(other).run.case + BEST == pretrained]
     assert len(sources) == 1
     evaluated = ".eval." in name
-    assert evaluated or ".fp." in sources[0] or "-activations." in sources[0]  # the first of two steps
+    assert evaluated or ".fp." in sources[0]
     assert config_of(sources[0]).model.name == config_of(name).model.name
     assert shapes(name, quantized=evaluated) == shapes(sources[0], quantized=evaluated)
 
