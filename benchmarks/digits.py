@@ -5,7 +5,7 @@
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
     python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
-    python benchmarks/digits.py --dataset glyphs --steps    # that for 2 bits with other methods
+    python benchmarks/digits.py --dataset glyphs --steps    # those for 2 bits with other methods
     python benchmarks/digits.py --dataset glyphs --factors  # what that for 1 bit consists of, one change at a time
     python benchmarks/digits.py --dataset glyphs --below-zero  # levels for activations below zero
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
@@ -64,6 +64,7 @@ class Outcome:
     best: float
     audit: str
     command: str
+    commit: str  # at which it was trained
 
 
 def slug(text: str) -> str:
@@ -81,20 +82,31 @@ def command(setup: str, case: str, seed: int, block: str, keywords: str, options
 
 
 def run(case: str, argv: Sequence[str], fresh: bool) -> dict[str, Any]:
-    """The summary of a run, started unless one of the same command is finished already."""
+    """The summary of a run and its `commit`; it is started unless one of the same command is finished already."""
     folder = ROOT / "exp" / case
     stamp = folder / "command.txt"
     text = shlex.join(argv[1:])
     if fresh or not ((folder / "summary.json").exists() and stamp.exists() and stamp.read_text() == text):
+        begun = commit()
         # One thread each: two runs side by side use two cores better than two threads use them.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0 and not (folder / "summary.json").exists():  # an audit that fails has one
             raise SystemExit(f"{text}\nfailed with status {done.returncode}:\n{done.stdout}{done.stderr}")
         stamp.write_text(text)
+        (folder / "commit.txt").write_text(begun)
     summary = json.loads((folder / "summary.json").read_text())
+    summary["commit"] = (folder / "commit.txt").read_text() if (folder / "commit.txt").exists() else "unknown"
     print(f"{case}: {summary['last_top1']:.2f}", flush=True)
     return summary
+
+
+def commit() -> str:
+    """The commit of the repository; it ends in -dirty where files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return described.stdout.strip()
 
 
 def outcomes(
@@ -111,8 +123,9 @@ def outcomes(
             summary = run(case, argv, fresh)
             text = shlex.join(["python", *argv[1:]])
             return Outcome(
-                m.name, m.bits, seed, summary["last_top1"], summary["best_top1"], summary["audit"], text
-            )
+                m.name, m.bits, seed, summary["last_top1"], summary["best_top1"], summary["audit"], text,
+                summary["commit"],
+            )  # fmt: skip
 
         def whole(job: tuple[str, int]) -> Outcome:
             block, seed = job
@@ -217,16 +230,15 @@ def write(
     name: str, script: str, seeds: Sequence[int], lines: Sequence[str], runs: Sequence[dict[str, Any]]
 ) -> None:
     """Write a table and the command that made it to docs/results.md, and its runs to docs/results/NAME.json."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    raw = {"commit": described.stdout.strip(), "runs": runs}
+    raw = {"commit": commit(), "runs": runs}
     path = RESULTS.parent / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(raw, indent=1) + "\n")
     arguments = shlex.join(sys.argv[1:])
+    trained = dict.fromkeys(run["commit"] for run in runs if "commit" in run)
     head = [
         f"`python benchmarks/{script}.py{' ' + arguments if arguments else ''}`, commit {raw['commit']}, "
+        f"{'runs of ' + ', '.join(trained) + ', ' if trained and list(trained) != [raw['commit']] else ''}"
         f"seeds {', '.join(map(str, seeds))}; every run's command and figures: "
         f"[results/{name}.json](results/{name}.json).", "",
     ]  # fmt: skip
@@ -243,7 +255,7 @@ def main() -> int:
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
         ("recipes", "the best ones for 1 and 2 bits"),
-        ("steps", "the recipe for 2 bits with other methods"),
+        ("steps", "the recipes for 2 bits with other methods"),
         ("factors", "what the recipe for 1 bit consists of, one change at a time"),
         ("below-zero", "levels for activations below zero"),
         ("peers", "quantizers of other libraries"),

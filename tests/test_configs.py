@@ -20,9 +20,18 @@ import tools
 from model.layers.quantized import quantizers
 from model.networks import build
 from tests import ROOT
+from utils.checkpoint.run_state import differences
+from utils.config.recorded import to_dict
 from utils.config.resolve import read
 from utils.config.resolve.data_and_run import DATASETS
 from utils.config.schema import Config
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import digits
+import recipes
+
+sys.path.pop(0)
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").iterdir() if path.is_file())
 METHODS = {  # METHOD of a name -> the quantizers that the printed table names
@@ -315,3 +324,20 @@ def test_the_table_of_results_names_the_configs() -> None:
     measured = ("imagenet", "cifar10", "cifar100")
     trained = {name for name in CONFIGS if name.split(".")[3] in measured and ".eval." not in name}
     assert trained - named == {name for name in trained if ".bireal.train-scratch." in name}  # only starts
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("dorefa.train-scratch.glyphs.fp.resnet20", recipes.WHOLE[recipes.BLOCK]),
+        ("reactnet.train-scratch.glyphs.fp.resnet20", recipes.WHOLE[recipes.REACT_BLOCK]),
+        ("lsq.finetune.glyphs.2bit.resnet20", recipes.longer(recipes.TWO)),
+        ("reactnet.finetune.glyphs.1bit.resnet20", recipes.longer(recipes.WIDE)),
+    ],
+)
+def test_the_recipes_for_glyphs_are_those_that_were_measured(name: str, row: recipes.Method) -> None:
+    """The figures beside these configs are of the rows of benchmarks/recipes.py."""
+    recipe = recipes.FULL if row in recipes.WHOLE.values() else row.recipe
+    options = f"{recipe} {row.options}".format(teacher=f"glyphs-fp-resnet20{BEST}")
+    measured = read(digits.command("glyphs-all", "case", 1, row.block, row.keywords, options)[2:])
+    assert differences(to_dict(measured), to_dict(config_of(f"config.{name}"))) == {}

@@ -106,10 +106,10 @@ def method_class(config: QuantizerConfig) -> type[Quantizer]:
 
 
 def build_quantizer(config: QuantizerConfig, site: LayerSite) -> nn.Module:
-    """The quantizer that `config` describes at `site`; the identity when it is not enabled.
+    """The quantizer that `config` describes at `site`; the identity when it is not enabled, whatever the method.
 
     Raises:
-        UserError: no method of that name for such tensors, or values that do not go with it.
+        UserError: no method of that name for such tensors, or levels, a range or a type of gradient that it lacks.
 
     Example:
         >>> import torch

@@ -257,7 +257,7 @@ def _step(state: RunState, config: Config, steps_per_epoch: int) -> int:
 # Parts of the configuration about where and how often, not about the training itself.
 _ELSEWHERE = {"keywords", "origins", "warnings", "data.rank", "devices.ids", "devices.distributed",
               "devices.world_size", "devices.rank"}  # fmt: skip
-_OF_A_RUN = {"run.bn_batches"}  # the one field of `run` that changes what is trained
+_OF_A_RUN = {"run.bn_batches"}  # of `run`, which else says how it starts, or how often it writes
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -349,8 +349,13 @@ def test_meaning(line: str, expected: dict[str, Any]) -> None:
         ),
         (
             "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2 --fm_grad_type STE --fm_grad_type none",
-            ["--fm_grad_window has no effect without --fm_grad_type"],
+            ["--fm_grad_window has no effect while --fm_grad_type is none"],
         ),
+        (
+            "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 1",  # the default
+            ["--fm_grad_window has no effect while --fm_grad_type is none"],
+        ),
+        ("--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2 --fm_grad_type STE", []),
         (f"{QUANTIZED} --fm_grad_type STE-scale", ["--fm_grad_type STE-scale has no effect with lsq"]),
         (
             "--keyword cbas,dorefa,wt_bin,wt_gamma,ot_lsq,fm_lsq --fm_enable",
@@ -539,11 +544,11 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ),
         (
             "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",
-            "--fm_grad_window 2.0 has no effect without .*: add --fm_grad_type STE or Triangle, or leave",
+            "--fm_grad_window 2.0 has no effect while --fm_grad_type is none: add --fm_grad_type STE or Triangle, or",
         ),
         (
-            "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2",
-            "--wt_grad_window 2.0 has no effect without .*: add --wt_grad_type STE, or leave",
+            "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2 --policy none",
+            "--wt_grad_window 2.0 has no effect while .*: add --wt_grad_type STE, or leave",
         ),
         (f"{QUANTIZED} --proxquant_step 9", "--proxquant_step 9 has no effect .*: add the keyword proxquant"),
         ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
@@ -614,3 +619,14 @@ def test_equal_lines_are_equal_configurations() -> None:
     one = config_of("--keyword cifar10,cbas --lr 0.2 --iter-size 2")
     two = config_of("--iter_size=2 --lr 0.2 --keyword cifar10,cbas")
     assert one == two and one != config_of("--keyword cifar10,cbas --lr 0.2")
+
+
+@pytest.mark.parametrize("value", ["grad_type: STE", "scale: 0.5"])
+def test_a_policy_may_set_the_type_that_has_a_window(value: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(f"epoch: [{{at: [1], {value}}}]")
+    line = f"--keyword cbas,xnor --bits 1 --fm_grad_window 2 --policy {tmp_path / 'p.yaml'}"
+    if "grad_type" in value:
+        assert not any("grad_window" in warning for warning in config_of(line).warnings)
+    else:
+        with pytest.raises(UserError, match="while --fm_grad_type is none"):
+            config_of(line)

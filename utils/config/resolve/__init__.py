@@ -23,7 +23,7 @@ from utils.config.resolve.effects import without_effect
 from utils.config.resolve.families import family_of
 from utils.config.resolve.network import model_config
 from utils.config.resolve.numbers import check_numbers
-from utils.config.resolve.quantizers import quant_config
+from utils.config.resolve.quantizers import check_gradients, quant_config
 from utils.config.resolve.training import (
     loss_config,
     optim_config,
@@ -67,6 +67,7 @@ def resolve(given: Given) -> Config:
     quant, quant_warnings = quant_config(given, fields)
     model, model_warnings = model_config(given, fields, quant)
     schedule, schedule_warnings = schedule_config(given)
+    policy = _policy(given)
     return Config(
         model=model,
         data=data_config(given, fields, model),
@@ -78,13 +79,14 @@ def resolve(given: Given) -> Config:
         devices=device_config(given),
         run=run_config(given, fields),
         probe=probe_config(given, fields),
-        policy=_policy(given),
+        policy=policy,
         keywords=words,
         origins={name: f"keyword {word}" for name, word in resolution.origins.items()}
         | {FIELDS.get(name, name): given.through.get(name, f"--{name}") for name in sorted(given.explicit)},
         warnings=(
             *resolution.warnings,
             *quant_warnings,
+            *check_gradients(given, quant, policy),
             *model_warnings,
             *schedule_warnings,
             *without_effect(given, fields),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config.command_line import Given
@@ -12,7 +12,7 @@ from utils.config.resolve.bits import fitting_bits, is_full_precision
 from utils.config.resolve.effects import refuse_naming
 from utils.config.resolve.families import family_of
 from utils.config.resolve.layers import layer_options
-from utils.config.schema import GRAD_TYPES, TAGS, QuantConfig, QuantizerConfig
+from utils.config.schema import GRAD_TYPES, TAGS, QuantConfig, QuantizerConfig, Rule
 from utils.config.vocabulary import METHOD_WORDS, own_method_words
 from utils.errors import UserError
 
@@ -179,7 +179,6 @@ def _check_method(
     ):
         if written and record.ignores(option):
             warnings.append(f"--{tag}_{option} has no effect with {method}{record.without_effect(option)}")
-    _check_gradient(tag, method, given, warnings)
     for option, (most, reason, instead) in record.limits.items():
         if given[f"{tag}_{option}"] > most:
             raise UserError(f"--{tag}_{option} {given[f'{tag}_{option}']}: {reason}; {instead}")
@@ -230,24 +229,28 @@ def _check_method(
             )
 
 
-def _check_gradient(tag: str, method: str, given: Given, warnings: list[str]) -> None:
-    """Refuse the fields of a gradient that the method, or its type of gradient, does not read."""
-    record, kind = record_of(method, tag), f"{tag}_grad_type"
-    for option in ("grad_delta", "grad_window"):
-        if (name := f"{tag}_{option}") not in given.explicit:
-            continue
-        if record.ignores(option):
-            when = f"with {method}{record.without_effect(option)}"
-            instead = f"it belongs to {readers(option)}"
-        elif option == "grad_window" and record.reads_option(option) and given[kind] == "none":
-            if given["policy"] is not None:  # which may set the type
+def check_gradients(given: Given, quant: QuantConfig, policy: Sequence[Rule]) -> list[str]:
+    """Refuse the fields of a gradient that a method, or its type of gradient, does not read; warn of defaults."""
+    warnings = []
+    typed = any("grad_type" in rule.values for rule in policy)  # later, perhaps
+    for config in (quant.fm, quant.wt, quant.ot):
+        tag, method, kind = config.tag, config.method, f"{config.tag}_grad_type"
+        record = record_of(method, tag)
+        for option in ("grad_delta", "grad_window"):
+            name = f"{tag}_{option}"
+            if not config.enable or name not in given.explicit:
                 continue
-            types = f"--{kind} STE" + (" or Triangle" if record.takes_grad_type("Triangle") else "")
-            when, instead = f"without --{kind}", f"add {types}"
-        else:
-            continue
-        refuse_naming(name, when, given, ("keyword", kind), instead)
-        warnings.append(f"--{name} has no effect {when}")
+            if record.ignores(option):
+                when, decides = f"with {method}{record.without_effect(option)}", ("keyword",)
+                instead = f"it belongs to {readers(option)}"
+            elif option == "grad_window" and method in PROJECT and config.grad_type == "none" and not typed:
+                when, decides = f"while --{kind} is none", ("keyword", kind)
+                instead = f"add --{kind} STE{' or Triangle' if record.takes_grad_type('Triangle') else ''}"
+            else:
+                continue
+            refuse_naming(name, when, given, decides, instead)
+            warnings.append(f"--{name} has no effect {when}")
+    return warnings
 
 
 def _check_matmul(given: Given, fm: QuantizerConfig, warnings: list[str]) -> None:
