@@ -197,7 +197,10 @@ def open_recorder(here: Surroundings, assembled: Assembled, tracking: Tracking) 
     if not here.place.first:
         return None
     metrics_file(here).truncate_after(progress.epoch + 1)
-    run_report.write_text(here.folder / "config.yaml", run_report.dump_yaml(config))
+    recorded = here.folder / "config.yaml"
+    trains = progress.epoch < config.schedule.epochs + config.schedule.extra_epoch
+    if trains or not recorded.exists():  # a finished run keeps what it was trained with
+        run_report.write_text(recorded, run_report.dump_yaml(config))
     recorder = Recorder(here.folder, assembled.model, config, progress.epoch, progress.position, tracking)
     if assembled.probe is not None:
         assembled.probe.board = recorder.board

@@ -124,9 +124,12 @@ def test_resume_file(tmp_path: Path, methods: str) -> None:
 def test_resuming_a_finished_run(tmp_path: Path, lsq: Path) -> None:
     """Trains nothing, succeeds and changes no weight, so that one line serves every restart."""
     shutil.copytree(lsq, tmp_path, dirs_exist_ok=True)
-    assert call(f"{LSQ} --case lsq --epochs 2 --re_init -r") == 0
+    assert call(f"{LSQ} --case lsq --epochs 2 --re_init -r --bn_batches 3") == 0
+    assert "--bn_batches was 0 and is 3 now" in log_of(tmp_path, "lsq")
     assert_same_run((lsq, "lsq"), (tmp_path, "lsq"))
     assert summary(tmp_path, "lsq") == summary(lsq, "lsq")
+    config = Path("exp") / "lsq" / "config.yaml"
+    assert (tmp_path / config).read_bytes() == (lsq / config).read_bytes()  # what it was trained with
 
 
 def test_ways_of_finding_ranges_may_change(tmp_path: Path, lsq: Path) -> None:

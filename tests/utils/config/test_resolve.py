@@ -536,11 +536,11 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
         ("--freeze_momentum 0.5", "--freeze_momentum 0.5 has no effect .*: add --freeze_threshold"),
         (
             f"{QUANTIZED} --wt_grad_delta 0.1",
-            "--wt_grad_delta 0.1 has no effect with lsq, whose gradient does not .*: it belongs to ewgs, or leave",
+            "--wt_grad_delta 0.1 has no effect with lsq, whose gradient does not .*: choose ewgs, or leave",
         ),
         (
             f"{QUANTIZED} --fm_grad_window 2",
-            "with lsq, whose gradient has no window: it belongs to .*ReActNet, or leave --fm_grad_window out",
+            "with lsq, whose gradient has no window: choose xnor or ReActNet, or leave --fm_grad_window out",
         ),
         (
             "--keyword cbas,xnor --fm_enable --fm_bit 1 --fm_grad_window 2",

@@ -242,7 +242,7 @@ def check_gradients(given: Given, quant: QuantConfig, policy: Sequence[Rule]) ->
                 continue
             if record.ignores(option):
                 when, decides = f"with {method}{record.without_effect(option)}", ("keyword",)
-                instead = f"it belongs to {readers(option)}"
+                instead = f"choose {readers(option)}"
             elif option == "grad_window" and method in PROJECT and config.grad_type == "none" and not typed:
                 when, decides = f"while --{kind} is none", ("keyword", kind)
                 instead = f"add --{kind} STE{' or Triangle' if record.takes_grad_type('Triangle') else ''}"
