@@ -161,6 +161,8 @@ def announce(here: Surroundings, origin: Origin, assembled: Assembled, logger: L
         logger.info("pretrained %s: %s", origin.pretrained, assembled.loaded.summary())
     if assembled.initialised:
         logger.info("re_init: initialised %d quantizers", assembled.initialised)
+    if assembled.kept and found.path is None:
+        logger.info("re_init_missing: %d quantizers keep what they have learned", assembled.kept)
     assembled.policy.log = logger.info
     if found.path is None:
         for change in (*assembled.initial, *(c for c in assembled.policy.plan if c.when == "init")):

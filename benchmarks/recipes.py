@@ -162,17 +162,25 @@ def second_step(name: str, keywords: str, first: Method = TWO_FIRST_STEP) -> Met
     return replace(TWO, name=f"{name}, two steps", keywords=keywords, start=first.name)
 
 
+def kept(row: Method) -> Method:
+    """The second step's row, whose activations keep what the first step has learned; --re_init alone finds it anew."""
+    return replace(row, name=f"{row.name}, kept", options=f"{row.options} --re_init_missing")
+
+
 LSQ = Method("LSQ", "2/2", "dorefa,lsq", bits(2), None)
 LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
+WIDE_TWO_STEPS = replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name)
 RECIPES = (
     WIDE,
     WIDE_FIRST_STEP,
-    replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name),
+    WIDE_TWO_STEPS,
+    kept(WIDE_TWO_STEPS),
     longer(WIDE),
     LSQ,
     TWO,
     TWO_FIRST_STEP,
     LSQ_TWO_STEPS,
+    kept(LSQ_TWO_STEPS),
     longer(TWO),
 )
 N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from fractions import Fraction
 from functools import partial
 
@@ -24,7 +25,9 @@ _CANDIDATES = 100  # clip values that the search for the least squared error tri
 _ELEMENTS = 2**20  # ... on about so many elements of a tensor
 
 
-def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = _DEFAULT) -> int:
+def initialise_ranges(
+    model: nn.Module, images: Tensor, config: QuantConfig = _DEFAULT, kept: Container[str] = ()
+) -> int:
     """Initialise every quantizer from the weights and activations that it will quantize.
 
     Quantizers of weights are initialised first. Then one pass of `images` initialises those of activations and
@@ -42,6 +45,7 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = _D
         images: one batch, floating point [N, 3, S, S], on the device of the network. Networks without convolutions
             take their own inputs [N, ...].
         config: only `re_init_range` and `re_init_percentile` are read.
+        kept: names of quantizers that stay as they are (`--re_init_missing`).
 
     Returns:
         How many quantizers were initialised.
@@ -68,8 +72,10 @@ def initialise_ranges(model: nn.Module, images: Tensor, config: QuantConfig = _D
     _check_arguments(model, images, config)
     count = 0
     with observing(model) as hooks:
-        for _, layer in quantized_layers(model):
+        for name, layer in quantized_layers(model):
             for part, quantizer in layer.quantizers():
+                if (f"{name}.{part}" if name else part) in kept:
+                    continue
                 own = type(quantizer).initialise_from is not Quantizer.initialise_from
                 count += own or _searched(quantizer, config) is not None
                 if part == "quant_weight":

@@ -76,6 +76,7 @@ class Assembled:
         initial: changes that the policy made before weights were loaded.
         loaded: the report on loading `--pretrained`; None without it.
         initialised: number of quantizers that `--re_init` initialised.
+        kept: number of those that `--re_init_missing` left as they were loaded.
         warnings: all warnings.
         reference: an evaluation's other network; None without one.
     """
@@ -94,6 +95,7 @@ class Assembled:
     initial: tuple[Change, ...]
     loaded: LoadReport | None
     initialised: int
+    kept: int
     warnings: tuple[str, ...]
     reference: nn.Module | None
 
@@ -157,7 +159,8 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         _check_same_data(config, loaders, teacher.classes, teacher.max_value, f"the teacher {here.teacher}")
     layout = precision.memory_format(model, config.precision, here.device)
     model.to(device=here.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout)
+    kept = _loaded_quantizers(model, loaded) if config.model.quant.re_init_missing else frozenset()
+    initialised, unsuitable, note = _initialise_ranges(here, origin, model, loaders, layout, kept)
     _join_processes(here, model)
     precision.prepare(model, config.precision)
     if config.precision.recompute:
@@ -192,6 +195,7 @@ def assemble(here: Surroundings, origin: Origin) -> Assembled:
         initial=initial,
         loaded=loaded,
         initialised=initialised,
+        kept=len(kept),
         reference=load_reference(config, loaders, here.device),
         warnings=(
             *config.warnings, *shortened, *idle, *here.warnings, *audit.unexplained(model), *unsuitable,
@@ -248,10 +252,23 @@ def _open_data(here: Surroundings, model: nn.Module) -> tuple[Loaders, Schedule,
     return loaders, *fit_warmups(model, config, len(loaders.train), rates)
 
 
+def _loaded_quantizers(model: nn.Module, loaded: LoadReport | None) -> frozenset[str]:
+    """The names of the quantizers that the loaded weights hold, with all that they have learned."""
+    names = frozenset() if loaded is None else frozenset(loaded.loaded)
+    return frozenset(
+        name
+        for name, part in quantizers(model)
+        if all(f"{name}.{each}" in names for each in part.state_dict())
+    )
+
+
 def _initialise_ranges(
-    here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format
-) -> tuple[int, tuple[str, ...], str]:
+    here: Surroundings, origin: Origin, model: nn.Module, loaders: Loaders, layout: torch.memory_format,
+    kept: frozenset[str],
+) -> tuple[int, tuple[str, ...], str]:  # fmt: skip
     """Initialise the quantizers' ranges from a batch if a new training asks for it, and look at their inputs.
+
+    Those that are `kept` are left as they were loaded.
 
     Returns:
         How many quantizers were initialised, and what `unsuitable_inputs` found.
@@ -274,7 +291,7 @@ def _initialise_ranges(
     if quant.re_init and begins and trains:
         images = batch()
         assert images is not None  # a training has images on every process
-        count = calibrate.initialise_ranges(model, images, quant)
+        count = calibrate.initialise_ranges(model, images, quant, kept)
     noise = noise_images(config, loaders.mean, loaders.std).to(here.device, memory_format=layout)
     ranges = begins and (trains or not quant.re_init)
     seen = noise if images is None else images[:SEEN_IMAGES]

@@ -64,7 +64,11 @@ def _start(here: Surroundings, origin: Origin, assembled: Assembled) -> str:
     if here.config.run.resume:
         start += f" (--resume: no checkpoint of the case {here.config.run.case} yet)"
     searched = quant.enabled and quant.re_init and not here.config.run.evaluate
-    return f"{start}; clip values from the weights and a batch (--re_init)" if searched else start
+    if not searched:
+        return start
+    which = "values that are missing" if quant.re_init_missing else "clip values"
+    option = "--re_init_missing" if quant.re_init_missing else "--re_init"
+    return f"{start}; {which} from the weights and a batch ({option})"
 
 
 def _classes(here: Surroundings, loaders: Loaders) -> str:

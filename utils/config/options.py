@@ -334,6 +334,12 @@ MODEL: dict[str, tuple[Option, ...]] = {
             "initialise the quantizers from the loaded weights and one batch, before training",
         ),
         option(
+            "re_init_missing",
+            bool,
+            False,
+            "--re_init, but quantizers that --pretrained holds keep what they have learned, as in a second step",
+        ),
+        option(
             "re_init_range",
             str,
             "paper",

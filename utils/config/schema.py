@@ -172,6 +172,7 @@ class QuantConfig:
     ot: QuantizerConfig = QuantizerConfig(tag="ot")
     padding_after_quant: bool = False
     re_init: bool = False
+    re_init_missing: bool = False  # leave quantizers that the loaded weights hold
     re_init_range: str = "paper"  # how clip values are found: "paper", "mse" or "percentile"
     re_init_percentile: float = 99.9  # percent
     first_last: bool = False  # quantize the first and the last layer too

@@ -550,6 +550,10 @@ def test_the_last_word_on_small_tensors_counts(line: str, expected: bool) -> Non
             "--keyword cbas,xnor --wt_enable --wt_bit 1 --wt_grad_window 2 --policy none",
             "--wt_grad_window 2.0 has no effect while .*: add --wt_grad_type STE, or leave",
         ),
+        (
+            f"{QUANTIZED} --re_init_missing",
+            "--re_init_missing has no effect without --pretrained: write --re_init",
+        ),
         (f"{QUANTIZED} --proxquant_step 9", "--proxquant_step 9 has no effect .*: add the keyword proxquant"),
         ("--model pytorch-resnet18 --base 2", "--base 2: pytorch-resnet18 has no branches"),
     ],

@@ -29,7 +29,8 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         **parts,
         **layer_options(given, parts, first_last=first_last),
         padding_after_quant=bool(given["padding_after_quant"]),
-        re_init=bool(given["re_init"]),
+        re_init=bool(given["re_init"] or given["re_init_missing"]),
+        re_init_missing=bool(given["re_init_missing"]),
         re_init_range=given["re_init_range"],
         re_init_percentile=given["re_init_percentile"],
         first_last=first_last,
@@ -55,7 +56,7 @@ def quant_config(given: Given, fields: Mapping[str, Any]) -> tuple[QuantConfig, 
         )
         warnings.append(f"--re_init has no effect: {why}")
     if not quant.enabled:
-        for name in ("padding_after_quant", "re_init", "stable", "stable_epoch"):
+        for name in ("padding_after_quant", "re_init", "re_init_missing", "stable", "stable_epoch"):
             if name in given.explicit:
                 warnings.append(
                     f"--{name} has no effect: nothing is quantized, see --fm_enable and --wt_enable"
