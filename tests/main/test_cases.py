@@ -67,6 +67,24 @@ def test_four_bits_to_two_bits(tmp_path: Path, four_bit: Path) -> None:
     assert "passed: 40 quantizers" in table and {row[2] for row in rows} == {"4"}
 
 
+@pytest.mark.parametrize("option", ["--re_init", "--re_init_missing", "--re_init --re_init_missing"])
+def test_a_second_step_keeps_what_the_first_has_learned(tmp_path: Path, option: str) -> None:
+    """Activations first, then weights: with --re_init alone the clip values of activations are found anew."""
+    assert call(f"{LSQ} --bits 32/2 --case first --epochs 1 --re_init --lr 0.1") == 0
+    line = f"{LSQ} --case second --epochs 1 --lr 0 --pretrained first-checkpoint.pth.tar {option}"
+    assert call(line) == 0
+    old, new = checkpoint(tmp_path, "first")["state_dict"], checkpoint(tmp_path, "second")["state_dict"]
+    of_activations = [name for name in old if name.endswith("quant_activation.clip_val")]
+    same = [torch.equal(old[name], new[name]) for name in of_activations]
+    kept = "missing" in option
+    assert len(same) == 20 and (all(same) if kept else not any(same))
+    weights = [name for name in new if name.endswith("quant_weight.clip_val")]
+    assert len(weights) == 20 and not any(bool((new[name] == 1).any()) for name in weights)  # found, not 1
+    log = log_of(tmp_path, "second")
+    assert f"re_init: initialised {20 if kept else 40} quantizers" in log
+    assert ("re_init_missing: 20 quantizers keep what they have learned" in log) is kept
+
+
 def test_a_quantized_start_warms_up_again(tmp_path: Path, four_bit: Path) -> None:
     """A new run counts its own iterations: it collects the ranges, and they become the clip values."""
     assert call(f"{LSQ} --case two --epochs 1 --lr 0 --stable 2 --pretrained {four_bit}") == 0

@@ -27,7 +27,8 @@ from utils.text import printable
 # Fields of the network that matter only at its start or in the gradient: a resumed run may change them.
 CHANGEABLE = {
     "re_init", "re_init_missing", "re_init_range", "re_init_percentile", "boundary", "correlate", "stable",
-    "stable_epoch", "scale", "grad_type", "grad_scale", "grad_delta", "grad_window", "proxquant_step", "input_size", "progressive",
+    "stable_epoch", "scale", "grad_type", "grad_scale", "grad_delta", "grad_window", "proxquant_step", "input_size",
+    "progressive",
 }  # fmt: skip
 
 
