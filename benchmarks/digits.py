@@ -5,7 +5,7 @@
     python benchmarks/digits.py --starts            # two ways to find the first clip values
     python benchmarks/digits.py --dataset glyphs --all
     python benchmarks/digits.py --dataset glyphs --recipes  # the best ones for 1 and 2 bits
-    python benchmarks/digits.py --dataset glyphs --steps    # those for 2 bits with other methods
+    python benchmarks/digits.py --dataset glyphs --steps    # those in two steps, and with other methods
     python benchmarks/digits.py --dataset glyphs --factors  # what that for 1 bit consists of, one change at a time
     python benchmarks/digits.py --dataset glyphs --below-zero  # levels for activations below zero
     python benchmarks/digits.py --dataset glyphs --peers    # quantizers of other libraries (requirement-peers.txt)
@@ -255,7 +255,7 @@ def main() -> int:
         ("all", "every method instead of 2-bit LSQ alone"),
         ("starts", "two ways to find the first clip values"),
         ("recipes", "the best ones for 1 and 2 bits"),
-        ("steps", "the recipes for 2 bits with other methods"),
+        ("steps", "the recipes in two steps, and with other methods"),
         ("factors", "what the recipe for 1 bit consists of, one change at a time"),
         ("below-zero", "levels for activations below zero"),
         ("peers", "quantizers of other libraries"),

@@ -169,31 +169,24 @@ def kept(row: Method) -> Method:
 
 LSQ = Method("LSQ", "2/2", "dorefa,lsq", bits(2), None)
 LSQ_TWO_STEPS = second_step("LSQ, taught", "dorefa,lsq")
+RECIPES = (WIDE, longer(WIDE), LSQ, TWO, longer(TWO))
 WIDE_TWO_STEPS = replace(WIDE, name="ReActNet, wide window, two steps", start=WIDE_FIRST_STEP.name)
-RECIPES = (
-    WIDE,
+N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
+
+
+TWO_STEPS = (  # beside one step of as many epochs, and the recipes for 2 bits with other methods
     WIDE_FIRST_STEP,
     WIDE_TWO_STEPS,
     kept(WIDE_TWO_STEPS),
     longer(WIDE),
-    LSQ,
-    TWO,
-    TWO_FIRST_STEP,
-    LSQ_TWO_STEPS,
-    kept(LSQ_TWO_STEPS),
-    longer(TWO),
-)
-N2UQ_FIRST_STEP = replace(TWO_FIRST_STEP, name="N2UQ, taught, its first step", keywords="n2uq")
-
-
-TWO_STEPS = (  # the recipes for 2 bits with other methods
-    TWO_FIRST_STEP,
-    N2UQ_FIRST_STEP,
     longer(LSQ),
     longer(TWO),
     longer(replace(TWO, name="LSQ+, taught", keywords="lsqplus")),
     longer(replace(TWO, name="APoT, taught", keywords="apot")),
+    TWO_FIRST_STEP,
     LSQ_TWO_STEPS,
+    kept(LSQ_TWO_STEPS),
+    N2UQ_FIRST_STEP,
     second_step("LSQ, EWGS weights", "dorefa,lsq,wt_ewgs"),
     second_step("LSQ, StableQAT weights", "dorefa,lsq,wt_stableqat"),
     second_step("N2UQ, LSQ weights", "dorefa,fm_n2uq,wt_lsq", N2UQ_FIRST_STEP),
