@@ -16,7 +16,6 @@ import contextlib
 import io
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -343,10 +342,7 @@ def write_section(
     name: str, lines: Sequence[str], files: Sequence[Any], seed: int, packages: Sequence[str]
 ) -> None:
     """A table of docs/deploy.md, with the command that has made it, and its figures beside it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    commit = described.stdout.strip()
+    commit = digits.commit()
     installed = ", ".join(f"{package} {version}" for package, version in versions(packages).items())
     raw = {"commit": commit, "packages": installed, "files": files}
     (RAW / f"{name}.json").write_text(json.dumps(raw, indent=1) + "\n")

@@ -103,10 +103,9 @@ def run(case: str, argv: Sequence[str], fresh: bool) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the repository; it ends in -dirty where files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return described.stdout.strip()
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def outcomes(

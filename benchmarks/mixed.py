@@ -254,9 +254,7 @@ def main() -> int:
     print("\n".join(lines))
     if options.print:
         return 0
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    described = digits.commit()
     raw = {"commit": described, "full_precision": full, "runs": [asdict(o) for o in found]}
     name = f"mixed-{options.dataset}"
     path = PAGE.parent / "results" / f"{name}.json"

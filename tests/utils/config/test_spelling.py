@@ -96,6 +96,5 @@ def test_what_has_changed(before: str, now: str, said: str) -> None:
     found = differences(*(to_dict(read((line + each).split())) for each in (before, now)))
     lines = list(dict.fromkeys(found.values()))
     assert ", ".join(lines).startswith(said) and len(lines) == len(set(lines))
-    assert (
-        len(lines) == 1 or "--bn_batches" not in said
-    )  # how often files are written is no change of the training
+    # How often files are written is no change of the training.
+    assert len(lines) == 1 or "--bn_batches" not in said

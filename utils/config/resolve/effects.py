@@ -51,6 +51,7 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
     dataset = given["dataset"] or fields.get("data.dataset", "digits")
     calibrates = bool(given["stable"] or given["stable_epoch"])
     untaught = given["distill_teacher"] in (None, "none")
+    unloaded = given["pretrained"] in (None, "", "none")
     idle = {
         "lr_fix_step": (policy != "fix_step", "without --lr_policy fix_step"),
         "lr_custom_step": (policy in ("fix_step", "decay", "fix", "cos"), f"with --lr_policy {policy}"),
@@ -73,11 +74,11 @@ def without_effect(given: Given, fields: Mapping[str, Any]) -> list[str]:
             "here: checkpoint.pth.tar is no file, and -r continues a case",
         ),
         "opt_level": (not given["fp16"] and given["opt_level"] != "O0", "without --fp16: all is float32"),
-        "re_init_missing": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
+        "re_init_missing": (unloaded, "without --pretrained"),
         "re_init_range": (not (given["re_init"] or given["re_init_missing"]), "without --re_init"),
         "re_init_percentile": (given["re_init_range"] != "percentile", "without --re_init_range percentile"),
         "proxquant_step": ("quant.proxquant" not in fields, "without the keyword proxquant"),
-        "unresume_scope": (given["pretrained"] in (None, "", "none"), "without --pretrained"),
+        "unresume_scope": (unloaded, "without --pretrained"),
         "fake_size": (dataset != "fake", f"with the data set {dataset}"),
         "fonts": (dataset != "glyphs", f"with the data set {dataset}"),
         **{
