@@ -200,7 +200,7 @@ def open_recorder(here: Surroundings, assembled: Assembled, tracking: Tracking) 
         return None
     metrics_file(here).truncate_after(progress.epoch + 1)
     recorded = here.folder / "config.yaml"
-    trains = progress.epoch < config.schedule.epochs + config.schedule.extra_epoch
+    trains = progress.epoch < config.schedule.all_epochs
     if trains or not recorded.exists():  # a finished run keeps what it was trained with
         run_report.write_text(recorded, run_report.dump_yaml(config))
     recorder = Recorder(here.folder, assembled.model, config, progress.epoch, progress.position, tracking)
@@ -300,7 +300,7 @@ def train(
     from utils.report import run_report
 
     config = training.config
-    last = config.schedule.epochs + config.schedule.extra_epoch
+    last = config.schedule.all_epochs
     for epoch in range(progress.epoch, last):
         progress, stopped = train_one_epoch(training, loaders.train, progress, stop, save)
         row = validation.train_row(training, progress)
@@ -360,7 +360,7 @@ def train_one_epoch(
     precision.zero_grad()
     began = time.perf_counter()
     waited = meters.Waiting(loader)
-    last = config.schedule.epochs + config.schedule.extra_epoch
+    last = config.schedule.all_epochs
     bar = TrainingBar(
         waited, total=batches - first, later=(last - start.epoch - 1) * batches, images=global_batch,
         device=training.device, description=f"epoch {start.epoch + 1}/{last}", enabled=config.data.rank == 0,

@@ -36,7 +36,7 @@ def fit_warmups(
     A warm-up that the run never leaves is a mistake. But where the command line has shortened the run of a config,
     its warm-ups shrink to half of the short run.
     """
-    total = (config.schedule.epochs + config.schedule.extra_epoch) * batches
+    total = config.schedule.all_epochs * batches
     longest = max((quantizer.stable for _, quantizer in quantizers(model)), default=0)
     skips = rates.skip_update(rates.total_steps - 1)
     warnings: list[str] = []

@@ -50,7 +50,7 @@ class Recorder:
         self._model, self._config = model, config
         self._health = Health(model, epoch_begins=position == 0)
         self._images: Tensor | None = None
-        self._last = config.schedule.epochs + config.schedule.extra_epoch
+        self._last = config.schedule.all_epochs
 
     def show(self, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], epoch: int) -> None:
         """Write training images [N, 3, S, S] as the network gets them, and with the normalisation undone."""

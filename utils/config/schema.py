@@ -346,6 +346,11 @@ class ScheduleConfig:
     warmup: int = 0  # iterations without an optimizer step
     warmup_epoch: int = 0
 
+    @property
+    def all_epochs(self) -> int:
+        """The epochs of the run, `extra_epoch` included."""
+        return self.epochs + self.extra_epoch
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:

@@ -187,7 +187,7 @@ def _schedule(plan: Plan) -> str:
         if rates.skipped_steps
         else ""
     )
-    epochs = config.schedule.epochs + config.schedule.extra_epoch
+    epochs = config.schedule.all_epochs
     listed = f"learning rate from epoch {_listed(changes[:LISTED])}{more}"
     return f"{counted(epochs, 'epoch')}, {config.optim.name}, {listed}{wakeup}{skipped}"
 
@@ -199,7 +199,7 @@ def _listed(changes: Iterable[tuple[int, float]]) -> str:
 def _rates_of_all_epochs(plan: Plan) -> str:
     """A table of the learning rate at the first step of each epoch; the rates of all steps are drawn."""
     config, rates = plan.config, plan.rates
-    firsts = map(rates.first_taken, range(config.schedule.epochs + config.schedule.extra_epoch))
+    firsts = map(rates.first_taken, range(config.schedule.all_epochs))
     lines = [
         f"{epoch:5d}  {f'{rate:.8g}' if math.isfinite(rate) else 'no optimizer step (--warmup)'}"
         for epoch, rate in enumerate(firsts)

@@ -78,7 +78,7 @@ class Schedule:
     @property
     def total_steps(self) -> int:
         """The iterations of the run, `extra_epoch` included."""
-        return (self.config.epochs + self.config.extra_epoch) * self.steps_per_epoch
+        return self.config.all_epochs * self.steps_per_epoch
 
     def base(self, step: int) -> float:
         """Give the base rate at an iteration counted from 0."""
@@ -118,7 +118,7 @@ class Schedule:
     def changes(self) -> list[tuple[int, float]]:
         """List `(epoch, rate)` for each epoch whose first step has a different rate than the previous one's."""
         changes: list[tuple[int, float]] = []
-        for epoch in range(self.config.epochs + self.config.extra_epoch):
+        for epoch in range(self.config.all_epochs):
             rate = self.first_taken(epoch)
             if math.isfinite(rate) and (not changes or rate != changes[-1][1]):
                 changes.append((epoch, rate))
